@@ -1,0 +1,1 @@
+"""The mathematics of post-training on plain tensors: no config, no processes, no model."""

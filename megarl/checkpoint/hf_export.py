@@ -1,0 +1,115 @@
+"""Write a sharded model as a Hugging Face folder. Every rank writes files of its own; none holds the whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megarl.errors import ResourceError
+from megarl.parallel.reshard import Resharder, plan_reshard
+from megarl.parallel.shard import Shard, whole
+
+MAX_FILE_BYTES = 4 << 30
+_COPIED = (".json", ".txt", ".model", ".jinja")
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def plan_files(shapes: Shapes, itemsize: int, max_bytes: int = MAX_FILE_BYTES) -> tuple[tuple[str, ...], ...]:
+    """Cut the tensors, in order, into files of at most ``max_bytes`` (a larger tensor has a file of its own)."""
+    files: list[list[str]] = []
+    filled = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * itemsize
+        if not files or filled + size > max_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return tuple(tuple(names) for names in files)
+
+
+def export_hf(
+    out: Path,
+    *,
+    template: Path,
+    shapes: Shapes,
+    sources: Sequence[Sequence[Shard]],
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write ``out``: weights in ``dtype``, with config and tokenizer of the folder ``template``. Collective.
+
+    shapes: of all tensors of the checkpoint. sources: the shards of every rank. parameters: this rank's. The folder
+    appears whole or not at all. Raises ResourceError on every rank where the disk is too small.
+    """
+    files = plan_files(shapes, dtype.itemsize, max_file_bytes)
+    partial = out.with_name(out.name + ".partial")
+    _make_room(partial, sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dims = {seg.tensor: shard.dim for shards in sources for shard in shards for seg in shard.segments}
+    for first in range(0, len(files), world_size):
+        wave = files[first : first + world_size]
+        targets = [[whole(n, shapes[n], dims[n]) for n in names] for names in wave]
+        targets += [[] for _ in range(world_size - len(wave))]
+        tensors = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in targets[rank]}
+        Resharder(plan_reshard(sources, targets), dtype=dtype).run(parameters, tensors, device)
+        if tensors:
+            name = _file_name(first + rank, len(files))
+            save_file({n: t.cpu() for n, t in tensors.items()}, partial / name, metadata={"format": "pt"})
+    dist.barrier()
+    if rank == 0:
+        _write_index(partial, files)
+        _copy_template(template, partial, dtype)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    dist.barrier()
+
+
+def _make_room(folder: Path, needed_bytes: int) -> None:
+    """Rank 0 makes the folder anew; all ranks raise where the disk lacks room."""
+    free = [0]
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        free = [shutil.disk_usage(folder).free]
+    dist.broadcast_object_list(free, src=0)
+    if free[0] < needed_bytes:
+        raise ResourceError(
+            f"saving to {folder} needs {needed_bytes:,} bytes, the disk has {free[0]:,} free; "
+            "make room, or point trainer.run_dir at a larger disk"
+        )
+
+
+def _file_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(folder: Path, files: Sequence[Sequence[str]]) -> None:
+    if len(files) == 1:
+        return
+    weight_map = {name: _file_name(i, len(files)) for i, names in enumerate(files) for name in names}
+    total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_template(template: Path, out: Path, dtype: torch.dtype) -> None:
+    """Copy tokenizer and configuration files; config.json names the dtype that was written."""
+    for file in template.iterdir():
+        if file.suffix in _COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+    config = json.loads((template / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

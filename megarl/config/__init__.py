@@ -1,0 +1,1 @@
+"""The configuration: schema, composition, rules. Loads neither torch nor ray."""

@@ -1,0 +1,102 @@
+"""Turn a composed mapping into the schema's frozen dataclasses; report every unknown, missing or wrong key together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from megarl.errors import ConfigError, Problem, nearest
+
+T = TypeVar("T")
+
+
+def build_config(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return ``cls`` filled from ``values``. Raises ConfigError with all problems of types, ranges and names."""
+    problems: list[Problem] = []
+    config = _section(cls, values, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return typing.cast(T, config)
+
+
+def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any:
+    """Fill one dataclass; where something is wrong, note it and leave None in its place."""
+    if not isinstance(values, Mapping):
+        problems.append(Problem(prefix.rstrip("."), values, "must be a section with keys of its own"))
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values.keys() - fields.keys():
+        hint = nearest(str(name), fields)
+        problems.append(
+            Problem(f"{prefix}{name}", values[name], "no such key", hint or f"keys here: {', '.join(fields)}")
+        )
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for name, field in fields.items():
+        path = f"{prefix}{name}"
+        if name not in values:
+            problems.append(Problem(path, None, "is missing", f"start from one of megarl's own configs, or set {path}"))
+        elif dataclasses.is_dataclass(hints[name]):
+            found[name] = _section(hints[name], values[name], f"{path}.", problems)
+        else:
+            found[name] = _leaf(hints[name], values[name], path, field.metadata, problems)
+    return None if len(found) < len(fields) else cls(**found)
+
+
+def _leaf(kind: Any, value: Any, path: str, rule: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """Convert and check one value."""
+    converted, allowed = _convert(kind, value)
+    if allowed is None and isinstance(converted, int | float) and not isinstance(converted, bool):
+        allowed = _out_of_range(converted, rule)
+    if allowed is None and rule["choices"] and converted not in rule["choices"]:
+        allowed = f"must be one of {', '.join(rule['choices'])}"
+        problems.append(Problem(path, value, allowed, nearest(str(value), rule["choices"])))
+        return None
+    if allowed is not None:
+        problems.append(Problem(path, value, allowed))
+        return None
+    return converted
+
+
+def _convert(kind: Any, value: Any) -> tuple[Any, str | None]:
+    """Return (value as ``kind``, None), or (None, what is allowed)."""
+    if isinstance(kind, types.UnionType):  # X | None
+        inner = next(k for k in typing.get_args(kind) if k is not type(None))
+        if value is None:
+            return None, None
+        converted, allowed = _convert(inner, value)
+        return converted, f"{allowed}, or null" if allowed else None
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            return None, "must be a list"
+        pairs = [_convert(typing.get_args(kind)[0], item) for item in items]
+        wrong = next((allowed for _, allowed in pairs if allowed), None)
+        return tuple(v for v, _ in pairs), f"each item {wrong}" if wrong else None
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-6 as a string
+            return float(value), None
+        except ValueError:
+            return None, "must be a number"
+    if type(value) is not kind:
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+        return None, f"must be {names[kind]}"
+    return value, None
+
+
+def _out_of_range(value: float, rule: Mapping[str, Any]) -> str | None:
+    """Return what is allowed, if ``value`` isn't."""
+    low, above, high = rule["low"], rule["above"], rule["high"]
+    if math.isnan(value) or math.isinf(value):
+        return "must be a finite number"
+    if low is not None and value < low:
+        return f"must be at least {low:g}"
+    if above is not None and value <= above:
+        return f"must be greater than {above:g}"
+    if high is not None and value > high:
+        return f"must be at most {high:g}"
+    return None

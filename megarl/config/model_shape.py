@@ -1,0 +1,133 @@
+"""What a Hugging Face config.json says of a model: its family, sizes and rotary embedding. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import ModelFolderError, nearest
+
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding. kind: ``default``, ``linear`` or ``llama3``; the factors are unused where kind is default."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything about an architecture that decides parameters and mathematics."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope: Rope
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    init_std: float = 0.02
+
+    def padded_vocab(self, tp: int) -> int:
+        """Return the vocabulary rounded up to a multiple of ``tp``."""
+        return -(-self.vocab_size // tp) * tp
+
+
+def read_model_shape(folder: str | Path) -> ModelShape:
+    """Read ``folder``/config.json.
+
+    Raises ModelFolderError where the file is absent or broken, or the architecture is not one of FAMILIES.
+    """
+    path = Path(folder).expanduser() / "config.json"
+    if not path.is_file():
+        raise ModelFolderError(
+            f"model.path = {str(folder)!r}: {'no config.json in this folder' if path.parent.is_dir() else 'no such folder'}"
+            "; give a Hugging Face model folder (config.json, tokenizer files, *.safetensors)"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
+    return parse_model_shape(config, str(path))
+
+
+def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
+    """Turn the fields of a config.json into a ModelShape; ``source`` names it in errors."""
+    family = (config.get("architectures") or ["(none)"])[0]
+    if family not in FAMILIES:
+        hint = nearest(family, FAMILIES)
+        raise ModelFolderError(
+            f"{source}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}. {hint}".rstrip()
+        )
+    _refuse_unsupported(config, source)
+    try:
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return ModelShape(
+            family=family,
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden,
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            ffn_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            max_positions=int(config["max_position_embeddings"]),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=_rope(config, source),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "Qwen2ForCausalLM",
+            qk_norm=family == "Qwen3ForCausalLM",
+            init_std=float(config.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise ModelFolderError(f"{source} lacks the field {error}") from error
+
+
+def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
+    """Refuse what would change the mathematics unseen."""
+    for field in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if config.get(field):
+            raise ModelFolderError(f"{source}: {field} = {config[field]!r} is not supported, only false")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelFolderError(f"{source}: hidden_act = {config['hidden_act']!r} is not supported, only 'silu'")
+    if config.get("quantization_config"):
+        raise ModelFolderError(f"{source}: quantized weights can't be trained; give the unquantized model")
+
+
+def _rope(config: Mapping[str, Any], source: str) -> Rope:
+    """Read rope_parameters (transformers 5) or rope_theta with rope_scaling (before)."""
+    new = config.get("rope_parameters")
+    fields = dict(new or config.get("rope_scaling") or {})
+    theta = float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = str(fields.get("rope_type") or fields.get("type") or "default")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, kind, float(fields["factor"]))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            kind,
+            float(fields["factor"]),
+            float(fields["low_freq_factor"]),
+            float(fields["high_freq_factor"]),
+            int(fields["original_max_position_embeddings"]),
+        )
+    raise ModelFolderError(f"{source}: rope type {kind!r} is not supported; supported are default, linear, llama3")

@@ -1,0 +1,254 @@
+"""Every key a user can set, with its type, range, unit and meaning. YAML holds values alone; this is the one source.
+
+``key(...)`` attaches what a value must satisfy; ``megarl.config.build`` checks it and names every mistake.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, above: float | None = None,
+        high: float | None = None) -> Any:  # fmt: skip
+    """Describe a key: ``low`` <= value <= ``high``, value > ``above``, or one of ``choices``."""
+    return field(metadata={"doc": doc, "choices": choices, "low": low, "above": above, "high": high})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts."""
+
+    train_files: tuple[str, ...] = key("parquet files of prompts to train on; several are merged")
+    val_files: tuple[str, ...] = key("parquet files of prompts to validate on")
+    train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1)
+    val_batch_size: int = key("prompts of one validation pass through the engine", low=1)
+    max_prompt_length: int = key("tokens of the longest prompt", low=1)
+    max_response_length: int = key("tokens of the longest response", low=1)
+    train_shuffle: bool = key("whether each epoch has an order of its own")
+    val_shuffle: bool = key("whether validation prompts are shuffled")
+    prompt_key: str = key("column with the prompt: chat messages or a string")
+    overlong_prompts: str = key("what to do with longer prompts", choices=("filter", "error"))
+
+
+@dataclass(frozen=True)
+class SFTDataConfig:
+    """Demonstrations."""
+
+    train_files: tuple[str, ...] = key("parquet files of chats to train on")
+    val_files: tuple[str, ...] = key("parquet files of chats to measure the loss on; may be empty")
+    train_batch_size: int = key("chats in an optimizer step, over all ranks", low=1)
+    micro_batch_size_per_gpu: int = key("chats of a forward/backward on one data-parallel rank", low=1)
+    max_length: int = key("tokens of the longest chat", low=2)
+    messages_key: str = key("column with the chat messages")
+    overlong_examples: str = key("what to do with longer chats", choices=("filter", "error"))
+    train_shuffle: bool = key("whether each epoch has an order of its own")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model all roles start from."""
+
+    path: str | None = key("a Hugging Face folder, or a name already in the local Hugging Face cache")
+    init: str = key("weights from the folder, or drawn from config.json alone", choices=("pretrained", "random"))
+    dtype: str = key("of weights and activations; bfloat16 keeps float32 main weights", choices=("bfloat16", "float32"))
+    use_remove_padding: bool = key("pack sequences end to end, so that no padding token is computed")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = key("peak learning rate", low=0.0)
+    min_lr: float = key("learning rate at the end of the schedule", low=0.0)
+    weight_decay: float = key("decoupled weight decay; none on norms and biases", low=0.0)
+    beta: tuple[float, ...] = key("decay rates of the two moments")
+    eps: float = key("added to the denominator", above=0.0)
+    clip_grad: float = key("largest global L2 norm of the gradient", above=0.0)
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """Learning-rate schedule."""
+
+    type: str = key("shape after warm-up", choices=("cosine", "constant", "linear"))
+    warmup_steps: int = key("optimizer steps of linear warm-up", low=0)
+
+
+@dataclass(frozen=True)
+class MegatronConfig:
+    """Axes of one model on Megatron."""
+
+    tensor_model_parallel_size: int = key("ranks that share every layer", low=1)
+    pipeline_model_parallel_size: int = key("stages the layers are split into", low=1)
+    sequence_parallel: bool = key("split activations between tensor-parallel regions too; on where TP > 1")
+
+
+@dataclass(frozen=True)
+class TrainedMegatronConfig(MegatronConfig):
+    """Axes of a model that is trained."""
+
+    use_distributed_optimizer: bool = key("split optimizer state over data-parallel ranks")
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """The policy that is trained."""
+
+    strategy: str = key("training backend", choices=("megatron",))
+    optim: OptimConfig = key("optimizer")
+    lr_scheduler: LRSchedulerConfig = key("schedule")
+    ppo_mini_batch_size: int = key("rollouts of an optimizer step, over all ranks", low=1)
+    ppo_micro_batch_size_per_gpu: int = key("rollouts of a forward/backward on one data-parallel rank", low=1)
+    log_prob_micro_batch_size_per_gpu: int | None = key("rollouts of a log-prob pass; null: as the micro-batch", low=1)
+    ppo_epochs: int = key("passes over the rollouts of a step", low=1)
+    shuffle: bool = key("whether mini-batches are drawn in random order")
+    clip_ratio: float = key("clip range of the probability ratio, both sides", above=0.0, high=1.0)
+    clip_ratio_low: float | None = key("lower side alone; null: clip_ratio", above=0.0, high=1.0)
+    clip_ratio_high: float | None = key("upper side alone; null: clip_ratio", above=0.0)
+    use_kl_loss: bool = key("add KL to the reference to the loss")
+    kl_loss_coef: float = key("weight of that KL", low=0.0)
+    kl_loss_type: str = key("estimator of that KL", choices=("kl", "abs", "mse", "low_var_kl"))
+    loss_agg_mode: str = key(
+        "how token losses become one", choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+    )
+    megatron: TrainedMegatronConfig = key("axes")
+
+
+@dataclass(frozen=True)
+class RefConfig:
+    """The frozen reference; built only where a KL term needs it."""
+
+    log_prob_micro_batch_size_per_gpu: int | None = key("rollouts of a log-prob pass; null: as the actor's", low=1)
+    megatron: MegatronConfig = key("axes")
+
+
+@dataclass(frozen=True)
+class ValSamplingConfig:
+    """How validation samples."""
+
+    temperature: float = key("0 is greedy", low=0.0)
+    top_p: float = key("probability mass kept", above=0.0, high=1.0)
+    top_k: int | None = key("tokens kept; null: all", low=1)
+    n: int = key("rollouts per prompt", low=1)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The engine that generates, and how it samples."""
+
+    name: str = key("engine", choices=("vllm",))
+    temperature: float = key("of sampling; the trainer's log-probs use it too", above=0.0)
+    top_p: float = key("probability mass kept", above=0.0, high=1.0)
+    top_k: int | None = key("tokens kept; null: all", low=1)
+    n: int = key("rollouts per prompt", low=1)
+    stop_token_ids: tuple[int, ...] = key("tokens that end a response besides the model's own")
+    ignore_eos: bool = key("go on past the end-of-sequence token")
+    gpu_memory_utilization: float = key("share of a device's memory for the engine", above=0.0, high=1.0)
+    tensor_model_parallel_size: int = key("ranks of one engine replica", low=1)
+    max_num_batched_tokens: int | None = key("tokens of one engine step; null: the engine's choice", low=1)
+    max_num_seqs: int = key("responses generated at once by a replica", low=1)
+    enforce_eager: bool = key("no CUDA graphs (always so on CPU)")
+    disable_log_stats: bool = key("silence the engine's own statistics")
+    free_cache_engine: bool = key("give the engine's memory back while training (CUDA)")
+    val_kwargs: ValSamplingConfig = key("sampling of validation")
+
+
+@dataclass(frozen=True)
+class ActorRolloutRefConfig:
+    """Actor, engine and reference share ranks."""
+
+    hybrid_engine: bool = key("training and rollout share devices; only true so far")
+    model: ModelConfig = key("model")
+    actor: ActorConfig = key("actor")
+    rollout: RolloutConfig = key("rollout")
+    ref: RefConfig = key("reference")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Rewards, computed in processes of their own."""
+
+    name: str | None = key("a registered reward for all rows; null: each row's by its data_source")
+    path: str | None = key("python file with a reward function of yours")
+    function: str = key("its name in that file")
+    num_workers: int = key("processes", low=1)
+    timeout_s: float = key("seconds a reward may take", above=0.0)
+    score_on_failure: float = key("reward of a rollout whose reward function raised, hung or returned no number")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What turns rewards into advantages."""
+
+    adv_estimator: str = key("advantage estimator")
+    norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
+    kl_free: bool = key("says that a run without any KL term is meant")
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The critic."""
+
+    enable: bool | None = key("null: where the estimator needs values")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The run."""
+
+    n_gpus_per_node: int = key("devices of a node; processes where there are none", low=1)
+    nnodes: int = key("nodes", low=1)
+    total_epochs: int = key("passes over the prompts", low=1)
+    total_training_steps: int | None = key("stop after so many steps; null: by epochs", low=1)
+    seed: int = key("of order, sampling and random weights", low=0)
+    project_name: str = key("project for trackers")
+    experiment_name: str = key("run's name for trackers")
+    logger: tuple[str, ...] = key("sinks of metrics: console, tensorboard, jsonl, wandb")
+    run_dir: str = key("folder of this run")
+    save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    val_before_train: bool = key("validate before the first step")
+    test_freq: int | None = key("steps between validations; null: at the end alone", low=1)
+    num_sampled_rollouts: int = key("rollouts shown in the table", low=0)
+    ray_dashboard: bool = key("start Ray's dashboard")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """A whole RL run."""
+
+    data: DataConfig = key("data")
+    actor_rollout_ref: ActorRolloutRefConfig = key("models")
+    critic: CriticConfig = key("critic")
+    reward: RewardConfig = key("reward")
+    algorithm: AlgorithmConfig = key("algorithm")
+    trainer: TrainerConfig = key("trainer")
+
+
+@dataclass(frozen=True)
+class SFTTrainerConfig:
+    """The run of an SFT."""
+
+    n_gpus_per_node: int = key("devices of a node; processes where there are none", low=1)
+    nnodes: int = key("nodes", low=1)
+    total_epochs: int = key("passes over the chats", low=1)
+    total_training_steps: int | None = key("stop after so many steps; null: by epochs", low=1)
+    seed: int = key("of order and random weights", low=0)
+    project_name: str = key("project for trackers")
+    experiment_name: str = key("run's name for trackers")
+    logger: tuple[str, ...] = key("sinks of metrics: console, tensorboard, jsonl, wandb")
+    run_dir: str = key("folder of this run")
+    save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    ray_dashboard: bool = key("start Ray's dashboard")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """A whole SFT run."""
+
+    data: SFTDataConfig = key("data")
+    model: ModelConfig = key("model")
+    optim: OptimConfig = key("optimizer")
+    lr_scheduler: LRSchedulerConfig = key("schedule")
+    megatron: TrainedMegatronConfig = key("axes")
+    trainer: SFTTrainerConfig = key("trainer")

@@ -1,0 +1,38 @@
+"""Publish the trainer's weights to the rollout engine: shard to shard, in memory, in place."""
+
+from __future__ import annotations
+
+import torch
+
+from megarl.errors import PublishError
+from megarl.model.name_map import megatron_shards, vllm_shards
+from megarl.parallel.reshard import Resharder, plan_reshard
+from megarl.rollout.engine import RolloutEngine
+from megarl.train.model import Model
+
+
+class Publisher:
+    """Moves the weights of ``model`` into ``engine``'s shards. All methods are collective over all ranks.
+
+    Raises PublishError where the engine's parameters aren't those of the name map.
+    """
+
+    def __init__(self, model: Model, engine: RolloutEngine, engine_tp: int) -> None:
+        self.model, self.engine = model, engine
+        shape, layout = model.spec.shape, model.spec.layout
+        ranks = range(layout.world_size)
+        sources = [megatron_shards(shape, layout, rank) for rank in ranks]
+        targets = [vllm_shards(shape, engine_tp, rank % engine_tp) for rank in ranks]
+        found = {name: tuple(p.shape) for name, p in engine.parameters().items()}
+        expected = {s.name: s.shape for s in targets[model.rank]}
+        if found != expected:
+            odd = sorted(set(found.items()) ^ set(expected.items()))
+            raise PublishError(f"the engine's parameters and the name map disagree on rank {model.rank}: {odd[:4]}")
+        dtype = next(iter(engine.parameters().values())).dtype
+        self.resharder = Resharder(plan_reshard(sources, targets), dtype=dtype)
+
+    def publish(self, policy_version: int) -> None:
+        """Copy the weights, and stamp later rollouts with ``policy_version``."""
+        device: torch.device = self.model.spec.device
+        self.resharder.run(self.model.parameters(), self.engine.parameters(), device)
+        self.engine.publish_done(policy_version)

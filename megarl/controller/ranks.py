@@ -1,0 +1,135 @@
+"""The controller's view of all ranks: it splits a Batch over data-parallel ranks and merges what they answer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megarl.algorithm.aggregate import mini_batch_totals
+from megarl.controller.worker_group import WorkerGroup
+from megarl.parallel.layout import Layout
+from megarl.plan.batch import MiniBatch, micro_batches, split_rows
+from megarl.train.actor import Metrics, OptimizerStep, PolicyLossSpec
+from megarl.types import Batch, GenerationRequest, Rollout, Sampling
+
+
+@dataclass(frozen=True)
+class RoleLayout:
+    """Where a role's data-parallel ranks are, and how many rollouts each takes in a log-prob pass."""
+
+    layout: Layout
+    log_prob_micro_batch_size: int
+
+
+class Ranks:
+    """All ranks of a run, seen as one. engine_tp: ranks of an engine replica."""
+
+    def __init__(self, group: WorkerGroup, roles: dict[str, RoleLayout], engine_tp: int = 1) -> None:
+        self.group, self.roles, self.engine_tp = group, roles, engine_tp
+        self.policy_version = -1
+
+    def publish(self) -> int:
+        """Publish the actor's weights to the engine; return the new policy_version."""
+        self.policy_version += 1
+        self._everywhere("publish", self.policy_version)
+        return self.policy_version
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
+        """Return the rollouts of every request, in order. Replicas share the requests evenly."""
+        num_replicas = self.group.world_size // self.engine_tp
+        shares = [[requests[i] for i in rows] for rows in split_rows(len(requests), num_replicas)]
+        ranks = range(self.group.world_size)
+        results = self.group.call("generate", [(shares[rank // self.engine_tp], sampling) for rank in ranks])
+        return [group for replica in range(num_replicas) for group in results[replica * self.engine_tp]]
+
+    def end_generation(self) -> None:
+        """Let the engines give their memory back for training."""
+        self._everywhere("end_generation")
+
+    def logprobs(self, role: str, batch: Batch, temperature: float) -> Tensor:
+        """Return the log-probs [B, S] of the masked tokens under a role's model."""
+        layout, size = self.roles[role].layout, self.roles[role].log_prob_micro_batch_size
+        shares = [list(rows) for rows in split_rows(len(batch), layout.dp)]
+        most = max(-(-len(rows) // size) for rows in shares)
+        # Every data-parallel rank runs as many micro-batches, so that their pipelines stay in step.
+        work = [(role, batch.rows(rows), _cut(len(rows), size, most), temperature) for rows in shares]
+        results = self.group.call("logprobs", self._by_rank(layout, work))
+        merged: Tensor = torch.cat([results[rank] for rank in layout.output_ranks()])
+        return merged
+
+    def update_actor(self, batch: Batch, plan: Sequence[MiniBatch], loss: PolicyLossSpec) -> list[Metrics]:
+        """Take the planned optimizer steps; return the metrics of each."""
+        return self._update("update_actor", batch, plan, loss)
+
+    def update_sft(self, batch: Batch, plan: Sequence[MiniBatch]) -> list[Metrics]:
+        """Take the planned optimizer steps on demonstrations; return the metrics of each."""
+        return self._update("update_sft", batch, plan)
+
+    def evaluate_sft(self, batch: Batch, plan: MiniBatch) -> Metrics:
+        """Return the loss on demonstrations without training."""
+        layout = self.roles["actor"].layout
+        work = [(local, steps[0]) for local, steps in _shares(batch, [plan], layout.dp)]
+        results = self.group.call("evaluate_sft", self._by_rank(layout, work))
+        return _merge([results[rank] for rank in layout.output_ranks()])
+
+    def export(self, out: Path) -> None:
+        """Write the actor as a Hugging Face folder."""
+        self._everywhere("export", str(out))
+
+    def shutdown(self) -> None:
+        """End all ranks."""
+        self.group.shutdown()
+
+    def _update(self, method: str, batch: Batch, plan: Sequence[MiniBatch], *extra: object) -> list[Metrics]:
+        layout = self.roles["actor"].layout
+        work = [(local, steps, *extra) for local, steps in _shares(batch, plan, layout.dp)]
+        results = self.group.call(method, self._by_rank(layout, work))
+        return [_merge([results[rank][i] for rank in layout.output_ranks()]) for i in range(len(plan))]
+
+    def _everywhere(self, method: str, *args: object) -> None:
+        self.group.call(method, [args] * self.group.world_size)
+
+    def _by_rank(self, layout: Layout, work: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
+        """Give every rank the work of its data-parallel rank."""
+        return [work[layout.coordinates(rank).dp] for rank in range(self.group.world_size)]
+
+
+def _cut(num_rows: int, size: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """Cut rows into ``count`` micro-batches: of ``size`` if that gives as many, else near-even."""
+    even = micro_batches(range(num_rows), size)
+    return even if len(even) == count else split_rows(num_rows, count)
+
+
+def _shares(batch: Batch, plan: Sequence[MiniBatch], dp_size: int) -> list[tuple[Batch, list[OptimizerStep]]]:
+    """Return for every data-parallel rank its rows of ``batch``, and the plan in terms of those."""
+    totals = [mini_batch_totals(batch.mask_BS[list(mini.rows)].sum(-1)) for mini in plan]
+    shares = []
+    for dp in range(dp_size):
+        mine = [mini.micro_batches_by_rank[dp] for mini in plan]
+        rows = sorted({row for step in mine for micro in step for row in micro})
+        local = {row: i for i, row in enumerate(rows)}
+        steps = [
+            OptimizerStep(tuple(tuple(local[row] for row in micro) for micro in step), *total)
+            for step, total in zip(mine, totals, strict=True)
+        ]
+        shares.append((batch.rows(rows), steps))
+    return shares
+
+
+def _merge(shares: Sequence[Metrics]) -> Metrics:
+    """Add up the data-parallel ranks' shares; grad_norm and lr are the same on all."""
+    merged: Metrics = defaultdict(float)
+    for share in shares:
+        for name, value in share.items():
+            merged[name] = value if name in ("grad_norm", "lr") else merged[name] + value
+    return dict(merged)
+
+
+def without(batch: Batch, *columns: str) -> Batch:
+    """Return ``batch`` without columns that the ranks don't need, so that they don't travel."""
+    return replace(batch, **dict.fromkeys(columns))

@@ -1,0 +1,138 @@
+"""The WorkerGroup on Ray: one actor a rank, on a local Ray that this module starts, or on the cluster at RAY_ADDRESS."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from megarl.controller.rank import RunSpec, join_ranks, start_worker
+from megarl.errors import WorkerError
+from megarl.parallel.environment import platform_environment, platform_name
+
+if TYPE_CHECKING:
+    from megarl.controller.worker import Worker
+
+_OBJECT_STORE_BYTES = 200_000_000
+
+
+class RankActor:
+    """The process of one rank."""
+
+    worker: Worker
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a free port on it, for the ranks to meet at."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, environment: dict[str, str], run: RunSpec) -> None:
+        """Become the rank that ``environment`` describes."""
+        os.environ.update(environment)
+        self.worker = start_worker(run, join_ranks())
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Call a method of the Worker."""
+        return getattr(self.worker, method)(*args)
+
+
+class RayGroup:
+    """One Ray actor a rank. Consecutive ranks share a node."""
+
+    def __init__(self, run: RunSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
+        self.world_size = nnodes * ranks_per_node
+        _connect(self.world_size, dashboard)
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        resources = {"CPU": float(ranks_per_node)} | (
+            {"GPU": float(ranks_per_node)} if platform_name() == "cuda" else {}
+        )
+        strategy = "STRICT_SPREAD" if nnodes > 1 else "STRICT_PACK"
+        self.placement = ray.util.placement_group([resources] * nnodes, strategy=strategy)
+        ray.get(self.placement.ready())
+        remote = ray.remote(RankActor)
+        self.actors = [
+            remote.options(
+                num_cpus=1,
+                num_gpus=1 if platform_name() == "cuda" else 0,
+                runtime_env={"env_vars": platform_environment()},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, rank // ranks_per_node),
+            ).remote()
+            for rank in range(self.world_size)
+        ]
+        host, port = self._get([self.actors[0].address.remote()])[0]
+        self._get(
+            [
+                actor.start.remote(self._environment(rank, ranks_per_node, host, port), run)
+                for rank, actor in enumerate(self.actors)
+            ]
+        )
+
+    def _environment(self, rank: int, ranks_per_node: int, host: str, port: int) -> dict[str, str]:
+        # Ray shows an actor its own GPU alone, as device 0.
+        local_rank = 0 if platform_name() == "cuda" else rank % ranks_per_node
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call ``method`` on every rank, as WorkerGroup says."""
+        return self._get([actor.call.remote(method, args) for actor, args in zip(self.actors, arguments, strict=True)])
+
+    def _get(self, pending: list[Any]) -> list[Any]:
+        """Wait for all, but raise the first failure the moment it is there: the others may wait for the dead rank."""
+        import ray
+
+        waiting = list(pending)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                raise WorkerError(f"a rank failed:\n{error}") from error
+        results: list[Any] = ray.get(pending)
+        return results
+
+    def shutdown(self) -> None:
+        """Release the engines, then end the actors and, if it was started here, Ray."""
+        self.call("shutdown", [()] * self.world_size)
+        self.abort()
+
+    def abort(self) -> None:
+        """Kill the actors and, if it was started here, Ray."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        ray.shutdown()
+
+
+def _connect(num_cpus: int, dashboard: bool) -> None:
+    """Join the cluster at RAY_ADDRESS, or start Ray on the loopback interface with a token of its own."""
+    local = "RAY_ADDRESS" not in os.environ
+    if local:  # read by ray when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not local:
+        ray.init()
+        return
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=dashboard,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=True,
+    )

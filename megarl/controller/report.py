@@ -1,0 +1,89 @@
+"""Numbers and tables about a step: what goes to the metrics, and what a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarl.algorithm.metrics import logprob_difference, masked_mean
+from megarl.monitor.console import RolloutRow
+from megarl.train.actor import Metrics
+from megarl.types import Batch, Prompt, RewardResult, Rollout
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a step, in the order of its rollouts."""
+
+    results: tuple[RewardResult, ...]
+
+    @property
+    def scores_B(self) -> Tensor:
+        """Scores as float32 [B]."""
+        return torch.tensor([r.score for r in self.results])
+
+    def metrics(self) -> Metrics:
+        """Mean, spread and what went wrong."""
+        scores = self.scores_B
+        failures = {o: sum(r.outcome == o for r in self.results) for o in ("raised", "timeout", "invalid")}
+        return {
+            "reward/mean": float(scores.mean()),
+            "reward/std": float(scores.std(unbiased=False)),
+            "reward/min": float(scores.min()),
+            "reward/max": float(scores.max()),
+            **{f"reward/num_{outcome}": float(count) for outcome, count in failures.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pass over the validation prompts. rows: some of its rollouts, the same prompts each time."""
+
+    step: int
+    reward_mean: float
+    response_tokens: float
+    num_rollouts: int
+    rows: tuple[RolloutRow, ...]
+
+    def metrics(self) -> Metrics:
+        """Return what goes to the sinks."""
+        return {"val/reward_mean": self.reward_mean, "val/response_mean_tokens": self.response_tokens}
+
+
+def update_metrics(batch: Batch, rewards: Rewards, updates: Sequence[Metrics]) -> Metrics:
+    """Return the metrics of a training step: rewards, lengths, groups, engine against trainer, means over updates."""
+    assert batch.old_logprobs_BS is not None and batch.rollout_logprobs_BS is not None
+    assert batch.advantages_BS is not None and batch.policy_version_B is not None
+    tokens_B = batch.mask_BS.sum(-1)
+    difference = logprob_difference(batch.old_logprobs_BS, batch.rollout_logprobs_BS, batch.mask_BS)
+    spread = [float(rewards.scores_B[batch.group_B == g].std(unbiased=False)) for g in batch.group_B.unique()]
+    names = sorted({name for update in updates for name in update})
+    return {
+        **rewards.metrics(),
+        "response/mean_tokens": float(tokens_B.float().mean()),
+        "response/max_tokens": float(tokens_B.max()),
+        "response/total_tokens": float(tokens_B.sum()),
+        "group/share_without_spread": sum(s == 0.0 for s in spread) / len(spread),
+        "advantage/mean_abs": masked_mean(batch.advantages_BS.abs(), batch.mask_BS),
+        "rollout_train/logprob_diff_mean": difference.mean_abs,
+        "rollout_train/logprob_diff_max": difference.max_abs,
+        "rollout_train/kl": difference.kl,
+        "rollout/policy_version": float(batch.policy_version_B.min()),
+        **{f"actor/{name}": sum(u[name] for u in updates) / len(updates) for name in names},
+        "actor/num_optimizer_steps": float(len(updates)),
+    }
+
+
+def rollout_rows(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]], rewards: Rewards, texts: Sequence[str], count: int
+) -> tuple[RolloutRow, ...]:
+    """Return the first rollout of ``count`` prompts as table rows; ``texts`` are all responses in order."""
+    rows, first = [], 0
+    for prompt, group in zip(prompts[:count], groups, strict=False):
+        score = rewards.results[first].score
+        rows.append(RolloutRow(prompt.text, texts[first], prompt.ground_truth, score))
+        first += len(group)
+    return tuple(rows)

@@ -1,0 +1,180 @@
+"""A run: everything the loop needs, and the small steps that are not the algorithm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarl.algorithm.metrics import logprob_difference
+from megarl.config.schema import PPOConfig
+from megarl.controller.ranks import Ranks
+from megarl.controller.report import Evaluation, Rewards, rollout_rows
+from megarl.data.batch import rollouts_to_batch
+from megarl.data.order import Order
+from megarl.errors import PublishError
+from megarl.monitor.console import rollouts_table
+from megarl.monitor.sinks import Tracker
+from megarl.monitor.timing import Stopwatch
+from megarl.plan.batch import BatchPlan
+from megarl.reward.pool import RewardPool
+from megarl.train.actor import Metrics, PolicyLossSpec
+from megarl.types import GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Groups = Sequence[Sequence[Rollout]]
+
+# Largest difference between the engine's and the trainer's log-prob of one token after a publish: the two compute the
+# same function in another order. Wrong weights differ by several nats.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+_NUM_CHECKED_PROMPTS, _NUM_CHECKED_TOKENS = 8, 16
+
+
+@dataclass
+class Run:
+    """An RL run after start-up."""
+
+    config: PPOConfig
+    ranks: Ranks
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: Sequence[Prompt]
+    val_prompts: Sequence[Prompt]
+    order: Order
+    batch_plan: BatchPlan
+    num_steps: int
+    rewards: RewardPool
+    tracker: Tracker
+    run_dir: Path
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def loss(self) -> PolicyLossSpec:
+        """The policy loss that the config asks for."""
+        models = self.config.actor_rollout_ref
+        actor = models.actor
+        return PolicyLossSpec(
+            clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
+            clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+            loss_agg_mode=actor.loss_agg_mode,
+            kl_coef=actor.kl_loss_coef if actor.use_kl_loss else None,
+            kl_type=actor.kl_loss_type,
+            temperature=models.rollout.temperature,
+        )
+
+    @property
+    def update_sizes(self) -> tuple[int, int, int, int, int]:
+        """Rollouts, mini-batch, micro-batch, data-parallel ranks and epochs, as ``plan_update`` takes them."""
+        plan = self.batch_plan
+        return plan.num_rollouts, plan.mini_batch_size, plan.micro_batch_size, plan.dp_size, plan.epochs
+
+    def seed(self, *parts: object) -> int:
+        """Return a seed that follows from the run's and ``parts`` alone."""
+        digest = hashlib.sha256(":".join(map(str, (self.config.trainer.seed, *parts))).encode()).digest()
+        return int.from_bytes(digest[:6], "little")
+
+    def is_due(self, every: int | None, step: int) -> bool:
+        """Whether something done every so many steps is due; the last step has its own."""
+        return every is not None and step % every == 0 and step < self.num_steps
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """Return the prompts of a step, counted from 1."""
+        return [self.train_prompts[i] for i in self.order.batch(step - 1)]
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> list[tuple[Rollout, ...]]:
+        """Return the rollouts of each prompt for training."""
+        rollout = self.config.actor_rollout_ref.rollout
+        sampling = Sampling(
+            n=rollout.n,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=self.config.data.max_response_length,
+            stop_token_ids=self._stop_token_ids(),
+            ignore_eos=rollout.ignore_eos,
+        )
+        requests = [GenerationRequest(p.token_ids, self.seed("train", step, p.uid)) for p in prompts]
+        groups = self.ranks.generate(requests, sampling)
+        self.ranks.end_generation()
+        return groups
+
+    def score(self, prompts: Sequence[Prompt], groups: Groups) -> Rewards:
+        """Return the rewards of all rollouts, in order."""
+        texts = iter(self.texts(groups))
+        requests = [
+            RewardRequest(
+                p.data_source, p.text, next(texts), p.ground_truth, {**p.extra_info, "finish_reason": r.finish_reason}
+            )
+            for p, group in zip(prompts, groups, strict=True)
+            for r in group
+        ]
+        return Rewards(tuple(self.rewards.score(requests)))
+
+    def texts(self, groups: Groups) -> list[str]:
+        """Return all responses as text, in order."""
+        ids = [list(rollout.token_ids) for group in groups for rollout in group]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def validate(self, step: int) -> Evaluation:
+        """Sample the validation prompts as ``rollout.val_kwargs`` says and score them."""
+        kwargs, data = self.config.actor_rollout_ref.rollout.val_kwargs, self.config.data
+        sampling = Sampling(
+            kwargs.n, kwargs.temperature, kwargs.top_p, kwargs.top_k, data.max_response_length, self._stop_token_ids()
+        )
+        requests = [GenerationRequest(p.token_ids, self.seed("val", p.uid)) for p in self.val_prompts]
+        groups: list[tuple[Rollout, ...]] = []
+        for start in range(0, len(requests), data.val_batch_size):
+            groups += self.ranks.generate(requests[start : start + data.val_batch_size], sampling)
+        self.ranks.end_generation()
+        rewards = self.score(self.val_prompts, groups)
+        rows = rollout_rows(
+            self.val_prompts, groups, rewards, self.texts(groups), self.config.trainer.num_sampled_rollouts
+        )
+        lengths = [len(r.token_ids) for group in groups for r in group]
+        return Evaluation(step, float(rewards.scores_B.mean()), sum(lengths) / len(lengths), len(lengths), rows)
+
+    def check_publish(self) -> None:
+        """Compare the engine's greedy tokens with the trainer's own log-probs. Raises PublishError where they differ."""
+        prompts = list(self.train_prompts[:_NUM_CHECKED_PROMPTS])
+        max_tokens = min(_NUM_CHECKED_TOKENS, self.config.data.max_response_length)
+        requests = [GenerationRequest(p.token_ids, 0) for p in prompts]
+        groups = self.ranks.generate(requests, Sampling(temperature=0.0, max_tokens=max_tokens))
+        self.ranks.end_generation()
+        batch = rollouts_to_batch([p.token_ids for p in prompts], groups)
+        assert batch.rollout_logprobs_BS is not None
+        trainer_BS = self.ranks.logprobs("actor", batch, temperature=1.0)
+        difference = logprob_difference(trainer_BS, batch.rollout_logprobs_BS, batch.mask_BS)
+        allowed = _TOLERANCE[self.config.actor_rollout_ref.model.dtype]
+        if not difference.max_abs <= allowed:
+            raise PublishError(
+                f"after publishing, the engine's greedy log-probs differ from the trainer's by up to "
+                f"{difference.max_abs:.3g} (allowed {allowed:g}): the engine doesn't run the trainer's weights"
+            )
+
+    def save(self, name: str) -> None:
+        """Write the actor under checkpoints/ as a Hugging Face folder."""
+        self.ranks.export(self.run_dir / "checkpoints" / name)
+
+    def log(self, step: int, metrics: Metrics, prompts: Sequence[Prompt], groups: Groups, rewards: Rewards) -> None:
+        """Give a step's metrics to the sinks, and its sampled rollouts to rollouts/."""
+        times = {f"time_s/{name}": seconds for name, seconds in self.stopwatch.drain().items()}
+        self.tracker.log(step, {**metrics, **times})
+        count = self.config.trainer.num_sampled_rollouts
+        rows = rollout_rows(prompts, groups, rewards, self.texts(groups), count)
+        folder = self.run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({"step": step, **vars(row)}) + "\n" for row in rows]
+        (folder / f"step_{step}.jsonl").write_text("".join(lines))
+        if rows:
+            self.tracker.show(rollouts_table(rows))
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        """Return what ends a response: the user's tokens, and the tokenizer's end of sequence unless ignored."""
+        rollout = self.config.actor_rollout_ref.rollout
+        end = self.tokenizer.eos_token_id
+        own = () if end is None or rollout.ignore_eos else (int(end),)
+        return (*rollout.stop_token_ids, *own)

@@ -1,0 +1,171 @@
+"""One rank: the models and the engine it holds a part of, and what the controller may ask of it.
+
+Imports Megatron, so ``megarl.controller.rank`` prepares the platform before it imports this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.checkpoint.hf_export import export_hf
+from megarl.config.model_shape import read_model_shape
+from megarl.config.rules import needs_reference
+from megarl.config.schema import (
+    LRSchedulerConfig,
+    MegatronConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainedMegatronConfig,
+)
+from megarl.controller.publish import Publisher
+from megarl.controller.rank import RunSpec
+from megarl.model.name_map import hf_shapes, megatron_shards
+from megarl.model.weights import RandomSource, SafetensorsSource, TensorSource
+from megarl.parallel.layout import layout_of
+from megarl.parallel.platform import Platform
+from megarl.rollout.engine import RolloutEngine
+from megarl.train.actor import Actor, Metrics, OptimizerStep, PolicyLossSpec
+from megarl.train.model import Model, ModelSpec
+from megarl.train.optimizer import OptimizerSpec
+from megarl.types import Batch, GenerationRequest, Rollout, Sampling
+
+Micros = Sequence[Sequence[int]]
+
+
+class Worker:
+    """This rank's share of a run. Every public method is called on all ranks together."""
+
+    def __init__(self, run: RunSpec, platform: Platform) -> None:
+        self.device = platform.device(int(os.environ["LOCAL_RANK"]))
+        self.folder = Path(run.model_folder)
+        self.shape = read_model_shape(run.model_folder)
+        self.ref: Model | None = None
+        self.engine: RolloutEngine | None = None
+        self.publisher: Publisher | None = None
+        if isinstance(run.config, PPOConfig):
+            self._build_ppo(run.config, run)
+        else:
+            self._build_sft(run.config, run)
+
+    def _build_ppo(self, config: PPOConfig, run: RunSpec) -> None:
+        models = config.actor_rollout_ref
+        source = self._source(models.model, config.trainer.seed)
+        spec = self._model_spec(models.model, models.actor.megatron)
+        optimizer = _optimizer_spec(models.actor.optim, models.actor.lr_scheduler, models.actor.megatron, run)
+        self.actor = Actor(spec, source, optimizer)
+        if needs_reference(config):
+            self.ref = Model(self._model_spec(models.model, models.ref.megatron), source)
+        self.engine = _build_engine(config, run.model_folder)
+        self.publisher = Publisher(self.actor, self.engine, models.rollout.tensor_model_parallel_size)
+
+    def _build_sft(self, config: SFTConfig, run: RunSpec) -> None:
+        spec = self._model_spec(config.model, config.megatron)
+        optimizer = _optimizer_spec(config.optim, config.lr_scheduler, config.megatron, run)
+        self.actor = Actor(spec, self._source(config.model, config.trainer.seed), optimizer)
+
+    def _source(self, model: ModelConfig, seed: int) -> TensorSource:
+        if model.init == "random":
+            return RandomSource(self.shape, seed)
+        return SafetensorsSource(self.folder, self.shape)
+
+    def _model_spec(self, model: ModelConfig, megatron: MegatronConfig) -> ModelSpec:
+        layout = layout_of(megatron, dist.get_world_size())
+        return ModelSpec(self.shape, layout, getattr(torch, model.dtype), self.device, model.use_remove_padding)
+
+    def publish(self, policy_version: int) -> None:
+        """Move the actor's weights into the engine."""
+        assert self.publisher is not None and self.engine is not None
+        self.engine.wake_up()
+        self.publisher.publish(policy_version)
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
+        """Generate this replica's rollouts."""
+        assert self.engine is not None
+        return self.engine.generate(requests, sampling)
+
+    def end_generation(self) -> None:
+        """Give the engine's memory back for training."""
+        assert self.engine is not None
+        self.engine.sleep()
+
+    def logprobs(self, role: str, batch: Batch, micro_batches: Micros, temperature: float) -> Tensor | None:
+        """Return the log-probs of this data-parallel rank's rows, on the rank that reports them."""
+        model = {"actor": self.actor, "ref": self.ref}[role]
+        assert model is not None
+        return model.logprobs(batch, micro_batches, temperature)
+
+    def update_actor(self, batch: Batch, steps: Sequence[OptimizerStep], loss: PolicyLossSpec) -> list[Metrics]:
+        """Take the optimizer steps of a policy update."""
+        return self.actor.update(batch, steps, loss)
+
+    def update_sft(self, batch: Batch, steps: Sequence[OptimizerStep]) -> list[Metrics]:
+        """Take optimizer steps on demonstrations."""
+        return self.actor.update_sft(batch, steps)
+
+    def evaluate_sft(self, batch: Batch, step: OptimizerStep) -> Metrics:
+        """Return the loss on demonstrations."""
+        return self.actor.evaluate_sft(batch, step)
+
+    def export(self, out: str) -> None:
+        """Write the actor as a Hugging Face folder."""
+        spec = self.actor.spec
+        export_hf(
+            Path(out),
+            template=self.folder,
+            shapes=hf_shapes(self.shape),
+            sources=[megatron_shards(self.shape, spec.layout, r) for r in range(spec.layout.world_size)],
+            parameters=self.actor.parameters(),
+            dtype=spec.dtype,
+            device=self.device,
+        )
+
+    def shutdown(self) -> None:
+        """Release the engine."""
+        if self.engine is not None:
+            self.engine.shutdown()
+
+
+def _optimizer_spec(
+    optim: OptimConfig, scheduler: LRSchedulerConfig, megatron: TrainedMegatronConfig, run: RunSpec
+) -> OptimizerSpec:
+    return OptimizerSpec(
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        betas=(optim.beta[0], optim.beta[1]),
+        eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        schedule=scheduler.type,
+        warmup_steps=scheduler.warmup_steps,
+        total_steps=run.total_optimizer_steps,
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+    )
+
+
+def _build_engine(config: PPOConfig, model_folder: str) -> RolloutEngine:
+    from megarl.rollout.vllm import VllmEngine, VllmSpec
+
+    rollout, data = config.actor_rollout_ref.rollout, config.data
+    return VllmEngine(
+        VllmSpec(
+            model_folder=model_folder,
+            dtype=config.actor_rollout_ref.model.dtype,
+            tensor_parallel_size=rollout.tensor_model_parallel_size,
+            max_model_len=data.max_prompt_length + data.max_response_length,
+            max_num_seqs=rollout.max_num_seqs,
+            max_num_batched_tokens=rollout.max_num_batched_tokens,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            enforce_eager=rollout.enforce_eager,
+            seed=config.trainer.seed,
+            disable_log_stats=rollout.disable_log_stats,
+            free_cache_engine=rollout.free_cache_engine,
+        )
+    )

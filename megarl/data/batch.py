@@ -1,0 +1,112 @@
+"""From rollouts to a Batch, and from rows of a Batch to the packed micro-batches that the model sees.
+
+Shape suffixes: B rollouts, S sequence, L positions that the model computes, N predicted tokens that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarl.types import Batch, Rollout
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences laid out for one forward pass.
+
+    tokens, positions: [1, L] packed, or [rows, L / rows] padded on the right. lengths: of the packed sequences, those
+    of the alignment padding at the end included; empty where padded. predict_N: the flat positions whose next token
+    is trained on; targets_N: that token; row_N, column_N: where it stands in the Batch.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    predict_N: Tensor
+    targets_N: Tensor
+    row_N: Tensor
+    column_N: Tensor
+
+    def column(self, values_BS: Tensor) -> Tensor:
+        """Return the values [N] of a per-token column of the Batch."""
+        return values_BS[self.row_N, self.column_N]
+
+
+def pack(batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1) -> MicroBatch:
+    """Lay out ``rows`` of ``batch`` end to end (``packed``), or each on a line of its own.
+
+    multiple: the number of positions is rounded up to it (sequence parallelism splits them evenly).
+    """
+    lengths = [int(batch.lengths_B[row]) for row in rows]
+    starts = _starts(lengths, packed, multiple)
+    size = _round_up(sum(lengths), multiple) if packed else len(rows) * _round_up(max(lengths), multiple)
+    tokens_L = torch.zeros(size, dtype=torch.int64)
+    positions_L = torch.zeros(size, dtype=torch.int64)
+    predict, targets, row_index, column_index = [], [], [], []
+    for row, length, start in zip(rows, lengths, starts, strict=True):
+        tokens_L[start : start + length] = batch.tokens_BS[row, :length]
+        positions_L[start : start + length] = torch.arange(length)
+        columns = batch.mask_BS[row, :length].nonzero()[:, 0]
+        predict.append(start + columns - 1)
+        targets.append(batch.tokens_BS[row, columns])
+        row_index.append(torch.full_like(columns, row))
+        column_index.append(columns)
+    shape = (1, size) if packed else (len(rows), -1)
+    tail = (size - sum(lengths),) if packed and size > sum(lengths) else ()
+    return MicroBatch(
+        tokens=tokens_L.view(shape),
+        positions=positions_L.view(shape),
+        lengths=(*lengths, *tail) if packed else (),
+        predict_N=torch.cat(predict),
+        targets_N=torch.cat(targets),
+        row_N=torch.cat(row_index),
+        column_N=torch.cat(column_index),
+    )
+
+
+def _starts(lengths: Sequence[int], packed: bool, multiple: int) -> list[int]:
+    """Return the flat position of each sequence's first token."""
+    if not packed:
+        return [i * _round_up(max(lengths), multiple) for i in range(len(lengths))]
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def sequences_to_batch(token_ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> Batch:
+    """Return sequences of any lengths as one right-padded Batch, each in a group of its own."""
+    lengths_B = torch.tensor([len(ids) for ids in token_ids])
+    shape = (len(token_ids), int(lengths_B.max()))
+    tokens_BS = torch.zeros(shape, dtype=torch.int64)
+    mask_BS = torch.zeros(shape, dtype=torch.bool)
+    for row, (ids, mask) in enumerate(zip(token_ids, masks, strict=True)):
+        tokens_BS[row, : len(ids)] = torch.tensor(ids)
+        mask_BS[row, : len(ids)] = torch.tensor(mask)
+    mask_BS[:, 0] = False  # nothing comes before the first token, so it has no log-prob
+    return Batch(tokens_BS, lengths_B, mask_BS, torch.arange(len(token_ids)))
+
+
+def rollouts_to_batch(prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Rollout]]) -> Batch:
+    """Return the rollouts of each prompt, group after group, as one Batch: prompts unmasked, responses masked."""
+    flat = [(list(prompt), rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
+    batch = sequences_to_batch(
+        [prompt + list(rollout.token_ids) for prompt, rollout in flat],
+        [[False] * len(prompt) + [True] * len(rollout.token_ids) for prompt, rollout in flat],
+    )
+    logprobs_BS = torch.zeros(batch.tokens_BS.shape)
+    for row, (prompt, rollout) in enumerate(flat):
+        logprobs_BS[row, len(prompt) : len(prompt) + len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+    return Batch(
+        tokens_BS=batch.tokens_BS,
+        lengths_B=batch.lengths_B,
+        mask_BS=batch.mask_BS,
+        group_B=torch.tensor([g for g, group in enumerate(groups) for _ in group]),
+        rollout_logprobs_BS=logprobs_BS,
+        policy_version_B=torch.tensor([rollout.policy_version for _, rollout in flat]),
+    )

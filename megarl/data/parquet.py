@@ -1,0 +1,88 @@
+"""Rows of parquet files, with errors that name the file, the row group and the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megarl.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it lies. index: its number in the file, from 0."""
+
+    file: str
+    row_group: int
+    index: int
+    values: Mapping[str, Any]
+
+    @property
+    def uid(self) -> str:
+        """Name the row the same way in every epoch and after every resume."""
+        return f"{self.file}:{self.index}"
+
+    def error(self, text: str) -> DataError:
+        """Return an error that says where the row is."""
+        return DataError(f"{self.file}, row group {self.row_group}, row {self.index}: {text}")
+
+
+def read_rows(files: Sequence[str], required: Mapping[str, str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield the rows of several files, one row group in memory at a time.
+
+    required: the columns that must be there, each with a phrase that tells the user where its name comes from.
+    An absent optional column is None in every row. Raises DataError before the first row of a file is yielded.
+    """
+    if not files:
+        raise DataError("no data files were given. fix: name at least one parquet file")
+    for file in files:
+        with open_parquet(file) as parquet:
+            columns = parquet.schema_arrow.names
+            for column, origin in required.items():
+                _require_column(file, column, origin, columns)
+            present = [column for column in (*required, *optional) if column in columns]
+            yield from _rows_of(file, parquet, present, [column for column in optional if column not in columns])
+
+
+def open_parquet(file: str) -> pq.ParquetFile:
+    """Open a parquet file. ``~`` is the home folder. Raises DataError if it is missing, truncated or not parquet."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        found = "is a folder, not a parquet file" if path.is_dir() else "does not exist"
+        raise DataError(f"{file} {found}. fix: correct data.train_files or data.val_files")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{file} can't be read: it is truncated or not parquet ({reason}). fix: write or copy it again")
+
+
+def _require_column(file: str, column: str, origin: str, columns: Sequence[str]) -> None:
+    if column in columns:
+        return
+    hint = nearest(column, columns)
+    raise DataError(
+        f"{file} has no column {column!r} ({origin}). its columns: {', '.join(columns)}" + (f". {hint}" if hint else "")
+    )
+
+
+def _rows_of(file: str, parquet: pq.ParquetFile, present: list[str], absent: list[str]) -> Iterator[Row]:
+    nothing = dict.fromkeys(absent)
+    index = 0
+    for group in range(parquet.num_row_groups):
+        try:
+            rows = parquet.read_row_group(group, columns=present).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from error
+        for values in rows:
+            yield Row(file, group, index, {**values, **nothing})
+            index += 1

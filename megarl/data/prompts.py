@@ -1,0 +1,110 @@
+"""The prompts of a run: read, checked, rendered and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megarl.data.chat import encode_prompt
+from megarl.data.messages import row_messages
+from megarl.data.parquet import Row, read_rows
+from megarl.errors import DataError
+from megarl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REWARD_COLUMN = "the reward needs it; `python -m megarl.data.prepare --help` lists data sets that are written with it"
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one or several files, in file order. num_overlong: how many were left out as too long."""
+
+    prompts: tuple[Prompt, ...]
+    num_overlong: int
+
+
+def load_prompts(
+    files: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_key: str,
+    max_prompt_length: int,
+    overlong: Literal["filter", "error"],
+) -> PromptSet:
+    """Read, check and tokenize the prompts of several parquet files.
+
+    prompt_key: the column with chat messages or a string. max_prompt_length: in tokens, template included. A longer
+    prompt is left out and counted (``filter``) or is an error. Raises DataError on any row that can't be used, and if
+    no prompt is left.
+    """
+    required = {
+        prompt_key: f"data.prompt_key = {prompt_key!r}",
+        "data_source": _REWARD_COLUMN,
+        "reward_model": _REWARD_COLUMN,
+    }
+    prompts: list[Prompt] = []
+    num_overlong = 0
+    for row in read_rows(files, required, optional=("extra_info",)):
+        prompt = _prompt(row, tokenizer, prompt_key)
+        if len(prompt.token_ids) <= max_prompt_length:
+            prompts.append(prompt)
+            continue
+        if overlong == "error":
+            raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
+        num_overlong += 1
+    if not prompts:
+        raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
+    return PromptSet(tuple(prompts), num_overlong)
+
+
+def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Prompt:
+    messages = row_messages(row, prompt_key)
+    try:
+        text, token_ids = encode_prompt(tokenizer, messages)
+    except DataError as error:
+        raise row.error(str(error)) from error
+    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row))
+
+
+def _data_source(row: Row) -> str:
+    value = row.values["data_source"]
+    if not isinstance(value, str) or not value:
+        raise row.error(f"data_source is {value!r}; allowed: the name of the data set, which selects its reward")
+    return value
+
+
+def _ground_truth(row: Row) -> str:
+    reward_model = row.values["reward_model"]
+    if not isinstance(reward_model, Mapping) or "ground_truth" not in reward_model:
+        raise row.error(f"reward_model is {reward_model!r}; allowed: a struct with ground_truth")
+    value = reward_model["ground_truth"]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise row.error(f"reward_model.ground_truth is {value!r}; allowed: a string or a number")
+    return str(value)
+
+
+def _extra_info(row: Row) -> Mapping[str, object]:
+    value = row.values["extra_info"]
+    if value is not None and not isinstance(value, Mapping):
+        raise row.error(f"extra_info is {value!r}; allowed: a struct, or no such column")
+    return dict(value or {})
+
+
+def _overlong_text(num_tokens: int, max_prompt_length: int) -> str:
+    return (
+        f"the prompt has {num_tokens} tokens; data.max_prompt_length = {max_prompt_length}. "
+        f"fix: raise data.max_prompt_length, or leave long prompts out"
+    )
+
+
+def _nothing_left_text(files: Sequence[str], num_overlong: int, max_prompt_length: int) -> str:
+    names = ", ".join(files)
+    if num_overlong:
+        return (
+            f"no prompt is left of {names}: all {num_overlong} are longer than "
+            f"data.max_prompt_length = {max_prompt_length} tokens. fix: raise it"
+        )
+    return f"no prompt in {names}: every file has 0 rows"

@@ -1,0 +1,71 @@
+"""Named errors. A user's mistake names the key or file, the value, what is allowed and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class MegarlError(Exception):
+    """Base of every error that a user can cause or must act on. Its text is complete without a traceback."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration.
+
+    key: dotted key as the user types it; value: what was found; allowed: what would be right; fix: what to type.
+    """
+
+    key: str
+    value: object
+    allowed: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.key} = {self.value!r}: {self.allowed}"
+        return f"{text}\n      fix: {self.fix}" if self.fix else text
+
+
+class ConfigError(MegarlError):
+    """A configuration with one or more problems, all reported together."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
+        plural = "" if len(self.problems) == 1 else "s"
+        super().__init__(f"{len(self.problems)} problem{plural} in the configuration:\n{lines}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[Problem]]]:
+        return type(self), (self.problems,)
+
+
+class ModelFolderError(MegarlError):
+    """A Hugging Face folder that can't be used: no config.json, unknown architecture, missing or truncated weights."""
+
+
+class DataError(MegarlError):
+    """A data file that can't be used: missing column, null or empty prompt, truncated file, no rows left."""
+
+
+class RewardError(MegarlError):
+    """A reward function that can't be loaded. (One that fails on a rollout is scored as configured and counted.)"""
+
+
+class ResourceError(MegarlError):
+    """The machine lacks something the run needs: ranks, shared memory, disk."""
+
+
+class PublishError(MegarlError):
+    """Weights in the rollout engine differ from the trainer's after a publish, or a parameter has no source."""
+
+
+class WorkerError(MegarlError):
+    """A rank failed or died. Carries the first traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,1 @@
+"""Hugging Face config -> Megatron model, and the one map between the names of both."""

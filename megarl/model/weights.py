@@ -1,0 +1,134 @@
+"""Where weights come from: the safetensors files of a Hugging Face folder, or a seeded random initialisation.
+
+Both answer for ranges, so that each rank reads (or draws) only what it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megarl.config.model_shape import ModelShape
+from megarl.errors import ModelFolderError
+from megarl.model.name_map import hf_shapes
+from megarl.parallel.shard import Shard
+
+
+class TensorSource(Protocol):
+    """Gives ranges of Hugging Face tensors."""
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) along ``dim`` of tensor ``name``."""
+        ...
+
+
+class SafetensorsSource:
+    """Reads ranges from ``model.safetensors`` or the files of ``model.safetensors.index.json``.
+
+    Raises ModelFolderError where files or tensors are missing, truncated or of the wrong shape.
+    """
+
+    def __init__(self, folder: str | Path, shape: ModelShape) -> None:
+        self.folder = Path(folder).expanduser()
+        self._file_of = self._index()
+        self._open: dict[Path, safe_open] = {}
+        self._check(hf_shapes(shape))
+
+    def _index(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return {name: self.folder / file for name, file in weight_map.items()}
+        single = self.folder / "model.safetensors"
+        if not single.is_file():
+            raise ModelFolderError(
+                f"{self.folder} has neither model.safetensors nor model.safetensors.index.json; "
+                "give a folder with weights, or start from config.json alone with model.init=random"
+            )
+        return dict.fromkeys(_opened(single).keys(), single)
+
+    def _handle(self, name: str) -> safe_open:
+        path = self._file_of[name]
+        if path not in self._open:
+            self._open[path] = _opened(path)
+        return self._open[path]
+
+    def _check(self, expected: Mapping[str, Sequence[int]]) -> None:
+        missing = [n for n in expected if n not in self._file_of]
+        if missing:
+            raise ModelFolderError(
+                f"{self.folder} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
+                "its config.json and its weights belong to different models, or the download is incomplete"
+            )
+        for name, size in expected.items():
+            found = tuple(self._handle(name).get_slice(name).get_shape())
+            if found != tuple(size):
+                raise ModelFolderError(
+                    f"{self._file_of[name]}: {name} has shape {found}, config.json implies {tuple(size)}"
+                )
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) along ``dim``, reading only those from the file."""
+        view = self._handle(name).get_slice(name)
+        rows: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
+        return rows
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ModelFolderError(f"{path} is named by the index but missing; complete the download") from error
+    except SafetensorError as error:
+        raise ModelFolderError(
+            f"{path} is truncated or not a safetensors file ({path.stat().st_size:,} bytes: {error}); download it again"
+        ) from error
+
+
+class RandomSource:
+    """Draws weights from config.json alone: normal(0, initializer_range), norms 1, biases 0.
+
+    Each tensor has a generator of its own, seeded by the run's seed and its name, so that the weights are the same
+    on every layout.
+    """
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        self.sizes, self.std, self.seed = hf_shapes(shape), shape.init_std, seed
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) along ``dim`` of the tensor drawn for ``name``."""
+        if self._last[0] != name:
+            self._last = (name, self._draw(name))
+        return self._last[1].narrow(dim, start, stop - start)
+
+    def _draw(self, name: str) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(self.sizes[name])
+        if name.endswith(".bias"):
+            return torch.zeros(self.sizes[name])
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(self.sizes[name], generator=generator) * self.std
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, Tensor], shards: Sequence[Shard], source: TensorSource) -> None:
+    """Fill every shard's parameter from ``source``; padding becomes zero. Raises ModelFolderError on a wrong shape."""
+    for shard in shards:
+        parameter = parameters[shard.name]
+        offset = 0
+        for seg in shard.segments:
+            view = parameter.narrow(shard.dim, offset, seg.length)
+            if seg.tensor is None:
+                view.zero_()
+            else:
+                view.copy_(source.read(seg.tensor, shard.dim, seg.start, seg.stop))
+            offset += seg.length

@@ -1,0 +1,87 @@
+"""Environment variables of the platform, and which platform this is. Imports the standard library only.
+
+torch, vLLM and OpenMP read these variables once, at import: they are set before any of the three is imported,
+so nothing here may import them, even to find out whether there is a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from megarl.errors import ConfigError, Problem
+
+PlatformName = Literal["cpu", "cuda"]
+
+OVERRIDE = "MEGARL_PLATFORM"
+
+_EVERYWHERE = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication by launch order, and warns without
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the trainer's process: weights are copied in place
+    "VLLM_LOGGING_LEVEL": "WARNING",  # at INFO every rank reports every engine setting
+    "VLLM_NO_USAGE_STATS": "1",  # a training run phones nobody
+}
+_CPU_ONLY = {
+    "OMP_NUM_THREADS": "1",  # ranks share the cores, and OpenMP's default is all cores for each of them
+    "TORCHDYNAMO_DISABLE": "1",  # compiling takes over a minute at the first generation and gains nothing at CPU sizes
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB a rank; vLLM's default is meant for one engine a machine
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # with several ranks on one NUMA node vLLM's own binding asserts
+}
+
+
+def platform_name(environ: Mapping[str, str] = os.environ) -> PlatformName:
+    """Return the platform of this process without importing torch.
+
+    ``MEGARL_PLATFORM`` decides if set. Otherwise it is ``cuda`` where torch is not a CPU build and the NVIDIA
+    driver shows a GPU that ``CUDA_VISIBLE_DEVICES`` does not hide.
+
+    Raises ConfigError if ``MEGARL_PLATFORM`` is neither ``cpu`` nor ``cuda``.
+    """
+    asked = environ.get(OVERRIDE, "")
+    if asked:
+        if asked not in get_args(PlatformName):
+            fix = f"unset {OVERRIDE}, or set it to cpu or cuda"
+            raise ConfigError([Problem(OVERRIDE, asked, "must be cpu or cuda", fix)])
+        return cast(PlatformName, asked)
+    if environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or _torch_is_cpu_build():
+        return "cpu"
+    return "cuda" if _driver_shows_gpu() else "cpu"
+
+
+def platform_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that the platform's processes need before torch and vLLM are imported.
+
+    A variable that is already set keeps its value. The result is complete: hand it to processes on other hosts.
+    """
+    defaults = _EVERYWHERE | (_CPU_ONLY if platform_name(environ) == "cpu" else {})
+    return {name: environ.get(name, value) for name, value in defaults.items()}
+
+
+def apply_environment() -> None:
+    """Set the platform's variables in this process. Call before importing torch or vLLM."""
+    os.environ.update(platform_environment())
+
+
+def _torch_is_cpu_build() -> bool:
+    # A laptop with a GPU and the CPU wheel of torch is a CPU machine to us.
+    try:
+        return metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _driver_shows_gpu() -> bool:
+    gpus = Path("/proc/driver/nvidia/gpus")
+    if gpus.is_dir():
+        return any(gpus.iterdir())
+    # Under WSL the driver has no /proc entry, only the tool.
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and "GPU" in listing.stdout

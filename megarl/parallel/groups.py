@@ -1,0 +1,75 @@
+"""Megatron's process groups, one set a role.
+
+``megatron.core.parallel_state`` keeps the groups of one model in module globals. Each role (actor, reference, ...)
+may have a layout of its own in the same ranks, so each owns a snapshot of those globals, which stands in while the
+role runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+from megarl.parallel.layout import Layout
+
+SEED = 1234
+
+
+def _globals() -> dict[str, Any]:
+    """Return a copy of parallel_state's module globals (lists and dicts copied one level deep)."""
+    state = {k: v for k, v in vars(mpu).items() if k.startswith("_") and not k.startswith("__") and not callable(v)}
+    return {k: v.copy() if isinstance(v, list | dict) else v for k, v in state.items()}
+
+
+def _put(state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(mpu, name, value)
+
+
+class ParallelGroups:
+    """The process groups and random-number states of one layout. Creating it is collective over all ranks."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.place = layout.coordinates(dist.get_rank())
+        before = _globals()
+        mpu.destroy_model_parallel()
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, order="tp-cp-ep-dp-pp"
+        )
+        model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+        self._state, self._rng = _globals(), get_cuda_rng_tracker().get_states()
+        _put(before)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Put this layout's groups in place for the duration, then the former ones back."""
+        before, rng_before = _globals(), get_cuda_rng_tracker().get_states()
+        _put(self._state)
+        get_cuda_rng_tracker().set_states(self._rng)
+        try:
+            yield
+        finally:
+            self._state, self._rng = _globals(), get_cuda_rng_tracker().get_states()
+            _put(before)
+            get_cuda_rng_tracker().set_states(rng_before)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the tokens."""
+        return self.place.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits and the loss."""
+        return self.place.pp == self.layout.pp - 1
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether this rank reports the results of its data-parallel rank."""
+        return self.is_last_stage and self.place.tp == 0

@@ -1,0 +1,165 @@
+"""Move tensors between two layouts of the same model: a pure plan, and its execution.
+
+The plan intersects, for every Hugging Face tensor, the ranges that source ranks hold with the ranges that target
+ranks need. Publishing to the rollout engine and exporting a checkpoint are both such moves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.errors import PublishError
+from megarl.parallel.shard import Shard
+
+BUCKET_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [offset, offset + length) along ``dim`` of parameter ``name`` on ``rank``."""
+
+    rank: int
+    name: str
+    dim: int
+    offset: int
+
+    def view(self, parameters: Mapping[str, Tensor], length: int) -> Tensor:
+        """Return the rows of this piece as a view."""
+        return parameters[self.name].narrow(self.dim, self.offset, length)
+
+
+@dataclass(frozen=True)
+class Move:
+    """``length`` rows from one rank's parameter to another's."""
+
+    source: Piece
+    target: Piece
+    length: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    start: int
+    stop: int
+    piece: Piece
+
+
+def plan_reshard(sources: Sequence[Sequence[Shard]], targets: Sequence[Sequence[Shard]]) -> tuple[Move, ...]:
+    """Plan the moves that fill every target shard; index of the outer sequences is the rank.
+
+    A range that several ranks hold (data-parallel replicas, replicated norms, tied embeddings) is taken from the
+    target's own rank if it is there, else from the holder that has sent least so far, so that the load spreads.
+
+    Raises PublishError where no rank holds a range that a target needs.
+    """
+    held: dict[str, list[_Held]] = defaultdict(list)
+    for rank, shards in enumerate(sources):
+        for shard in shards:
+            offset = 0
+            for seg in shard.segments:
+                if seg.tensor is not None:
+                    piece = Piece(rank, shard.name, shard.dim, offset)
+                    held[seg.tensor].append(_Held(seg.start, seg.stop, piece))
+                offset += seg.length
+    sent = [0] * len(sources)
+    moves: list[Move] = []
+    for rank, shards in enumerate(targets):
+        for shard in shards:
+            moves += _fill(rank, shard, held, sent)
+    return tuple(moves)
+
+
+def _fill(rank: int, shard: Shard, held: Mapping[str, list[_Held]], sent: list[int]) -> list[Move]:
+    """Plan the moves that fill one target shard."""
+    rows = shard.shape[shard.dim]
+    row_numel = _numel(shard.shape) // rows
+    moves, offset = [], 0
+    for seg in shard.segments:
+        position = seg.start
+        while seg.tensor is not None and position < seg.stop:
+            holders = [h for h in held.get(seg.tensor, ()) if h.start <= position < h.stop]
+            if not holders:
+                raise PublishError(f"no rank holds row {position} of {seg.tensor}, needed by {shard.name} on {rank}")
+            assert all(h.piece.dim == shard.dim for h in holders), f"{seg.tensor} is split along different dims"
+            best = min(holders, key=lambda h: (h.piece.rank != rank, sent[h.piece.rank], h.piece.rank))
+            length = min(best.stop, seg.stop) - position
+            source = Piece(best.piece.rank, best.piece.name, best.piece.dim, best.piece.offset + position - best.start)
+            target = Piece(rank, shard.name, shard.dim, offset + position - seg.start)
+            moves.append(Move(source, target, length, length * row_numel))
+            if best.piece.rank != rank:
+                sent[best.piece.rank] += length * row_numel
+            position += length
+        offset += seg.length
+    return moves
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+class Resharder:
+    """Executes one plan, again and again, between this rank's source and target parameters.
+
+    Pieces that stay on their rank are copied in place. The others travel in all-to-all exchanges of at most
+    ``bucket_bytes`` a rank, in the targets' dtype, so that the extra memory is bounded.
+    """
+
+    def __init__(self, moves: Sequence[Move], *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.rank, self.world_size, self.dtype = dist.get_rank(), dist.get_world_size(), dtype
+        self.local = [m for m in moves if m.source.rank == m.target.rank == self.rank]
+        travelling = [m for m in moves if m.source.rank != m.target.rank]
+        self.buckets = _buckets(travelling, bucket_bytes // dtype.itemsize)
+
+    @torch.no_grad()
+    def run(self, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], device: torch.device) -> None:
+        """Fill ``targets`` in place from the ``sources`` of all ranks. Every rank must call this together."""
+        for move in self.local:
+            move.target.view(targets, move.length).copy_(move.source.view(sources, move.length))
+        for bucket in self.buckets:
+            self._exchange(bucket, sources, targets, device)
+
+    def _exchange(
+        self, bucket: Sequence[Move], sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        """Carry out one all-to-all. Both ends walk the plan in the same order, so no metadata travels."""
+        outgoing = sorted((m for m in bucket if m.source.rank == self.rank), key=lambda m: m.target.rank)
+        incoming = sorted((m for m in bucket if m.target.rank == self.rank), key=lambda m: m.source.rank)
+        send_sizes, recv_sizes = [0] * self.world_size, [0] * self.world_size
+        for move in outgoing:
+            send_sizes[move.target.rank] += move.numel
+        for move in incoming:
+            recv_sizes[move.source.rank] += move.numel
+        pieces = [m.source.view(sources, m.length).to(self.dtype).reshape(-1) for m in outgoing]
+        send = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype, device=device)
+        recv = torch.empty(sum(recv_sizes), dtype=self.dtype, device=device)
+        dist.all_to_all_single(recv, send.to(device), recv_sizes, send_sizes)
+        offset = 0
+        for move in incoming:
+            view = move.target.view(targets, move.length)
+            view.copy_(recv[offset : offset + move.numel].view(view.shape))
+            offset += move.numel
+
+
+def _buckets(moves: Sequence[Move], max_numel: int) -> list[list[Move]]:
+    """Cut the moves, in plan order, into runs in which no rank sends or receives more than ``max_numel``."""
+    buckets: list[list[Move]] = []
+    load: dict[tuple[str, int], int] = defaultdict(int)
+    for move in moves:
+        ends = (("send", move.source.rank), ("receive", move.target.rank))
+        if not buckets or any(load[end] + move.numel > max_numel for end in ends):
+            buckets.append([])
+            load.clear()
+        buckets[-1].append(move)
+        for end in ends:
+            load[end] += move.numel
+    return buckets

@@ -1,0 +1,1 @@
+"""Reward functions by name, and the process pool that runs them under deadlines."""

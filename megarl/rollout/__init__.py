@@ -1,0 +1,1 @@
+"""Engines that sample responses, inside the trainer's own ranks."""

@@ -1,0 +1,62 @@
+"""What the controller's worker asks of a rollout engine. Knows no engine, so that importing it costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from megarl.types import GenerationRequest, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNPUBLISHED = -1
+"""The ``policy_version`` of an engine whose weights were never published."""
+
+
+class RolloutEngine(Protocol):
+    """One rank of an engine whose shards live in the trainer's processes.
+
+    Replica r is the consecutive ranks [r * tp, (r + 1) * tp). Every method is called by all ranks of a replica with the
+    same arguments; replicas may differ, and need not wait for each other.
+    """
+
+    @property
+    def policy_version(self) -> int:
+        """Number of the last publication, or ``UNPUBLISHED``."""
+        ...
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
+        """Return ``sampling.n`` rollouts for each request, in the order of ``requests``; the same on every rank.
+
+        A sample depends on its prompt, its request's seed and its index in the group alone: not on the other requests,
+        their order, or the replica (up to rounding, which may differ with the shape of a batch).
+        Raise ``PublishError`` before the first publication, ``DataError`` for a prompt that leaves no room to answer.
+        """
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return this rank's weight shards by the engine's names, to be written in place.
+
+        Tied weights appear once. The tensors stay the same for the engine's life, across ``sleep`` and ``wake_up``.
+        """
+        ...
+
+    def publish_done(self, policy_version: int) -> None:
+        """Make the weights just written into ``parameters()`` the policy that samples from now on.
+
+        Forgets everything that was computed with older weights and stamps ``policy_version`` on every later rollout.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Free the device memory of weights and KV cache for training. No effect where nothing can be freed."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take the memory back, before weights are published or responses generated."""
+        ...
+
+    def shutdown(self) -> None:
+        """Release what the engine holds. It can't be used afterwards."""
+        ...

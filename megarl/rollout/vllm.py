@@ -1,0 +1,198 @@
+"""A tensor-parallel vLLM in the trainer's own ranks.
+
+vLLM is imported when an engine is built, not before: the import takes ten seconds or more, and only workers need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megarl.errors import DataError, PublishError
+from megarl.parallel.environment import apply_environment, platform_name
+from megarl.rollout.engine import UNPUBLISHED
+from megarl.types import GenerationRequest, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm import LLM, RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True)
+class VllmSpec:
+    """How to build one rank of an engine.
+
+    model_folder: a Hugging Face folder, read for its config alone. dtype: ``float32`` or ``bfloat16``.
+    max_model_len: tokens of prompt and response together. max_num_batched_tokens: None leaves it to vLLM.
+    gpu_memory_utilization: share of the device's memory that weights, activations and KV cache may take.
+    kv_cache_bytes: size of this rank's KV cache instead; None on CPU is VLLM_CPU_KVCACHE_SPACE.
+    free_cache_engine: whether ``sleep`` frees memory.
+    """
+
+    model_folder: str
+    dtype: str = "bfloat16"
+    tensor_parallel_size: int = 1
+    max_model_len: int = 1536
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float = 0.6
+    enforce_eager: bool = False
+    seed: int = 0
+    disable_log_stats: bool = False
+    free_cache_engine: bool = True
+    kv_cache_bytes: int | None = None
+
+
+class VllmEngine:
+    """One rank of a vLLM replica, as ``RolloutEngine`` describes it.
+
+    ``torch.distributed`` is initialised, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, before
+    it is built; all ranks of the world build theirs together. Weights start random: they always come by publishing.
+
+    On CPU ``sleep`` and ``wake_up`` have no effect (vLLM can't free host memory), nor has ``enforce_eager``: nothing is
+    compiled there.
+    """
+
+    def __init__(self, spec: VllmSpec) -> None:
+        self._spec = spec
+        self._policy_version = UNPUBLISHED
+        self._llm = _start(spec)
+        self._can_sleep = spec.free_cache_engine and platform_name() == "cuda"
+        [model] = self._llm.apply_model(lambda model: model)
+        self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+
+    @property
+    def policy_version(self) -> int:
+        """Number of the last publication, or ``UNPUBLISHED``."""
+        return self._policy_version
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
+        """Return ``sampling.n`` rollouts for each request, in the order of ``requests``.
+
+        Log-probs are those of the distribution that was sampled from: log_softmax(logits / temperature), and after
+        top_k and top_p the kept tokens renormalised, so that dropped ones count for nothing. Greedy sampling
+        (temperature 0) ignores both and reports log_softmax(logits), as if the temperature were 1.
+        """
+        if self._policy_version == UNPUBLISHED:
+            raise PublishError("generate was called before weights were published: the engine's weights are random")
+        self._check_lengths(requests, sampling)
+        if not requests:
+            return []
+        # One vLLM request a sample: vLLM's own n refuses groups of greedy samples.
+        prompts = [{"prompt_token_ids": list(r.token_ids)} for r in requests for _ in range(sampling.n)]
+        params = [_sampling_params(sampling, sample_seed(r.seed, i)) for r in requests for i in range(sampling.n)]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        rollouts = [_rollout(output, self._policy_version) for output in outputs]
+        return [tuple(rollouts[i : i + sampling.n]) for i in range(0, len(rollouts), sampling.n)]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return this rank's weight shards by vLLM's parameter names, to be written in place; tied ones once."""
+        return dict(self._parameters)
+
+    def publish_done(self, policy_version: int) -> None:
+        """Forget the KV cache of older weights and stamp ``policy_version`` on every later rollout."""
+        if not self._llm.reset_prefix_cache():
+            raise PublishError("vLLM kept its prefix cache, so requests are still running while weights change")
+        self._policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Move the weights to host memory and drop the KV cache, on CUDA with ``free_cache_engine``."""
+        if self._can_sleep:
+            self._llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        """Bring the weights back to the addresses they had and allocate the KV cache again."""
+        if self._can_sleep:
+            self._llm.wake_up()
+
+    def shutdown(self) -> None:
+        """Release the model, the KV cache and vLLM's own groups."""
+        from vllm.distributed import destroy_model_parallel
+
+        self._parameters.clear()
+        # Not engine_core.shutdown(): it ends the default process group as well, which belongs to the trainer.
+        self._llm.llm_engine.model_executor.shutdown()
+        destroy_model_parallel()
+
+    def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
+        longest = max((len(r.token_ids) for r in requests), default=0)
+        if longest + sampling.max_tokens > self._spec.max_model_len:
+            raise DataError(
+                f"a prompt of {longest} tokens and a response of up to {sampling.max_tokens} exceed the engine's "
+                f"max_model_len = {self._spec.max_model_len}; raise it, or lower data.max_prompt_length"
+            )
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Return the seed of sample ``index`` of a request: distinct in a group, unrelated between requests.
+
+    Adding the index to the request's seed itself would give neighbouring requests the same noise. The hash is added
+    to, not hashed with, the index, because torch's CPU generator keeps 32 bits only, where hashes may collide.
+    """
+    digest = hashlib.blake2b(seed.to_bytes(16, "little", signed=True), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 2) + index
+
+
+def _start(spec: VllmSpec) -> LLM:
+    _set_environment(spec)
+    from vllm import LLM
+
+    return LLM(
+        model=spec.model_folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=spec.dtype,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        distributed_executor_backend="external_launcher",
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+        kv_cache_memory_bytes=spec.kv_cache_bytes,
+        seed=spec.seed,
+        disable_log_stats=spec.disable_log_stats,
+        logprobs_mode="processed_logprobs",
+        # Each rank schedules for itself: the ranks of a replica must decide alike, whatever their timing.
+        async_scheduling=False,
+        **_platform_arguments(spec),
+    )
+
+
+def _platform_arguments(spec: VllmSpec) -> dict[str, Any]:
+    if platform_name() == "cpu":
+        return {"worker_cls": "megarl.rollout.vllm_cpu.CpuWorker", "enforce_eager": True}
+    return {"enable_sleep_mode": spec.free_cache_engine, "enforce_eager": spec.enforce_eager}
+
+
+def _set_environment(spec: VllmSpec) -> None:
+    apply_environment()
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # seeds and log-probs are promised for the first runner's sampler
+    if spec.kv_cache_bytes is not None:
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # or vLLM would prefer it
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0 if sampling.top_k is None else sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+    )
+
+
+def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
+    [completion] = output.outputs
+    assert completion.logprobs is not None and completion.finish_reason in ("stop", "length"), completion
+    token_ids = tuple(completion.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(token_ids, completion.logprobs, strict=True))
+    return Rollout(token_ids, logprobs, completion.finish_reason, policy_version)

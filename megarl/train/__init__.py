@@ -1,0 +1,1 @@
+"""Models that train or score: actor and reference on Megatron."""

@@ -1,0 +1,117 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule around a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megarl.errors import ConfigError, Problem
+from megarl.train.model import Model
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW with decoupled weight decay (none on norms and biases, as Megatron has it), clipping and a schedule.
+
+    clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after
+    ``warmup_steps`` of linear warm-up, down to ``min_lr`` at ``total_steps``. Steps are optimizer steps.
+    """
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    clip_grad: float
+    schedule: str
+    warmup_steps: int
+    total_steps: int
+    use_distributed_optimizer: bool
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an optimizer step did. grad_norm: before clipping. lr: that was applied."""
+
+    grad_norm: float
+    lr: float
+
+
+class Optimizer:
+    """Wraps ``model`` for data-parallel training and steps it. All methods are collective over all ranks."""
+
+    def __init__(self, model: Model, spec: OptimizerSpec) -> None:
+        self.model = model
+        with model.groups.active():
+            self.ddp = _wrap(model, spec)
+            model.module = self.ddp
+            self.inner = get_megatron_optimizer(_optimizer_config(model, spec), [self.ddp])
+            self.scheduler = _scheduler(self.inner, spec)
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffers before an optimizer step's micro-batches."""
+        self.ddp.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def step(self) -> StepReport:
+        """Clip, apply the summed gradients at the schedule's next learning rate, and gather updated parameters."""
+        # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
+        self.scheduler.step(1)
+        lr = float(self.inner.param_groups[0]["lr"])
+        with self.model.groups.active():
+            _, grad_norm, _ = self.inner.step()
+        return StepReport(grad_norm=float(grad_norm), lr=lr)
+
+
+def _wrap(model: Model, spec: OptimizerSpec) -> DistributedDataParallel:
+    """Wrap in Megatron's DDP; gradients are kept and reduced in float32, and summed, not averaged."""
+    config = model.module.config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=spec.use_distributed_optimizer
+    )
+    ddp = DistributedDataParallel(config, ddp_config, model.module)
+    config.no_sync_func = ddp.no_sync
+    # Losses are normalised by the whole mini-batch already, so nothing is left to divide by.
+    config.finalize_model_grads_func = lambda chunks, *_, **__: finalize_model_grads(chunks, None)
+    return ddp
+
+
+def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=spec.lr,
+        min_lr=spec.min_lr,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.betas[0],
+        adam_beta2=spec.betas[1],
+        adam_eps=spec.eps,
+        clip_grad=spec.clip_grad,
+        bf16=model.spec.dtype == torch.bfloat16,
+        params_dtype=model.spec.dtype,
+        use_distributed_optimizer=spec.use_distributed_optimizer,
+    )
+
+
+def _scheduler(optimizer: object, spec: OptimizerSpec) -> OptimizerParamScheduler:
+    if spec.warmup_steps >= spec.total_steps:
+        allowed = f"must be less than the run's {spec.total_steps} optimizer steps"
+        raise ConfigError(
+            [Problem("lr_scheduler.warmup_steps", spec.warmup_steps, allowed, "lower it or train longer")]
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=spec.lr,
+        min_lr=spec.min_lr,
+        lr_warmup_steps=spec.warmup_steps,
+        lr_decay_steps=spec.total_steps,
+        lr_decay_style=spec.schedule,
+        start_wd=spec.weight_decay,
+        end_wd=spec.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

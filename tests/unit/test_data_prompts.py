@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from megarl.data.prompts import PromptSet, load_prompts
+from megarl.data.verbs import verbs_tokenizer
+from megarl.errors import DataError
+
+SHORT, LONG = "Tom has 8 apples", "Tom has 8 apples and loses 3. How many?"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return verbs_tokenizer()
+
+
+def row(prompt: object = SHORT, **changes: object) -> dict[str, object]:
+    standard = {"prompt": prompt, "data_source": "verbs", "reward_model": {"style": "rule", "ground_truth": "5"}}
+    return {name: value for name, value in (standard | changes).items() if value is not ...}
+
+
+def load(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *rows: dict[str, object],
+    max_prompt_length: int = 16,
+    overlong: Literal["filter", "error"] = "filter",
+) -> PromptSet:
+    path = folder / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return load_prompts(
+        [str(path)], tokenizer, prompt_key="prompt", max_prompt_length=max_prompt_length, overlong=overlong
+    )
+
+
+def test_a_prompt_carries_its_tokens_and_what_its_reward_needs(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    loaded = load(tmp_path, tokenizer, row([{"role": "user", "content": SHORT}], extra_info={"index": 3}))
+    (prompt,) = loaded.prompts
+    assert prompt.text == f"<|user|> {SHORT} <|assistant|>"
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert (prompt.uid, prompt.data_source, prompt.ground_truth) == (f"{tmp_path}/train.parquet:0", "verbs", "5")
+    assert prompt.extra_info == {"index": 3}
+
+
+def test_a_string_and_one_user_message_are_the_same_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    of_text = load(tmp_path, tokenizer, row(SHORT)).prompts[0]
+    of_messages = load(tmp_path, tokenizer, row([{"role": "user", "content": SHORT}])).prompts[0]
+    assert of_text == of_messages
+
+
+def test_several_files_are_merged_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    files = []
+    for name, verb in (("a", "wins"), ("b", "drops")):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist([row(f"Tom {verb} 1"), row(f"Tom {verb} 2")]), path)
+        files.append(str(path))
+    loaded = load_prompts(files, tokenizer, prompt_key="prompt", max_prompt_length=16, overlong="error")
+    assert [p.uid for p in loaded.prompts] == [f"{file}:{i}" for file in files for i in range(2)]
+    assert [p.text.split()[2] for p in loaded.prompts] == ["wins", "wins", "drops", "drops"]
+
+
+def test_another_column_can_hold_the_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist([row(..., question=SHORT)]), path)
+    loaded = load_prompts([str(path)], tokenizer, prompt_key="question", max_prompt_length=16, overlong="error")
+    assert SHORT in loaded.prompts[0].text
+
+
+def test_overlong_prompts_are_left_out_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    loaded = load(tmp_path, tokenizer, row(LONG), row(SHORT), row(LONG), max_prompt_length=12)
+    assert (len(loaded.prompts), loaded.num_overlong) == (1, 2)
+    assert loaded.prompts[0].uid.endswith(":1")
+
+
+def test_a_prompt_of_exactly_the_limit_is_kept(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    loaded = load(tmp_path, tokenizer, row(LONG), max_prompt_length=13)
+    assert (len(loaded.prompts[0].token_ids), loaded.num_overlong) == (13, 0)
+
+
+def test_an_overlong_prompt_is_an_error_if_that_was_asked_for(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match=r"row 1: the prompt has 13 tokens; data\.max_prompt_length = 12"):
+        load(tmp_path, tokenizer, row(SHORT), row(LONG), max_prompt_length=12, overlong="error")
+
+
+def test_a_filter_that_leaves_nothing_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"no prompt is left .* all 2 are longer than data\.max_prompt_length = 5"):
+        load(tmp_path, tokenizer, row(), row(LONG), max_prompt_length=5)
+
+
+def test_files_without_rows_are_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist([row()]).slice(0, 0), path)
+    with pytest.raises(DataError, match="0 rows"):
+        load_prompts([str(path)], tokenizer, prompt_key="prompt", max_prompt_length=16, overlong="filter")
+
+
+def test_a_number_may_be_the_ground_truth(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert load(tmp_path, tokenizer, row(reward_model={"ground_truth": 5})).prompts[0].ground_truth == "5"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data_source": ...}, "no column 'data_source'"),
+        ({"reward_model": ...}, "no column 'reward_model'"),
+        ({"data_source": None}, "row 0: data_source is None"),
+        ({"data_source": ""}, "row 0: data_source is ''"),
+        ({"reward_model": None}, "row 0: reward_model is None"),
+        ({"reward_model": {"style": "rule"}}, "a struct with ground_truth"),
+        ({"reward_model": {"ground_truth": None}}, "ground_truth is None; allowed: a string or a number"),
+        ({"reward_model": {"ground_truth": ["5"]}}, "ground_truth is ['5']; allowed: a string or a number"),
+        ({"extra_info": "x"}, "extra_info is 'x'"),
+    ],
+)
+def test_a_row_without_what_its_reward_needs_says_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, tokenizer, row(**changes))
+    assert reason in str(caught.value)
