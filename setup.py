@@ -14,7 +14,6 @@ CORE = [
     "hydra-core>=1.3.2,<1.4",
     "numpy>=2.0",
     "omegaconf>=2.3,<2.4",
-    "pebble>=5.1,<6",
     "psutil>=6",
     "pyarrow>=20",
     "pyyaml>=6",

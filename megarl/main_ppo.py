@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from megarl.config.build import build_config
 from megarl.config.compose import run_hydra
 from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import check_ppo, check_ppo_model, needs_reference, num_ranks
+from megarl.config.rules import check_ppo, check_ppo_model, check_schedule, needs_reference, num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
 
@@ -45,7 +45,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.parallel.layout import layout_of
     from megarl.plan.batch import plan_batch
     from megarl.reward.pool import RewardPool
-    from megarl.reward.registry import RewardSpec
+    from megarl.reward.registry import RewardSpec, require_functions
 
     data, actor, trainer = config.data, models.actor, config.trainer
     layout = layout_of(actor.megatron, num_ranks(config))
@@ -70,11 +70,15 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     )
     order = Order(len(train_set.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
+    check_schedule("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, num_steps * plan.num_optimizer_steps)
     log_prob_size = actor.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu
     roles = {"actor": RoleLayout(layout, log_prob_size)}
     if needs_reference(config):
         ref_size = models.ref.log_prob_micro_batch_size_per_gpu or log_prob_size
         roles["ref"] = RoleLayout(layout_of(models.ref.megatron, num_ranks(config)), ref_size)
+
+    if not config.reward.name and not config.reward.path:
+        require_functions({p.data_source for p in (*train_set.prompts, *val_set.prompts)})
 
     run_dir = create_run_dir(Path(trainer.run_dir).expanduser().absolute(), values, overrides)
     (run_dir / "plan.txt").write_text(plan.describe() + "\n")

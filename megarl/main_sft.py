@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from megarl.config.build import build_config
 from megarl.config.compose import run_hydra
 from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import check_sft, check_sft_model, num_ranks
+from megarl.config.rules import check_schedule, check_sft, check_sft_model, num_ranks
 from megarl.config.schema import SFTConfig
 from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
 
@@ -61,6 +61,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     )
     order = Order(len(train_set), size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
+    check_schedule("lr_scheduler", config.lr_scheduler, num_steps)
     run_dir = create_run_dir(Path(trainer.run_dir).expanduser().absolute(), values, overrides)
     print(f"run folder: {run_dir}\n{plan.describe()}", flush=True)
     sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))

@@ -14,6 +14,9 @@ from megarl.errors import ConfigError, MegarlError
 
 USER_ERROR, RUN_ERROR = 2, 1
 
+# Hydra composes, and leaves folders and logging alone.
+_QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
 
 def run_hydra(config_name: str, task: Callable[[dict[str, Any], Sequence[str]], None]) -> None:
     """Compose ``config_name`` with the command line and give ``task`` the resolved values and the overrides.
@@ -32,4 +35,5 @@ def run_hydra(config_name: str, task: Callable[[dict[str, Any], Sequence[str]], 
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR if isinstance(error, ConfigError) else RUN_ERROR)
 
+    sys.argv += _QUIET
     main()

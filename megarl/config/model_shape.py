@@ -57,9 +57,10 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     """
     path = Path(folder).expanduser() / "config.json"
     if not path.is_file():
+        found = "no config.json in this folder" if path.parent.is_dir() else "no such folder"
         raise ModelFolderError(
-            f"model.path = {str(folder)!r}: {'no config.json in this folder' if path.parent.is_dir() else 'no such folder'}"
-            "; give a Hugging Face model folder (config.json, tokenizer files, *.safetensors)"
+            f"model.path = {str(folder)!r}: {found}; "
+            "give a Hugging Face model folder (config.json, tokenizer files, *.safetensors)"
         )
     try:
         config = json.loads(path.read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megarl.config.model_shape import ModelShape
-from megarl.config.schema import MegatronConfig, ModelConfig, OptimConfig, PPOConfig, SFTConfig
+from megarl.config.schema import LRSchedulerConfig, MegatronConfig, ModelConfig, OptimConfig, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem, nearest
 
 KNOWN_SINKS = ("console", "tensorboard", "jsonl", "wandb")
@@ -153,6 +153,15 @@ def check_ppo(c: PPOConfig) -> None:
     problems += sinks_are_known(c.trainer.logger)
     if problems:
         raise ConfigError(problems)
+
+
+def check_schedule(key: str, scheduler: LRSchedulerConfig, total_steps: int) -> None:
+    """Raise ConfigError unless warm-up ends before the run does. total_steps: optimizer steps of the run."""
+    if scheduler.warmup_steps >= total_steps:
+        allowed = f"must be less than the run's {total_steps} optimizer steps"
+        raise ConfigError(
+            [Problem(f"{key}.warmup_steps", scheduler.warmup_steps, allowed, "lower it, or train longer")]
+        )
 
 
 def check_ppo_model(c: PPOConfig, shape: ModelShape) -> None:

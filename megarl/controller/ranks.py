@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from megarl.algorithm.aggregate import mini_batch_totals
 from megarl.controller.worker_group import WorkerGroup
 from megarl.parallel.layout import Layout
 from megarl.plan.batch import MiniBatch, micro_batches, split_rows
-from megarl.train.actor import Metrics, OptimizerStep, PolicyLossSpec
+from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
 
@@ -128,8 +128,3 @@ def _merge(shares: Sequence[Metrics]) -> Metrics:
         for name, value in share.items():
             merged[name] = value if name in ("grad_norm", "lr") else merged[name] + value
     return dict(merged)
-
-
-def without(batch: Batch, *columns: str) -> Batch:
-    """Return ``batch`` without columns that the ranks don't need, so that they don't travel."""
-    return replace(batch, **dict.fromkeys(columns))

@@ -1,4 +1,4 @@
-"""The WorkerGroup on Ray: one actor a rank, on a local Ray that this module starts, or on the cluster at RAY_ADDRESS."""
+"""The WorkerGroup on Ray: one actor a rank, on a local Ray started here or on the cluster at RAY_ADDRESS."""
 
 from __future__ import annotations
 
@@ -124,6 +124,8 @@ def _connect(num_cpus: int, dashboard: bool) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Off its platforms' name: without it Ray replaces 127.0.0.1 by an address that other machines can reach.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if not local:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.monitor.console import RolloutRow
-from megarl.train.actor import Metrics
+from megarl.train.work import Metrics
 from megarl.types import Batch, Prompt, RewardResult, Rollout
 
 

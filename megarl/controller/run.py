@@ -21,7 +21,7 @@ from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.plan.batch import BatchPlan
 from megarl.reward.pool import RewardPool
-from megarl.train.actor import Metrics, PolicyLossSpec
+from megarl.train.work import Metrics, PolicyLossSpec
 from megarl.types import GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class Run:
     def texts(self, groups: Groups) -> list[str]:
         """Return all responses as text, in order."""
         ids = [list(rollout.token_ids) for group in groups for rollout in group]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
 
     def validate(self, step: int) -> Evaluation:
         """Sample the validation prompts as ``rollout.val_kwargs`` says and score them."""
@@ -138,7 +139,7 @@ class Run:
         return Evaluation(step, float(rewards.scores_B.mean()), sum(lengths) / len(lengths), len(lengths), rows)
 
     def check_publish(self) -> None:
-        """Compare the engine's greedy tokens with the trainer's own log-probs. Raises PublishError where they differ."""
+        """Raise PublishError where the engine's greedy tokens have other log-probs than the trainer gives them."""
         prompts = list(self.train_prompts[:_NUM_CHECKED_PROMPTS])
         max_tokens = min(_NUM_CHECKED_TOKENS, self.config.data.max_response_length)
         requests = [GenerationRequest(p.token_ids, 0) for p in prompts]
@@ -169,7 +170,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         lines = [json.dumps({"step": step, **vars(row)}) + "\n" for row in rows]
         (folder / f"step_{step}.jsonl").write_text("".join(lines))
-        if rows:
+        if rows and step % self.config.trainer.show_rollouts_freq == 1 % self.config.trainer.show_rollouts_freq:
             self.tracker.show(rollouts_table(rows))
 
     def _stop_token_ids(self) -> tuple[int, ...]:

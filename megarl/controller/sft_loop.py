@@ -14,7 +14,7 @@ from megarl.data.sft import SFTExample
 from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.plan.batch import BatchPlan, MiniBatch, plan_update
-from megarl.train.actor import Metrics
+from megarl.train.work import Metrics
 from megarl.types import Batch
 
 

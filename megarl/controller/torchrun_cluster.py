@@ -56,7 +56,7 @@ class TorchrunGroup:
                 return
             try:
                 result = getattr(self.worker, method)(*args)
-            except BaseException:
+            except BaseException:  # noqa: BLE001 (reported, and the process ends)
                 print(f"rank {self.rank} failed in {method}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 os._exit(1)  # at once: a peer inside a collective must see the connection close
             self._gather(result)

@@ -32,9 +32,10 @@ from megarl.model.weights import RandomSource, SafetensorsSource, TensorSource
 from megarl.parallel.layout import layout_of
 from megarl.parallel.platform import Platform
 from megarl.rollout.engine import RolloutEngine
-from megarl.train.actor import Actor, Metrics, OptimizerStep, PolicyLossSpec
+from megarl.train.actor import Actor
 from megarl.train.model import Model, ModelSpec
 from megarl.train.optimizer import OptimizerSpec
+from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
 Micros = Sequence[Sequence[int]]

@@ -24,7 +24,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     path = Path(folder).expanduser()
     # Without this check a mistyped folder is looked up on the network, and the error tells of that.
     if folder.startswith(("/", ".", "~")) and not path.is_dir():
-        raise ModelFolderError(f"{folder} is not a folder. fix: correct actor_rollout_ref.model.path")
+        raise ModelFolderError(f"{folder} is not a folder. fix: correct the path of the model")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else folder)
     except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json

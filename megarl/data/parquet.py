@@ -54,7 +54,10 @@ def open_parquet(file: str) -> pq.ParquetFile:
     path = Path(file).expanduser()
     if not path.is_file():
         found = "is a folder, not a parquet file" if path.is_dir() else "does not exist"
-        raise DataError(f"{file} {found}. fix: correct data.train_files or data.val_files")
+        raise DataError(
+            f"{file} {found}. fix: correct data.train_files or data.val_files, or write it: "
+            "python -m megarl.data.prepare --help"
+        )
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:

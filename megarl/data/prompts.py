@@ -96,7 +96,7 @@ def _extra_info(row: Row) -> Mapping[str, object]:
 def _overlong_text(num_tokens: int, max_prompt_length: int) -> str:
     return (
         f"the prompt has {num_tokens} tokens; data.max_prompt_length = {max_prompt_length}. "
-        f"fix: raise data.max_prompt_length, or leave long prompts out"
+        f"fix: raise data.max_prompt_length, or data.overlong_prompts=filter"
     )
 
 

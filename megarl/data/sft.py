@@ -44,7 +44,7 @@ def load_sft_examples(
         elif overlong == "error":
             raise row.error(
                 f"the conversation has {len(example.token_ids)} tokens; data.max_length = {max_length}. "
-                f"fix: raise data.max_length, or leave long conversations out"
+                f"fix: raise data.max_length, or data.overlong_examples=filter"
             )
     if not examples:
         raise DataError(f"no example of {', '.join(files)} has at most data.max_length = {max_length} tokens")

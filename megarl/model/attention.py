@@ -52,20 +52,17 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Megatron sums the gradients of parameters so marked over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
-class CausalAttention(MegatronModule):  # type: ignore[misc]
+class CausalAttention(MegatronModule):
     """Causal ``core_attention`` on packed [T, N, D] or padded [S, B, N, D] tensors.
 
     Packed on CUDA in half precision: torch's fused variable-length kernel. Otherwise SDPA, over one batch per distinct
     length. Padded sequences are padded on the right, where the causal mask hides the padding from every real token.
     """
 
-    def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         if config.attention_dropout:
             raise ValueError("attention dropout is not supported: log-probs would differ between two passes")
@@ -103,8 +100,17 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, longest = packing.cu_seqlens_q, packing.max_seqlen_q
-        out: Tensor = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest,
-            scale=self.scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            scale=self.scale,
+            window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        assert isinstance(out, Tensor)
         return out

@@ -117,8 +117,8 @@ def build_model(shape: ModelShape, groups: ParallelGroups, dtype: torch.dtype, d
         rotary_base=int(shape.rope.theta),
     )
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
-    model = model.to(device)
-    return Float16Module(config, model) if dtype == torch.bfloat16 else model
+    module: torch.nn.Module = model.to(device)
+    return Float16Module(config, module) if dtype == torch.bfloat16 else module
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -140,9 +140,10 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """Return the GPTModel inside DDP and Float16Module."""
-    while not isinstance(model, GPTModel):
-        model = model.module
-    return model
+    inner: Any = model
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
 
 
 def named_parameters(model: torch.nn.Module, shape: ModelShape, layout: Layout, rank: int) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def megatron_shards(shape: ModelShape, layout: Layout, rank: int) -> tuple[Shard
     sizes = hf_shapes(shape)
     shards = []
     for entry in entries(shape):
-        if entry.stage == "embedding" and place.pp != 0 or entry.stage == "head" and place.pp != layout.pp - 1:
+        if (entry.stage == "embedding" and place.pp != 0) or (entry.stage == "head" and place.pp != layout.pp - 1):
             continue
         if shape.tied and layout.pp == 1 and entry.megatron == ("output_layer.weight",):
             continue  # the same parameter as the embedding

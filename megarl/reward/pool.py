@@ -94,7 +94,7 @@ class RewardPool:
 
     def _wait(self, results: dict[int, RewardResult], queue: deque[int]) -> None:
         """Wait for the next message or deadline, and act on every one that is due."""
-        # Taken before the wait: only a worker that is silent after its deadline is late, even if this process was stopped.
+        # Taken before the wait, so that a worker is late only if it was silent at a look after its deadline.
         now = time.monotonic()
         active = [worker for worker in self._workers if worker.active]
         patience = max(0.0, min((worker.deadline for worker in active), default=0.0) - now)
@@ -103,7 +103,7 @@ class RewardPool:
             if worker.connection in readable:
                 self._receive(slot, results, queue)
             elif worker in active and now >= worker.deadline:
-                result = RewardResult(math.nan, "timeout", f"no result after {self._timeout_s:g} s")
+                result = RewardResult(math.nan, "timeout", worker.lateness)
                 self._fail(slot, result, results, queue)
 
     def _receive(self, slot: int, results: dict[int, RewardResult], queue: deque[int]) -> None:

@@ -49,6 +49,11 @@ class WorkerProcess:
         """Tell whether a message from it is due."""
         return bool(self.pending) or not self.ready
 
+    @property
+    def lateness(self) -> str:
+        """Say what was due at the deadline."""
+        return f"no result after {self._timeout_s:g} s" if self.ready else f"not ready after {_START_LIMIT_S:g} s"
+
     def send(self, numbers: Sequence[int], requests: Sequence[RewardRequest]) -> None:
         """Give it requests. Raises OSError if it is dead."""
         self.connection.send(requests)

@@ -75,6 +75,9 @@ class VllmEngine:
         Log-probs are those of the distribution that was sampled from: log_softmax(logits / temperature), and after
         top_k and top_p the kept tokens renormalised, so that dropped ones count for nothing. Greedy sampling
         (temperature 0) ignores both and reports log_softmax(logits), as if the temperature were 1.
+
+        A response ends at ``stop_token_ids``, and unless ``ignore_eos`` at the end-of-sequence tokens that the model's
+        folder names.
         """
         if self._policy_version == UNPUBLISHED:
             raise PublishError("generate was called before weights were published: the engine's weights are random")

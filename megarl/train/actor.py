@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,37 +17,8 @@ from megarl.errors import WorkerError
 from megarl.model.weights import TensorSource
 from megarl.train.model import Loss, Model, ModelSpec, TokenScores
 from megarl.train.optimizer import Optimizer, OptimizerSpec
+from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch
-
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class PolicyLossSpec:
-    """The loss of a policy update: clipped PPO, and KL to the reference where ``kl_coef`` isn't None.
-
-    temperature: of the sampling, which the log-probs share.
-    """
-
-    clip_low: float
-    clip_high: float
-    loss_agg_mode: str
-    kl_coef: float | None
-    kl_type: str
-    temperature: float
-
-
-@dataclass(frozen=True)
-class OptimizerStep:
-    """One rank's work in one optimizer step.
-
-    micro_batches: row indices into this rank's Batch. total_tokens, total_rollouts: of the whole mini-batch, over all
-    data-parallel ranks, to normalise by.
-    """
-
-    micro_batches: tuple[tuple[int, ...], ...]
-    total_tokens: int
-    total_rollouts: int
 
 
 class Actor(Model):

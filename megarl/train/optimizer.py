@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarl.errors import ConfigError, Problem
 from megarl.train.model import Model
 
 
@@ -69,7 +69,7 @@ class Optimizer:
 
 def _wrap(model: Model, spec: OptimizerSpec) -> DistributedDataParallel:
     """Wrap in Megatron's DDP; gradients are kept and reduced in float32, and summed, not averaged."""
-    config = model.module.config
+    config: Any = model.module.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=spec.use_distributed_optimizer
     )
@@ -97,11 +97,6 @@ def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:
 
 
 def _scheduler(optimizer: object, spec: OptimizerSpec) -> OptimizerParamScheduler:
-    if spec.warmup_steps >= spec.total_steps:
-        allowed = f"must be less than the run's {spec.total_steps} optimizer steps"
-        raise ConfigError(
-            [Problem("lr_scheduler.warmup_steps", spec.warmup_steps, allowed, "lower it or train longer")]
-        )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

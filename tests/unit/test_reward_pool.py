@@ -268,15 +268,17 @@ def test_no_worker_outlives_a_parent_that_is_killed(spec: RewardSpec, state: str
     command = [sys.executable, "-c", PARENT, str(spec.path), state]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    workers = [int(word) for word in parent.stdout.readline().split()]
-    forked = int(parent.stdout.readline()) if state == "fork" else None
-    assert parent.stdout.readline() == "ready\n"
-    parent.kill()
-    parent.wait()
+    forked = None
     try:
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        forked = int(parent.stdout.readline()) if state == "fork" else None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        parent.wait()
         assert workers
         assert wait_until(lambda: not any(exists(worker) for worker in workers))
     finally:
+        parent.kill()
         if forked is not None:
             os.kill(forked, signal.SIGKILL)
         parent.stdout.close()
