@@ -23,6 +23,7 @@ class DataConfig:
     val_files: tuple[str, ...] = key("parquet files of prompts to validate on")
     train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1)
     val_batch_size: int = key("prompts of one validation pass through the engine", low=1)
+    max_val_prompts: int | None = key("validate on the first so many prompts; null: on all", low=1)
     max_prompt_length: int = key("tokens of the longest prompt", low=1)
     max_response_length: int = key("tokens of the longest response", low=1)
     train_shuffle: bool = key("whether each epoch has an order of its own")

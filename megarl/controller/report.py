@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megarl.algorithm.metrics import logprob_difference, masked_mean
-from megarl.monitor.console import RolloutRow
+from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.train.work import Metrics
 from megarl.types import Batch, Prompt, RewardResult, Rollout
 
@@ -87,3 +88,18 @@ def rollout_rows(
         rows.append(RolloutRow(prompt.text, texts[first], prompt.ground_truth, score))
         first += len(group)
     return tuple(rows)
+
+
+def final_report(before: Evaluation | None, after: Evaluation, run_dir: Path) -> str:
+    """Return sampled validation rollouts and the mean reward before and after, and where the run is."""
+    parts = []
+    for name, evaluation in (("before", before), ("after", after)):
+        if evaluation is not None and evaluation.rows:
+            table = rollouts_table(evaluation.rows)
+            parts.append(f"\nvalidation rollouts {name} training (step {evaluation.step})\n{table}")
+    parts.append(f"\nvalidation reward over {after.num_rollouts} rollouts")
+    if before is not None:
+        parts.append(f"  before training: {before.reward_mean:.3f}")
+    parts.append(f"  after {after.step} steps: {after.reward_mean:.3f}")
+    parts.append(f"run folder: {run_dir}\nmodel: {run_dir / 'checkpoints' / 'final'}")
+    return "\n".join(parts)

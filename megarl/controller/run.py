@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megarl.algorithm.metrics import logprob_difference
+from megarl.config.rules import needs_reference, num_ranks
 from megarl.config.schema import PPOConfig
-from megarl.controller.ranks import Ranks
+from megarl.controller.inputs import PPOInputs
+from megarl.controller.rank import RunSpec
+from megarl.controller.ranks import Ranks, RoleLayout
 from megarl.controller.report import Evaluation, Rewards, rollout_rows
+from megarl.controller.start import worker_group
 from megarl.data.batch import rollouts_to_batch
-from megarl.data.order import Order
 from megarl.errors import PublishError
 from megarl.monitor.console import rollouts_table
-from megarl.monitor.sinks import Tracker
+from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.plan.batch import BatchPlan
+from megarl.parallel.layout import layout_of
 from megarl.reward.pool import RewardPool
+from megarl.reward.registry import RewardSpec
 from megarl.train.work import Metrics, PolicyLossSpec
 from megarl.types import GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Groups = Sequence[Sequence[Rollout]]
 
@@ -41,16 +43,16 @@ class Run:
 
     config: PPOConfig
     ranks: Ranks
-    tokenizer: PreTrainedTokenizerBase
-    train_prompts: Sequence[Prompt]
-    val_prompts: Sequence[Prompt]
-    order: Order
-    batch_plan: BatchPlan
-    num_steps: int
+    inputs: PPOInputs
     rewards: RewardPool
     tracker: Tracker
     run_dir: Path
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.inputs.num_steps
 
     @property
     def loss(self) -> PolicyLossSpec:
@@ -69,7 +71,7 @@ class Run:
     @property
     def update_sizes(self) -> tuple[int, int, int, int, int]:
         """Rollouts, mini-batch, micro-batch, data-parallel ranks and epochs, as ``plan_update`` takes them."""
-        plan = self.batch_plan
+        plan = self.inputs.batch_plan
         return plan.num_rollouts, plan.mini_batch_size, plan.micro_batch_size, plan.dp_size, plan.epochs
 
     def seed(self, *parts: object) -> int:
@@ -83,7 +85,7 @@ class Run:
 
     def prompts(self, step: int) -> list[Prompt]:
         """Return the prompts of a step, counted from 1."""
-        return [self.train_prompts[i] for i in self.order.batch(step - 1)]
+        return [self.inputs.train_prompts[i] for i in self.inputs.order.batch(step - 1)]
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[tuple[Rollout, ...]]:
         """Return the rollouts of each prompt for training."""
@@ -117,7 +119,7 @@ class Run:
     def texts(self, groups: Groups) -> list[str]:
         """Return all responses as text, in order."""
         ids = [list(rollout.token_ids) for group in groups for rollout in group]
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts: list[str] = self.inputs.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts
 
     def validate(self, step: int) -> Evaluation:
@@ -126,21 +128,21 @@ class Run:
         sampling = Sampling(
             kwargs.n, kwargs.temperature, kwargs.top_p, kwargs.top_k, data.max_response_length, self._stop_token_ids()
         )
-        requests = [GenerationRequest(p.token_ids, self.seed("val", p.uid)) for p in self.val_prompts]
+        requests = [GenerationRequest(p.token_ids, self.seed("val", p.uid)) for p in self.inputs.val_prompts]
         groups: list[tuple[Rollout, ...]] = []
         for start in range(0, len(requests), data.val_batch_size):
             groups += self.ranks.generate(requests[start : start + data.val_batch_size], sampling)
         self.ranks.end_generation()
-        rewards = self.score(self.val_prompts, groups)
+        rewards = self.score(self.inputs.val_prompts, groups)
         rows = rollout_rows(
-            self.val_prompts, groups, rewards, self.texts(groups), self.config.trainer.num_sampled_rollouts
+            self.inputs.val_prompts, groups, rewards, self.texts(groups), self.config.trainer.num_sampled_rollouts
         )
         lengths = [len(r.token_ids) for group in groups for r in group]
         return Evaluation(step, float(rewards.scores_B.mean()), sum(lengths) / len(lengths), len(lengths), rows)
 
     def check_publish(self) -> None:
         """Raise PublishError where the engine's greedy tokens have other log-probs than the trainer gives them."""
-        prompts = list(self.train_prompts[:_NUM_CHECKED_PROMPTS])
+        prompts = list(self.inputs.train_prompts[:_NUM_CHECKED_PROMPTS])
         max_tokens = min(_NUM_CHECKED_TOKENS, self.config.data.max_response_length)
         requests = [GenerationRequest(p.token_ids, 0) for p in prompts]
         groups = self.ranks.generate(requests, Sampling(temperature=0.0, max_tokens=max_tokens))
@@ -176,6 +178,37 @@ class Run:
     def _stop_token_ids(self) -> tuple[int, ...]:
         """Return what ends a response: the user's tokens, and the tokenizer's end of sequence unless ignored."""
         rollout = self.config.actor_rollout_ref.rollout
-        end = self.tokenizer.eos_token_id
+        end = self.inputs.tokenizer.eos_token_id
         own = () if end is None or rollout.ignore_eos else (int(end),)
         return (*rollout.stop_token_ids, *own)
+
+
+@contextmanager
+def open_run(
+    config: PPOConfig, inputs: PPOInputs, model_folder: str, run_dir: Path, values: Mapping[str, Any]
+) -> Iterator[Run]:
+    """Start ranks, reward processes and sinks, and end them all afterwards. values: of the config, for the sinks."""
+    reward, trainer, rollout = config.reward, config.trainer, config.actor_rollout_ref.rollout
+    sinks, num_steps = tuple(dict.fromkeys((*trainer.logger, "jsonl"))), inputs.num_steps
+    spec = RewardSpec(reward.name, reward.path, reward.function)
+    run_spec = RunSpec(config, model_folder, inputs.num_steps * inputs.batch_plan.num_optimizer_steps)
+    with (
+        RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure) as pool,
+        worker_group(run_spec) as group,
+        open_tracker(
+            sinks, run_dir, trainer.project_name, trainer.experiment_name, values, inputs.num_steps
+        ) as tracker,
+    ):
+        ranks = Ranks(group, _roles(config), rollout.tensor_model_parallel_size)
+        yield Run(config, ranks, inputs, pool, tracker, run_dir)
+
+
+def _roles(config: PPOConfig) -> dict[str, RoleLayout]:
+    """Return the layout and the log-prob micro-batch of every role of the run."""
+    models, ranks = config.actor_rollout_ref, num_ranks(config)
+    size = models.actor.log_prob_micro_batch_size_per_gpu or models.actor.ppo_micro_batch_size_per_gpu
+    roles = {"actor": RoleLayout(layout_of(models.actor.megatron, ranks), size)}
+    if needs_reference(config):
+        ref_size = models.ref.log_prob_micro_batch_size_per_gpu or size
+        roles["ref"] = RoleLayout(layout_of(models.ref.megatron, ranks), ref_size)
+    return roles

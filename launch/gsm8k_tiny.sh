@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The real GSM8K through the whole path on two CPU cores: byte-pair tokenizer trained on it, small fresh model, SFT of
+# sixty steps, ten steps of GRPO. It proves the path, not reasoning.
+# Usage: launch/gsm8k_tiny.sh SOURCE   (SOURCE: a folder with train.jsonl and test.jsonl, or a downloaded HF copy)
+set -euo pipefail
+
+source=${1:?"usage: launch/gsm8k_tiny.sh SOURCE, a folder with GSM8K's train.jsonl and test.jsonl"}
+data=gsm8k_data
+run=outputs/gsm8k_tiny_$(date +%Y_%m_%d_%H_%M_%S)
+
+python -m megarl.data.prepare gsm8k --source "$source" --out "$data" --tiny-model
+python -m megarl.main_sft experiment=gsm8k_tiny_sft trainer.run_dir="${run}_sft"
+python -m megarl.main_ppo experiment=gsm8k_tiny trainer.run_dir="$run" \
+  actor_rollout_ref.model.path="${run}_sft/checkpoints/final" "${@:2}"

@@ -1,0 +1,108 @@
+"""What a run reads before any rank starts: tokenizer, prompts, their order, and the arithmetic of its batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from megarl.config.rules import check_schedule, num_ranks
+from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.data.chat import load_tokenizer
+from megarl.data.order import Order
+from megarl.data.prompts import load_prompts
+from megarl.data.sft import SFTExample, load_sft_examples
+from megarl.parallel.layout import layout_of
+from megarl.plan.batch import BatchPlan, plan_batch
+from megarl.reward.registry import require_functions
+from megarl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["filter", "error"]
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    """Of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: tuple[Prompt, ...]
+    val_prompts: tuple[Prompt, ...]
+    order: Order
+    batch_plan: BatchPlan
+    num_steps: int
+    num_overlong: int
+
+
+@dataclass(frozen=True)
+class SFTInputs:
+    """Of an SFT run."""
+
+    examples: tuple[SFTExample, ...]
+    val_examples: tuple[SFTExample, ...]
+    order: Order
+    batch_plan: BatchPlan
+    num_steps: int
+
+
+def read_ppo_inputs(config: PPOConfig, model_folder: str) -> PPOInputs:
+    """Read and check an RL run's inputs. Raises ConfigError, DataError and RewardError before anything starts."""
+    data, actor, trainer = config.data, config.actor_rollout_ref.actor, config.trainer
+    plan = plan_batch(
+        num_prompts=data.train_batch_size,
+        n=config.actor_rollout_ref.rollout.n,
+        mini_batch_size=actor.ppo_mini_batch_size,
+        micro_batch_size=actor.ppo_micro_batch_size_per_gpu,
+        dp_size=layout_of(actor.megatron, num_ranks(config)).dp,
+        epochs=actor.ppo_epochs,
+    )
+    tokenizer = load_tokenizer(model_folder)
+    train, val = (
+        load_prompts(
+            files,
+            tokenizer,
+            prompt_key=data.prompt_key,
+            max_prompt_length=data.max_prompt_length,
+            overlong=cast(Overlong, data.overlong_prompts),
+        )
+        for files in (data.train_files, data.val_files)
+    )
+    val_order = Order(len(val.prompts), len(val.prompts), data.val_shuffle, trainer.seed)
+    val_prompts = tuple(val.prompts[i] for i in val_order.batch(0)[: data.max_val_prompts])
+    if not config.reward.name and not config.reward.path:
+        require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
+    order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
+    num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
+    check_schedule("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, num_steps * plan.num_optimizer_steps)
+    num_overlong = train.num_overlong + val.num_overlong
+    return PPOInputs(tokenizer, train.prompts, val_prompts, order, plan, num_steps, num_overlong)
+
+
+def read_sft_inputs(config: SFTConfig, model_folder: str) -> SFTInputs:
+    """Read and check an SFT run's inputs. Raises ConfigError and DataError before anything starts."""
+    data, trainer = config.data, config.trainer
+    plan = plan_batch(
+        num_prompts=data.train_batch_size,
+        n=1,
+        mini_batch_size=data.train_batch_size,
+        micro_batch_size=data.micro_batch_size_per_gpu,
+        dp_size=layout_of(config.megatron, num_ranks(config)).dp,
+    )
+    tokenizer = load_tokenizer(model_folder)
+    train, val = (
+        load_sft_examples(
+            files,
+            tokenizer,
+            messages_key=data.messages_key,
+            max_length=data.max_length,
+            overlong=cast(Overlong, data.overlong_examples),
+        )
+        if files
+        else ()
+        for files in (data.train_files, data.val_files)
+    )
+    order = Order(len(train), data.train_batch_size, data.train_shuffle, trainer.seed)
+    num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
+    check_schedule("lr_scheduler", config.lr_scheduler, num_steps)
+    return SFTInputs(train, val, order, plan, num_steps)
