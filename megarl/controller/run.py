@@ -189,7 +189,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Start ranks, reward processes and sinks, and end them all afterwards. values: of the config, for the sinks."""
     reward, trainer, rollout = config.reward, config.trainer, config.actor_rollout_ref.rollout
-    sinks, num_steps = tuple(dict.fromkeys((*trainer.logger, "jsonl"))), inputs.num_steps
+    sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
     spec = RewardSpec(reward.name, reward.path, reward.function)
     run_spec = RunSpec(config, model_folder, inputs.num_steps * inputs.batch_plan.num_optimizer_steps)
     with (

@@ -42,7 +42,7 @@ def open_sft_run(
 ) -> Iterator[SFTRun]:
     """Start ranks and sinks, and end them afterwards. values: of the config, for the sinks."""
     trainer = config.trainer
-    sinks, num_steps = tuple(dict.fromkeys((*trainer.logger, "jsonl"))), inputs.num_steps
+    sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
     with (
         worker_group(RunSpec(config, model_folder, inputs.num_steps)) as group,
         open_tracker(
