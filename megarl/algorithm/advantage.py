@@ -1,17 +1,21 @@
-"""Advantages: how much better each token did than expected.
+"""Advantages: how much better each token did than expected. Every estimator by the name that selects it.
 
 Shape suffixes: B rollouts, S sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megarl.algorithm.group import Groups, groups_of
 from megarl.algorithm.registry import Registry
+from megarl.algorithm.returns import generalized_advantages, rewards_to_go, whitened
+from megarl.algorithm.token_rewards import on_last_token
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,24 @@ class AdvantageInputs:
     rewards_B: Tensor  # float, one score a rollout
     group_B: Tensor  # int64, rollouts of one prompt share a group
     mask_BS: Tensor  # bool, True on the tokens that are trained on
+    token_rewards_BS: Tensor | None = None  # float, see token_rewards; None: the score on the last masked token
+    values_BS: Tensor | None = None  # float, by the critic: what it expected when the token was about to be sampled
+    baseline_B: Tensor | None = None  # float, the reward of the greedy rollout of the row's prompt
 
 
 @dataclass(frozen=True)
 class AdvantageSettings:
     """Settings of all estimators; each reads its own.
 
-    norm_by_std: divide by the standard deviation of the group (grpo). epsilon: added to it, in units of reward.
+    norm_by_std: divide by the standard deviation of the group (grpo, grpo_passk). epsilon: added to it, in units of
+    reward. gamma: discount of a token's later rewards (gae, reinforce_plus_plus). lam: weight of later temporal
+    differences (gae); 1 trusts the rewards alone, 0 the critic.
     """
 
     norm_by_std: bool = True
     epsilon: float = 1e-6
+    gamma: float = 1.0
+    lam: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,74 @@ class Advantages:
     returns_BS: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What an estimator needs besides rewards.
+
+    values: a critic's. greedy_baseline: the reward of a greedy rollout of every prompt. min_group_size: the fewest
+    rollouts a prompt must have for the estimate to say anything.
+    """
+
+    values: bool = False
+    greedy_baseline: bool = False
+    min_group_size: int = 1
+
+
 class Estimator(Protocol):
     """The signature of every advantage estimator."""
 
     def __call__(self, inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages: ...
 
 
-estimators: Registry[Estimator] = Registry("algorithm.adv_estimator")
+_REWARDS_ALONE = Needs()
+_A_GROUP = Needs(min_group_size=2)
 
 
-@estimators.register("grpo")
+class EstimatorRegistry(Registry[Estimator]):
+    """Estimators by name, each with what it needs."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self._needs: dict[str, Needs] = {}
+
+    def register(self, name: str, needs: Needs = _REWARDS_ALONE) -> Callable[[Estimator], Estimator]:
+        """Enter the decorated estimator under ``name``. Raises ConfigError where the name is taken."""
+        enter = super().register(name)
+
+        def enter_with_needs(entry: Estimator) -> Estimator:
+            entered = enter(entry)
+            self._needs[name] = needs
+            return entered
+
+        return enter_with_needs
+
+    def needs(self, name: str) -> Needs:
+        """Return what the estimator called ``name`` needs. Raises ConfigError with the nearest known name."""
+        self.get(name)
+        return self._needs[name]
+
+
+estimators = EstimatorRegistry("algorithm.adv_estimator")
+
+
+@estimators.register("gae", Needs(values=True))
+def gae(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Weigh the critic's temporal differences, then whiten: A_t = sum_{k >= t} (gamma lam)^(k - t) delta_k.
+
+    delta_t = r_t + gamma V_{t+1} - V_t along the masked tokens, V = 0 after the last; returns A_t + V_t are taken
+    before whitening. Whitening is over all masked tokens of the step, as PPO implementations do. GAE,
+    arXiv:1506.02438; PPO, arXiv:1707.06347.
+    """
+    assert inputs.values_BS is not None, "gae needs the critic's values"
+    rewards_BS, mask_BS = _token_rewards(inputs), inputs.mask_BS
+    advantages_BS, returns_BS = generalized_advantages(
+        rewards_BS, inputs.values_BS, mask_BS, settings.gamma, settings.lam
+    )
+    dtype = inputs.rewards_B.dtype
+    return Advantages(whitened(advantages_BS, mask_BS).to(dtype), returns_BS.to(dtype))
+
+
+@estimators.register("grpo", _A_GROUP)
 def grpo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Normalise each reward by its group: A_i = (r_i - mean(r)) / (std(r) + epsilon), on every masked token.
 
@@ -62,44 +131,123 @@ def grpo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     ``norm_by_std`` A_i = r_i - mean(r), which Dr. GRPO wants: the std favours prompts that are nearly always right
     or wrong. DeepSeekMath, arXiv:2402.03300, section 4.1; Dr. GRPO, arXiv:2503.20783.
     """
-    deviation_B, size_B, index_B = _deviation_from_group_mean(inputs)
-    if settings.norm_by_std:
-        variance_B = _group_sum(deviation_B.square(), index_B) / (size_B - 1).clamp(min=1)
-        deviation_B = deviation_B / (variance_B.sqrt() + settings.epsilon)
-    return Advantages(_on_masked_tokens(deviation_B, inputs))
+    rewards_B, groups = _outcomes(inputs)
+    return _on_masked_tokens(_over_std(groups.deviation(rewards_B), rewards_B, groups, settings), inputs)
 
 
-@estimators.register("rloo")
+@estimators.register("rloo", _A_GROUP)
 def rloo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the mean of the others in the group: A_i = r_i - sum_{j != i} r_j / (n - 1), on every masked token.
 
     Equal to n / (n - 1) * (r_i - mean(r)), the form computed here. A group of one has no others and gives zero.
     Back to Basics, arXiv:2402.14740, section 2.2.
     """
-    deviation_B, size_B, _ = _deviation_from_group_mean(inputs)
-    return Advantages(_on_masked_tokens(deviation_B * size_B / (size_B - 1).clamp(min=1), inputs))
+    rewards_B, groups = _outcomes(inputs)
+    size_B = groups.size_B
+    return _on_masked_tokens(groups.deviation(rewards_B) * size_B / (size_B - 1).clamp(min=1), inputs)
 
 
-def _deviation_from_group_mean(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each reward minus its group's mean, its group's size, and the dense number of its group (float64, B).
+@estimators.register("remax", Needs(greedy_baseline=True))
+def remax(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Subtract the reward of the prompt's greedy rollout: A_t = sum_{k >= t} r_k - b, on every masked token.
 
-    Rewards are first shifted by the least of their group, so that equal ones cancel exactly whatever they are, and
-    float64 keeps the order of the rows out of the float32 result.
+    Without KL in the reward that is the score minus b on every token. ReMax, arXiv:2310.10505, equation 8 and
+    algorithm 2.
     """
-    rewards_B = inputs.rewards_B.double()
-    index_B = torch.unique(inputs.group_B, return_inverse=True)[1]
-    least_B = torch.zeros_like(rewards_B).scatter_reduce(0, index_B, rewards_B, "amin", include_self=False)
-    shifted_B = rewards_B - least_B[index_B]
-    size_B = _group_sum(torch.ones_like(rewards_B), index_B)
-    return shifted_B - _group_sum(shifted_B, index_B) / size_B, size_B, index_B
+    assert inputs.baseline_B is not None, "remax needs the rewards of greedy rollouts"
+    mask_BS, baseline_B1 = inputs.mask_BS, inputs.baseline_B.double().unsqueeze(1)
+    advantages_BS = rewards_to_go(_token_rewards(inputs), mask_BS, discount=1.0) - baseline_B1
+    advantages_BS = torch.where(mask_BS, advantages_BS, torch.zeros_like(advantages_BS))
+    return Advantages(advantages_BS.to(inputs.rewards_B.dtype))
 
 
-def _group_sum(values_B: Tensor, index_B: Tensor) -> Tensor:
-    """Return for each row the sum over its group. There are at most as many groups as rows."""
-    return torch.zeros_like(values_B).index_add(0, index_B, values_B)[index_B]
+@estimators.register("reinforce_plus_plus")
+def reinforce_plus_plus(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Whiten the returns over the step: G_t = sum_{k >= t} gamma^(k - t) r_k, A = (G - mean(G)) / std(G).
+
+    Mean and std are those of all masked tokens of the step, so a prompt needs one rollout alone; the KL to the
+    reference belongs into r. REINFORCE++, arXiv:2501.03262, section 3.
+    """
+    returns_BS = rewards_to_go(_token_rewards(inputs), inputs.mask_BS, settings.gamma)
+    return Advantages(whitened(returns_BS, inputs.mask_BS).to(inputs.rewards_B.dtype))
 
 
-def _on_masked_tokens(advantage_B: Tensor, inputs: AdvantageInputs) -> Tensor:
+@estimators.register("reinforce_plus_plus_baseline", _A_GROUP)
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Subtract the group's mean, then whiten over the step: A' = r_i - mean(r), A = (A' - mean(A')) / std(A').
+
+    The first mean is the group's, the others are those of all masked tokens of the step: unlike grpo's std, which
+    differs by prompt, one scale serves all. REINFORCE++, arXiv:2501.03262, its variant with a baseline.
+    """
+    rewards_B, groups = _outcomes(inputs)
+    deviation_BS = groups.deviation(rewards_B).unsqueeze(1).expand(inputs.mask_BS.shape)
+    return Advantages(whitened(deviation_BS, inputs.mask_BS).to(inputs.rewards_B.dtype))
+
+
+@estimators.register("opo", _A_GROUP)
+def opo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Subtract the baseline of least variance: A_i = r_i - sum_j l_j r_j / sum_j l_j, on every masked token.
+
+    l_j is the number of masked tokens of rollout j of the group, to which the square of its gradient is taken to be
+    proportional. OPO, arXiv:2505.23585, equation 7.
+    """
+    rewards_B, groups = _outcomes(inputs)
+    return _on_masked_tokens(groups.deviation(rewards_B, inputs.mask_BS.sum(-1).double()), inputs)
+
+
+@estimators.register("gpg", _A_GROUP)
+def gpg(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Subtract the group's mean and make up for groups without spread: A_i = B / (B - M) * (r_i - mean(r)).
+
+    Of the B rollouts of the step, M are in groups whose rewards are all equal. They have no gradient, but count in
+    the mean of the loss, which would shrink it by (B - M) / B. GPG, arXiv:2504.02546, section 2, with F_norm = 1.
+    """
+    rewards_B, groups = _outcomes(inputs)
+    num_informative = groups.has_spread(rewards_B).sum().clamp(min=1)
+    return _on_masked_tokens(groups.deviation(rewards_B) * len(rewards_B) / num_informative, inputs)
+
+
+@estimators.register("grpo_passk", _A_GROUP)
+def grpo_passk(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Credit the best of a group alone, with its lead: A_best = (r_best - r_second) / (std(r) + epsilon).
+
+    All others get zero, and so does everyone where two are best, since without either the group is as good. Without
+    ``norm_by_std`` the lead isn't divided. Pass@k training, arXiv:2503.19595.
+    """
+    rewards_B, groups = _outcomes(inputs)
+    best_B = rewards_B == groups.largest(rewards_B)
+    without_best_B = torch.where(best_B, groups.least(rewards_B), rewards_B)
+    lead_B = rewards_B - groups.largest(without_best_B)
+    is_alone_B = best_B & (groups.sum(best_B.double()) == 1)
+    # NaN is no one's best; kept, so that it shows.
+    lead_B = torch.where(is_alone_B | lead_B.isnan(), lead_B, torch.zeros_like(lead_B))
+    return _on_masked_tokens(_over_std(lead_B, rewards_B, groups, settings), inputs)
+
+
+def _token_rewards(inputs: AdvantageInputs) -> Tensor:
+    if inputs.token_rewards_BS is not None:
+        return inputs.token_rewards_BS
+    return on_last_token(inputs.rewards_B, inputs.mask_BS)
+
+
+def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Groups]:
+    """Return one reward a rollout (float64, B), the sum of those of its tokens, and the groups.
+
+    A rollout without masked tokens has its score alone. float64 keeps the order of rows out of the float32 result.
+    """
+    rewards_B, mask_BS = inputs.rewards_B.double(), inputs.mask_BS
+    if inputs.token_rewards_BS is not None:
+        tokens_BS = inputs.token_rewards_BS.double()
+        sum_B = torch.where(mask_BS, tokens_BS, torch.zeros_like(tokens_BS)).sum(-1)
+        rewards_B = torch.where(mask_BS.any(-1), sum_B, rewards_B)
+    return rewards_B, groups_of(inputs.group_B)
+
+
+def _over_std(values_B: Tensor, rewards_B: Tensor, groups: Groups, settings: AdvantageSettings) -> Tensor:
+    return values_B / (groups.std(rewards_B) + settings.epsilon) if settings.norm_by_std else values_B
+
+
+def _on_masked_tokens(advantage_B: Tensor, inputs: AdvantageInputs) -> Advantages:
     """Give every masked token the advantage of its rollout, and every other zero, in the dtype of the rewards."""
     advantage_B1 = advantage_B.to(inputs.rewards_B.dtype).unsqueeze(1)
-    return torch.where(inputs.mask_BS, advantage_B1, torch.zeros_like(advantage_B1))
+    return Advantages(torch.where(inputs.mask_BS, advantage_B1, torch.zeros_like(advantage_B1)))

@@ -55,7 +55,8 @@ def export_hf(
     """
     files = plan_files(shapes, dtype.itemsize, max_file_bytes)
     partial = out.with_name(out.name + ".partial")
-    _make_room(partial, sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize)
+    total_bytes = sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize
+    _make_room(partial, total_bytes)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dims = {seg.tensor: shard.dim for shards in sources for shard in shards for seg in shard.segments}
     for first in range(0, len(files), world_size):
@@ -69,7 +70,7 @@ def export_hf(
             save_file({n: t.cpu() for n, t in tensors.items()}, partial / name, metadata={"format": "pt"})
     dist.barrier()
     if rank == 0:
-        _write_index(partial, files)
+        _write_index(partial, files, total_bytes)
         _copy_template(template, partial, dtype)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
@@ -95,12 +96,11 @@ def _file_name(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_index(folder: Path, files: Sequence[Sequence[str]]) -> None:
+def _write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) -> None:
     if len(files) == 1:
         return
     weight_map = {name: _file_name(i, len(files)) for i, names in enumerate(files) for name in names}
-    total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / _WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -29,7 +29,7 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
         problems.append(Problem(prefix.rstrip("."), values, "must be a section with keys of its own"))
         return None
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values.keys() - fields.keys():
+    for name in (n for n in values if n not in fields):
         hint = nearest(str(name), fields)
         problems.append(
             Problem(f"{prefix}{name}", values[name], "no such key", hint or f"keys here: {', '.join(fields)}")

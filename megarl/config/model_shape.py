@@ -64,8 +64,10 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # neither JSON nor, perhaps, text
         raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelFolderError(f"{path} holds no fields: it must be a JSON object")
     return parse_model_shape(config, str(path))
 
 
@@ -86,7 +88,7 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=int(config.get("head_dim") or _default_head_dim(family, hidden, heads)),
             ffn_size=int(config["intermediate_size"]),
             vocab_size=int(config["vocab_size"]),
             max_positions=int(config["max_position_embeddings"]),
@@ -99,6 +101,13 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
         )
     except KeyError as error:
         raise ModelFolderError(f"{source} lacks the field {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ModelFolderError(f"{source} has a field that isn't the number it should be: {error}") from error
+
+
+def _default_head_dim(family: str, hidden_size: int, num_heads: int) -> int:
+    """Return what transformers takes for a head_dim that config.json doesn't name."""
+    return 128 if family == "Qwen3ForCausalLM" else hidden_size // num_heads
 
 
 def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:

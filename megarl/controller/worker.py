@@ -33,8 +33,9 @@ from megarl.parallel.layout import layout_of
 from megarl.parallel.platform import Platform
 from megarl.rollout.engine import RolloutEngine
 from megarl.train.actor import Actor
-from megarl.train.model import Model, ModelSpec
+from megarl.train.model import ModelSpec
 from megarl.train.optimizer import OptimizerSpec
+from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
@@ -48,7 +49,7 @@ class Worker:
         self.device = platform.device(int(os.environ["LOCAL_RANK"]))
         self.folder = Path(run.model_folder)
         self.shape = read_model_shape(run.model_folder)
-        self.ref: Model | None = None
+        self.ref: Policy | None = None
         self.engine: RolloutEngine | None = None
         self.publisher: Publisher | None = None
         if isinstance(run.config, PPOConfig):
@@ -63,7 +64,7 @@ class Worker:
         optimizer = _optimizer_spec(models.actor.optim, models.actor.lr_scheduler, models.actor.megatron, run)
         self.actor = Actor(spec, source, optimizer)
         if needs_reference(config):
-            self.ref = Model(self._model_spec(models.model, models.ref.megatron), source)
+            self.ref = Policy(self._model_spec(models.model, models.ref.megatron), source)
         self.engine = _build_engine(config, run.model_folder)
         self.publisher = Publisher(self.actor, self.engine, models.rollout.tensor_model_parallel_size)
 

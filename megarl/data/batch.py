@@ -39,14 +39,17 @@ class MicroBatch:
 def pack(batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1) -> MicroBatch:
     """Lay out ``rows`` of ``batch`` end to end (``packed``), or each on a line of its own.
 
-    multiple: the number of positions is rounded up to it (sequence parallelism splits them evenly).
+    multiple: the number of positions is rounded up to it (sequence parallelism splits them evenly). No rows at all, as
+    for a rank that only keeps step with the others, give one sequence of ``multiple`` padding tokens.
     """
     lengths = [int(batch.lengths_B[row]) for row in rows]
-    starts = _starts(lengths, packed, multiple)
-    size = _round_up(sum(lengths), multiple) if packed else len(rows) * _round_up(max(lengths), multiple)
+    width = _round_up(max(lengths, default=1), multiple)
+    starts = [sum(lengths[:i]) if packed else i * width for i in range(len(rows))]
+    size = _round_up(sum(lengths) or 1, multiple) if packed else max(len(rows), 1) * width
     tokens_L = torch.zeros(size, dtype=torch.int64)
     positions_L = torch.zeros(size, dtype=torch.int64)
-    predict, targets, row_index, column_index = [], [], [], []
+    none = torch.empty(0, dtype=torch.int64)
+    predict, targets, row_index, column_index = [none], [none], [none], [none]
     for row, length, start in zip(rows, lengths, starts, strict=True):
         tokens_L[start : start + length] = batch.tokens_BS[row, :length]
         positions_L[start : start + length] = torch.arange(length)
@@ -55,7 +58,7 @@ def pack(batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1) 
         targets.append(batch.tokens_BS[row, columns])
         row_index.append(torch.full_like(columns, row))
         column_index.append(columns)
-    shape = (1, size) if packed else (len(rows), -1)
+    shape = (1, size) if packed else (-1, width)
     tail = (size - sum(lengths),) if packed and size > sum(lengths) else ()
     return MicroBatch(
         tokens=tokens_L.view(shape),
@@ -66,13 +69,6 @@ def pack(batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1) 
         row_N=torch.cat(row_index),
         column_N=torch.cat(column_index),
     )
-
-
-def _starts(lengths: Sequence[int], packed: bool, multiple: int) -> list[int]:
-    """Return the flat position of each sequence's first token."""
-    if not packed:
-        return [i * _round_up(max(lengths), multiple) for i in range(len(lengths))]
-    return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
 def _round_up(value: int, multiple: int) -> int:

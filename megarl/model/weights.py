@@ -44,8 +44,7 @@ class SafetensorsSource:
     def _index(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return {name: self.folder / file for name, file in weight_map.items()}
+            return {name: self.folder / file for name, file in _weight_map(index).items()}
         single = self.folder / "model.safetensors"
         if not single.is_file():
             raise ModelFolderError(
@@ -68,17 +67,35 @@ class SafetensorsSource:
                 "its config.json and its weights belong to different models, or the download is incomplete"
             )
         for name, size in expected.items():
-            found = tuple(self._handle(name).get_slice(name).get_shape())
+            found = self._shape(name)
             if found != tuple(size):
                 raise ModelFolderError(
                     f"{self._file_of[name]}: {name} has shape {found}, config.json implies {tuple(size)}"
                 )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._handle(name).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ModelFolderError(
+                f"{self._file_of[name]} lacks {name}, which the index says it has; download the folder again"
+            ) from error
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) along ``dim``, reading only those from the file."""
         view = self._handle(name).get_slice(name)
         rows: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
         return rows
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFolderError(
+            f"{index} is truncated or not an index of safetensors files; download it again"
+        ) from error
+    return weight_map
 
 
 def _opened(path: Path) -> safe_open:
@@ -121,7 +138,7 @@ class RandomSource:
 
 @torch.no_grad()
 def fill(parameters: Mapping[str, Tensor], shards: Sequence[Shard], source: TensorSource) -> None:
-    """Fill every shard's parameter from ``source``; padding becomes zero. Raises ModelFolderError on a wrong shape."""
+    """Fill every shard's parameter from ``source``; padding becomes zero."""
     for shard in shards:
         parameter = parameters[shard.name]
         offset = 0

@@ -7,8 +7,8 @@ ranks need. Publishing to the rollout engine and exporting a checkpoint are both
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -89,7 +89,7 @@ def _fill(rank: int, shard: Shard, held: Mapping[str, list[_Held]], sent: list[i
                 raise PublishError(f"no rank holds row {position} of {seg.tensor}, needed by {shard.name} on {rank}")
             assert all(h.piece.dim == shard.dim for h in holders), f"{seg.tensor} is split along different dims"
             best = min(holders, key=lambda h: (h.piece.rank != rank, sent[h.piece.rank], h.piece.rank))
-            length = min(best.stop, seg.stop) - position
+            length = min(best.stop, seg.stop, *_own_starts(held[seg.tensor], rank, position)) - position
             source = Piece(best.piece.rank, best.piece.name, best.piece.dim, best.piece.offset + position - best.start)
             target = Piece(rank, shard.name, shard.dim, offset + position - seg.start)
             moves.append(Move(source, target, length, length * row_numel))
@@ -98,6 +98,11 @@ def _fill(rank: int, shard: Shard, held: Mapping[str, list[_Held]], sent: list[i
             position += length
         offset += seg.length
     return moves
+
+
+def _own_starts(holders: Sequence[_Held], rank: int, position: int) -> list[int]:
+    """Return where later ranges begin that the target's own rank holds: what comes from elsewhere ends there."""
+    return [h.start for h in holders if h.piece.rank == rank and h.start > position]
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -118,7 +123,7 @@ class Resharder:
         self.rank, self.world_size, self.dtype = dist.get_rank(), dist.get_world_size(), dtype
         self.local = [m for m in moves if m.source.rank == m.target.rank == self.rank]
         travelling = [m for m in moves if m.source.rank != m.target.rank]
-        self.buckets = _buckets(travelling, bucket_bytes // dtype.itemsize)
+        self.buckets = cut_into_buckets(travelling, bucket_bytes // dtype.itemsize)
 
     @torch.no_grad()
     def run(self, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], device: torch.device) -> None:
@@ -150,11 +155,14 @@ class Resharder:
             offset += move.numel
 
 
-def _buckets(moves: Sequence[Move], max_numel: int) -> list[list[Move]]:
-    """Cut the moves, in plan order, into runs in which no rank sends or receives more than ``max_numel``."""
+def cut_into_buckets(moves: Sequence[Move], max_numel: int) -> list[list[Move]]:
+    """Cut the moves, in plan order, into runs in which no rank sends or receives more than ``max_numel``.
+
+    A larger move is itself cut; a single row that is larger travels alone.
+    """
     buckets: list[list[Move]] = []
     load: dict[tuple[str, int], int] = defaultdict(int)
-    for move in moves:
+    for move in (part for whole in moves for part in _parts(whole, max_numel)):
         ends = (("send", move.source.rank), ("receive", move.target.rank))
         if not buckets or any(load[end] + move.numel > max_numel for end in ends):
             buckets.append([])
@@ -163,3 +171,14 @@ def _buckets(moves: Sequence[Move], max_numel: int) -> list[list[Move]]:
         for end in ends:
             load[end] += move.numel
     return buckets
+
+
+def _parts(move: Move, max_numel: int) -> Iterator[Move]:
+    """Yield a move in parts of at most ``max_numel``, and of one row at least."""
+    row_numel = move.numel // move.length
+    step = max(1, max_numel // row_numel)
+    for first in range(0, move.length, step):
+        length = min(step, move.length - first)
+        source = replace(move.source, offset=move.source.offset + first)
+        target = replace(move.target, offset=move.target.offset + first)
+        yield Move(source, target, length, length * row_numel)

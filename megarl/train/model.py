@@ -1,7 +1,4 @@
-"""A Megatron model in its own process groups, and the pipelined pass over micro-batches that every role shares.
-
-Shape suffixes: B rollouts, S sequence, N predicted tokens that count, V this rank's slice of the vocabulary.
-"""
+"""A Megatron model in its own process groups, and the pipelined pass over micro-batches that every role shares."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -23,10 +19,12 @@ from megarl.model.build import build_model, load_weights, named_parameters
 from megarl.model.weights import TensorSource
 from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout
-from megarl.parallel.vocab import vocab_parallel_logprobs
 from megarl.types import Batch
 
 R = TypeVar("R")
+
+# Turns a micro-batch and the last stage's output [.., L, width] into a loss and whatever the caller wants to keep.
+Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, R]]
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,6 @@ class ModelSpec:
     dtype: torch.dtype
     device: torch.device
     packed: bool = True
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """Of every predicted token that counts: its log-prob, and the entropy of the distribution it was drawn from."""
-
-    logprobs_N: Tensor
-    entropy_N: Tensor
-
-
-Loss = Callable[[MicroBatch, TokenScores], tuple[Tensor, R]]
 
 
 class Model:
@@ -66,33 +53,8 @@ class Model:
         """Return this rank's parameters by the name map's names."""
         return named_parameters(self.module, self.spec.shape, self.spec.layout, self.rank)
 
-    def logprobs(self, batch: Batch, micro_batches: Sequence[Sequence[int]], temperature: float) -> Tensor | None:
-        """Return log-probs [B, S] of the masked tokens on the ranks that report results, else None.
-
-        They are of softmax(logits / temperature), the distribution that the engine samples from.
-        """
-
-        def keep(micro: MicroBatch, scores: TokenScores) -> tuple[Tensor, tuple[MicroBatch, Tensor]]:
-            return scores.logprobs_N.sum(), (micro, scores.logprobs_N)
-
-        self.module.eval()
-        with torch.no_grad():
-            results = self.run(batch, micro_batches, keep, temperature=temperature, forward_only=True)
-        if not self.groups.is_output_rank:
-            return None
-        logprobs_BS = torch.zeros(batch.tokens_BS.shape)
-        for micro, logprobs_N in results:
-            logprobs_BS[micro.row_N, micro.column_N] = logprobs_N.cpu()
-        return logprobs_BS
-
     def run(
-        self,
-        batch: Batch,
-        micro_batches: Sequence[Sequence[int]],
-        loss: Loss[R],
-        *,
-        temperature: float = 1.0,
-        forward_only: bool,
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], loss: Loss[R], *, forward_only: bool
     ) -> list[R]:
         """Run Megatron's pipeline schedule over micro-batches; return what ``loss`` told of each, on the last stage.
 
@@ -102,7 +64,7 @@ class Model:
         micros = [pack(batch, rows, packed=self.spec.packed, multiple=multiple) for rows in micro_batches]
         with self.groups.active():
             results: list[R] = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, loss, temperature),
+                forward_step_func=partial(self._forward_step, loss),
                 data_iterator=iter(micros),
                 model=self.module,
                 num_microbatches=len(micros),
@@ -113,28 +75,38 @@ class Model:
             )
         return results
 
-    def _forward_step(
-        self, loss: Loss[R], temperature: float, data: Any, module: torch.nn.Module
-    ) -> tuple[Tensor, Any]:
-        """Run this stage on the next micro-batch, and say how to turn logits into a loss. (Megatron's interface.)"""
+    def score_tokens(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], score: Callable[[MicroBatch, Tensor], Tensor]
+    ) -> Tensor | None:
+        """Return one number for each masked token, as float32 [B, S], on the ranks that report results, else None.
+
+        score: turns a micro-batch and the last stage's output into the numbers [N] of its predicted tokens.
+        """
+
+        def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, tuple[MicroBatch, Tensor]]:
+            scores_N = score(micro, output)
+            return scores_N.sum(), (micro, scores_N)
+
+        self.module.eval()
+        with torch.no_grad():
+            results = self.run(batch, micro_batches, keep, forward_only=True)
+        if not self.groups.is_output_rank:
+            return None
+        scores_BS = torch.zeros(batch.tokens_BS.shape)
+        for micro, scores_N in results:
+            scores_BS[micro.row_N, micro.column_N] = scores_N.cpu()
+        return scores_BS
+
+    def _forward_step(self, loss: Loss[R], data: Any, module: torch.nn.Module) -> tuple[Tensor, Any]:
+        """Run this stage on the next micro-batch and say how to turn its output into a loss, as Megatron wants it."""
         micro: MicroBatch = next(data)
         device = self.spec.device
         packing = describe_packing(list(micro.lengths), device) if micro.lengths else None
         output = module(micro.tokens.to(device), micro.positions.to(device), None, packed_seq_params=packing)
-        return output, partial(self._loss, loss, micro, temperature)
+        return output, partial(_with_token_count, loss, micro)
 
-    def _loss(self, loss: Loss[R], micro: MicroBatch, temperature: float, logits: Tensor) -> tuple[Tensor, Tensor, R]:
-        value, result = loss(micro, self._scores(micro, temperature, logits))
-        # Megatron sums the token counts to normalise by; ours are in the loss already.
-        return value, torch.tensor(0, dtype=torch.int, device=value.device), result
 
-    def _scores(self, micro: MicroBatch, temperature: float, logits: Tensor) -> TokenScores:
-        """Return log-probs and entropies of the tokens that count from this rank's slice of the logits [.., V]."""
-        logits_NV = logits.flatten(0, -2)[micro.predict_N.to(logits.device)]
-        logprobs_N, entropy_N = vocab_parallel_logprobs(
-            logits_NV if temperature == 1.0 else logits_NV / temperature,
-            micro.targets_N.to(logits.device),
-            group=mpu.get_tensor_model_parallel_group(),
-            vocab_size=self.spec.shape.vocab_size,
-        )
-        return TokenScores(logprobs_N, entropy_N)
+def _with_token_count(loss: Loss[R], micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, R]:
+    """Answer as Megatron's schedule wants. It sums the counts to normalise by; ours are in the loss already."""
+    value, result = loss(micro, output)
+    return value, torch.tensor(0, dtype=torch.int, device=value.device), result

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +12,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
-from megarl.train.model import Model
+from megarl.errors import WorkerError
+from megarl.train.model import Loss, Model
+from megarl.train.work import Metrics, OptimizerStep
+from megarl.types import Batch
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,6 @@ class OptimizerSpec:
     use_distributed_optimizer: bool
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What an optimizer step did. grad_norm: before clipping. lr: that was applied."""
-
-    grad_norm: float
-    lr: float
-
-
 class Optimizer:
     """Wraps ``model`` for data-parallel training and steps it. All methods are collective over all ranks."""
 
@@ -52,19 +51,41 @@ class Optimizer:
             self.inner = get_megatron_optimizer(_optimizer_config(model, spec), [self.ddp])
             self.scheduler = _scheduler(self.inner, spec)
 
-    def zero_grad(self) -> None:
-        """Clear the gradient buffers before an optimizer step's micro-batches."""
+    def train(self, batch: Batch, step: OptimizerStep, loss: Loss[dict[str, Tensor]]) -> Metrics:
+        """Take one optimizer step on the sum of ``loss`` over micro-batches and data-parallel ranks.
+
+        Return the sum of what ``loss`` told over this rank's micro-batches, with grad_norm (before clipping) and lr.
+        Raises WorkerError where the gradient isn't finite: the weights in memory are lost then, saved ones aren't.
+        """
+        self.model.module.train()
         self.ddp.zero_grad_buffer()
         self.inner.zero_grad()
-
-    def step(self) -> StepReport:
-        """Clip, apply the summed gradients at the schedule's next learning rate, and gather updated parameters."""
+        metrics = summed(self.model.run(batch, step.micro_batches, loss, forward_only=False))
         # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
         self.scheduler.step(1)
         lr = float(self.inner.param_groups[0]["lr"])
         with self.model.groups.active():
             _, grad_norm, _ = self.inner.step()
-        return StepReport(grad_norm=float(grad_norm), lr=lr)
+        if not math.isfinite(grad_norm):
+            raise WorkerError(
+                f"the gradient norm is {grad_norm}: the update destroyed the weights in memory. Lower optim.lr, raise "
+                "lr_scheduler.warmup_steps, or look for non-finite rewards and log-probs in metrics.jsonl"
+            )
+        return metrics | {"grad_norm": float(grad_norm), "lr": lr}
+
+
+def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies without a graph: Megatron scales the loss tensor in place."""
+    return {name: value.detach().clone() for name, value in metrics.items()}
+
+
+def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
+    """Add up what the micro-batches told; empty on ranks that aren't on the last stage."""
+    sums: dict[str, float] = defaultdict(float)
+    for result in results:
+        for name, value in result.items():
+            sums[name] += float(value)
+    return dict(sums)
 
 
 def _wrap(model: Model, spec: OptimizerSpec) -> DistributedDataParallel:
