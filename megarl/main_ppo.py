@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from megarl.config.algorithm_rules import needs_critic
 from megarl.config.build import build_config
 from megarl.config.compose import run_hydra
 from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import check_ppo, check_ppo_model
+from megarl.config.rules import check_critic_model, check_ppo, check_ppo_model
 from megarl.config.schema import PPOConfig
 from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
 
@@ -26,23 +27,36 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     check_ppo(config)
     check_world_size(config)
     model_folder = resolve_model_folder(cast(str, config.actor_rollout_ref.model.path))
-    check_ppo_model(config, read_model_shape(model_folder))
+    shape = read_model_shape(model_folder)
+    check_ppo_model(config, shape)
+    critic_folder = None
+    if needs_critic(config):
+        critic_folder = resolve_model_folder(cast(str, config.critic.model.path))
+        check_critic_model(config, read_model_shape(critic_folder), shape.vocab_size)
 
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.inputs import read_ppo_inputs
     from megarl.controller.loop import train
+    from megarl.controller.rank import RunSpec
     from megarl.controller.report import final_report
     from megarl.controller.run import open_run
     from megarl.monitor.rundir import create_run_dir
 
     inputs = read_ppo_inputs(config, model_folder)
-    plan = inputs.batch_plan.describe()
+    plan = inputs.describe()
     run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
     (run_dir / "plan.txt").write_text(plan + "\n")
     print(f"run folder: {run_dir}\n{plan}", flush=True)
     if inputs.num_overlong:
         print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
-    with open_run(config, inputs, model_folder, run_dir, values) as run:
+    ranks = RunSpec(
+        config,
+        model_folder,
+        inputs.actor_optimizer_steps(config),
+        critic_folder,
+        inputs.critic_optimizer_steps(),
+    )
+    with open_run(config, inputs, ranks, run_dir, values) as run:
         before, after = train(run)
     print(final_report(before, after, run_dir), flush=True)
 

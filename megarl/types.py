@@ -30,7 +30,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample responses. ``top_k`` None keeps all tokens. ``temperature`` 0 is greedy."""
+    """How to sample responses. ``top_k`` None keeps all tokens. ``temperature`` 0 is greedy.
+
+    with_greedy: append to the n rollouts of each prompt one that is greedy.
+    """
 
     n: int = 1
     temperature: float = 1.0
@@ -39,6 +42,7 @@ class Sampling:
     max_tokens: int = 16
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    with_greedy: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class Batch:
     rollout_logprobs_BS: Tensor | None = None  # float32, by the engine that sampled
     old_logprobs_BS: Tensor | None = None  # float32, by the actor before its update
     ref_logprobs_BS: Tensor | None = None  # float32, by the reference
+    values_BS: Tensor | None = None  # float32, by the critic before its update; of the state before each token
     advantages_BS: Tensor | None = None  # float32
+    returns_BS: Tensor | None = None  # float32, what the critic learns to predict
     policy_version_B: Tensor | None = None  # int64
 
     def __len__(self) -> int:

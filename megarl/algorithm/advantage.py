@@ -151,8 +151,7 @@ def rloo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
 def remax(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the reward of the prompt's greedy rollout: A_t = sum_{k >= t} r_k - b, on every masked token.
 
-    Without KL in the reward that is the score minus b on every token. ReMax, arXiv:2310.10505, equation 8 and
-    algorithm 2.
+    Without KL in the reward that is the score minus b on every token. ReMax, arXiv:2310.10505.
     """
     assert inputs.baseline_B is not None, "remax needs the rewards of greedy rollouts"
     mask_BS, baseline_B1 = inputs.mask_BS, inputs.baseline_B.double().unsqueeze(1)
@@ -166,7 +165,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, settings: AdvantageSettings) ->
     """Whiten the returns over the step: G_t = sum_{k >= t} gamma^(k - t) r_k, A = (G - mean(G)) / std(G).
 
     Mean and std are those of all masked tokens of the step, so a prompt needs one rollout alone; the KL to the
-    reference belongs into r. REINFORCE++, arXiv:2501.03262, section 3.
+    reference belongs into r. REINFORCE++, arXiv:2501.03262.
     """
     returns_BS = rewards_to_go(_token_rewards(inputs), inputs.mask_BS, settings.gamma)
     return Advantages(whitened(returns_BS, inputs.mask_BS).to(inputs.rewards_B.dtype))
@@ -189,7 +188,7 @@ def opo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the baseline of least variance: A_i = r_i - sum_j l_j r_j / sum_j l_j, on every masked token.
 
     l_j is the number of masked tokens of rollout j of the group, to which the square of its gradient is taken to be
-    proportional. OPO, arXiv:2505.23585, equation 7.
+    proportional. OPO, arXiv:2505.23585.
     """
     rewards_B, groups = _outcomes(inputs)
     return _on_masked_tokens(groups.deviation(rewards_B, inputs.mask_BS.sum(-1).double()), inputs)
@@ -200,7 +199,7 @@ def gpg(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the group's mean and make up for groups without spread: A_i = B / (B - M) * (r_i - mean(r)).
 
     Of the B rollouts of the step, M are in groups whose rewards are all equal. They have no gradient, but count in
-    the mean of the loss, which would shrink it by (B - M) / B. GPG, arXiv:2504.02546, section 2, with F_norm = 1.
+    the mean of the loss, which would shrink it by (B - M) / B. GPG, arXiv:2504.02546, with F_norm = 1.
     """
     rewards_B, groups = _outcomes(inputs)
     num_informative = groups.has_spread(rewards_B).sum().clamp(min=1)

@@ -33,6 +33,7 @@ kl_estimators: Registry[KLEstimator] = Registry("actor_rollout_ref.actor.kl_loss
 
 
 @kl_estimators.register("kl")
+@kl_estimators.register("k1")
 def kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return k1 = d: unbiased, of high variance, negative on many tokens."""
     return logprobs - ref_logprobs
@@ -45,12 +46,14 @@ def absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 @kl_estimators.register("mse")
+@kl_estimators.register("k2")
 def mse(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return k2 = d^2 / 2: biased, though little where the policies are close; of low variance, never negative."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 @kl_estimators.register("low_var_kl")
+@kl_estimators.register("k3")
 def low_var_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return k3 = exp(-d) - 1 + d: unbiased, of low variance, never negative.
 
@@ -61,3 +64,17 @@ def low_var_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     negative = (ref_logprobs - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     # expm1 keeps the digits that exp(x) - 1 loses where the policies nearly agree, which is almost everywhere.
     return (torch.expm1(negative) - negative).clamp(max=_MAX_LOW_VAR_KL)
+
+
+def _straight_through(value: KLEstimator) -> KLEstimator:
+    """Return the estimator with the value of ``value`` and the gradient of ``mse``: d."""
+
+    def estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        carrier = mse(logprobs, ref_logprobs)
+        return value(logprobs, ref_logprobs).detach() + (carrier - carrier.detach())
+
+    return estimate
+
+
+for _name in ("kl", "k1", "abs", "low_var_kl", "k3"):
+    kl_estimators.register(f"{_name}+")(_straight_through(kl_estimators.get(_name)))

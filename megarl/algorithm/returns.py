@@ -26,7 +26,7 @@ def generalized_advantages(
     """Return advantages and returns, float64 [B, S], zero outside the mask.
 
     delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token; A_t = sum_{k >= t} (gamma lam)^(k - t)
-    delta_k; return_t = A_t + V_t. GAE, arXiv:1506.02438, equations 11 and 16.
+    delta_k; return_t = A_t + V_t. GAE, arXiv:1506.02438, equation 16.
     """
     rewards_BT, values_BT = _left_aligned(rewards_BS, mask_BS), _left_aligned(values_BS, mask_BS)
     next_values_BT = torch.nn.functional.pad(values_BT[:, 1:], (0, 1))

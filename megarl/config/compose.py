@@ -12,9 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.errors import ConfigError, MegarlError, Problem
+from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
 USER_ERROR, RUN_ERROR = 2, 1
+_USER_ERRORS = (ConfigError, DataError, ModelFolderError, RewardError)
 
 # Hydra composes, and leaves folders and logging alone.
 _QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -36,7 +37,7 @@ def run_hydra(config_name: str, task: Callable[[dict[str, Any], Sequence[str]], 
             task(_resolved(config), [o.removeprefix(_ADD) for o in HydraConfig.get().overrides.task])
         except MegarlError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR if isinstance(error, ConfigError) else RUN_ERROR)
+            sys.exit(USER_ERROR if isinstance(error, _USER_ERRORS) else RUN_ERROR)
 
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything about an architecture that decides parameters and mathematics."""
+    """Everything about an architecture that decides parameters and mathematics.
+
+    value_head: one number a token in place of logits, as a critic has.
+    """
 
     family: str
     num_layers: int
@@ -44,6 +47,11 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     init_std: float = 0.02
+    value_head: bool = False
+
+    def with_value_head(self) -> ModelShape:
+        """Return the critic's shape: no output layer, so nothing to tie the embedding to."""
+        return replace(self, value_head=True, tied=False)
 
     def padded_vocab(self, tp: int) -> int:
         """Return the vocabulary rounded up to a multiple of ``tp``."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from megarl.config.algorithm_rules import ALGORITHM_RULES, needs_critic, needs_reference
 from megarl.config.model_shape import ModelShape
-from megarl.config.schema import LRSchedulerConfig, MegatronConfig, ModelConfig, OptimConfig, PPOConfig, SFTConfig
+from megarl.config.schema import (
+    CriticModelConfig,
+    LRSchedulerConfig,
+    MegatronConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    SFTConfig,
+)
 from megarl.errors import ConfigError, Problem, nearest
 
 KNOWN_SINKS = ("console", "tensorboard", "jsonl", "wandb")
-ESTIMATORS = ("grpo", "rloo")
-GROUP_ESTIMATORS = ("grpo", "rloo")
 
 Problems = Iterator[Problem]
 
 
-def needs_reference(config: PPOConfig) -> bool:
-    """Whether any KL term compares with the reference."""
-    return config.actor_rollout_ref.actor.use_kl_loss
-
-
-def a_model_is_named(key: str, model: ModelConfig) -> Problems:
+def a_model_is_named(key: str, model: ModelConfig | CriticModelConfig) -> Problems:
     """``model.path`` is set."""
     if not model.path:
         yield Problem(f"{key}.path", model.path, "must name a Hugging Face folder", f"{key}.path=/path/to/model")
@@ -62,43 +64,6 @@ def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:
         yield Problem(key, tp, f"must divide the {ranks} ranks (trainer.nnodes x trainer.n_gpus_per_node)")
 
 
-def the_estimator_is_known(c: PPOConfig) -> Problems:
-    """The estimator exists."""
-    name, key = c.algorithm.adv_estimator, "algorithm.adv_estimator"
-    if name == "gae":
-        yield Problem(key, name, "needs a critic, which this version does not train yet", f"{key}=grpo")
-    elif name not in ESTIMATORS:
-        yield Problem(key, name, f"must be one of {', '.join(ESTIMATORS)}", nearest(name, ESTIMATORS))
-
-
-def a_group_has_two_rollouts(c: PPOConfig) -> Problems:
-    """Estimators that compare the rollouts of a prompt have some to compare."""
-    n = c.actor_rollout_ref.rollout.n
-    if c.algorithm.adv_estimator in GROUP_ESTIMATORS and n < 2:
-        key = "actor_rollout_ref.rollout.n"
-        yield Problem(key, n, f"{c.algorithm.adv_estimator} compares the rollouts of a prompt: at least 2", f"{key}=8")
-
-
-def grpo_has_a_kl_term_or_says_not(c: PPOConfig) -> Problems:
-    """GRPO without KL is asked for by name."""
-    if c.algorithm.adv_estimator == "grpo" and not c.actor_rollout_ref.actor.use_kl_loss and not c.algorithm.kl_free:
-        yield Problem(
-            "actor_rollout_ref.actor.use_kl_loss",
-            False,
-            "grpo keeps the policy near the reference by a KL term, and this run has none "
-            "(nor has it algorithm.use_kl_in_reward)",
-            "actor_rollout_ref.actor.use_kl_loss=true, or algorithm.kl_free=true if that is meant (DAPO, Dr.GRPO)",
-        )
-    if c.algorithm.kl_free and c.actor_rollout_ref.actor.use_kl_loss:
-        yield Problem("algorithm.kl_free", True, "contradicts actor_rollout_ref.actor.use_kl_loss=true")
-
-
-def the_critic_is_off(c: PPOConfig) -> Problems:
-    """No critic is asked for."""
-    if c.critic.enable:
-        yield Problem("critic.enable", True, "this version trains no critic yet", "critic.enable=false")
-
-
 def training_and_rollout_share_devices(c: PPOConfig) -> Problems:
     """hybrid_engine is on."""
     if not c.actor_rollout_ref.hybrid_engine:
@@ -128,10 +93,6 @@ def the_model_fits_its_axes(key: str, shape: ModelShape, tp: int, pp: int) -> Pr
 
 _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     an_engine_replica_divides_the_ranks,
-    the_estimator_is_known,
-    a_group_has_two_rollouts,
-    grpo_has_a_kl_term_or_says_not,
-    the_critic_is_off,
     training_and_rollout_share_devices,
     one_reward_is_chosen,
 )
@@ -145,11 +106,15 @@ def num_ranks(config: PPOConfig | SFTConfig) -> int:
 def check_ppo(c: PPOConfig) -> None:
     """Evaluate every rule of an RL run. Raises ConfigError with all problems."""
     models, ranks = c.actor_rollout_ref, num_ranks(c)
-    problems = [p for rule in _PPO_RULES for p in rule(c)]
+    problems = [p for rule in (*_PPO_RULES, *ALGORITHM_RULES) for p in rule(c)]
     problems += a_model_is_named("actor_rollout_ref.model", models.model)
     problems += betas_are_two_fractions("actor_rollout_ref.actor.optim", models.actor.optim)
     problems += axes_divide_the_ranks("actor_rollout_ref.actor.megatron", models.actor.megatron, ranks)
     problems += axes_divide_the_ranks("actor_rollout_ref.ref.megatron", models.ref.megatron, ranks)
+    if needs_critic(c):
+        problems += a_model_is_named("critic.model", c.critic.model)
+        problems += betas_are_two_fractions("critic.optim", c.critic.optim)
+        problems += axes_divide_the_ranks("critic.megatron", c.critic.megatron, ranks)
     problems += sinks_are_known(c.trainer.logger)
     if problems:
         raise ConfigError(problems)
@@ -184,6 +149,17 @@ def check_ppo_model(c: PPOConfig, shape: ModelShape) -> None:
     if tokens > longest:
         key = "data.max_prompt_length + data.max_response_length"
         problems.append(Problem(key, tokens, f"must be at most the model's max_position_embeddings = {longest}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_critic_model(c: PPOConfig, shape: ModelShape, vocab_size: int) -> None:
+    """Evaluate the rules between the config and the critic's config.json. vocab_size: of the actor's model."""
+    tp, pp = c.critic.megatron.tensor_model_parallel_size, c.critic.megatron.pipeline_model_parallel_size
+    problems = [*the_model_fits_its_axes("critic.megatron", shape, tp, pp)]
+    if shape.vocab_size < vocab_size:
+        allowed = f"its vocabulary of {shape.vocab_size} doesn't hold the actor's {vocab_size} tokens"
+        problems.append(Problem("critic.model.path", c.critic.model.path, allowed, "take a model of the same family"))
     if problems:
         raise ConfigError(problems)
 

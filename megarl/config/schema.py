@@ -167,6 +167,15 @@ class ActorRolloutRefConfig:
 
 
 @dataclass(frozen=True)
+class OverlongBufferConfig:
+    """Soft overlong punishment: the reward sinks linearly over the last ``len`` tokens before the limit."""
+
+    enable: bool = key("whether long responses lose reward")
+    len: int = key("tokens of the buffer before data.max_response_length", low=1)
+    penalty_factor: float = key("what a response at the limit loses", above=0.0)
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Rewards, computed in processes of their own."""
 
@@ -175,7 +184,26 @@ class RewardConfig:
     function: str = key("its name in that file")
     num_workers: int = key("processes", low=1)
     timeout_s: float = key("seconds a reward may take", above=0.0)
+    overlong_buffer: OverlongBufferConfig = key("soft penalty of long responses (DAPO)")
     score_on_failure: float = key("reward of a rollout whose reward function raised, hung or returned no number")
+
+
+@dataclass(frozen=True)
+class KLControlConfig:
+    """The coefficient of the KL in the reward."""
+
+    type: str = key("fixed, or steered towards target_kl", choices=("fixed", "adaptive"))
+    kl_coef: float = key("coefficient, at the start where adaptive", low=0.0)
+    target_kl: float = key("mean KL a token to keep, in nats (adaptive)", above=0.0)
+    horizon: int = key("rollouts over which the coefficient is corrected (adaptive)", low=1)
+
+
+@dataclass(frozen=True)
+class FilterGroupsConfig:
+    """Dynamic sampling (DAPO)."""
+
+    enable: bool = key("replace groups whose rewards are all equal: they teach nothing")
+    max_num_gen_batches: int = key("generations of a step at most; then such groups stay", low=1)
 
 
 @dataclass(frozen=True)
@@ -183,15 +211,43 @@ class AlgorithmConfig:
     """What turns rewards into advantages."""
 
     adv_estimator: str = key("advantage estimator")
+    gamma: float = key("discount of a token's later rewards", above=0.0, high=1.0)
+    lam: float = key("weight of later temporal differences (gae)", low=0.0, high=1.0)
     norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
+    use_kl_in_reward: bool = key("subtract KL to the reference from the reward of every token")
+    kl_penalty: str = key("estimator of that KL", choices=("kl", "abs", "mse", "low_var_kl"))
+    kl_ctrl: KLControlConfig = key("coefficient of that KL")
+    filter_groups: FilterGroupsConfig = key("dynamic sampling")
     kl_free: bool = key("says that a run without any KL term is meant")
 
 
 @dataclass(frozen=True)
+class CriticModelConfig:
+    """What the critic starts from."""
+
+    path: str | None = key("a Hugging Face folder or name; a value head that it lacks starts at zero")
+    init: str = key("weights from the folder, or drawn from config.json alone", choices=("pretrained", "random"))
+
+
+@dataclass(frozen=True)
 class CriticConfig:
-    """The critic."""
+    """The critic. dtype and packing are the actor's model's."""
 
     enable: bool | None = key("null: where the estimator needs values")
+    model: CriticModelConfig = key("model")
+    optim: OptimConfig = key("optimizer")
+    lr_scheduler: LRSchedulerConfig = key("schedule")
+    ppo_mini_batch_size: int = key("rollouts of an optimizer step, over all ranks", low=1)
+    ppo_micro_batch_size_per_gpu: int = key("rollouts of a forward/backward on one data-parallel rank", low=1)
+    forward_micro_batch_size_per_gpu: int | None = key("rollouts of a pass for values; null: as the micro-batch", low=1)
+    ppo_epochs: int = key("passes over the rollouts of a step", low=1)
+    shuffle: bool = key("whether mini-batches are drawn in random order")
+    cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
+    loss_agg_mode: str = key(
+        "how token losses become one", choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+    )
+    warmup_steps: int = key("steps at the start that train the critic alone", low=0)
+    megatron: TrainedMegatronConfig = key("axes; the actor's unless given")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from megarl.config.algorithm_rules import needs_critic
+from megarl.config.model_shape import read_model_shape
 from megarl.config.rules import check_schedule, num_ranks
-from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.config.schema import ModelConfig, PPOConfig, SFTConfig
 from megarl.data.chat import load_tokenizer
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
+from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import layout_of
 from megarl.plan.batch import BatchPlan, plan_batch
 from megarl.reward.registry import require_functions
@@ -24,15 +27,33 @@ Overlong = Literal["filter", "error"]
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """Of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length."""
+    """Of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
+
+    critic_plan: the critic's share of the batch arithmetic, None without one.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
     order: Order
     batch_plan: BatchPlan
+    critic_plan: BatchPlan | None
     num_steps: int
     num_overlong: int
+
+    def actor_optimizer_steps(self, config: PPOConfig) -> int:
+        """Return the optimizer steps of the actor in the whole run."""
+        idle = config.critic.warmup_steps if self.critic_plan else 0
+        return (self.num_steps - idle) * self.batch_plan.num_optimizer_steps
+
+    def critic_optimizer_steps(self) -> int:
+        """Return the optimizer steps of the critic in the whole run."""
+        return self.num_steps * self.critic_plan.num_optimizer_steps if self.critic_plan else 0
+
+    def describe(self) -> str:
+        """Return the arithmetic of batches as lines for people."""
+        actor = self.batch_plan.describe()
+        return f"{actor}\ncritic:\n{self.critic_plan.describe()}" if self.critic_plan else actor
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ class SFTInputs:
 
 
 def read_ppo_inputs(config: PPOConfig, model_folder: str) -> PPOInputs:
-    """Read and check an RL run's inputs. Raises ConfigError, DataError and RewardError before anything starts."""
+    """Read and check an RL run's inputs. Raises the named error of what is wrong before anything starts."""
     data, actor, trainer = config.data, config.actor_rollout_ref.actor, config.trainer
     plan = plan_batch(
         num_prompts=data.train_batch_size,
@@ -57,6 +78,18 @@ def read_ppo_inputs(config: PPOConfig, model_folder: str) -> PPOInputs:
         dp_size=layout_of(actor.megatron, num_ranks(config)).dp,
         epochs=actor.ppo_epochs,
     )
+    _check_weights(config.actor_rollout_ref.model, model_folder)
+    critic_plan = None
+    if needs_critic(config):
+        critic_plan = plan_batch(
+            num_prompts=data.train_batch_size,
+            n=config.actor_rollout_ref.rollout.n,
+            mini_batch_size=config.critic.ppo_mini_batch_size,
+            micro_batch_size=config.critic.ppo_micro_batch_size_per_gpu,
+            dp_size=layout_of(config.critic.megatron, num_ranks(config)).dp,
+            epochs=config.critic.ppo_epochs,
+            role="critic",
+        )
     tokenizer = load_tokenizer(model_folder)
     train, val = (
         load_prompts(
@@ -74,13 +107,16 @@ def read_ppo_inputs(config: PPOConfig, model_folder: str) -> PPOInputs:
         require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
     order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
-    check_schedule("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, num_steps * plan.num_optimizer_steps)
     num_overlong = train.num_overlong + val.num_overlong
-    return PPOInputs(tokenizer, train.prompts, val_prompts, order, plan, num_steps, num_overlong)
+    inputs = PPOInputs(tokenizer, train.prompts, val_prompts, order, plan, critic_plan, num_steps, num_overlong)
+    check_schedule("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, inputs.actor_optimizer_steps(config))
+    if critic_plan:
+        check_schedule("critic.lr_scheduler", config.critic.lr_scheduler, inputs.critic_optimizer_steps())
+    return inputs
 
 
 def read_sft_inputs(config: SFTConfig, model_folder: str) -> SFTInputs:
-    """Read and check an SFT run's inputs. Raises ConfigError and DataError before anything starts."""
+    """Read and check an SFT run's inputs. Raises the named error of what is wrong before anything starts."""
     data, trainer = config.data, config.trainer
     plan = plan_batch(
         num_prompts=data.train_batch_size,
@@ -89,6 +125,7 @@ def read_sft_inputs(config: SFTConfig, model_folder: str) -> SFTInputs:
         micro_batch_size=data.micro_batch_size_per_gpu,
         dp_size=layout_of(config.megatron, num_ranks(config)).dp,
     )
+    _check_weights(config.model, model_folder)
     tokenizer = load_tokenizer(model_folder)
     train, val = (
         load_sft_examples(
@@ -106,3 +143,9 @@ def read_sft_inputs(config: SFTConfig, model_folder: str) -> SFTInputs:
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     check_schedule("lr_scheduler", config.lr_scheduler, num_steps)
     return SFTInputs(train, val, order, plan, num_steps)
+
+
+def _check_weights(model: ModelConfig, folder: str) -> None:
+    """Raise ModelFolderError for weights that are missing or truncated: here in a second, on the ranks in a minute."""
+    if model.init == "pretrained":
+        SafetensorsSource(folder, read_model_shape(folder))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megarl.algorithm.advantage import AdvantageInputs, AdvantageSettings, estimators
-from megarl.config.rules import needs_reference
-from megarl.controller.report import Evaluation, update_metrics
+from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.controller.report import Evaluation, critic_metrics, step_metrics, update_metrics
 from megarl.controller.run import Run
 from megarl.data.batch import rollouts_to_batch
 from megarl.plan.batch import plan_update
@@ -15,9 +15,10 @@ from megarl.plan.batch import plan_update
 def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
     """Train the actor; return the validation before (where asked for) and after."""
     config, ranks, timed = run.config, run.ranks, run.stopwatch.timed
-    actor, rollout, algorithm = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm
+    actor, critic, algorithm = config.actor_rollout_ref.actor, config.critic, config.algorithm
+    temperature = config.actor_rollout_ref.rollout.temperature
     estimate = estimators.get(algorithm.adv_estimator)
-    settings = AdvantageSettings(norm_by_std=algorithm.norm_adv_by_std_in_grpo)
+    settings = AdvantageSettings(algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma, lam=algorithm.lam)
 
     ranks.publish()
     run.check_publish()
@@ -28,26 +29,40 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
         with timed("step"):
             prompts = run.prompts(step)
             with timed("generate"):
-                groups = run.generate(prompts, step)
+                groups, greedy = run.generate(prompts, step)
             with timed("score"):
-                rewards = run.score(prompts, groups)
+                rewards, baseline_B = run.score(prompts, groups), run.score_baseline(prompts, greedy)
+            if algorithm.filter_groups.enable:
+                with timed("resample"):
+                    prompts, groups, rewards = run.replace_groups_without_spread(step, prompts, groups, rewards)
             batch = rollouts_to_batch([p.token_ids for p in prompts], groups)
             batch = replace(batch, rewards_B=rewards.scores_B)
             with timed("old_logprobs"):
-                batch = replace(batch, old_logprobs_BS=ranks.logprobs("actor", batch, rollout.temperature))
+                batch = replace(batch, old_logprobs_BS=ranks.logprobs("actor", batch, temperature))
             if needs_reference(config):
                 with timed("ref_logprobs"):
-                    batch = replace(batch, ref_logprobs_BS=ranks.logprobs("ref", batch, rollout.temperature))
+                    batch = replace(batch, ref_logprobs_BS=ranks.logprobs("ref", batch, temperature))
+            if needs_critic(config):
+                with timed("values"):
+                    batch = replace(batch, values_BS=ranks.values(batch))
             with timed("advantages"):
-                inputs = AdvantageInputs(rewards.scores_B, batch.group_B, batch.mask_BS)
-                batch = replace(batch, advantages_BS=estimate(inputs, settings).advantages_BS)
-            with timed("update_actor"):
-                seed = run.seed(step) if actor.shuffle else None
-                plan = plan_update(*run.update_sizes, seed)
-                updates = ranks.update_actor(batch, plan, run.loss)
-            with timed("publish"):
-                ranks.publish()
-        metrics = update_metrics(batch, rewards, updates)
+                token_rewards_BS, kl_metrics = run.penalize(batch)
+                inputs = AdvantageInputs(
+                    rewards.scores_B, batch.group_B, batch.mask_BS, token_rewards_BS, batch.values_BS, baseline_B
+                )
+                advantages = estimate(inputs, settings)
+                batch = replace(batch, advantages_BS=advantages.advantages_BS, returns_BS=advantages.returns_BS)
+            metrics = step_metrics(batch, rewards) | kl_metrics
+            if needs_critic(config):
+                with timed("update_critic"):
+                    plan = plan_update(*run.critic_sizes, run.shuffle_seed(critic.shuffle, "critic", step))
+                    metrics |= critic_metrics(batch, ranks.update_critic(batch, plan, run.value_loss))
+            if step > critic.warmup_steps or not needs_critic(config):
+                with timed("update_actor"):
+                    plan = plan_update(*run.actor_sizes, run.shuffle_seed(actor.shuffle, "actor", step))
+                    metrics |= update_metrics("actor", ranks.update_actor(batch, plan, run.policy_loss))
+                with timed("publish"):
+                    ranks.publish()
         if run.is_due(config.trainer.test_freq, step):
             with timed("validate"):
                 metrics |= run.validate(step).metrics()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.errors import MegarlError, WorkerError
 from megarl.parallel.environment import apply_environment
 
 if TYPE_CHECKING:
@@ -16,11 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run as every rank needs to know it. model_folder: resolved. total_optimizer_steps: ends the lr schedule."""
+    """A run as every rank needs to know it. Folders are resolved; optimizer steps end the learning-rate schedules."""
 
     config: PPOConfig | SFTConfig
     model_folder: str
-    total_optimizer_steps: int
+    actor_optimizer_steps: int
+    critic_folder: str | None = None
+    critic_optimizer_steps: int = 0
 
 
 def join_ranks() -> Platform:
@@ -44,3 +50,15 @@ def start_worker(run: RunSpec, platform: Platform) -> Worker:
     from megarl.controller.worker import Worker
 
     return Worker(run, platform)
+
+
+@contextmanager
+def failures_named(method: str) -> Iterator[None]:
+    """Raise WorkerError with rank, method and traceback for an error that isn't a MegarlError, complete in itself."""
+    try:
+        yield
+    except MegarlError:
+        raise
+    except Exception as error:
+        text = f"rank {os.environ['RANK']} failed in {method}:\n{traceback.format_exc()}"
+        raise WorkerError(text) from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,16 @@ from megarl.algorithm.aggregate import mini_batch_totals
 from megarl.controller.worker_group import WorkerGroup
 from megarl.parallel.layout import Layout
 from megarl.plan.batch import MiniBatch, micro_batches, split_rows
-from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
+from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
 
 @dataclass(frozen=True)
 class RoleLayout:
-    """Where a role's data-parallel ranks are, and how many rollouts each takes in a log-prob pass."""
+    """Where a role's data-parallel ranks are, and how many rollouts each takes in a pass without training."""
 
     layout: Layout
-    log_prob_micro_batch_size: int
+    forward_micro_batch_size: int
 
 
 class Ranks:
@@ -53,22 +54,34 @@ class Ranks:
 
     def logprobs(self, role: str, batch: Batch, temperature: float) -> Tensor:
         """Return the log-probs [B, S] of the masked tokens under a role's model."""
-        layout, size = self.roles[role].layout, self.roles[role].log_prob_micro_batch_size
+        return self._score_tokens("logprobs", role, batch, lambda local, micros: (role, local, micros, temperature))
+
+    def values(self, batch: Batch) -> Tensor:
+        """Return the critic's values [B, S] at the masked tokens."""
+        return self._score_tokens("values", "critic", batch, lambda local, micros: (local, micros))
+
+    def _score_tokens(self, method: str, role: str, batch: Batch, arguments: Callable[..., tuple[Any, ...]]) -> Tensor:
+        """Split rows over a role's data-parallel ranks, let each score its tokens, and put the rows together again."""
+        layout, size = self.roles[role].layout, self.roles[role].forward_micro_batch_size
         shares = [list(rows) for rows in split_rows(len(batch), layout.dp)]
         most = max(-(-len(rows) // size) for rows in shares)
         # Every data-parallel rank runs as many micro-batches, so that their pipelines stay in step.
-        work = [(role, batch.rows(rows), _cut(len(rows), size, most), temperature) for rows in shares]
-        results = self.group.call("logprobs", self._by_rank(layout, work))
+        work = [arguments(batch.rows(rows), _cut(len(rows), size, most)) for rows in shares]
+        results = self.group.call(method, self._by_rank(layout, work))
         merged: Tensor = torch.cat([results[rank] for rank in layout.output_ranks()])
         return merged
 
     def update_actor(self, batch: Batch, plan: Sequence[MiniBatch], loss: PolicyLossSpec) -> list[Metrics]:
         """Take the planned optimizer steps; return the metrics of each."""
-        return self._update("update_actor", batch, plan, loss)
+        return self._update("update_actor", "actor", batch, plan, loss)
+
+    def update_critic(self, batch: Batch, plan: Sequence[MiniBatch], loss: ValueLossSpec) -> list[Metrics]:
+        """Take the planned optimizer steps of the critic; return the metrics of each."""
+        return self._update("update_critic", "critic", batch, plan, loss)
 
     def update_sft(self, batch: Batch, plan: Sequence[MiniBatch]) -> list[Metrics]:
         """Take the planned optimizer steps on demonstrations; return the metrics of each."""
-        return self._update("update_sft", batch, plan)
+        return self._update("update_sft", "actor", batch, plan)
 
     def evaluate_sft(self, batch: Batch, plan: MiniBatch) -> Metrics:
         """Return the loss on demonstrations without training."""
@@ -85,8 +98,8 @@ class Ranks:
         """End all ranks."""
         self.group.shutdown()
 
-    def _update(self, method: str, batch: Batch, plan: Sequence[MiniBatch], *extra: object) -> list[Metrics]:
-        layout = self.roles["actor"].layout
+    def _update(self, method: str, role: str, batch: Batch, plan: Sequence[MiniBatch], *extra: object) -> list[Metrics]:
+        layout = self.roles[role].layout
         work = [(local, steps, *extra) for local, steps in _shares(batch, plan, layout.dp)]
         results = self.group.call(method, self._by_rank(layout, work))
         return [_merge([results[rank][i] for rank in layout.output_ranks()]) for i in range(len(plan))]

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megarl.algorithm.filters import in_group_with_spread
 from megarl.algorithm.metrics import logprob_difference, masked_mean
+from megarl.algorithm.value_loss import explained_variance
 from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.train.work import Metrics
 from megarl.types import Batch, Prompt, RewardResult, Rollout
@@ -17,14 +19,23 @@ from megarl.types import Batch, Prompt, RewardResult, Rollout
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a step, in the order of its rollouts."""
+    """The rewards of a step, in the order of its rollouts. penalties_B: added for overlong responses, at most 0."""
 
     results: tuple[RewardResult, ...]
+    penalties_B: Tensor
 
     @property
     def scores_B(self) -> Tensor:
-        """Scores as float32 [B]."""
-        return torch.tensor([r.score for r in self.results])
+        """Scores as float32 [B], penalties included."""
+        return torch.tensor([r.score for r in self.results]) + self.penalties_B
+
+    def with_groups(self, places: Sequence[int], fresh: Rewards, n: int) -> Rewards:
+        """Return these rewards with the groups of ``n`` at ``places`` taken from ``fresh``, in order."""
+        results, penalties_B = list(self.results), self.penalties_B.clone()
+        for i, place in enumerate(places):
+            results[place * n : (place + 1) * n] = fresh.results[i * n : (i + 1) * n]
+            penalties_B[place * n : (place + 1) * n] = fresh.penalties_B[i * n : (i + 1) * n]
+        return Rewards(tuple(results), penalties_B)
 
     def metrics(self) -> Metrics:
         """Mean, spread and what went wrong."""
@@ -35,6 +46,7 @@ class Rewards:
             "reward/std": float(scores.std(unbiased=False)),
             "reward/min": float(scores.min()),
             "reward/max": float(scores.max()),
+            "reward/overlong_penalty_mean": float(self.penalties_B.mean()),
             **{f"reward/num_{outcome}": float(count) for outcome, count in failures.items()},
         }
 
@@ -54,28 +66,42 @@ class Evaluation:
         return {"val/reward_mean": self.reward_mean, "val/response_mean_tokens": self.response_tokens}
 
 
-def update_metrics(batch: Batch, rewards: Rewards, updates: Sequence[Metrics]) -> Metrics:
-    """Return the metrics of a training step: rewards, lengths, groups, engine against trainer, means over updates."""
+def step_metrics(batch: Batch, rewards: Rewards) -> Metrics:
+    """Return the metrics of a step before its updates: rewards, lengths, groups, the engine against the trainer."""
     assert batch.old_logprobs_BS is not None and batch.rollout_logprobs_BS is not None
     assert batch.advantages_BS is not None and batch.policy_version_B is not None
     tokens_B = batch.mask_BS.sum(-1)
     difference = logprob_difference(batch.old_logprobs_BS, batch.rollout_logprobs_BS, batch.mask_BS)
-    spread = [float(rewards.scores_B[batch.group_B == g].std(unbiased=False)) for g in batch.group_B.unique()]
-    names = sorted({name for update in updates for name in update})
     return {
         **rewards.metrics(),
         "response/mean_tokens": float(tokens_B.float().mean()),
         "response/max_tokens": float(tokens_B.max()),
         "response/total_tokens": float(tokens_B.sum()),
-        "group/share_without_spread": sum(s == 0.0 for s in spread) / len(spread),
+        "group/share_without_spread": float((~in_group_with_spread(rewards.scores_B, batch.group_B)).float().mean()),
         "advantage/mean_abs": masked_mean(batch.advantages_BS.abs(), batch.mask_BS),
         "rollout_train/logprob_diff_mean": difference.mean_abs,
         "rollout_train/logprob_diff_max": difference.max_abs,
         "rollout_train/kl": difference.kl,
         "rollout/policy_version": float(batch.policy_version_B.min()),
-        **{f"actor/{name}": sum(u[name] for u in updates) / len(updates) for name in names},
-        "actor/num_optimizer_steps": float(len(updates)),
     }
+
+
+def critic_metrics(batch: Batch, updates: Sequence[Metrics]) -> Metrics:
+    """Return the metrics of a value update: values and returns before it, means over its optimizer steps."""
+    assert batch.values_BS is not None and batch.returns_BS is not None
+    return {
+        "critic/values_mean": masked_mean(batch.values_BS, batch.mask_BS),
+        "critic/returns_mean": masked_mean(batch.returns_BS, batch.mask_BS),
+        "critic/explained_variance": explained_variance(batch.values_BS, batch.returns_BS, batch.mask_BS),
+        **update_metrics("critic", updates),
+    }
+
+
+def update_metrics(role: str, updates: Sequence[Metrics]) -> Metrics:
+    """Return the means over the optimizer steps of an update, by names that begin with ``role``."""
+    names = sorted({name for update in updates for name in update})
+    means = {f"{role}/{name}": sum(u[name] for u in updates) / len(updates) for name in names}
+    return {**means, f"{role}/num_optimizer_steps": float(len(updates))}
 
 
 def rollout_rows(

@@ -6,12 +6,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megarl.algorithm.metrics import logprob_difference
-from megarl.config.rules import needs_reference, num_ranks
+import torch
+from torch import Tensor
+
+from megarl.algorithm.filters import in_group_with_spread, overlong_penalty
+from megarl.algorithm.kl import kl_estimators
+from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
+from megarl.algorithm.metrics import logprob_difference, masked_mean
+from megarl.algorithm.token_rewards import penalize_rewards
+from megarl.config.algorithm_rules import estimator_needs, needs_critic, needs_reference
+from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.inputs import PPOInputs
 from megarl.controller.rank import RunSpec
@@ -24,12 +32,13 @@ from megarl.monitor.console import rollouts_table
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.parallel.layout import layout_of
+from megarl.plan.batch import BatchPlan
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
-from megarl.train.work import Metrics, PolicyLossSpec
-from megarl.types import GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
+from megarl.train.work import Metrics, PolicyLossSpec, ValueLossSpec
+from megarl.types import Batch, GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
 
-Groups = Sequence[Sequence[Rollout]]
+Group = tuple[Rollout, ...]
 
 # Largest difference between the engine's and the trainer's log-prob of one token after a publish: the two compute the
 # same function in another order. Wrong weights differ by several nats.
@@ -47,6 +56,7 @@ class Run:
     rewards: RewardPool
     tracker: Tracker
     run_dir: Path
+    kl_controller: KLController
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -55,7 +65,7 @@ class Run:
         return self.inputs.num_steps
 
     @property
-    def loss(self) -> PolicyLossSpec:
+    def policy_loss(self) -> PolicyLossSpec:
         """The policy loss that the config asks for."""
         models = self.config.actor_rollout_ref
         actor = models.actor
@@ -69,15 +79,29 @@ class Run:
         )
 
     @property
-    def update_sizes(self) -> tuple[int, int, int, int, int]:
-        """Rollouts, mini-batch, micro-batch, data-parallel ranks and epochs, as ``plan_update`` takes them."""
-        plan = self.inputs.batch_plan
-        return plan.num_rollouts, plan.mini_batch_size, plan.micro_batch_size, plan.dp_size, plan.epochs
+    def value_loss(self) -> ValueLossSpec:
+        """The value loss that the config asks for."""
+        return ValueLossSpec(self.config.critic.cliprange_value, self.config.critic.loss_agg_mode)
+
+    @property
+    def actor_sizes(self) -> tuple[int, int, int, int, int]:
+        """The actor's rollouts, mini-batch, micro-batch, data-parallel ranks and epochs, for ``plan_update``."""
+        return _sizes(self.inputs.batch_plan)
+
+    @property
+    def critic_sizes(self) -> tuple[int, int, int, int, int]:
+        """The critic's, likewise."""
+        assert self.inputs.critic_plan is not None
+        return _sizes(self.inputs.critic_plan)
 
     def seed(self, *parts: object) -> int:
         """Return a seed that follows from the run's and ``parts`` alone."""
         digest = hashlib.sha256(":".join(map(str, (self.config.trainer.seed, *parts))).encode()).digest()
         return int.from_bytes(digest[:6], "little")
+
+    def shuffle_seed(self, shuffle: bool, role: str, step: int) -> int | None:
+        """Return the seed of the order of mini-batches; None keeps the order of the rollouts."""
+        return self.seed(role, step) if shuffle else None
 
     def is_due(self, every: int | None, step: int) -> bool:
         """Whether something done every so many steps is due; the last step has its own."""
@@ -87,9 +111,9 @@ class Run:
         """Return the prompts of a step, counted from 1."""
         return [self.inputs.train_prompts[i] for i in self.inputs.order.batch(step - 1)]
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[tuple[Rollout, ...]]:
-        """Return the rollouts of each prompt for training."""
-        rollout = self.config.actor_rollout_ref.rollout
+    def generate(self, prompts: Sequence[Prompt], step: object) -> tuple[list[Group], list[Group]]:
+        """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it."""
+        rollout, with_greedy = self.config.actor_rollout_ref.rollout, estimator_needs(self.config).greedy_baseline
         sampling = Sampling(
             n=rollout.n,
             temperature=rollout.temperature,
@@ -98,14 +122,15 @@ class Run:
             max_tokens=self.config.data.max_response_length,
             stop_token_ids=self._stop_token_ids(),
             ignore_eos=rollout.ignore_eos,
+            with_greedy=with_greedy,
         )
         requests = [GenerationRequest(p.token_ids, self.seed("train", step, p.uid)) for p in prompts]
         groups = self.ranks.generate(requests, sampling)
         self.ranks.end_generation()
-        return groups
+        return [g[: rollout.n] for g in groups], [g[rollout.n :] for g in groups] if with_greedy else []
 
-    def score(self, prompts: Sequence[Prompt], groups: Groups) -> Rewards:
-        """Return the rewards of all rollouts, in order."""
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Rewards:
+        """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured."""
         texts = iter(self.texts(groups))
         requests = [
             RewardRequest(
@@ -114,9 +139,58 @@ class Run:
             for p, group in zip(prompts, groups, strict=True)
             for r in group
         ]
-        return Rewards(tuple(self.rewards.score(requests)))
+        buffer = self.config.reward.overlong_buffer
+        penalties_B = torch.zeros(len(requests))
+        if buffer.enable:
+            lengths_B = torch.tensor([len(r.token_ids) for group in groups for r in group])
+            limit = self.config.data.max_response_length
+            penalties_B = overlong_penalty(lengths_B, limit, buffer.len, buffer.penalty_factor)
+        return Rewards(tuple(self.rewards.score(requests)), penalties_B)
 
-    def texts(self, groups: Groups) -> list[str]:
+    def score_baseline(self, prompts: Sequence[Prompt], greedy: Sequence[Group]) -> Tensor | None:
+        """Return for every rollout [B] the reward of its prompt's greedy one; None where there are none."""
+        if not greedy:
+            return None
+        return self.score(prompts, greedy).scores_B.repeat_interleave(self.config.actor_rollout_ref.rollout.n)
+
+    def replace_groups_without_spread(
+        self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards
+    ) -> tuple[list[Prompt], list[Group], Rewards]:
+        """Put fresh prompts in the place of groups whose rewards are all equal, as often as configured (DAPO).
+
+        The replacements follow from the step alone, so a resumed run draws the same. What has no spread then stays.
+        """
+        prompts, groups, n = list(prompts), list(groups), self.config.actor_rollout_ref.rollout.n
+        for attempt in range(1, self.config.algorithm.filter_groups.max_num_gen_batches):
+            group_B = torch.arange(len(groups)).repeat_interleave(n)
+            dull = (~in_group_with_spread(rewards.scores_B, group_B))[::n].nonzero()[:, 0].tolist()
+            if not dull:
+                break
+            order = replace(self.inputs.order, shuffle=True, seed=self.seed("resample", attempt))
+            fresh = [self.inputs.train_prompts[i] for i in order.batch(step - 1)[: len(dull)]]
+            fresh_groups, _ = self.generate(fresh, f"{step}.{attempt}")
+            fresh_rewards = self.score(fresh, fresh_groups)
+            for place, prompt, group in zip(dull, fresh, fresh_groups, strict=True):
+                prompts[place], groups[place] = prompt, group
+            rewards = rewards.with_groups(dull, fresh_rewards, n)
+        return prompts, groups, rewards
+
+    def penalize(self, batch: Batch) -> tuple[Tensor | None, Metrics]:
+        """Return rewards [B, S] of tokens with KL to the reference subtracted, and steer its coefficient by that KL.
+
+        None, and no metrics, where the reward has no KL.
+        """
+        if not self.config.algorithm.use_kl_in_reward:
+            return None, {}
+        assert batch.rewards_B is not None and batch.old_logprobs_BS is not None and batch.ref_logprobs_BS is not None
+        estimator = kl_estimators.get(self.config.algorithm.kl_penalty, key="algorithm.kl_penalty")
+        kl_BS, coef = estimator(batch.old_logprobs_BS, batch.ref_logprobs_BS), self.kl_controller.coef
+        kl = masked_mean(kl_BS, batch.mask_BS)
+        self.kl_controller = self.kl_controller.after(kl, len(batch))
+        token_rewards_BS = penalize_rewards(batch.rewards_B, kl_BS, batch.mask_BS, coef)
+        return token_rewards_BS, {"reward/kl": kl, "reward/kl_coef": coef}
+
+    def texts(self, groups: Sequence[Group]) -> list[str]:
         """Return all responses as text, in order."""
         ids = [list(rollout.token_ids) for group in groups for rollout in group]
         texts: list[str] = self.inputs.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -129,7 +203,7 @@ class Run:
             kwargs.n, kwargs.temperature, kwargs.top_p, kwargs.top_k, data.max_response_length, self._stop_token_ids()
         )
         requests = [GenerationRequest(p.token_ids, self.seed("val", p.uid)) for p in self.inputs.val_prompts]
-        groups: list[tuple[Rollout, ...]] = []
+        groups: list[Group] = []
         for start in range(0, len(requests), data.val_batch_size):
             groups += self.ranks.generate(requests[start : start + data.val_batch_size], sampling)
         self.ranks.end_generation()
@@ -162,7 +236,9 @@ class Run:
         """Write the actor under checkpoints/ as a Hugging Face folder."""
         self.ranks.export(self.run_dir / "checkpoints" / name)
 
-    def log(self, step: int, metrics: Metrics, prompts: Sequence[Prompt], groups: Groups, rewards: Rewards) -> None:
+    def log(
+        self, step: int, metrics: Metrics, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards
+    ) -> None:
         """Give a step's metrics to the sinks, and its sampled rollouts to rollouts/."""
         times = {f"time_s/{name}": seconds for name, seconds in self.stopwatch.drain().items()}
         self.tracker.log(step, {**metrics, **times})
@@ -185,30 +261,43 @@ class Run:
 
 @contextmanager
 def open_run(
-    config: PPOConfig, inputs: PPOInputs, model_folder: str, run_dir: Path, values: Mapping[str, Any]
+    config: PPOConfig, inputs: PPOInputs, ranks: RunSpec, run_dir: Path, values: Mapping[str, Any]
 ) -> Iterator[Run]:
     """Start ranks, reward processes and sinks, and end them all afterwards. values: of the config, for the sinks."""
-    reward, trainer, rollout = config.reward, config.trainer, config.actor_rollout_ref.rollout
+    reward, trainer, control = config.reward, config.trainer, config.algorithm.kl_ctrl
     sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
     spec = RewardSpec(reward.name, reward.path, reward.function)
-    run_spec = RunSpec(config, model_folder, inputs.num_steps * inputs.batch_plan.num_optimizer_steps)
     with (
         RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure) as pool,
-        worker_group(run_spec) as group,
+        worker_group(ranks) as group,
         open_tracker(
             sinks, run_dir, trainer.project_name, trainer.experiment_name, values, inputs.num_steps
         ) as tracker,
     ):
-        ranks = Ranks(group, _roles(config), rollout.tensor_model_parallel_size)
-        yield Run(config, ranks, inputs, pool, tracker, run_dir)
+        yield Run(
+            config,
+            Ranks(group, _roles(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size),
+            inputs,
+            pool,
+            tracker,
+            run_dir,
+            kl_controllers.get(control.type)(KLControlSettings(control.kl_coef, control.target_kl, control.horizon)),
+        )
 
 
 def _roles(config: PPOConfig) -> dict[str, RoleLayout]:
-    """Return the layout and the log-prob micro-batch of every role of the run."""
-    models, ranks = config.actor_rollout_ref, num_ranks(config)
+    """Return the layout and the micro-batch without training of every role of the run."""
+    models, critic, ranks = config.actor_rollout_ref, config.critic, num_ranks(config)
     size = models.actor.log_prob_micro_batch_size_per_gpu or models.actor.ppo_micro_batch_size_per_gpu
     roles = {"actor": RoleLayout(layout_of(models.actor.megatron, ranks), size)}
     if needs_reference(config):
         ref_size = models.ref.log_prob_micro_batch_size_per_gpu or size
         roles["ref"] = RoleLayout(layout_of(models.ref.megatron, ranks), ref_size)
+    if needs_critic(config):
+        critic_size = critic.forward_micro_batch_size_per_gpu or critic.ppo_micro_batch_size_per_gpu
+        roles["critic"] = RoleLayout(layout_of(critic.megatron, ranks), critic_size)
     return roles
+
+
+def _sizes(plan: BatchPlan) -> tuple[int, int, int, int, int]:
+    return plan.num_rollouts, plan.mini_batch_size, plan.micro_batch_size, plan.dp_size, plan.epochs

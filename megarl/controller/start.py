@@ -36,22 +36,22 @@ def resolve_model_folder(path: str) -> str:
 
 def serve_if_not_controller() -> bool:
     """Serve until the run ends, if torchrun made this process a rank other than 0; return whether it was one."""
-    from megarl.controller.torchrun_cluster import TorchrunGroup, torchrun_rank
-
-    if not torchrun_rank():
+    if not _torchrun_rank():
         return False
-    TorchrunGroup(None).serve()
+    from megarl.controller.torchrun_cluster import serve
+
+    serve()
     return True
 
 
 @contextmanager
 def worker_group(run: RunSpec) -> Iterator[WorkerGroup]:
     """Start all ranks of a run, under torchrun or on Ray, and end them afterwards."""
-    from megarl.controller.torchrun_cluster import TorchrunGroup, torchrun_rank
-
     group: WorkerGroup
     trainer = run.config.trainer
-    if torchrun_rank() is not None:
+    if _torchrun_rank() is not None:
+        from megarl.controller.torchrun_cluster import TorchrunGroup
+
         group = TorchrunGroup(run)
     else:
         from megarl.controller.ray_cluster import RayGroup
@@ -69,8 +69,15 @@ def worker_group(run: RunSpec) -> Iterator[WorkerGroup]:
 
 def check_world_size(config: PPOConfig | SFTConfig) -> None:
     """Raise ConfigError where torchrun started another number of ranks than the config names."""
-    started, named = int(os.environ.get("WORLD_SIZE", "0")), num_ranks(config)
-    if "TORCHELASTIC_RUN_ID" in os.environ and started != named:
+    if _torchrun_rank() is None:
+        return
+    started, named = int(os.environ["WORLD_SIZE"]), num_ranks(config)
+    if started != named:
         allowed = f"torchrun started {started} ranks, the config says {named}"
         fix = f"torchrun --nproc-per-node={config.trainer.n_gpus_per_node}, or change trainer.n_gpus_per_node"
         raise ConfigError([Problem("trainer.nnodes x trainer.n_gpus_per_node", named, allowed, fix)])
+
+
+def _torchrun_rank() -> int | None:
+    """Return this process's rank if torchrun started it."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None

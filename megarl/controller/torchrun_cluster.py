@@ -4,62 +4,71 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megarl.controller.rank import RunSpec, join_ranks, start_worker
+from megarl.controller.rank import RunSpec, failures_named, join_ranks, start_worker
+from megarl.errors import MegarlError, WorkerError
 
 _FOREVER = timedelta(days=30)  # a controller may score, validate or wait for long; a dead peer is noticed at once
+_END_BY_TORCHRUN_S = 10.0  # torchrun ends all ranks of a node within a second of one's death
 
 
-def torchrun_rank() -> int | None:
-    """Return this process's rank if torchrun started it."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+def serve() -> None:
+    """Be a rank other than 0 until the run ends. A failure ends the process, and torchrun the others."""
+    try:
+        TorchrunGroup(None).serve()
+    except MegarlError as error:
+        print(f"{type(error).__name__} on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: a peer inside a collective must see the connection close
 
 
 class TorchrunGroup:
     """The ranks that torchrun started. Rank 0 creates it with the run; the others learn the run from rank 0."""
 
     def __init__(self, run: RunSpec | None) -> None:
-        platform = join_ranks()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # Calls travel in a group of their own, apart from the collectives of models and engine.
-        self.control = dist.new_group(backend="gloo", timeout=_FOREVER)
-        runs = [run]
-        dist.broadcast_object_list(runs, src=0, group=self.control)
-        assert runs[0] is not None
-        self.worker = start_worker(runs[0], platform)
+        with _failures_named("the start"):
+            platform = join_ranks()
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            # Calls travel in a group of their own, apart from the collectives of models and engine.
+            self.control = dist.new_group(backend="gloo", timeout=_FOREVER)
+            runs = [run]
+            dist.broadcast_object_list(runs, src=0, group=self.control)
+            assert runs[0] is not None
+            self.worker = start_worker(runs[0], platform)
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call ``method`` on every rank, as WorkerGroup says."""
-        own = self._scatter([(method, args) for args in arguments])
-        return self._gather(getattr(self.worker, method)(*own[1]))
+        with _failures_named(method):
+            _, own = self._scatter([(method, args) for args in arguments])
+            return self._gather(getattr(self.worker, method)(*own))
 
     def shutdown(self) -> None:
         """Let the serving ranks return."""
-        self._scatter([("", ())] * self.world_size)
-        self.worker.shutdown()
+        with _failures_named("shutdown"):
+            self._scatter([("", ())] * self.world_size)
+            self.worker.shutdown()
 
     def abort(self) -> None:
         """Do nothing: this process is about to fail, and torchrun then ends the others."""
 
     def serve(self) -> None:
-        """Answer calls until the controller shuts down. A failure ends the process, and torchrun the others."""
-        while True:
-            method, args = self._scatter(None)
-            if not method:
-                self.worker.shutdown()
-                return
-            try:
-                result = getattr(self.worker, method)(*args)
-            except BaseException:  # noqa: BLE001 (reported, and the process ends)
-                print(f"rank {self.rank} failed in {method}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                os._exit(1)  # at once: a peer inside a collective must see the connection close
-            self._gather(result)
+        """Answer calls until the controller shuts down."""
+        method = "a wait for the next call"
+        while method:
+            with _failures_named(method):
+                method, args = self._scatter(None)
+            with _failures_named(method):
+                if method:
+                    self._gather(getattr(self.worker, method)(*args))
+        with _failures_named("shutdown"):
+            self.worker.shutdown()
 
     def _scatter(self, calls: list[tuple[str, tuple[Any, ...]]] | None) -> tuple[str, tuple[Any, ...]]:
         mine: list[Any] = [None]
@@ -71,3 +80,21 @@ class TorchrunGroup:
         results: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(result, results, dst=0, group=self.control)
         return results or []
+
+
+@contextmanager
+def _failures_named(method: str) -> Iterator[None]:
+    """Name failures, let that of a lost peer be heard first, and give the traceback to torchrun for its report."""
+    try:
+        with failures_named(method):
+            yield
+    except WorkerError as error:
+        if _is_loss_of_a_peer(error.__cause__):
+            time.sleep(_END_BY_TORCHRUN_S)
+        get_error_handler().record_exception(error)
+        raise
+
+
+def _is_loss_of_a_peer(error: BaseException | None) -> bool:
+    """Whether a collective failed because another rank is gone. gloo raises plain RuntimeErrors from its sources."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

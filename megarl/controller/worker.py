@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.checkpoint.hf_export import export_hf
+from megarl.config.algorithm_rules import needs_critic, needs_reference
 from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import needs_reference
 from megarl.config.schema import (
     LRSchedulerConfig,
     MegatronConfig,
@@ -33,10 +33,11 @@ from megarl.parallel.layout import layout_of
 from megarl.parallel.platform import Platform
 from megarl.rollout.engine import RolloutEngine
 from megarl.train.actor import Actor
+from megarl.train.critic import Critic
 from megarl.train.model import ModelSpec
 from megarl.train.optimizer import OptimizerSpec
 from megarl.train.policy import Policy
-from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
+from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
 Micros = Sequence[Sequence[int]]
@@ -50,6 +51,7 @@ class Worker:
         self.folder = Path(run.model_folder)
         self.shape = read_model_shape(run.model_folder)
         self.ref: Policy | None = None
+        self.critic: Critic | None = None
         self.engine: RolloutEngine | None = None
         self.publisher: Publisher | None = None
         if isinstance(run.config, PPOConfig):
@@ -61,16 +63,31 @@ class Worker:
         models = config.actor_rollout_ref
         source = self._source(models.model, config.trainer.seed)
         spec = self._model_spec(models.model, models.actor.megatron)
-        optimizer = _optimizer_spec(models.actor.optim, models.actor.lr_scheduler, models.actor.megatron, run)
+        optimizer = _optimizer_spec(
+            models.actor.optim, models.actor.lr_scheduler, models.actor.megatron, run.actor_optimizer_steps
+        )
         self.actor = Actor(spec, source, optimizer)
         if needs_reference(config):
             self.ref = Policy(self._model_spec(models.model, models.ref.megatron), source)
+        if needs_critic(config):
+            self.critic = self._build_critic(config, run)
         self.engine = _build_engine(config, run.model_folder)
         self.publisher = Publisher(self.actor, self.engine, models.rollout.tensor_model_parallel_size)
 
+    def _build_critic(self, config: PPOConfig, run: RunSpec) -> Critic:
+        critic, model = config.critic, config.actor_rollout_ref.model
+        assert run.critic_folder is not None
+        shape = read_model_shape(run.critic_folder).with_value_head()
+        layout = layout_of(critic.megatron, dist.get_world_size())
+        spec = ModelSpec(shape, layout, getattr(torch, model.dtype), self.device, model.use_remove_padding)
+        random = critic.model.init == "random"
+        source = RandomSource(shape, config.trainer.seed) if random else SafetensorsSource(run.critic_folder, shape)
+        steps = run.critic_optimizer_steps
+        return Critic(spec, source, _optimizer_spec(critic.optim, critic.lr_scheduler, critic.megatron, steps))
+
     def _build_sft(self, config: SFTConfig, run: RunSpec) -> None:
         spec = self._model_spec(config.model, config.megatron)
-        optimizer = _optimizer_spec(config.optim, config.lr_scheduler, config.megatron, run)
+        optimizer = _optimizer_spec(config.optim, config.lr_scheduler, config.megatron, run.actor_optimizer_steps)
         self.actor = Actor(spec, self._source(config.model, config.trainer.seed), optimizer)
 
     def _source(self, model: ModelConfig, seed: int) -> TensorSource:
@@ -104,6 +121,16 @@ class Worker:
         assert model is not None
         return model.logprobs(batch, micro_batches, temperature)
 
+    def values(self, batch: Batch, micro_batches: Micros) -> Tensor | None:
+        """Return the critic's values of this data-parallel rank's rows, on the rank that reports them."""
+        assert self.critic is not None
+        return self.critic.values(batch, micro_batches)
+
+    def update_critic(self, batch: Batch, steps: Sequence[OptimizerStep], loss: ValueLossSpec) -> list[Metrics]:
+        """Take the optimizer steps of a value update."""
+        assert self.critic is not None
+        return self.critic.update(batch, steps, loss)
+
     def update_actor(self, batch: Batch, steps: Sequence[OptimizerStep], loss: PolicyLossSpec) -> list[Metrics]:
         """Take the optimizer steps of a policy update."""
         return self.actor.update(batch, steps, loss)
@@ -136,7 +163,7 @@ class Worker:
 
 
 def _optimizer_spec(
-    optim: OptimConfig, scheduler: LRSchedulerConfig, megatron: TrainedMegatronConfig, run: RunSpec
+    optim: OptimConfig, scheduler: LRSchedulerConfig, megatron: TrainedMegatronConfig, total_steps: int
 ) -> OptimizerSpec:
     return OptimizerSpec(
         lr=optim.lr,
@@ -147,7 +174,7 @@ def _optimizer_spec(
         clip_grad=optim.clip_grad,
         schedule=scheduler.type,
         warmup_steps=scheduler.warmup_steps,
-        total_steps=run.total_optimizer_steps,
+        total_steps=total_steps,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
     )
 

@@ -21,6 +21,7 @@ from megarl.config.model_shape import ModelShape, Rope
 from megarl.errors import ModelFolderError
 from megarl.model.attention import CausalAttention, RMSNorm
 from megarl.model.name_map import entries, megatron_shards
+from megarl.model.value_head import ValueHead
 from megarl.model.weights import TensorSource, fill
 from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout, split_layers
@@ -67,6 +68,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        cuda_graph_scope=[],  # the whole layer; the default says the same in a deprecated word, and warns
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -101,7 +103,7 @@ def build_model(shape: ModelShape, groups: ParallelGroups, dtype: torch.dtype, d
     """Build this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
     The stage takes (tokens [B, S], positions, mask None, packed_seq_params) and the last one returns this rank's slice
-    of the logits [B, S, V / tp].
+    of the logits [B, S, V / tp], or values [B, S, 1] where the shape has a value head.
     """
     layout = groups.layout
     config = transformer_config(shape, layout, dtype)
@@ -116,6 +118,8 @@ def build_model(shape: ModelShape, groups: ParallelGroups, dtype: torch.dtype, d
         position_embedding_type="rope",
         rotary_base=int(shape.rope.theta),
     )
+    if shape.value_head and groups.is_last_stage:
+        model.output_layer = ValueHead(config)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
     return Float16Module(config, module) if dtype == torch.bfloat16 else module

@@ -37,6 +37,7 @@ class Entry:
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _EMBEDDING = "model.embed_tokens.weight"
+VALUE_HEAD = "score.weight"  # as transformers' token classification models name it
 
 
 def _qkv(kind: str) -> tuple[str, ...]:
@@ -72,13 +73,7 @@ def entries(shape: ModelShape) -> tuple[Entry, ...]:
         ),
         Entry((mlp + "linear_fc2.weight",), _LAYER + "mlp.down_proj.weight", (_LAYER + "mlp.down_proj.weight",), "row"),
         Entry(("decoder.final_layernorm.weight",), "model.norm.weight", ("model.norm.weight",), "replicated", "head"),
-        Entry(
-            ("output_layer.weight",),
-            "lm_head.weight",
-            (_EMBEDDING if shape.tied else "lm_head.weight",),
-            "vocab",
-            "head",
-        ),
+        _head(shape),
     ]
     if shape.qkv_bias:
         table.append(
@@ -91,6 +86,14 @@ def entries(shape: ModelShape) -> tuple[Entry, ...]:
     return tuple(table)
 
 
+def _head(shape: ModelShape) -> Entry:
+    """Return the entry of what the last stage puts on top."""
+    if shape.value_head:
+        return Entry(("output_layer.weight",), VALUE_HEAD, (VALUE_HEAD,), "replicated", "head")
+    hf = _EMBEDDING if shape.tied else "lm_head.weight"
+    return Entry(("output_layer.weight",), "lm_head.weight", (hf,), "vocab", "head")
+
+
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face checkpoint, in checkpoint order."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -100,7 +103,7 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "q_proj.weight": (q, hidden), "k_proj.weight": (kv, hidden), "v_proj.weight": (kv, hidden),
         "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,), "o_proj.weight": (hidden, q),
         "gate_proj.weight": (ffn, hidden), "up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn),
-        "q_norm.weight": (shape.head_dim,), "k_norm.weight": (shape.head_dim,),
+        VALUE_HEAD: (1, hidden), "q_norm.weight": (shape.head_dim,), "k_norm.weight": (shape.head_dim,),
     }  # fmt: skip
     names = [name.format(i=i) for entry in entries(shape) for i in _layers(shape, entry) for name in entry.hf]
     return {name: next((s for suffix, s in by_suffix.items() if name.endswith(suffix)), (hidden,)) for name in names}

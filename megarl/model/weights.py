@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megarl.config.model_shape import ModelShape
 from megarl.errors import ModelFolderError
-from megarl.model.name_map import hf_shapes
+from megarl.model.name_map import VALUE_HEAD, hf_shapes
 from megarl.parallel.shard import Shard
 
 
@@ -32,6 +32,7 @@ class TensorSource(Protocol):
 class SafetensorsSource:
     """Reads ranges from ``model.safetensors`` or the files of ``model.safetensors.index.json``.
 
+    A value head that the folder lacks is zero: a critic that starts from a language model values every state at 0.
     Raises ModelFolderError where files or tensors are missing, truncated or of the wrong shape.
     """
 
@@ -39,7 +40,9 @@ class SafetensorsSource:
         self.folder = Path(folder).expanduser()
         self._file_of = self._index()
         self._open: dict[Path, safe_open] = {}
-        self._check(hf_shapes(shape))
+        expected = hf_shapes(shape)
+        self._fresh = {n: expected.pop(n) for n in (VALUE_HEAD,) if n in expected and n not in self._file_of}
+        self._check(expected)
 
     def _index(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -83,6 +86,8 @@ class SafetensorsSource:
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) along ``dim``, reading only those from the file."""
+        if name in self._fresh:
+            return torch.zeros(self._fresh[name]).narrow(dim, start, stop - start)
         view = self._handle(name).get_slice(name)
         rows: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
         return rows
@@ -110,7 +115,7 @@ def _opened(path: Path) -> safe_open:
 
 
 class RandomSource:
-    """Draws weights from config.json alone: normal(0, initializer_range), norms 1, biases 0.
+    """Draws weights from config.json alone: normal(0, initializer_range), norms 1, biases and value head 0.
 
     Each tensor has a generator of its own, seeded by the run's seed and its name, so that the weights are the same
     on every layout.
@@ -129,7 +134,7 @@ class RandomSource:
     def _draw(self, name: str) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(self.sizes[name])
-        if name.endswith(".bias"):
+        if name.endswith(".bias") or name == VALUE_HEAD:
             return torch.zeros(self.sizes[name])
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

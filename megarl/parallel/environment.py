@@ -29,6 +29,10 @@ _EVERYWHERE = {
 _CPU_ONLY = {
     "OMP_NUM_THREADS": "1",  # ranks share the cores, and OpenMP's default is all cores for each of them
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes over a minute at the first generation and gains nothing at CPU sizes
+    # On CPU these warn a dozen times a rank, in every run, of what nobody can act on. Errors are shown.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-torch._library",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB a rank; vLLM's default is meant for one engine a machine
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # with several ranks on one NUMA node vLLM's own binding asserts
 }

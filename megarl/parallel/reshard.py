@@ -86,7 +86,9 @@ def _fill(rank: int, shard: Shard, held: Mapping[str, list[_Held]], sent: list[i
         while seg.tensor is not None and position < seg.stop:
             holders = [h for h in held.get(seg.tensor, ()) if h.start <= position < h.stop]
             if not holders:
-                raise PublishError(f"no rank holds row {position} of {seg.tensor}, needed by {shard.name} on {rank}")
+                raise PublishError(
+                    f"no rank holds row {position} of {seg.tensor}, needed by {shard.name} on rank {rank}"
+                )
             assert all(h.piece.dim == shard.dim for h in holders), f"{seg.tensor} is split along different dims"
             best = min(holders, key=lambda h: (h.piece.rank != rank, sent[h.piece.rank], h.piece.rank))
             length = min(best.stop, seg.stop, *_own_starts(held[seg.tensor], rank, position)) - position

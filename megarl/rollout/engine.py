@@ -27,7 +27,7 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
-        """Return ``sampling.n`` rollouts for each request, in the order of ``requests``; the same on every rank.
+        """Return ``sampling.n`` rollouts for each request (and a greedy one if asked) in order, the same on all ranks.
 
         A sample depends on its prompt, its request's seed and its index in the group alone: not on the other requests,
         their order, or the replica (up to rounding, which may differ with the shape of a batch).

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megarl.errors import DataError, PublishError
@@ -70,7 +70,7 @@ class VllmEngine:
         return self._policy_version
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
-        """Return ``sampling.n`` rollouts for each request, in the order of ``requests``.
+        """Return ``sampling.n`` rollouts for each request, and a greedy one if asked, in the order of ``requests``.
 
         Log-probs are those of the distribution that was sampled from: log_softmax(logits / temperature), and after
         top_k and top_p the kept tokens renormalised, so that dropped ones count for nothing. Greedy sampling
@@ -85,11 +85,12 @@ class VllmEngine:
         if not requests:
             return []
         # One vLLM request a sample: vLLM's own n refuses groups of greedy samples.
-        prompts = [{"prompt_token_ids": list(r.token_ids)} for r in requests for _ in range(sampling.n)]
-        params = [_sampling_params(sampling, sample_seed(r.seed, i)) for r in requests for i in range(sampling.n)]
+        samples = [sampling] * sampling.n + [replace(sampling, temperature=0.0)] * sampling.with_greedy
+        prompts = [{"prompt_token_ids": list(r.token_ids)} for r in requests for _ in samples]
+        params = [_sampling_params(s, sample_seed(r.seed, i)) for r in requests for i, s in enumerate(samples)]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         rollouts = [_rollout(output, self._policy_version) for output in outputs]
-        return [tuple(rollouts[i : i + sampling.n]) for i in range(0, len(rollouts), sampling.n)]
+        return [tuple(rollouts[i : i + len(samples)]) for i in range(0, len(rollouts), len(samples))]
 
     def parameters(self) -> dict[str, Tensor]:
         """Return this rank's weight shards by vLLM's parameter names, to be written in place; tied ones once."""

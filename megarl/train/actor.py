@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarl.algorithm.aggregate import token_weights_B
 from megarl.algorithm.kl import kl_estimators
-from megarl.algorithm.policy_loss import policy_losses
+from megarl.algorithm.policy_loss import PolicyLossInputs, PolicyLossSettings, policy_losses
 from megarl.data.batch import MicroBatch
 from megarl.model.weights import TensorSource
 from megarl.train.model import Loss, ModelSpec
@@ -50,18 +50,21 @@ class Actor(Policy):
         old_BS, advantages_BS, ref_BS = batch.old_logprobs_BS, batch.advantages_BS, batch.ref_logprobs_BS
         weights_B = token_weights_B(spec.loss_agg_mode, batch.mask_BS.sum(-1), step.total_tokens, step.total_rollouts)
         per_token = policy_losses.get("ppo_clip")
+        settings = PolicyLossSettings(clip_low=spec.clip_low, clip_high=spec.clip_high)
 
         def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             scores = self.score(micro, logits, spec.temperature)
             logprobs_N, device = scores.logprobs_N, logits.device
             weights_N, old_N = weights_B[micro.row_N].to(device), micro.column(old_BS).to(device)
             advantages_N = micro.column(advantages_BS).to(device)
-            policy = per_token(logprobs_N, old_N, advantages_N, clip_low=spec.clip_low, clip_high=spec.clip_high)
-            total = policy_loss = (weights_N * policy.loss).sum()
+            sequence_N = micro.row_N.to(device)
+            inputs = PolicyLossInputs(logprobs_N, old_N, advantages_N, sequence_N, num_sequences=len(batch))
+            policy = per_token(inputs, settings)
+            total = policy_loss = (weights_N * policy.loss_N).sum()
             metrics = {
                 "policy_loss": policy_loss,
                 "entropy": (weights_N * scores.entropy_N).sum(),
-                "clip_fraction": (weights_N * policy.clipped).sum(),
+                "clip_fraction": (weights_N * policy.clipped_N).sum(),
                 "old_kl": (weights_N * (old_N - logprobs_N)).sum(),
             }
             if spec.kl_coef is not None:

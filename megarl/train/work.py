@@ -23,6 +23,14 @@ class PolicyLossSpec:
 
 
 @dataclass(frozen=True)
+class ValueLossSpec:
+    """The loss of a critic's update. clip_range: how far a value may move from that of the rollout before it counts."""
+
+    clip_range: float
+    loss_agg_mode: str
+
+
+@dataclass(frozen=True)
 class OptimizerStep:
     """One rank's work in one optimizer step.
 

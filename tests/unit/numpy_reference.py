@@ -36,40 +36,29 @@ def rloo(rewards: Floats, groups: Ints, mask: Bools) -> Floats:
     return advantages
 
 
-def ppo_clip(new: Floats, old: Floats, advantages: Floats, low: float, high: float) -> tuple[Floats, Floats]:
-    """Return loss and clipped of each token. arXiv:1707.06347, equation 7, negated."""
-    loss, clipped = np.zeros(new.shape), np.zeros(new.shape)
-    for i in np.ndindex(new.shape):
-        ratio = math.exp(new[i] - old[i])
-        surrogate = ratio * advantages[i]
-        bounded = min(max(ratio, 1 - low), 1 + high) * advantages[i]
-        loss[i] = -min(surrogate, bounded)
-        clipped[i] = float(bounded < surrogate)
-    return loss, clipped
-
-
 def kl(name: str, actor: Floats, reference: Floats) -> Floats:
     """Return the estimator's value on each token. http://joschu.net/blog/kl-approx.html, with r = reference / actor."""
     result = np.zeros(actor.shape)
     for i in np.ndindex(actor.shape):
         log_r = reference[i] - actor[i]
-        result[i] = {
-            "kl": -log_r,
-            "abs": abs(log_r),
-            "mse": log_r**2 / 2,
-            "low_var_kl": (math.exp(log_r) - 1) - log_r,
-        }[name]
+        k1, k2, k3 = -log_r, log_r**2 / 2, (math.exp(log_r) - 1) - log_r
+        values = {"kl": k1, "k1": k1, "abs": abs(log_r), "mse": k2, "k2": k2, "low_var_kl": k3, "k3": k3}
+        result[i] = values[name.removesuffix("+")]
     return result
 
 
-def aggregate(mode: str, losses: Floats, mask: Bools) -> float:
+def aggregate(mode: str, losses: Floats, mask: Bools, max_tokens: int) -> float:
     """Return the loss of a whole mini-batch [B, S]; rollouts without tokens are no part of it."""
     rows = [row[keep] for row, keep in zip(losses, mask, strict=True) if keep.any()]
     if not rows:
         return 0.0
     if mode == "token-mean":
         return float(np.mean(np.concatenate(rows)))
-    divisors = {"seq-mean-token-sum": [1] * len(rows), "seq-mean-token-mean": [len(row) for row in rows]}[mode]
+    divisors = {
+        "seq-mean-token-sum": [1] * len(rows),
+        "seq-mean-token-mean": [len(row) for row in rows],
+        "seq-mean-token-sum-norm": [max_tokens] * len(rows),
+    }[mode]
     return math.fsum(math.fsum(row) / divisor for row, divisor in zip(rows, divisors, strict=True)) / len(rows)
 
 

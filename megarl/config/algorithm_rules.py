@@ -1,0 +1,143 @@
+"""What an estimator needs, and the rules between algorithm, critic, reference and reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megarl.config.schema import PPOConfig
+from megarl.errors import Problem, nearest
+
+Problems = Iterator[Problem]
+
+
+@dataclass(frozen=True)
+class EstimatorNeeds:
+    """What an estimator needs. uses: keys of ``algorithm`` that it reads, among those that not all do."""
+
+    values: bool = False
+    greedy_baseline: bool = False
+    min_group_size: int = 1
+    uses: tuple[str, ...] = ()
+
+
+# The estimators of megarl.algorithm.advantage, which can't be asked here: it imports torch. A test compares the two.
+ESTIMATORS = {
+    "gae": EstimatorNeeds(values=True, uses=("gamma", "lam")),
+    "grpo": EstimatorNeeds(min_group_size=2, uses=("norm_adv_by_std_in_grpo",)),
+    "grpo_passk": EstimatorNeeds(min_group_size=2, uses=("norm_adv_by_std_in_grpo",)),
+    "rloo": EstimatorNeeds(min_group_size=2),
+    "remax": EstimatorNeeds(greedy_baseline=True),
+    "reinforce_plus_plus": EstimatorNeeds(uses=("gamma",)),
+    "reinforce_plus_plus_baseline": EstimatorNeeds(min_group_size=2),
+    "opo": EstimatorNeeds(min_group_size=2),
+    "gpg": EstimatorNeeds(min_group_size=2),
+}
+_NEUTRAL = {"gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True}
+
+
+def needs_reference(c: PPOConfig) -> bool:
+    """Whether any KL term compares with the reference."""
+    return c.actor_rollout_ref.actor.use_kl_loss or c.algorithm.use_kl_in_reward
+
+
+def needs_critic(c: PPOConfig) -> bool:
+    """Whether the run trains a critic."""
+    return estimator_needs(c).values
+
+
+def estimator_needs(c: PPOConfig) -> EstimatorNeeds:
+    """Return what the run's estimator needs; of an unknown one, nothing."""
+    return ESTIMATORS.get(c.algorithm.adv_estimator, EstimatorNeeds())
+
+
+def the_estimator_is_known(c: PPOConfig) -> Problems:
+    """The estimator exists."""
+    name, key = c.algorithm.adv_estimator, "algorithm.adv_estimator"
+    if name not in ESTIMATORS:
+        yield Problem(key, name, f"must be one of {', '.join(ESTIMATORS)}", nearest(name, ESTIMATORS))
+
+
+def a_group_is_large_enough(c: PPOConfig) -> Problems:
+    """Estimators that compare the rollouts of a prompt have some to compare."""
+    n, least = c.actor_rollout_ref.rollout.n, estimator_needs(c).min_group_size
+    if n < least:
+        key = "actor_rollout_ref.rollout.n"
+        allowed = f"{c.algorithm.adv_estimator} compares the rollouts of a prompt: at least {least}"
+        yield Problem(key, n, allowed, f"{key}=8")
+
+
+def grpo_has_a_kl_term_or_says_not(c: PPOConfig) -> Problems:
+    """GRPO without KL is asked for by name."""
+    if c.algorithm.adv_estimator == "grpo" and not needs_reference(c) and not c.algorithm.kl_free:
+        yield Problem(
+            "actor_rollout_ref.actor.use_kl_loss",
+            False,
+            "grpo keeps the policy near the reference by a KL term, and this run has none: neither this nor "
+            "algorithm.use_kl_in_reward is on",
+            "actor_rollout_ref.actor.use_kl_loss=true, or algorithm.kl_free=true if that is meant (DAPO, Dr.GRPO)",
+        )
+    if c.algorithm.kl_free and needs_reference(c):
+        allowed = "contradicts actor_rollout_ref.actor.use_kl_loss or algorithm.use_kl_in_reward, which is on"
+        yield Problem("algorithm.kl_free", True, allowed, "algorithm.kl_free=false")
+
+
+def the_critic_is_there_where_it_is_needed(c: PPOConfig) -> Problems:
+    """critic.enable agrees with the estimator."""
+    name = c.algorithm.adv_estimator
+    if c.critic.enable is False and needs_critic(c):
+        yield Problem(
+            "critic.enable", False, f"{name} needs a critic's values", "critic.enable=null, or another estimator"
+        )
+    if c.critic.enable and not needs_critic(c):
+        allowed = f"{name} reads no values: the critic would be trained for nothing"
+        yield Problem("critic.enable", True, allowed, "critic.enable=null, or algorithm.adv_estimator=gae")
+
+
+def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
+    """gamma, lam and the like are set only where the estimator reads them."""
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(c.algorithm, name)
+        if value != neutral and name not in estimator_needs(c).uses:
+            readers = ", ".join(e for e, needs in ESTIMATORS.items() if name in needs.uses)
+            allowed = f"has no effect on {c.algorithm.adv_estimator}; read by {readers}"
+            yield Problem(f"algorithm.{name}", value, allowed, f"algorithm.{name}={str(neutral).lower()}")
+
+
+def the_kl_controller_has_an_effect(c: PPOConfig) -> Problems:
+    """An adaptive coefficient steers something, slowly enough to keep its sign."""
+    control = c.algorithm.kl_ctrl
+    if control.type == "fixed":
+        return
+    if not c.algorithm.use_kl_in_reward:
+        allowed = "steers the KL in the reward, which is off"
+        yield Problem("algorithm.kl_ctrl.type", control.type, allowed, "algorithm.use_kl_in_reward=true")
+    least = c.data.train_batch_size * c.actor_rollout_ref.rollout.n // 5 + 1
+    if control.horizon < least:
+        yield Problem("algorithm.kl_ctrl.horizon", control.horizon, f"must be at least a fifth of a step: {least}")
+
+
+def dynamic_sampling_has_groups(c: PPOConfig) -> Problems:
+    """Groups are filtered only where there are groups."""
+    if c.algorithm.filter_groups.enable and c.actor_rollout_ref.rollout.n < 2:
+        allowed = "a group of one rollout never has spread"
+        yield Problem("algorithm.filter_groups.enable", True, allowed, "actor_rollout_ref.rollout.n=8")
+
+
+def the_overlong_buffer_is_within_the_response(c: PPOConfig) -> Problems:
+    """The buffer isn't longer than a response."""
+    buffer, longest = c.reward.overlong_buffer, c.data.max_response_length
+    if buffer.enable and buffer.len > longest:
+        yield Problem("reward.overlong_buffer.len", buffer.len, f"must be at most data.max_response_length = {longest}")
+
+
+ALGORITHM_RULES = (
+    the_estimator_is_known,
+    a_group_is_large_enough,
+    grpo_has_a_kl_term_or_says_not,
+    the_critic_is_there_where_it_is_needed,
+    estimator_settings_have_an_effect,
+    the_kl_controller_has_an_effect,
+    dynamic_sampling_has_groups,
+    the_overlong_buffer_is_within_the_response,
+)

@@ -1,0 +1,56 @@
+"""Small models of every family, and layouts they can be split over, for tests that try thousands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from megarl.config.model_shape import FAMILIES, ModelShape, Rope
+from megarl.parallel.layout import Layout
+
+
+def model_shape(family: str = "Qwen3ForCausalLM", *, tied: bool = False) -> ModelShape:
+    """Return a model of 3 layers, 4 heads and 2 key-value heads whose tensors all have different shapes."""
+    return ModelShape(
+        family=family,
+        num_layers=3,
+        hidden_size=6,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        ffn_size=8,
+        vocab_size=10,
+        max_positions=32,
+        norm_eps=1e-6,
+        rope=Rope(10000.0),
+        tied=tied,
+        qkv_bias=family == "Qwen2ForCausalLM",
+        qk_norm=family == "Qwen3ForCausalLM",
+    )
+
+
+@st.composite
+def model_shapes(draw: st.DrawFn) -> ModelShape:
+    """Draw a model of any family that TP 1, 2 and 4 can split."""
+    num_kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
+    groups = [group for group in (1, 2, 3, 4) if num_kv_heads * group % 4 == 0]
+    return replace(
+        model_shape(draw(st.sampled_from(FAMILIES)), tied=draw(st.booleans())),
+        num_layers=draw(st.integers(1, 4)),
+        hidden_size=draw(st.integers(1, 3)),
+        num_heads=num_kv_heads * draw(st.sampled_from(groups)),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([2, 4])),
+        ffn_size=draw(st.sampled_from([4, 8])),
+        vocab_size=draw(st.integers(1, 70)),
+    )
+
+
+@st.composite
+def layouts_of(draw: st.DrawFn, shape: ModelShape) -> Layout:
+    """Draw a layout that ``shape`` can be trained on, of 12 ranks at most."""
+    tp = draw(st.sampled_from([1, 2, 4]))
+    pp = draw(st.integers(1, min(3, shape.num_layers)))
+    dp = draw(st.integers(1, max(1, 8 // (tp * pp))))
+    return Layout(tp * pp * dp, tp, pp)

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.config.model_shape import FAMILIES, ModelShape, parse_model_shape
+from megarl.model.name_map import VLLM_VOCAB_MULTIPLE, hf_shapes, megatron_shards, vllm_shards
+from megarl.parallel.layout import Layout
+from megarl.parallel.shard import Segment, Shard
+from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
+
+MODELS = [pytest.param(family, tied, id=f"{family}{'-tied' * tied}") for family in FAMILIES for tied in (False, True)]
+REPLICATED = ("norm.weight", "layernorm.weight")
+
+
+def _dims(shards: Iterable[Shard]) -> dict[str, int]:
+    """Return the dim that each tensor is split along; it must be the same in every shard."""
+    dims: dict[str, int] = {}
+    for shard in shards:
+        for segment in shard.segments:
+            if segment.tensor is not None:
+                assert dims.setdefault(segment.tensor, shard.dim) == shard.dim
+    return dims
+
+
+def _copies(shards: Iterable[Shard]) -> dict[str, Counter[int]]:
+    """Return how often each row (along the split dim) of each Hugging Face tensor is held."""
+    copies: dict[str, Counter[int]] = {}
+    for shard in shards:
+        for segment in shard.segments:
+            if segment.tensor is not None:
+                copies.setdefault(segment.tensor, Counter()).update(range(segment.start, segment.stop))
+    return copies
+
+
+def _assert_consistent(shards: Iterable[Shard], sizes: dict[str, tuple[int, ...]]) -> None:
+    """Check that each shard's shape is that of its segments, and that only vocabularies are padded, at their end."""
+    for shard in shards:
+        assert shard.shape[shard.dim] == sum(s.length for s in shard.segments) > 0
+        for i, segment in enumerate(shard.segments):
+            assert segment.length > 0
+            if segment.tensor is None:
+                assert i == len(shard.segments) - 1
+                assert shard.name.endswith(("word_embeddings.weight", "output_layer.weight", "embed_tokens.weight"))
+                continue
+            size = sizes[segment.tensor]
+            assert 0 <= segment.start < segment.stop <= size[shard.dim]
+            assert [n for d, n in enumerate(shard.shape) if d != shard.dim] == [
+                n for d, n in enumerate(size) if d != shard.dim
+            ]
+
+
+def _expected(shape: ModelShape, name: str, dim: int, copies: int) -> Counter[int]:
+    return Counter(dict.fromkeys(range(hf_shapes(shape)[name][dim]), copies))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_ranks_of_a_trainer_replica_hold_every_row_of_the_checkpoint(data: st.DataObject) -> None:
+    shape = data.draw(model_shapes())
+    layout = data.draw(layouts_of(shape))
+    by_rank = [megatron_shards(shape, layout, rank) for rank in range(layout.world_size)]
+    for dp in range(layout.dp):
+        replica = [s for rank, shards in enumerate(by_rank) if layout.coordinates(rank).dp == dp for s in shards]
+        _assert_consistent(replica, hf_shapes(shape))
+        dims, copies = _dims(replica), _copies(replica)
+        assert copies.keys() == hf_shapes(shape).keys()
+        for name, dim in dims.items():
+            held_twice = shape.tied and layout.pp > 1 and name == "model.embed_tokens.weight"
+            count = layout.tp if name.endswith(REPLICATED) else 2 if held_twice else 1
+            assert copies[name] == _expected(shape, name, dim, count), name
+
+
+@settings(max_examples=200, deadline=None)
+@given(model_shapes(), st.sampled_from([1, 2, 4]))
+def test_the_ranks_of_an_engine_replica_hold_every_row_of_the_checkpoint(shape: ModelShape, tp: int) -> None:
+    replica = [s for rank in range(tp) for s in vllm_shards(shape, tp, rank)]
+    if shape.vocab_size >= VLLM_VOCAB_MULTIPLE:
+        _assert_consistent(replica, hf_shapes(shape))
+    dims, copies = _dims(replica), _copies(replica)
+    assert copies.keys() == hf_shapes(shape).keys()
+    for name, dim in dims.items():
+        is_kv = any(f".{part}_proj." in name for part in "kv")
+        count = tp if name.endswith(REPLICATED) else max(1, tp // shape.num_kv_heads) if is_kv else 1
+        assert copies[name] == _expected(shape, name, dim, count), name
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_tensor_parallel_ranks_hold_parameters_of_the_same_names_and_shapes(data: st.DataObject) -> None:
+    shape = data.draw(model_shapes())
+    layout = data.draw(layouts_of(shape))
+    by_stage: dict[int, set[tuple[tuple[str, tuple[int, ...]], ...]]] = {}
+    for rank in range(layout.world_size):
+        parameters = tuple((s.name, s.shape) for s in megatron_shards(shape, layout, rank))
+        assert len({name for name, _ in parameters}) == len(parameters)
+        by_stage.setdefault(layout.coordinates(rank).pp, set()).add(parameters)
+    assert all(len(kinds) == 1 for kinds in by_stage.values())
+    names = [name for [parameters] in by_stage.values() for name, _ in parameters]
+    assert len(set(names)) == len(names)  # no parameter is on two stages: a tied output layer has a name of its own
+    engines = {tuple((s.name, s.shape) for s in vllm_shards(shape, layout.tp, rank)) for rank in range(layout.tp)}
+    assert len(engines) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(model_shapes(), st.sampled_from([1, 2, 4]))
+def test_vocabularies_are_padded_as_each_side_pads_them(shape: ModelShape, tp: int) -> None:
+    trainer = [_shard(megatron_shards(shape, Layout(tp, tp), r), "word_embeddings.weight") for r in range(tp)]
+    assert sum(s.shape[0] for s in trainer) == shape.padded_vocab(tp) < shape.vocab_size + tp
+    engine = [_shard(vllm_shards(shape, tp, r), "embed_tokens.weight") for r in range(tp)]
+    assert sum(s.shape[0] for s in engine) == math.ceil(shape.vocab_size / 64) * 64
+
+
+def _shard(shards: Iterable[Shard], suffix: str) -> Shard:
+    [found] = [s for s in shards if s.name.endswith(suffix)]
+    return found
+
+
+def _rows(shard: Shard) -> list[tuple[str, int, int]]:
+    return [(str(s.tensor).split(".")[-2], s.start, s.stop) for s in shard.segments]
+
+
+def test_megatron_takes_the_queries_key_and_value_of_one_kv_head_after_another() -> None:
+    shape = model_shape()  # 4 heads, 2 kv heads, of 4
+    [both] = [_rows(_shard(megatron_shards(shape, Layout(1), 0), "layers.1.self_attention.linear_qkv.weight"))]
+    first = [("q_proj", 0, 8), ("k_proj", 0, 4), ("v_proj", 0, 4)]
+    second = [("q_proj", 8, 16), ("k_proj", 4, 8), ("v_proj", 4, 8)]
+    assert both == first + second
+    halves = [
+        _shard(megatron_shards(shape, Layout(2, tp=2), r), "layers.1.self_attention.linear_qkv.weight") for r in (0, 1)
+    ]
+    assert [_rows(half) for half in halves] == [first, second]
+
+
+def test_megatron_cuts_the_stack_evenly_where_ranks_outnumber_kv_heads() -> None:
+    name = "layers.0.self_attention.linear_qkv.weight"
+    quarters = [_rows(_shard(megatron_shards(model_shape(), Layout(4, tp=4), r), name)) for r in range(4)]
+    assert quarters == [
+        [("q_proj", 0, 8)],
+        [("k_proj", 0, 4), ("v_proj", 0, 4)],
+        [("q_proj", 8, 16)],
+        [("k_proj", 4, 8), ("v_proj", 4, 8)],
+    ]
+
+
+def test_vllm_stacks_queries_keys_and_values_and_repeats_kv_heads_where_ranks_outnumber_them() -> None:
+    name = "layers.0.self_attn.qkv_proj.weight"
+    halves = [_rows(_shard(vllm_shards(model_shape(), 2, r), name)) for r in range(2)]
+    assert halves == [
+        [("q_proj", 0, 8), ("k_proj", 0, 4), ("v_proj", 0, 4)],
+        [("q_proj", 8, 16), ("k_proj", 4, 8), ("v_proj", 4, 8)],
+    ]
+    quarters = [_rows(_shard(vllm_shards(model_shape(), 4, r), name)) for r in range(4)]
+    assert quarters == [
+        [("q_proj", 4 * r, 4 * r + 4), ("k_proj", r // 2 * 4, r // 2 * 4 + 4), ("v_proj", r // 2 * 4, r // 2 * 4 + 4)]
+        for r in range(4)
+    ]
+
+
+def test_a_gated_layer_stacks_gate_and_up_of_each_rank() -> None:
+    second = megatron_shards(model_shape(), Layout(2, tp=2), 1)
+    assert _rows(_shard(second, "layers.2.mlp.linear_fc1.weight")) == [("gate_proj", 4, 8), ("up_proj", 4, 8)]
+    down = _shard(second, "layers.2.mlp.linear_fc2.weight")
+    assert (_rows(down), down.dim, down.shape) == ([("down_proj", 4, 8)], 1, (6, 4))
+
+
+def test_a_rank_past_the_vocabularys_end_holds_padding_alone() -> None:
+    shards = [_shard(vllm_shards(model_shape(), 2, rank), "embed_tokens.weight") for rank in range(2)]
+    assert shards[0].segments == (Segment("model.embed_tokens.weight", 0, 10), Segment(None, 0, 22))
+    assert shards[1].segments == (Segment(None, 0, 32),)
+
+
+@pytest.mark.parametrize(("family", "tied"), MODELS)
+def test_a_tied_output_layer_is_the_embedding_except_on_a_stage_of_its_own(family: str, tied: bool) -> None:
+    shape = model_shape(family, tied=tied)
+    one_stage = {s.name: s for s in megatron_shards(shape, Layout(1), 0)}
+    last_stage = {s.name: s for s in megatron_shards(shape, Layout(2, pp=2), 1)}
+    engine = {s.name for s in vllm_shards(shape, 1, 0)}
+    assert ("output_layer.weight" in one_stage, "lm_head.weight" in engine) == (not tied, not tied)
+    source = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert last_stage["output_layer.weight"].segments == (Segment(source, 0, 10),)
+    assert "embedding.word_embeddings.weight" not in last_stage
+
+
+@pytest.mark.parametrize(("family", "tied"), MODELS)
+def test_the_checkpoints_names_and_shapes_are_those_of_transformers(family: str, tied: bool) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}[family]
+    config = AutoConfig.for_model(
+        kind, architectures=[family], hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, tie_word_embeddings=tied,
+        **({"head_dim": 8} if kind == "qwen3" else {}),
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = parse_model_shape(config.to_diff_dict(), family)
+    # named_parameters has a tied tensor once, as a checkpoint does; state_dict names it twice.
+    assert hf_shapes(shape) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert model.state_dict().keys() - hf_shapes(shape).keys() == ({"lm_head.weight"} if tied else set())
