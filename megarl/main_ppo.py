@@ -13,6 +13,7 @@ from megarl.config.model_shape import read_model_shape
 from megarl.config.rules import check_critic_model, check_ppo, check_ppo_model
 from megarl.config.schema import PPOConfig
 from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
+from megarl.parallel.environment import apply_environment
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
 
 def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run what resolved config values describe."""
+    apply_environment()
     config = build_config(PPOConfig, values)
     check_ppo(config)
     check_world_size(config)

@@ -12,6 +12,7 @@ from megarl.config.model_shape import read_model_shape
 from megarl.config.rules import check_sft, check_sft_model
 from megarl.config.schema import SFTConfig
 from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
+from megarl.parallel.environment import apply_environment
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
 
 def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run what resolved config values describe."""
+    apply_environment()
     config = build_config(SFTConfig, values)
     check_sft(config)
     check_world_size(config)

@@ -107,6 +107,8 @@ class Batch:
     values_BS: Tensor | None = None  # float32, by the critic before its update; of the state before each token
     advantages_BS: Tensor | None = None  # float32
     returns_BS: Tensor | None = None  # float32, what the critic learns to predict
+    policy_weights_BS: Tensor | None = None  # float32, multiply the policy loss: rollout correction
+    selected_BS: Tensor | None = None  # bool, tokens that the policy loss treats apart
     policy_version_B: Tensor | None = None  # int64
 
     def __len__(self) -> int:

@@ -31,6 +31,7 @@ actor_rollout_ref:
     use_kl_loss: true
     megatron: {tensor_model_parallel_size: 2}
   rollout: {temperature: 1.0, n: 4, tensor_model_parallel_size: 2}
+reward: {path: reward.py}
 algorithm: {adv_estimator: grpo}
 trainer: {n_gpus_per_node: 2, total_training_steps: 3, num_sampled_rollouts: 2, run_dir: run}
 """
@@ -48,10 +49,16 @@ lr_scheduler: {type: constant, warmup_steps: 2}
 megatron: {pipeline_model_parallel_size: 2}
 trainer: {n_gpus_per_node: 2, total_training_steps: 30, run_dir: run}
 """
+# Unlike the verbs' own reward, one that a fresh model gets some of.
+_REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    words = solution_str.split()
+    return sum(word.isdigit() for word in words) / max(len(words), 1)
+"""
 
 
 def write_tiny_task(folder: Path) -> Path:
-    """Write model/, train.parquet, test.parquet, sft.parquet and the recipes rl.yaml and sft.yaml; return the folder.
+    """Write model/, parquet files, reward.py and the recipes rl.yaml and sft.yaml into ``folder``; return it.
 
     The recipes name their files relative to the folder: runs start in it, with ``--config-dir=.``.
     """
@@ -80,4 +87,5 @@ def write_tiny_task(folder: Path) -> Path:
     write_parquet(folder / "sft.parquet", [p.sft_row() for p in sft_problems(0)[:NUM_SFT]])
     (folder / "rl.yaml").write_text(_RL)
     (folder / "sft.yaml").write_text(_SFT)
+    (folder / "reward.py").write_text(_REWARD)
     return folder

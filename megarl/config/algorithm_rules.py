@@ -118,10 +118,11 @@ def the_kl_controller_has_an_effect(c: PPOConfig) -> Problems:
 
 
 def dynamic_sampling_has_groups(c: PPOConfig) -> Problems:
-    """Groups are filtered only where there are groups."""
-    if c.algorithm.filter_groups.enable and c.actor_rollout_ref.rollout.n < 2:
-        allowed = "a group of one rollout never has spread"
-        yield Problem("algorithm.filter_groups.enable", True, allowed, "actor_rollout_ref.rollout.n=8")
+    """Groups are filtered only where rollouts of a prompt are compared."""
+    if c.algorithm.filter_groups.enable and estimator_needs(c).min_group_size < 2:
+        groups = ", ".join(e for e, needs in ESTIMATORS.items() if needs.min_group_size > 1)
+        allowed = f"{c.algorithm.adv_estimator} learns from groups of equal rewards too; filtering is for {groups}"
+        yield Problem("algorithm.filter_groups.enable", True, allowed, "algorithm.filter_groups.enable=false")
 
 
 def the_overlong_buffer_is_within_the_response(c: PPOConfig) -> Problems:
@@ -131,7 +132,27 @@ def the_overlong_buffer_is_within_the_response(c: PPOConfig) -> Problems:
         yield Problem("reward.overlong_buffer.len", buffer.len, f"must be at most data.max_response_length = {longest}")
 
 
+def rollout_correction_is_said_in_one_way(c: PPOConfig) -> Problems:
+    """A preset, or keys, or a bypass; and every key has weights to act on."""
+    correction, key = c.algorithm.rollout_correction, "algorithm.rollout_correction"
+    weighs = {"cap": correction.cap, "band": correction.band, "normalize": correction.normalize or None}
+    keys = {**weighs, "level": correction.level, "rejections": correction.rejections or None}
+    given = [name for name, value in keys.items() if value is not None]
+    if correction.preset and given:
+        yield Problem(f"{key}.preset", correction.preset, f"stands for all keys, but {', '.join(given)} are set too")
+    if correction.bypass and (correction.preset or given):
+        allowed = "takes the engine's log-probs for the trainer's: there is no difference left to correct"
+        yield Problem(f"{key}.bypass", True, allowed, f"{key}.bypass=false")
+    for name in (name for name, value in weighs.items() if value is not None and correction.level is None):
+        yield Problem(
+            f"{key}.{name}", getattr(correction, name), "acts on weights, and there are none", f"{key}.level=token"
+        )
+    if correction.band and (len(correction.band) != 2 or not 0 <= correction.band[0] < correction.band[1]):
+        yield Problem(f"{key}.band", list(correction.band), "must be [low, high] with 0 <= low < high")
+
+
 ALGORITHM_RULES = (
+    rollout_correction_is_said_in_one_way,
     the_estimator_is_known,
     a_group_is_large_enough,
     grpo_has_a_kl_term_or_says_not,

@@ -40,6 +40,8 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
         path = f"{prefix}{name}"
         if name not in values:
             problems.append(Problem(path, None, "is missing", f"start from one of megarl's own configs, or set {path}"))
+        elif typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0]):
+            found[name] = _sections(typing.get_args(hints[name])[0], values[name], path, problems)
         elif dataclasses.is_dataclass(hints[name]):
             found[name] = _section(hints[name], values[name], f"{path}.", problems)
         else:
@@ -47,12 +49,20 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
     return None if len(found) < len(fields) else cls(**found)
 
 
+def _sections(cls: Any, values: Any, path: str, problems: list[Problem]) -> Any:
+    """Fill a list of dataclasses."""
+    if not isinstance(values, list | tuple):
+        problems.append(Problem(path, values, "must be a list of sections"))
+        return ()
+    return tuple(_section(cls, value, f"{path}[{i}].", problems) for i, value in enumerate(values))
+
+
 def _leaf(kind: Any, value: Any, path: str, rule: Mapping[str, Any], problems: list[Problem]) -> Any:
     """Convert and check one value."""
     converted, allowed = _convert(kind, value)
     if allowed is None and isinstance(converted, int | float) and not isinstance(converted, bool):
         allowed = _out_of_range(converted, rule)
-    if allowed is None and rule["choices"] and converted not in rule["choices"]:
+    if allowed is None and converted is not None and rule["choices"] and converted not in rule["choices"]:
         allowed = f"must be one of {', '.join(rule['choices'])}"
         problems.append(Problem(path, value, allowed, nearest(str(value), rule["choices"])))
         return None

@@ -15,6 +15,18 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
     return field(metadata={"doc": doc, "choices": choices, "low": low, "above": above, "high": high})
 
 
+# Names of the registries in megarl.algorithm, which can't be asked here: they import torch. A test compares them.
+POLICY_LOSSES = ("ppo_clip", "gspo", "geo_mean", "cispo", "sapo", "gpg", "clip_cov", "kl_cov")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+KL_TYPES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
+CRITERIA = ("token", "sequence", "geometric", "sequence_k3", "worst_token")
+CORRECTION_PRESETS = (
+    "metrics_only", "token_tis", "sequence_tis", "sequence_mis", "icepop", "geometric", "geometric_token_tis",
+    "geometric_sequence_tis", "k3", "k3_token_tis", "k3_sequence_tis",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Prompts."""
@@ -93,6 +105,18 @@ class TrainedMegatronConfig(MegatronConfig):
 
 
 @dataclass(frozen=True)
+class PolicyLossConfig:
+    """Settings that single policy losses read; see megarl.algorithm.policy_loss."""
+
+    tau_positive: float = key("steepness of the gate where the advantage is positive (sapo)", above=0.0)
+    tau_negative: float = key("steepness of the gate where it is negative (sapo)", above=0.0)
+    cov_share: float = key("share of a step's tokens to choose by covariance (clip_cov, kl_cov)", above=0.0, high=1.0)
+    cov_low: float = key("least covariance of a chosen token (clip_cov)")
+    cov_high: float = key("largest covariance of a chosen token (clip_cov)")
+    cov_kl_coef: float = key("weight of the chosen tokens' KL (kl_cov)", low=0.0)
+
+
+@dataclass(frozen=True)
 class ActorConfig:
     """The policy that is trained."""
 
@@ -107,12 +131,16 @@ class ActorConfig:
     clip_ratio: float = key("clip range of the probability ratio, both sides", above=0.0, high=1.0)
     clip_ratio_low: float | None = key("lower side alone; null: clip_ratio", above=0.0, high=1.0)
     clip_ratio_high: float | None = key("upper side alone; null: clip_ratio", above=0.0)
+    clip_ratio_c: float | None = key(
+        "dual clip: bound of the ratio where the advantage is negative; null: none", above=1.0
+    )
+    policy_loss: str = key("policy loss", choices=POLICY_LOSSES)
+    policy_loss_settings: PolicyLossConfig = key("settings of some policy losses")
+    entropy_coeff: float = key("weight of the entropy bonus", low=0.0)
     use_kl_loss: bool = key("add KL to the reference to the loss")
     kl_loss_coef: float = key("weight of that KL", low=0.0)
-    kl_loss_type: str = key("estimator of that KL", choices=("kl", "abs", "mse", "low_var_kl"))
-    loss_agg_mode: str = key(
-        "how token losses become one", choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
-    )
+    kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_TYPES)
+    loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
     megatron: TrainedMegatronConfig = key("axes")
 
 
@@ -207,6 +235,30 @@ class FilterGroupsConfig:
 
 
 @dataclass(frozen=True)
+class RejectionConfig:
+    """One reason to leave tokens or sequences out of the loss."""
+
+    criterion: str = key("what is compared", choices=CRITERIA)
+    low: float = key("least value kept", low=0.0)
+    high: float | None = key("largest value kept; null: no bound", above=0.0)
+
+
+@dataclass(frozen=True)
+class RolloutCorrectionConfig:
+    """What to do about the engine's log-probs differing from the trainer's."""
+
+    preset: str | None = key("a named setting of the keys below", choices=CORRECTION_PRESETS)
+    level: str | None = key(
+        "importance weights of tokens or of whole sequences; null: none", choices=("token", "sequence")
+    )
+    cap: float | None = key("largest weight (TIS); null: no bound", above=0.0)
+    band: tuple[float, ...] | None = key("weights [low, high] that are kept, others become 0 (IcePop)")
+    normalize: bool = key("divide weights by their mean over the step")
+    rejections: tuple[RejectionConfig, ...] = key("what leaves the loss altogether")
+    bypass: bool = key("take the engine's log-probs as the old ones, and save the pass that recomputes them")
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """What turns rewards into advantages."""
 
@@ -215,9 +267,10 @@ class AlgorithmConfig:
     lam: float = key("weight of later temporal differences (gae)", low=0.0, high=1.0)
     norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
     use_kl_in_reward: bool = key("subtract KL to the reference from the reward of every token")
-    kl_penalty: str = key("estimator of that KL", choices=("kl", "abs", "mse", "low_var_kl"))
+    kl_penalty: str = key("estimator of that KL", choices=KL_ESTIMATORS)
     kl_ctrl: KLControlConfig = key("coefficient of that KL")
     filter_groups: FilterGroupsConfig = key("dynamic sampling")
+    rollout_correction: RolloutCorrectionConfig = key("engine against trainer")
     kl_free: bool = key("says that a run without any KL term is meant")
 
 
@@ -243,9 +296,7 @@ class CriticConfig:
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
-    loss_agg_mode: str = key(
-        "how token losses become one", choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
-    )
+    loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
     warmup_steps: int = key("steps at the start that train the critic alone", low=0)
     megatron: TrainedMegatronConfig = key("axes; the actor's unless given")
 

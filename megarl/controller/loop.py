@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megarl.algorithm.advantage import AdvantageInputs, AdvantageSettings, estimators
+from megarl.algorithm.advantage import AdvantageInputs, estimators
 from megarl.config.algorithm_rules import needs_critic, needs_reference
 from megarl.controller.report import Evaluation, critic_metrics, step_metrics, update_metrics
 from megarl.controller.run import Run
+from megarl.controller.settings import advantage_settings, policy_loss, value_loss
 from megarl.data.batch import rollouts_to_batch
 from megarl.plan.batch import plan_update
 
@@ -18,7 +19,6 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
     actor, critic, algorithm = config.actor_rollout_ref.actor, config.critic, config.algorithm
     temperature = config.actor_rollout_ref.rollout.temperature
     estimate = estimators.get(algorithm.adv_estimator)
-    settings = AdvantageSettings(algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma, lam=algorithm.lam)
 
     ranks.publish()
     run.check_publish()
@@ -38,7 +38,7 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
             batch = rollouts_to_batch([p.token_ids for p in prompts], groups)
             batch = replace(batch, rewards_B=rewards.scores_B)
             with timed("old_logprobs"):
-                batch = replace(batch, old_logprobs_BS=ranks.logprobs("actor", batch, temperature))
+                batch = replace(batch, old_logprobs_BS=run.old_logprobs(batch))
             if needs_reference(config):
                 with timed("ref_logprobs"):
                     batch = replace(batch, ref_logprobs_BS=ranks.logprobs("ref", batch, temperature))
@@ -50,17 +50,20 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
                 inputs = AdvantageInputs(
                     rewards.scores_B, batch.group_B, batch.mask_BS, token_rewards_BS, batch.values_BS, baseline_B
                 )
-                advantages = estimate(inputs, settings)
+                advantages = estimate(inputs, advantage_settings(config))
                 batch = replace(batch, advantages_BS=advantages.advantages_BS, returns_BS=advantages.returns_BS)
-            metrics = step_metrics(batch, rewards) | kl_metrics
+                metrics = step_metrics(batch, rewards) | kl_metrics
+                batch, correction_metrics = run.correct(batch)
+                batch = run.select_tokens(batch, step)
+                metrics |= correction_metrics
             if needs_critic(config):
                 with timed("update_critic"):
                     plan = plan_update(*run.critic_sizes, run.shuffle_seed(critic.shuffle, "critic", step))
-                    metrics |= critic_metrics(batch, ranks.update_critic(batch, plan, run.value_loss))
+                    metrics |= critic_metrics(batch, ranks.update_critic(batch, plan, value_loss(config)))
             if step > critic.warmup_steps or not needs_critic(config):
                 with timed("update_actor"):
                     plan = plan_update(*run.actor_sizes, run.shuffle_seed(actor.shuffle, "actor", step))
-                    metrics |= update_metrics("actor", ranks.update_actor(batch, plan, run.policy_loss))
+                    metrics |= update_metrics("actor", ranks.update_actor(batch, plan, policy_loss(config)))
                 with timed("publish"):
                     ranks.publish()
         if run.is_due(config.trainer.test_freq, step):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megarl.config.schema import PPOConfig, SFTConfig
-from megarl.errors import MegarlError, WorkerError
 from megarl.parallel.environment import apply_environment
 
 if TYPE_CHECKING:
@@ -50,15 +46,3 @@ def start_worker(run: RunSpec, platform: Platform) -> Worker:
     from megarl.controller.worker import Worker
 
     return Worker(run, platform)
-
-
-@contextmanager
-def failures_named(method: str) -> Iterator[None]:
-    """Raise WorkerError with rank, method and traceback for an error that isn't a MegarlError, complete in itself."""
-    try:
-        yield
-    except MegarlError:
-        raise
-    except Exception as error:
-        text = f"rank {os.environ['RANK']} failed in {method}:\n{traceback.format_exc()}"
-        raise WorkerError(text) from error

@@ -9,7 +9,8 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megarl.controller.rank import RunSpec, failures_named, join_ranks, start_worker
+from megarl.controller.failure import failures_named
+from megarl.controller.rank import RunSpec, join_ranks, start_worker
 from megarl.errors import MegarlError, ResourceError, WorkerError
 from megarl.parallel.environment import platform_environment, platform_name
 

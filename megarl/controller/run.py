@@ -13,29 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarl.algorithm.covariance import select_tokens
 from megarl.algorithm.filters import in_group_with_spread, overlong_penalty
 from megarl.algorithm.kl import kl_estimators
-from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
+from megarl.algorithm.kl_control import KLController
 from megarl.algorithm.metrics import logprob_difference, masked_mean
+from megarl.algorithm.rollout_correction import correct_rollouts
 from megarl.algorithm.token_rewards import penalize_rewards
-from megarl.config.algorithm_rules import estimator_needs, needs_critic, needs_reference
-from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.inputs import PPOInputs
 from megarl.controller.rank import RunSpec
-from megarl.controller.ranks import Ranks, RoleLayout
+from megarl.controller.ranks import Ranks
 from megarl.controller.report import Evaluation, Rewards, rollout_rows
+from megarl.controller.settings import (
+    correction_settings,
+    kl_controller,
+    policy_loss,
+    role_layouts,
+    train_sampling,
+    val_sampling,
+)
 from megarl.controller.start import worker_group
 from megarl.data.batch import rollouts_to_batch
 from megarl.errors import PublishError
 from megarl.monitor.console import rollouts_table
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.parallel.layout import layout_of
 from megarl.plan.batch import BatchPlan
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
-from megarl.train.work import Metrics, PolicyLossSpec, ValueLossSpec
+from megarl.train.work import Metrics
 from megarl.types import Batch, GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
 
 Group = tuple[Rollout, ...]
@@ -63,25 +70,6 @@ class Run:
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return self.inputs.num_steps
-
-    @property
-    def policy_loss(self) -> PolicyLossSpec:
-        """The policy loss that the config asks for."""
-        models = self.config.actor_rollout_ref
-        actor = models.actor
-        return PolicyLossSpec(
-            clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
-            clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
-            loss_agg_mode=actor.loss_agg_mode,
-            kl_coef=actor.kl_loss_coef if actor.use_kl_loss else None,
-            kl_type=actor.kl_loss_type,
-            temperature=models.rollout.temperature,
-        )
-
-    @property
-    def value_loss(self) -> ValueLossSpec:
-        """The value loss that the config asks for."""
-        return ValueLossSpec(self.config.critic.cliprange_value, self.config.critic.loss_agg_mode)
 
     @property
     def actor_sizes(self) -> tuple[int, int, int, int, int]:
@@ -113,21 +101,12 @@ class Run:
 
     def generate(self, prompts: Sequence[Prompt], step: object) -> tuple[list[Group], list[Group]]:
         """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it."""
-        rollout, with_greedy = self.config.actor_rollout_ref.rollout, estimator_needs(self.config).greedy_baseline
-        sampling = Sampling(
-            n=rollout.n,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=self.config.data.max_response_length,
-            stop_token_ids=self._stop_token_ids(),
-            ignore_eos=rollout.ignore_eos,
-            with_greedy=with_greedy,
-        )
+        sampling = train_sampling(self.config, self._stop_token_ids())
         requests = [GenerationRequest(p.token_ids, self.seed("train", step, p.uid)) for p in prompts]
         groups = self.ranks.generate(requests, sampling)
         self.ranks.end_generation()
-        return [g[: rollout.n] for g in groups], [g[rollout.n :] for g in groups] if with_greedy else []
+        greedy = [g[sampling.n :] for g in groups] if sampling.with_greedy else []
+        return [g[: sampling.n] for g in groups], greedy
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Rewards:
         """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured."""
@@ -175,6 +154,38 @@ class Run:
             rewards = rewards.with_groups(dull, fresh_rewards, n)
         return prompts, groups, rewards
 
+    def old_logprobs(self, batch: Batch) -> Tensor:
+        """Return log-probs [B, S] by the actor before its update; the engine's where rollout correction is bypassed."""
+        if self.config.algorithm.rollout_correction.bypass:
+            assert batch.rollout_logprobs_BS is not None
+            return batch.rollout_logprobs_BS
+        return self.ranks.logprobs("actor", batch, self.config.actor_rollout_ref.rollout.temperature)
+
+    def correct(self, batch: Batch) -> tuple[Batch, Metrics]:
+        """Weigh and mask the policy loss by how far the engine's log-probs are from the trainer's, as configured.
+
+        Metrics tell of the difference, and of what was corrected.
+        """
+        assert batch.old_logprobs_BS is not None and batch.rollout_logprobs_BS is not None
+        settings = correction_settings(self.config)
+        correction = correct_rollouts(batch.old_logprobs_BS, batch.rollout_logprobs_BS, batch.mask_BS, settings)
+        metrics = {f"rollout_train/{name}": value for name, value in correction.metrics.items()}
+        return replace(batch, mask_BS=correction.mask_BS, policy_weights_BS=correction.weights_BS), metrics
+
+    def select_tokens(self, batch: Batch, step: int) -> Batch:
+        """Mark the tokens that the policy loss treats apart, if it has such."""
+        assert batch.old_logprobs_BS is not None and batch.advantages_BS is not None
+        loss = policy_loss(self.config)
+        chosen = select_tokens(
+            loss.name,
+            batch.old_logprobs_BS,
+            batch.advantages_BS,
+            batch.mask_BS,
+            loss.settings,
+            self.seed("select", step),
+        )
+        return replace(batch, selected_BS=chosen)
+
     def penalize(self, batch: Batch) -> tuple[Tensor | None, Metrics]:
         """Return rewards [B, S] of tokens with KL to the reference subtracted, and steer its coefficient by that KL.
 
@@ -198,14 +209,11 @@ class Run:
 
     def validate(self, step: int) -> Evaluation:
         """Sample the validation prompts as ``rollout.val_kwargs`` says and score them."""
-        kwargs, data = self.config.actor_rollout_ref.rollout.val_kwargs, self.config.data
-        sampling = Sampling(
-            kwargs.n, kwargs.temperature, kwargs.top_p, kwargs.top_k, data.max_response_length, self._stop_token_ids()
-        )
+        size, sampling = self.config.data.val_batch_size, val_sampling(self.config, self._stop_token_ids())
         requests = [GenerationRequest(p.token_ids, self.seed("val", p.uid)) for p in self.inputs.val_prompts]
         groups: list[Group] = []
-        for start in range(0, len(requests), data.val_batch_size):
-            groups += self.ranks.generate(requests[start : start + data.val_batch_size], sampling)
+        for start in range(0, len(requests), size):
+            groups += self.ranks.generate(requests[start : start + size], sampling)
         self.ranks.end_generation()
         rewards = self.score(self.inputs.val_prompts, groups)
         rows = rollout_rows(
@@ -264,7 +272,7 @@ def open_run(
     config: PPOConfig, inputs: PPOInputs, ranks: RunSpec, run_dir: Path, values: Mapping[str, Any]
 ) -> Iterator[Run]:
     """Start ranks, reward processes and sinks, and end them all afterwards. values: of the config, for the sinks."""
-    reward, trainer, control = config.reward, config.trainer, config.algorithm.kl_ctrl
+    reward, trainer = config.reward, config.trainer
     sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
     spec = RewardSpec(reward.name, reward.path, reward.function)
     with (
@@ -276,27 +284,13 @@ def open_run(
     ):
         yield Run(
             config,
-            Ranks(group, _roles(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size),
+            Ranks(group, role_layouts(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size),
             inputs,
             pool,
             tracker,
             run_dir,
-            kl_controllers.get(control.type)(KLControlSettings(control.kl_coef, control.target_kl, control.horizon)),
+            kl_controller(config),
         )
-
-
-def _roles(config: PPOConfig) -> dict[str, RoleLayout]:
-    """Return the layout and the micro-batch without training of every role of the run."""
-    models, critic, ranks = config.actor_rollout_ref, config.critic, num_ranks(config)
-    size = models.actor.log_prob_micro_batch_size_per_gpu or models.actor.ppo_micro_batch_size_per_gpu
-    roles = {"actor": RoleLayout(layout_of(models.actor.megatron, ranks), size)}
-    if needs_reference(config):
-        ref_size = models.ref.log_prob_micro_batch_size_per_gpu or size
-        roles["ref"] = RoleLayout(layout_of(models.ref.megatron, ranks), ref_size)
-    if needs_critic(config):
-        critic_size = critic.forward_micro_batch_size_per_gpu or critic.ppo_micro_batch_size_per_gpu
-        roles["critic"] = RoleLayout(layout_of(critic.megatron, ranks), critic_size)
-    return roles
 
 
 def _sizes(plan: BatchPlan) -> tuple[int, int, int, int, int]:

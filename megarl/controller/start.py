@@ -12,6 +12,7 @@ from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.controller.rank import RunSpec
 from megarl.controller.worker_group import WorkerGroup
 from megarl.errors import ConfigError, ModelFolderError, Problem
+from megarl.parallel.environment import apply_environment
 
 
 def resolve_model_folder(path: str) -> str:
@@ -38,6 +39,7 @@ def serve_if_not_controller() -> bool:
     """Serve until the run ends, if torchrun made this process a rank other than 0; return whether it was one."""
     if not _torchrun_rank():
         return False
+    apply_environment()
     from megarl.controller.torchrun_cluster import serve
 
     serve()

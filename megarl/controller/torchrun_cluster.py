@@ -13,8 +13,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megarl.controller.rank import RunSpec, failures_named, join_ranks, start_worker
-from megarl.errors import MegarlError, WorkerError
+from megarl.controller.failure import failures_named
+from megarl.controller.rank import RunSpec, join_ranks, start_worker
+from megarl.errors import MegarlError
 
 _FOREVER = timedelta(days=30)  # a controller may score, validate or wait for long; a dead peer is noticed at once
 _END_BY_TORCHRUN_S = 10.0  # torchrun ends all ranks of a node within a second of one's death
@@ -84,17 +85,19 @@ class TorchrunGroup:
 
 @contextmanager
 def _failures_named(method: str) -> Iterator[None]:
-    """Name failures, let that of a lost peer be heard first, and give the traceback to torchrun for its report."""
-    try:
-        with failures_named(method):
+    """Name a failure and give it to torchrun, whose report ends the output; let that of a lost peer be heard first."""
+    with failures_named(method):
+        try:
             yield
-    except WorkerError as error:
-        if _is_loss_of_a_peer(error.__cause__):
-            time.sleep(_END_BY_TORCHRUN_S)
-        get_error_handler().record_exception(error)
-        raise
+        except MegarlError:
+            raise
+        except Exception as error:
+            if _is_loss_of_a_peer(error):
+                time.sleep(_END_BY_TORCHRUN_S)
+            get_error_handler().record_exception(error)
+            raise
 
 
-def _is_loss_of_a_peer(error: BaseException | None) -> bool:
+def _is_loss_of_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone. gloo raises plain RuntimeErrors from its sources."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarl.algorithm.aggregate import token_weights_B
 from megarl.algorithm.kl import kl_estimators
-from megarl.algorithm.policy_loss import PolicyLossInputs, PolicyLossSettings, policy_losses
+from megarl.algorithm.policy_loss import PolicyLossInputs, policy_losses
 from megarl.data.batch import MicroBatch
 from megarl.model.weights import TensorSource
 from megarl.train.model import Loss, ModelSpec
@@ -45,31 +45,42 @@ class Actor(Policy):
             return summed(self.run(batch, step.micro_batches, self._sft_loss(step), forward_only=True))
 
     def _policy_loss(self, batch: Batch, step: OptimizerStep, spec: PolicyLossSpec) -> Loss[dict[str, Tensor]]:
-        """Return the loss of a micro-batch: sum over tokens of weight * (policy loss + kl_coef * KL)."""
+        """Return the loss of a micro-batch: sum of weight * (policy loss - entropy_coef * H + kl_coef * KL)."""
         assert batch.old_logprobs_BS is not None and batch.advantages_BS is not None
-        old_BS, advantages_BS, ref_BS = batch.old_logprobs_BS, batch.advantages_BS, batch.ref_logprobs_BS
-        weights_B = token_weights_B(spec.loss_agg_mode, batch.mask_BS.sum(-1), step.total_tokens, step.total_rollouts)
-        per_token = policy_losses.get("ppo_clip")
-        settings = PolicyLossSettings(clip_low=spec.clip_low, clip_high=spec.clip_high)
+        old_BS, advantages_BS = batch.old_logprobs_BS, batch.advantages_BS
+        num_tokens_B = batch.mask_BS.sum(-1)
+        weights_B = token_weights_B(
+            spec.loss_agg_mode, num_tokens_B, step.total_tokens, step.total_rollouts, max_tokens=spec.max_tokens
+        )
+        per_token = policy_losses.get(spec.name)
 
         def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = self.score(micro, logits, spec.temperature)
-            logprobs_N, device = scores.logprobs_N, logits.device
+            scores, device = self.score(micro, logits, spec.temperature), logits.device
             weights_N, old_N = weights_B[micro.row_N].to(device), micro.column(old_BS).to(device)
-            advantages_N = micro.column(advantages_BS).to(device)
-            sequence_N = micro.row_N.to(device)
-            inputs = PolicyLossInputs(logprobs_N, old_N, advantages_N, sequence_N, num_sequences=len(batch))
-            policy = per_token(inputs, settings)
+            inputs = PolicyLossInputs(
+                scores.logprobs_N,
+                old_N,
+                micro.column(advantages_BS).to(device),
+                sequence_N=micro.row_N.to(device),
+                num_sequences=len(batch),
+                rollout_weights_N=_column(micro, batch.policy_weights_BS, device),
+                selected_N=_column(micro, batch.selected_BS, device),
+            )
+            policy = per_token(inputs, spec.settings)
             total = policy_loss = (weights_N * policy.loss_N).sum()
+            entropy = (weights_N * scores.entropy_N).sum()
             metrics = {
                 "policy_loss": policy_loss,
-                "entropy": (weights_N * scores.entropy_N).sum(),
+                "entropy": entropy,
                 "clip_fraction": (weights_N * policy.clipped_N).sum(),
-                "old_kl": (weights_N * (old_N - logprobs_N)).sum(),
+                "old_kl": (weights_N * (old_N - scores.logprobs_N)).sum(),
             }
+            if spec.entropy_coef:
+                total = total - spec.entropy_coef * entropy
             if spec.kl_coef is not None:
-                assert ref_BS is not None
-                kl = (weights_N * kl_estimators.get(spec.kl_type)(logprobs_N, micro.column(ref_BS).to(device))).sum()
+                ref_N = _column(micro, batch.ref_logprobs_BS, device)
+                assert ref_N is not None
+                kl = (weights_N * kl_estimators.get(spec.kl_type)(scores.logprobs_N, ref_N)).sum()
                 total = total + spec.kl_coef * kl
                 metrics["kl"] = kl
             return total, detached({"loss": total, **metrics})
@@ -85,3 +96,8 @@ class Actor(Policy):
             return total, detached({"loss": total, "entropy": scores.entropy_N.sum() / step.total_tokens})
 
         return loss
+
+
+def _column(micro: MicroBatch, values_BS: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a column of the batch at the micro-batch's tokens, if the batch has it."""
+    return None if values_BS is None else micro.column(values_BS).to(device)

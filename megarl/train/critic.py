@@ -48,7 +48,9 @@ def _value_loss(batch: Batch, step: OptimizerStep, spec: ValueLossSpec) -> Loss[
     """Return the loss of a micro-batch: sum over tokens of weight * clipped squared error."""
     assert batch.values_BS is not None and batch.returns_BS is not None
     old_BS, returns_BS = batch.values_BS, batch.returns_BS
-    weights_B = token_weights_B(spec.loss_agg_mode, batch.mask_BS.sum(-1), step.total_tokens, step.total_rollouts)
+    weights_B = token_weights_B(
+        spec.loss_agg_mode, batch.mask_BS.sum(-1), step.total_tokens, step.total_rollouts, max_tokens=spec.max_tokens
+    )
 
     def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values_N, device = _values(micro, output), output.device

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megarl.algorithm.policy_loss import PolicyLossSettings
+
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class PolicyLossSpec:
-    """The loss of a policy update: clipped PPO, and KL to the reference where ``kl_coef`` isn't None.
+    """The loss of a policy update.
 
-    temperature: of the sampling, which the log-probs share.
+    settings: of the policy loss called ``name``. max_tokens: of the longest response that can be, which one
+    loss_agg_mode divides by. kl_coef: of the KL to the reference; None: no such term. entropy_coef: of the entropy,
+    which is subtracted. temperature: of the sampling, which the log-probs share.
     """
 
-    clip_low: float
-    clip_high: float
+    settings: PolicyLossSettings
     loss_agg_mode: str
     kl_coef: float | None
     kl_type: str
     temperature: float
+    name: str = "ppo_clip"
+    entropy_coef: float = 0.0
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class ValueLossSpec:
 
     clip_range: float
     loss_agg_mode: str
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)

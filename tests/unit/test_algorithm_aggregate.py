@@ -12,7 +12,8 @@ from megarl.errors import ConfigError
 from megarl.plan.batch import plan_update
 from tests.unit import numpy_reference as reference
 
-MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+MAX_TOKENS = 20
 
 
 def _mini_batch(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def _mini_batch(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
 def _loss_of_rows(mode: str, losses_BS: Tensor, mask_BS: Tensor, rows: list[int]) -> Tensor:
     """Return what one micro-batch adds to the loss, as a rank computes it: its own rows and two global numbers."""
     total_tokens, total_rollouts = mini_batch_totals(mask_BS.sum(1))
-    weights_B = token_weights_B(mode, mask_BS[rows].sum(1), total_tokens, total_rollouts, dtype=torch.float64)
+    weights_B = token_weights_B(mode, mask_BS[rows].sum(1), total_tokens, total_rollouts, torch.float64, MAX_TOKENS)
     return (weights_B.unsqueeze(1) * mask_BS[rows] * losses_BS[rows]).sum()
 
 
@@ -37,7 +38,8 @@ def _loss_of_rows(mode: str, losses_BS: Tensor, mask_BS: Tensor, rows: list[int]
 def test_the_weighted_sum_equals_the_reference(seed: int, shape: tuple[int, int], mode: str) -> None:
     losses_BS, mask_BS = _mini_batch(seed, *shape)
     result = _loss_of_rows(mode, losses_BS, mask_BS, list(range(shape[0]))).item()
-    assert result == pytest.approx(reference.aggregate(mode, losses_BS.numpy(), mask_BS.numpy()), rel=1e-10, abs=1e-10)
+    expected = reference.aggregate(mode, losses_BS.numpy(), mask_BS.numpy(), MAX_TOKENS)
+    assert result == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 @settings(deadline=None)
@@ -67,15 +69,15 @@ def test_loss_and_gradient_do_not_depend_on_ranks_micro_batches_or_order(
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rollout_without_tokens_has_weight_zero_and_is_no_part_of_the_mean(mode: str) -> None:
     full_B, with_empty_B = torch.tensor([3, 1]), torch.tensor([3, 0, 1, 0])
-    expected_B = token_weights_B(mode, full_B, *mini_batch_totals(full_B))
-    weights_B = token_weights_B(mode, with_empty_B, *mini_batch_totals(with_empty_B))
+    expected_B = token_weights_B(mode, full_B, *mini_batch_totals(full_B), max_tokens=MAX_TOKENS)
+    weights_B = token_weights_B(mode, with_empty_B, *mini_batch_totals(with_empty_B), max_tokens=MAX_TOKENS)
     assert weights_B[[1, 3]].tolist() == [0.0, 0.0]
     assert torch.equal(weights_B[[0, 2]], expected_B)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mini_batch_without_any_token_has_weights_zero(mode: str) -> None:
-    assert token_weights_B(mode, torch.tensor([0, 0]), 0, 0).tolist() == [0.0, 0.0]
+    assert token_weights_B(mode, torch.tensor([0, 0]), 0, 0, max_tokens=MAX_TOKENS).tolist() == [0.0, 0.0]
 
 
 def test_weights_of_a_hand_computed_mini_batch() -> None:
@@ -84,6 +86,7 @@ def test_weights_of_a_hand_computed_mini_batch() -> None:
     assert token_weights_B("token-mean", num_tokens_B, 5, 2).tolist() == pytest.approx([0.2, 0.2])
     assert token_weights_B("seq-mean-token-sum", num_tokens_B, 5, 2).tolist() == [0.5, 0.5]
     assert token_weights_B("seq-mean-token-mean", num_tokens_B, 5, 2).tolist() == [0.125, 0.5]
+    assert token_weights_B("seq-mean-token-sum-norm", num_tokens_B, 5, 2, max_tokens=8).tolist() == [0.0625, 0.0625]
 
 
 def test_an_unknown_mode_is_an_error_with_the_nearest() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from megarl.algorithm.kl import kl_estimators
 from tests.unit import numpy_reference as reference
 
-NAMES = ["kl", "abs", "mse", "low_var_kl"]
+NAMES = ["kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3"]
+STRAIGHT_THROUGH = ["kl+", "abs+", "low_var_kl+", "k1+", "k3+"]
 
 
 def _columns(seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def _distributions(seed: int) -> tuple[Tensor, Tensor]:
     return actor, ref
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + STRAIGHT_THROUGH)
 @pytest.mark.parametrize("shape", [(1, 1), (4, 9), (37,)])
 def test_each_estimator_equals_the_reference(name: str, shape: tuple[int, ...]) -> None:
     actor, ref = _columns(0, shape)
@@ -35,7 +36,7 @@ def test_each_estimator_equals_the_reference(name: str, shape: tuple[int, ...]) 
     np.testing.assert_allclose(result.numpy(), reference.kl(name, actor.numpy(), ref.numpy()), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + STRAIGHT_THROUGH)
 def test_equal_policies_have_exactly_no_kl(name: str) -> None:
     logprobs = torch.tensor([[0.0, -1e-7, -0.3, -50.0]])
     assert not kl_estimators.get(name)(logprobs, logprobs.clone()).any()
@@ -60,8 +61,26 @@ def test_the_gradient_of_each_estimator_equals_finite_differences(name: str) -> 
     assert torch.autograd.gradcheck(lambda x: kl_estimators.get(name)(x, ref), actor.requires_grad_())
 
 
+@pytest.mark.parametrize("name", STRAIGHT_THROUGH)
+def test_a_straight_through_estimator_has_its_own_value_and_the_gradient_of_mse(name: str) -> None:
+    actor, ref = _columns(5, (4, 6))
+    actor.requires_grad_()
+    value = kl_estimators.get(name)(actor, ref)
+    plain = kl_estimators.get(name.removesuffix("+"))(actor, ref)
+    torch.testing.assert_close(value, plain, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(v.sum(), actor)[0] for v in (value, kl_estimators.get("mse")(actor, ref))]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
-    ("name", "target"), [("kl", "nothing"), ("mse", "KL(actor || ref)"), ("low_var_kl", "KL(ref || actor)")]
+    ("name", "target"),
+    [
+        ("kl", "nothing"),
+        ("mse", "KL(actor || ref)"),
+        ("low_var_kl", "KL(ref || actor)"),
+        ("kl+", "KL(actor || ref)"),
+        ("low_var_kl+", "KL(actor || ref)"),
+    ],
 )
 def test_the_expected_gradient_on_policy_is_the_documented_one(name: str, target: str) -> None:
     logits = _distributions(3)[0].requires_grad_()

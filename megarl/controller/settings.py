@@ -1,0 +1,120 @@
+"""From sections of the config to the settings that algorithms, roles and the engine take."""
+
+from __future__ import annotations
+
+import math
+
+from megarl.algorithm.advantage import AdvantageSettings
+from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
+from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, presets
+from megarl.config.algorithm_rules import estimator_needs, needs_critic, needs_reference
+from megarl.config.rules import num_ranks
+from megarl.config.schema import PPOConfig
+from megarl.controller.ranks import RoleLayout
+from megarl.parallel.layout import layout_of
+from megarl.train.work import PolicyLossSpec, ValueLossSpec
+from megarl.types import Sampling
+
+
+def advantage_settings(config: PPOConfig) -> AdvantageSettings:
+    """Return the settings of the advantage estimator."""
+    algorithm = config.algorithm
+    return AdvantageSettings(algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma, lam=algorithm.lam)
+
+
+def policy_loss(config: PPOConfig) -> PolicyLossSpec:
+    """Return the actor's loss."""
+    models = config.actor_rollout_ref
+    actor, extra = models.actor, models.actor.policy_loss_settings
+    return PolicyLossSpec(
+        settings=PolicyLossSettings(
+            clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
+            clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+            clip_c=actor.clip_ratio_c,
+            tau_positive=extra.tau_positive,
+            tau_negative=extra.tau_negative,
+            cov_share=extra.cov_share,
+            cov_low=extra.cov_low,
+            cov_high=extra.cov_high,
+            cov_kl_coef=extra.cov_kl_coef,
+        ),
+        loss_agg_mode=actor.loss_agg_mode,
+        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else None,
+        kl_type=actor.kl_loss_type,
+        temperature=models.rollout.temperature,
+        name=actor.policy_loss,
+        entropy_coef=actor.entropy_coeff,
+        max_tokens=config.data.max_response_length,
+    )
+
+
+def value_loss(config: PPOConfig) -> ValueLossSpec:
+    """Return the critic's loss."""
+    critic = config.critic
+    return ValueLossSpec(critic.cliprange_value, critic.loss_agg_mode, config.data.max_response_length)
+
+
+def kl_controller(config: PPOConfig) -> KLController:
+    """Return the controller of the KL in the reward, as it starts."""
+    control = config.algorithm.kl_ctrl
+    return kl_controllers.get(control.type)(KLControlSettings(control.kl_coef, control.target_kl, control.horizon))
+
+
+def correction_settings(config: PPOConfig) -> CorrectionSettings:
+    """Return what rollout correction does: a preset, or what the keys say."""
+    correction = config.algorithm.rollout_correction
+    if correction.preset is not None:
+        return presets.get(correction.preset)
+    low, high = correction.band or (0.0, math.inf)
+    return CorrectionSettings(
+        level=correction.level,
+        cap=math.inf if correction.cap is None else correction.cap,
+        band=(low, high),
+        normalize=correction.normalize,
+        rejections=tuple(
+            Rejection(r.criterion, r.low, math.inf if r.high is None else r.high) for r in correction.rejections
+        ),
+    )
+
+
+def train_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """Return how rollouts are sampled for training."""
+    rollout = config.actor_rollout_ref.rollout
+    return Sampling(
+        n=rollout.n,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=config.data.max_response_length,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=rollout.ignore_eos,
+        with_greedy=estimator_needs(config).greedy_baseline,
+    )
+
+
+def val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """Return how rollouts are sampled for validation."""
+    kwargs = config.actor_rollout_ref.rollout.val_kwargs
+    return Sampling(
+        n=kwargs.n,
+        temperature=kwargs.temperature,
+        top_p=kwargs.top_p,
+        top_k=kwargs.top_k,
+        max_tokens=config.data.max_response_length,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def role_layouts(config: PPOConfig) -> dict[str, RoleLayout]:
+    """Return the layout and the micro-batch without training of every role of the run."""
+    models, critic, ranks = config.actor_rollout_ref, config.critic, num_ranks(config)
+    size = models.actor.log_prob_micro_batch_size_per_gpu or models.actor.ppo_micro_batch_size_per_gpu
+    roles = {"actor": RoleLayout(layout_of(models.actor.megatron, ranks), size)}
+    if needs_reference(config):
+        ref_size = models.ref.log_prob_micro_batch_size_per_gpu or size
+        roles["ref"] = RoleLayout(layout_of(models.ref.megatron, ranks), ref_size)
+    if needs_critic(config):
+        critic_size = critic.forward_micro_batch_size_per_gpu or critic.ppo_micro_batch_size_per_gpu
+        roles["critic"] = RoleLayout(layout_of(critic.megatron, ranks), critic_size)
+    return roles

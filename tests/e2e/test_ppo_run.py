@@ -1,0 +1,110 @@
+"""A whole run of main_ppo with every kind of process in it, on Ray and under torchrun."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.launch import Finished, python, run, shared_memory, torchrun
+from tests.tiny_task import NUM_RANKS, NUM_TEST
+
+NUM_STEPS = 3
+COMMAND = ("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "trainer.seed=1")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run, its folder, and the shared memory that it left."""
+
+    finished: Finished
+    folder: Path
+    left: set[str]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics of each step, without what depends on the clock."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_task: Path) -> dict[str, Done]:
+    """Run the same recipe under both launchers."""
+    commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
+    return {name: _run(tiny_task, name, command) for name, command in commands.items()}
+
+
+def _run(tiny_task: Path, name: str, command: list[str]) -> Done:
+    before = shared_memory()
+    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task)
+    assert finished.code == 0, finished.output
+    return Done(finished, tiny_task / "runs" / name, shared_memory() - before)
+
+
+LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+
+
+def test_ray_and_torchrun_compute_the_same_numbers(runs: dict[str, Done]) -> None:
+    on_ray, under_torchrun = (runs[name].metrics() for name in ("ray", "torchrun"))
+    assert [line["step"] for line in on_ray] == list(range(1, NUM_STEPS + 1))
+    assert on_ray == under_torchrun
+
+
+def test_every_step_trains_on_rewards_that_differ(runs: dict[str, Done]) -> None:
+    for line in runs["ray"].metrics():
+        assert line["reward/std"] > 0 and line["actor/grad_norm"] > 0
+
+
+def test_the_engine_samples_with_the_weights_of_the_step_before(runs: dict[str, Done]) -> None:
+    lines = runs["ray"].metrics()
+    assert [line["rollout/policy_version"] for line in lines] == list(range(NUM_STEPS))
+    assert max(line["rollout_train/logprob_diff_max"] for line in lines) < 1e-4
+
+
+@LAUNCHERS
+def test_the_run_folder_is_complete(runs: dict[str, Done], launcher: str) -> None:
+    folder = runs[launcher].folder
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["seed"] == 1 and config["data"]["train_files"] == ["train.parquet"]
+    overrides = yaml.safe_load((folder / "overrides.yaml").read_text())
+    assert overrides == ["trainer.seed=1", f"trainer.run_dir=runs/{launcher}"]
+    assert "8 x 4 = 32 rollouts" in (folder / "plan.txt").read_text()
+    assert "torch: " in (folder / "environment.txt").read_text()
+    assert list((folder / "tensorboard").iterdir())
+    assert {path.name for path in (folder / "rollouts").iterdir()} == {f"step_{s}.jsonl" for s in (1, 2, 3)}
+
+
+@LAUNCHERS
+def test_the_final_checkpoint_is_a_hugging_face_model(runs: dict[str, Done], launcher: str) -> None:
+    folder = runs[launcher].folder / "checkpoints" / "final"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    [logits_SV] = model(torch.tensor([tokenizer("Tom has 3 eggs")["input_ids"]])).logits
+    assert logits_SV.shape[-1] == len(tokenizer) and torch.isfinite(logits_SV).all()
+
+
+@LAUNCHERS
+def test_the_output_ends_with_the_report_of_before_and_after(runs: dict[str, Done], launcher: str) -> None:
+    done = runs[launcher]
+    tail = [line.strip() for line in done.finished.stdout.splitlines()[-5:]]
+    assert tail[0] == f"validation reward over {NUM_TEST} rollouts"
+    assert tail[1].startswith("before training: 0.") and tail[2].startswith(f"after {NUM_STEPS} steps: 0.")
+    assert tail[3:] == [f"run folder: {done.folder}", f"model: {done.folder / 'checkpoints' / 'final'}"]
+
+
+@LAUNCHERS
+def test_a_newcomer_reads_nothing_but_the_run(runs: dict[str, Done], launcher: str) -> None:
+    finished = runs[launcher].finished
+    steps = [line for line in finished.stdout.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1", "2", "3"]
+    assert finished.stderr == ""
+
+
+@LAUNCHERS
+def test_nothing_is_left_of_the_run(runs: dict[str, Done], launcher: str) -> None:
+    assert (runs[launcher].finished.processes, runs[launcher].left) == ((), set())
