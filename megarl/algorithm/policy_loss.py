@@ -141,9 +141,9 @@ def sapo(inputs: PolicyLossInputs, settings: PolicyLossSettings) -> TokenLoss:
     A soft gate in place of the clip: the gradient is that of -r A where r = 1, and fades smoothly on both sides,
     faster for a larger tau. SAPO, arXiv:2511.20347.
     """
-    positive_N = inputs.advantages_N > 0
-    tau_N = torch.where(positive_N, settings.tau_positive, settings.tau_negative).to(inputs.logprobs_N.dtype)
-    gate_N = 4.0 / tau_N * torch.sigmoid(tau_N * (_ratio(inputs) - 1.0))
+    positive_N, ratio_N = inputs.advantages_N > 0, _ratio(inputs)
+    tau_N = torch.full_like(ratio_N, settings.tau_negative).masked_fill(positive_N, settings.tau_positive)
+    gate_N = 4.0 / tau_N * torch.sigmoid(tau_N * (ratio_N - 1.0))
     return _weighted(-inputs.advantages_N * gate_N, torch.zeros_like(positive_N), inputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,15 +20,16 @@ _INTRODUCTION = """\
 
 Written by `python -m megarl.config.docs > docs/config.md` from megarl/config/schema.py and conf/; don't edit it.
 
-Set a key on the command line as `section.key=value`. A default of `required` is a null that has to be replaced.
-A `${...}` takes the value of the key it names. What has to hold between keys is in megarl/config/rules.py, and all
-that is wrong is reported together. `--cfg job` prints a composed config without running it.
+Set a key on the command line as `section.key=value`. What has to hold between keys is in megarl/config/rules.py and
+algorithm_rules.py. All that is wrong is reported together, with the nearest name for one that doesn't exist.
+`--cfg job` prints a composed config without running it.
 """
 _PARTS = (
     ("Reinforcement learning", "megarl.main_ppo", "ppo_megatron_trainer", PPOConfig),
     ("Supervised fine-tuning", "megarl.main_sft", "sft_trainer", SFTConfig),
 )
 _REQUIRED = ("actor_rollout_ref.model.path", "model.path")
+_OTHER_KEY = re.compile(r"\$\{([\w.]+)\}")
 _TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
@@ -35,7 +37,7 @@ def config_reference() -> str:
     """Return the whole page as Markdown."""
     lines = [_INTRODUCTION]
     for title, module, config_name, schema in _PARTS:
-        lines.append(f"# {title}\n\n`python -m {module} --config-name={config_name}`\n")
+        lines.append(f"## {title}\n\n`python -m {module} --config-name={config_name}`\n")
         lines += _sections(schema, default_values(config_name), "")
     return "\n".join(lines)
 
@@ -48,36 +50,46 @@ def default_values(config_name: str) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _sections(schema: Any, values: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Yield the section of one dataclass, then those of the dataclasses in it."""
+def _sections(schema: Any, values: Mapping[str, Any] | None, path: str) -> Iterator[str]:
+    """Yield the section of one dataclass, then those of the dataclasses in it. values: None for an item of a list."""
     kinds = typing.get_type_hints(schema)
-    nested = [name for name, kind in kinds.items() if dataclasses.is_dataclass(kind)]
-    rows = [
-        _row(f"{path}.{f.name}", kinds[f.name], values[f.name], f.metadata)
-        for f in dataclasses.fields(schema)
-        if f.name not in nested
-    ]
-    if rows:
-        yield f"## {path}\n\n{schema.__doc__}\n"
+    leaves = [f for f in dataclasses.fields(schema) if not dataclasses.is_dataclass(kinds[f.name])]
+    if leaves:
+        yield f"### {path}\n\n{schema.__doc__}\n"
         yield "| Key | Type | Default | Allowed | Meaning |\n|---|---|---|---|---|"
-        yield "\n".join(rows) + "\n"
-    for name in nested:
-        yield from _sections(kinds[name], values[name], f"{path}.{name}" if path else name)
+        for f in leaves:
+            default = default_in_words(f"{path}.{f.name}", values[f.name]) if values is not None else ""
+            cells = (f"`{f.name}`", type_in_words(kinds[f.name]), default, allowed_in_words(f.metadata))
+            yield f"| {' | '.join(cells)} | {f.metadata['doc']} |"
+        yield ""
+    for name, kind in kinds.items():
+        where = f"{path}.{name}" if path else name
+        if dataclasses.is_dataclass(kind):
+            yield from _sections(kind, values[name] if values is not None else None, where)
+        elif dataclasses.is_dataclass(item := _item(kind)):
+            yield from _sections(item, None, f"{where}[]")
 
 
-def _row(key: str, kind: Any, default: object, rule: Mapping[str, Any]) -> str:
-    name = key.rpartition(".")[2]
-    shown = "required" if key in _REQUIRED else f"`{json.dumps(default)}`"
-    return f"| `{name}` | {type_in_words(kind)} | {shown} | {allowed_in_words(rule)} | {rule['doc']} |"
+def _item(kind: Any) -> Any:
+    """Return the type of a list's items, None for what is no list."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
+def default_in_words(key: str, value: object) -> str:
+    """Return a default as YAML has it; what it is taken from, where that is another key."""
+    if key in _REQUIRED:
+        return "required"
+    other = _OTHER_KEY.fullmatch(value) if isinstance(value, str) else None
+    return f"that of `{other[1]}`" if other else f"`{json.dumps(value)}`"
 
 
 def type_in_words(kind: Any) -> str:
     """Return a key's type as a reader of YAML would name it."""
     if isinstance(kind, types.UnionType):
         return " or ".join("null" if k is type(None) else type_in_words(k) for k in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return f"list of {type_in_words(typing.get_args(kind)[0])}s"
-    return _TYPES[kind]
+    if item := _item(kind):
+        return f"list of {type_in_words(item)}s"
+    return "section" if dataclasses.is_dataclass(kind) else _TYPES[kind]
 
 
 def allowed_in_words(rule: Mapping[str, Any]) -> str:

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.algorithm.advantage import AdvantageInputs, Advantages, AdvantageSettings, estimators, grpo, grpo_passk, rloo
+from megarl.algorithm.advantage import (
+    AdvantageInputs,
+    Advantages,
+    AdvantageSettings,
+    estimators,
+    grpo,
+    grpo_passk,
+    rloo,
+)
 from megarl.algorithm.token_rewards import penalize_rewards
 from tests.unit import numpy_advantage
 from tests.unit import numpy_reference as reference

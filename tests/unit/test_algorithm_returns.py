@@ -44,9 +44,7 @@ def test_gae_equals_the_reference(seed: int, shape: tuple[int, int], discounts: 
     result = estimators.get("gae")(inputs, AdvantageSettings(gamma=discounts[0], lam=discounts[1]))
     assert result.returns_BS is not None
     np.testing.assert_allclose(result.returns_BS.numpy(), returns, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(
-        result.advantages_BS.numpy(), reference.whiten(advantages, mask), rtol=1e-10, atol=1e-10
-    )
+    np.testing.assert_allclose(result.advantages_BS.numpy(), reference.whiten(advantages, mask), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -43,9 +43,7 @@ def test_a_value_that_ran_out_of_its_range_towards_the_return_has_no_gradient() 
 def test_the_gradient_of_the_value_loss_equals_finite_differences() -> None:
     new, old, returns = _columns(2, 30)
     assert clipped_value_loss(new, old, returns, 0.5).clipped_N.mean() > 0.1, "must cover the clip"
-    assert torch.autograd.gradcheck(
-        lambda x: clipped_value_loss(x, old, returns, 0.5).loss_N, new.requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda x: clipped_value_loss(x, old, returns, 0.5).loss_N, new.requires_grad_())
 
 
 def test_explained_variance_is_one_minus_the_share_left() -> None:

@@ -2,47 +2,77 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megarl.config.docs import allowed_in_words, config_reference, default_values, type_in_words
-from megarl.config.schema import ActorConfig, RolloutConfig, key
+from megarl.config.docs import allowed_in_words, config_reference, default_in_words, default_values, type_in_words
+from megarl.config.schema import OptimConfig, key
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+
+
+@cache
+def reference() -> str:
+    return config_reference()
 
 
 def rule_of(**bounds: Any) -> dict[str, Any]:
     return dict(key("", **bounds).metadata)
 
 
+def keys_of(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield section and name of each key that composed values have."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from keys_of(value, f"{path}.{name}" if path else name)
+        else:
+            yield path, name
+
+
+def keys_on_the_page(text: str) -> Iterator[tuple[str, str]]:
+    """Yield section and name of each row."""
+    section = ""
+    for line in text.splitlines():
+        if line.startswith("### "):
+            section = line.removeprefix("### ")
+        elif line.startswith("| `"):
+            yield section, line.split("`")[1]
+
+
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == config_reference(), "run: python -m megarl.config.docs > docs/config.md"
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python -m megarl.config.docs > docs/config.md"
 
 
-@pytest.mark.parametrize("schema", [ActorConfig, RolloutConfig])
-def test_each_key_has_a_row_with_its_meaning(schema: type) -> None:
-    rows = config_reference().splitlines()
-    for field in dataclasses.fields(schema):
-        if field.metadata["doc"] and not dataclasses.is_dataclass(field.type):
-            ending = f"| {field.metadata['doc']} |"
-            nested = any(row.startswith("## ") and row.endswith(f".{field.name}") for row in rows)
-            assert nested or any(row.startswith(f"| `{field.name}` |") and row.endswith(ending) for row in rows)
+@pytest.mark.parametrize("config_name", ["ppo_megatron_trainer", "sft_trainer"])
+def test_each_key_of_the_yaml_files_has_a_row(config_name: str) -> None:
+    [_, rl, sft] = reference().split("\n## ")
+    page = rl if config_name == "ppo_megatron_trainer" else sft
+    rows = [(section, name) for section, name in keys_on_the_page(page) if not section.endswith("[]")]
+    assert sorted(rows) == sorted(keys_of(default_values(config_name)))
 
 
-def test_defaults_are_those_of_the_composed_files() -> None:
-    values = default_values("ppo_megatron_trainer")
-    assert values["actor_rollout_ref"]["actor"]["ppo_mini_batch_size"] == 256
-    assert "| `ppo_mini_batch_size` | integer | `256` | at least 1 |" in config_reference()
+def test_a_row_has_type_default_bounds_and_meaning() -> None:
+    rows = reference().splitlines()
+    assert "| `eps` | number | `1e-08` | above 0 | added to the denominator |" in rows
 
 
 def test_types_read_as_yaml() -> None:
-    kinds = (int, bool, str | None, tuple[str, ...], float | None)
+    kinds = (int, bool, str | None, tuple[str, ...], tuple[float, ...] | None, tuple[OptimConfig, ...])
     assert [type_in_words(kind) for kind in kinds] == [
-        "integer", "boolean", "string or null", "list of strings", "number or null",
+        "integer", "boolean", "string or null", "list of strings", "list of numbers or null", "list of sections",
     ]  # fmt: skip
+
+
+def test_a_default_that_is_taken_from_another_key_names_it() -> None:
+    assert default_in_words("critic.shuffle", "${actor_rollout_ref.actor.shuffle}") == (
+        "that of `actor_rollout_ref.actor.shuffle`"
+    )
+    assert default_in_words("trainer.run_dir", "outputs/run_${now:%Y}") == '`"outputs/run_${now:%Y}"`'
+    assert default_in_words("model.path", None) == "required"
 
 
 def test_bounds_and_choices_are_spelled_out() -> None:

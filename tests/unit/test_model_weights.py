@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.errors import ModelFolderError
-from megarl.model.name_map import hf_shapes, megatron_shards
+from megarl.model.name_map import VALUE_HEAD, hf_shapes, megatron_shards
 from megarl.model.weights import RandomSource, SafetensorsSource, TensorSource, fill
 from megarl.parallel.layout import Layout
 from megarl.parallel.shard import Shard
@@ -119,6 +119,15 @@ def test_a_broken_index_is_an_error_that_names_it(tmp_path: Path, content: str) 
     _two_files(tmp_path, _tensors())
     _index(tmp_path).write_text(content)
     assert f"{_index(tmp_path)} is truncated or not an index of safetensors files" in _error(tmp_path)
+
+
+def test_a_critic_that_starts_from_a_language_model_has_a_value_head_of_zeros(tmp_path: Path) -> None:
+    shape = SHAPE.with_value_head()
+    _single_file(tmp_path, _tensors())
+    assert SafetensorsSource(tmp_path, shape).read(VALUE_HEAD, 0, 0, 1).tolist() == [[0.0] * 6]
+    assert RandomSource(shape, seed=0).read(VALUE_HEAD, 0, 0, 1).tolist() == [[0.0] * 6]
+    _single_file(tmp_path, {**_tensors(), VALUE_HEAD: torch.ones(1, 6)})
+    assert SafetensorsSource(tmp_path, shape).read(VALUE_HEAD, 0, 0, 1).tolist() == [[1.0] * 6]
 
 
 class CountingSource:

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.config.model_shape import FAMILIES, ModelShape, parse_model_shape
-from megarl.model.name_map import VLLM_VOCAB_MULTIPLE, hf_shapes, megatron_shards, vllm_shards
+from megarl.model.name_map import VALUE_HEAD, VLLM_VOCAB_MULTIPLE, hf_shapes, megatron_shards, vllm_shards
 from megarl.parallel.layout import Layout
 from megarl.parallel.shard import Segment, Shard
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 
 MODELS = [pytest.param(family, tied, id=f"{family}{'-tied' * tied}") for family in FAMILIES for tied in (False, True)]
-REPLICATED = ("norm.weight", "layernorm.weight")
+REPLICATED = ("norm.weight", "layernorm.weight", VALUE_HEAD)
 VOCABULARIES = (
     "embedding.word_embeddings.weight",
     "output_layer.weight",
@@ -69,6 +69,7 @@ def _expected(shape: ModelShape, name: str, dim: int, copies: int) -> Counter[in
 @given(st.data())
 def test_the_ranks_of_a_trainer_replica_hold_every_row_of_the_checkpoint(data: st.DataObject) -> None:
     shape = data.draw(model_shapes())
+    shape = shape.with_value_head() if data.draw(st.booleans()) else shape
     layout = data.draw(layouts_of(shape))
     by_rank = [megatron_shards(shape, layout, rank) for rank in range(layout.world_size)]
     for dp in range(layout.dp):
@@ -188,6 +189,17 @@ def test_a_tied_output_layer_is_the_embedding_except_on_a_stage_of_its_own(famil
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert last_stage["output_layer.weight"].segments == (Segment(source, 0, 10),)
     assert "embedding.word_embeddings.weight" not in last_stage
+
+
+@pytest.mark.parametrize(("family", "tied"), MODELS)
+def test_a_critic_has_a_value_head_on_its_last_stage_and_no_output_layer(family: str, tied: bool) -> None:
+    shape = model_shape(family, tied=tied).with_value_head()
+    names = hf_shapes(model_shape(family)).keys() - {"lm_head.weight"}
+    assert hf_shapes(shape) == {n: s for n, s in hf_shapes(model_shape(family)).items() if n in names} | {
+        VALUE_HEAD: (1, shape.hidden_size)
+    }
+    last_stage = {s.name: s for s in megatron_shards(shape, Layout(4, tp=2, pp=2), 3)}
+    assert last_stage["output_layer.weight"].segments == (Segment(VALUE_HEAD, 0, 1),)
 
 
 @pytest.mark.parametrize(("family", "tied"), MODELS)

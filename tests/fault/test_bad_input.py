@@ -1,0 +1,160 @@
+"""What a user gets wrong on the command line or in a file: one clear error, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import save_file
+
+from megarl.config.model_shape import read_model_shape
+from megarl.data.verbs import train_problems
+from megarl.model.name_map import hf_shapes
+from megarl.model.weights import RandomSource
+from tests.launch import Finished, python, run, torchrun
+from tests.tiny_task import NUM_RANKS
+
+COMMAND = ("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl")
+MODEL, RANKS = "actor_rollout_ref.model", "trainer.n_gpus_per_node"
+ROWS_PER_GROUP = 4
+EXPECTED_S = 60.0  # a few seconds where nothing else runs
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Overrides, and what the error says in the order in which it says it."""
+
+    overrides: tuple[str, ...]
+    says: tuple[str, ...]
+    code: int = 2
+
+
+MISTAKES = {
+    "an unknown key": Mistake(
+        ("data.train_bach_size=8",), ("ConfigError", "data.train_bach_size", "did you mean 'train_batch_size'?")
+    ),
+    "an unknown experiment": Mistake(
+        ("+experiment=quikstart",), ("experiment/quikstart", "Available options", "quickstart"), code=1
+    ),
+    "groups of one": Mistake(
+        ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.actor.ppo_mini_batch_size=8"),
+        ("ConfigError", "actor_rollout_ref.rollout.n = 1", "at least 2"),
+    ),
+    "axes that don't divide the ranks": Mistake(
+        (f"{RANKS}=3",), ("ConfigError", "2 x 1 = 2", "must divide the 3 ranks", f"fix: {RANKS}=2")
+    ),
+    "no config.json": Mistake((f"{MODEL}.path=no_config",), ("ModelFolderError", "no_config", "no config.json")),
+    "an unknown architecture": Mistake(
+        (f"{MODEL}.path=gpt2",), ("ModelFolderError", "'GPT2LMHeadModel' is not supported", "Qwen3ForCausalLM")
+    ),
+    "no weights": Mistake(
+        (f"{MODEL}.init=pretrained",), ("ModelFolderError", "model.safetensors", f"{MODEL}.init=random"[-11:])
+    ),
+    "truncated weights": Mistake(
+        (f"{MODEL}.init=pretrained", f"{MODEL}.path=truncated"),
+        ("ModelFolderError", "truncated/model.safetensors is truncated", "download it again"),
+    ),
+    "no prompt column": Mistake(
+        ("data.train_files=[sft.parquet]",), ("DataError", "sft.parquet has no column 'prompt'", "messages")
+    ),
+    "a null prompt": Mistake(
+        ("data.train_files=[train.parquet,null.parquet]",), ("DataError", "null.parquet, row group 1, row 5", "prompt")
+    ),
+    "an empty prompt": Mistake(
+        ("data.val_files=[empty.parquet]",), ("DataError", "empty.parquet, row group 1, row 6", "prompt")
+    ),
+    "a truncated file": Mistake(
+        ("data.train_files=[truncated.parquet]",), ("DataError", "truncated.parquet can't be read", "fix:")
+    ),
+    "a prompt that is too long": Mistake(
+        ("data.overlong_prompts=error", "data.max_prompt_length=4"),
+        ("DataError", "train.parquet, row group 0, row 0", "data.max_prompt_length = 4", "fix:"),
+    ),
+    "a reward file that isn't there": Mistake(("reward.path=nowhere.py",), ("RewardError", "nowhere.py", "fix:")),
+}
+
+
+def write_bad_files(folder: Path) -> None:
+    """Write what the mistakes name beside the tiny task's own files."""
+    (folder / "no_config").mkdir()
+    _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"])
+    truncated = _copy_model(folder, "truncated")
+    shape = read_model_shape(truncated)
+    source = RandomSource(shape, seed=0)
+    save_file({n: source.read(n, 0, 0, s[0]) for n, s in hf_shapes(shape).items()}, truncated / "model.safetensors")
+    _truncate(truncated / "model.safetensors")
+    _write_rows(folder / "null.parquet", 5, lambda row: row | {"prompt": None})
+    _write_rows(folder / "empty.parquet", 6, lambda row: row | {"prompt": []})
+    shutil.copyfile(folder / "train.parquet", folder / "truncated.parquet")
+    _truncate(folder / "truncated.parquet")
+
+
+def _copy_model(folder: Path, name: str, **fields: Any) -> Path:
+    copy = Path(shutil.copytree(folder / "model", folder / name))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | fields))
+    return copy
+
+
+def _write_rows(path: Path, index: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    rows = [problem.prompt_row("train", i) for i, problem in enumerate(train_problems(0)[:8])]
+    rows[index] = change(rows[index])
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=ROWS_PER_GROUP)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_task: Path) -> dict[str, Finished]:
+    """Make every mistake once, two at a time."""
+    write_bad_files(tiny_task)
+    with ThreadPoolExecutor(2) as pool:
+        runs = {
+            name: pool.submit(run, python(*COMMAND, *mistake.overrides), tiny_task)
+            for name, mistake in MISTAKES.items()
+        }
+        return {name: running.result() for name, running in runs.items()}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_error_that_says_what_where_and_how_to_fix_it(
+    outcomes: dict[str, Finished], name: str
+) -> None:
+    finished, mistake = outcomes[name], MISTAKES[name]
+    assert finished.code == mistake.code, finished.output
+    positions = [finished.stderr.find(text) for text in mistake.says]
+    assert -1 not in positions and positions == sorted(positions), finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found_before_anything_starts(outcomes: dict[str, Finished], tiny_task: Path, name: str) -> None:
+    finished = outcomes[name]
+    assert finished.stdout == ""
+    assert finished.seconds < EXPECTED_S
+    assert not (tiny_task / "run").exists(), "a folder in the way of the next try"
+
+
+def test_an_error_in_the_config_costs_no_import_of_torch_or_ray(tiny_task: Path) -> None:
+    overrides = MISTAKES["axes that don't divide the ranks"].overrides
+    finished = run(python("-X", "importtime", *COMMAND, *overrides), tiny_task)
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "import time:" in line}
+    assert "megarl.config.rules" in imported
+    assert not imported & {"torch", "ray", "transformers", "vllm"}
+
+
+def test_torchrun_with_another_number_of_ranks_is_an_error_that_names_both(tiny_task: Path) -> None:
+    finished = run(torchrun(1, *COMMAND), tiny_task)
+    assert finished.code == 1
+    error, _, _ = finished.stderr.partition("Traceback")  # torchrun's own report of a rank's exit code
+    assert f"torchrun started 1 ranks, the config says {NUM_RANKS}" in error

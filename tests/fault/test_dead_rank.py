@@ -1,0 +1,138 @@
+"""One of two ranks is killed, or fails, in the middle of a step: the run ends at once, with the cause, and whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.launch import Finished, python, run, shared_memory, torchrun
+from tests.tiny_task import NUM_RANKS
+
+FAULTS = Path(__file__).parent / "faults"
+STOP_S = 20.0
+SFT = ("-m", "megarl.main_sft", "--config-dir=.", "--config-name=sft")
+RL = (
+    *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "trainer.val_before_train=false"),
+    *("data.train_shuffle=false", "reward.path=bad_reward.py", "reward.num_workers=2", "reward.timeout_s=3"),
+    "reward.score_on_failure=-0.5",
+)
+# Of the first eight prompts, one each whose reward raises, is not a number, and never comes.
+BAD_REWARD = """
+import time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    index = extra_info["index"]
+    if index == 0:
+        raise KeyError("broken by the test")
+    if index == 1:
+        return float("nan")
+    if index == 2:
+        time.sleep(3600)
+    return 1.0
+"""
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A run in which a fault struck. stop_s: from then to its end. left: shared memory that stayed."""
+
+    finished: Finished
+    folder: Path
+    stop_s: float
+    left: set[str]
+
+
+def strike(tiny_task: Path, command: list[str], name: str, fault: str) -> Struck:
+    """Run ``command`` with a fault, as faults/sitecustomize.py describes it."""
+    (tiny_task / "bad_reward.py").write_text(BAD_REWARD)
+    struck, folder = tiny_task / f"struck.{name}", tiny_task / "runs" / name
+    environ = {"PYTHONPATH": str(FAULTS), "MEGARL_TEST_FAULT": fault, "MEGARL_TEST_STRUCK": str(struck)}
+    before = shared_memory()
+    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, environ)
+    assert struck.is_file(), finished.output
+    return Struck(finished, folder, finished.ended_s - float(struck.read_text()), shared_memory() - before)
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_task: Path) -> dict[str, Struck]:
+    """Kill rank 1 in the second step of an RL run, under both launchers."""
+    commands = {"ray": python(*RL), "torchrun": torchrun(NUM_RANKS, *RL)}
+    return {name: strike(tiny_task, c, f"killed_{name}", "kill:1:update_actor:2") for name, c in commands.items()}
+
+
+@pytest.fixture(scope="module")
+def failed(tiny_task: Path) -> dict[str, Struck]:
+    """Let a rank fail in the second step of an SFT run: rank 1, and under torchrun the controller's rank as well."""
+    commands = {"ray": (1, python(*SFT)), "torchrun": (1, torchrun(NUM_RANKS, *SFT))}
+    commands["torchrun_controller"] = 0, torchrun(NUM_RANKS, *SFT)
+    return {
+        name: strike(tiny_task, command, f"failed_{name}", f"raise:{rank}:update_sft:2")
+        for name, (rank, command) in commands.items()
+    }
+
+
+LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+FAILED = pytest.mark.parametrize(("name", "rank"), [("ray", 1), ("torchrun", 1), ("torchrun_controller", 0)])
+
+
+@LAUNCHERS
+def test_the_death_of_a_rank_ends_the_run_at_once(killed: dict[str, Struck], launcher: str) -> None:
+    assert killed[launcher].finished.code == 1
+    assert killed[launcher].stop_s < STOP_S
+
+
+@LAUNCHERS
+def test_nothing_is_left_after_the_death_of_a_rank(killed: dict[str, Struck], launcher: str) -> None:
+    assert (killed[launcher].finished.processes, killed[launcher].left) == ((), set())
+
+
+def test_ray_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck]) -> None:
+    error = killed["ray"].finished.stderr
+    assert "WorkerError: rank 1 died: " in error
+    assert "SIGKILL" in error
+    assert "Traceback" not in error, "its peers' tracebacks only follow from the death"
+
+
+def test_torchrun_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck]) -> None:
+    _, cause = killed["torchrun"].finished.stderr.split("Root Cause")
+    assert "rank      : 1 " in cause
+    assert "Signal 9 (SIGKILL)" in cause
+
+
+@LAUNCHERS
+def test_rewards_that_raise_hang_or_are_no_number_are_counted_and_the_run_goes_on(
+    killed: dict[str, Struck], launcher: str
+) -> None:
+    [step_1] = (killed[launcher].folder / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(step_1)
+    outcomes = {name: metrics[f"reward/num_{name}"] for name in ("raised", "invalid", "timeout")}
+    assert outcomes == {"raised": 4, "invalid": 4, "timeout": 4}
+    assert metrics["reward/min"] == -0.5
+    assert metrics["reward/mean"] == pytest.approx((20 * 1.0 - 12 * 0.5) / 32)
+
+
+@FAILED
+def test_a_failure_on_a_rank_ends_the_run_at_once(failed: dict[str, Struck], name: str, rank: int) -> None:
+    assert failed[name].finished.code == 1
+    assert failed[name].stop_s < STOP_S
+    assert failed[name].finished.processes == ()
+
+
+@FAILED
+def test_the_first_traceback_is_that_of_the_rank_that_failed(
+    failed: dict[str, Struck], name: str, rank: int
+) -> None:
+    error = failed[name].finished.stderr
+    before, traceback = error.split("Traceback (most recent call last):\n", 1)
+    assert before.splitlines()[-1].endswith(f"rank {rank} failed in update_sft:")
+    assert "ArithmeticError: broken by the test" in traceback
+
+
+def test_torchruns_report_at_the_end_repeats_the_cause(failed: dict[str, Struck]) -> None:
+    for name, rank in (("torchrun", 1), ("torchrun_controller", 0)):
+        _, cause = failed[name].finished.stderr.split("Root Cause")
+        assert f"rank      : {rank} " in cause
+        assert "ArithmeticError: broken by the test" in cause

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.algorithm.rollout_correction import (
+    Correction,
+    CorrectionSettings,
+    Rejection,
+    correct_rollouts,
+    criteria,
+    presets,
+)
+from megarl.errors import ConfigError
+from tests.unit import numpy_rollout_correction as reference
+from tests.unit.numpy_reference import Bools, Floats
+
+SHAPES = [(1, 1), (8, 1), (1, 9), (9, 7)]
+REJECTIONS = [
+    (),
+    (Rejection("token", 0.7, 1.4),),
+    (Rejection("sequence", 0.5, 2.0),),
+    (Rejection("geometric", 0.9, 1.1), Rejection("worst_token", low=0.6)),
+    (Rejection("sequence_k3", high=0.05),),
+]
+
+
+def _columns(seed: int, shape: tuple[int, int]) -> tuple[Floats, Floats, Bools]:
+    """Return log-probs by trainer and engine, and a mask with holes, with rows of no token; noise outside the mask."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(shape) < 0.7
+    mask[rng.random(shape[0]) < 0.15] = False
+    rollout = -3 * rng.random(shape)
+    return np.where(mask, rollout + 0.3 * rng.normal(size=shape), 7.0), rollout, mask
+
+
+def _correct(columns: tuple[Floats, Floats, Bools], given_settings: CorrectionSettings) -> Correction:
+    return correct_rollouts(*(torch.from_numpy(c) for c in columns), given_settings)
+
+
+def _with_log_ratios(log_ratios: list[list[float]], given_settings: CorrectionSettings) -> Correction:
+    shape = (len(log_ratios), len(log_ratios[0]))
+    return _correct((np.array(log_ratios), np.zeros(shape), np.ones(shape, dtype=np.bool_)), given_settings)
+
+
+@pytest.mark.parametrize("rejections", REJECTIONS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("bounds", [(math.inf, (0.0, math.inf)), (1.5, (0.0, math.inf)), (math.inf, (0.8, 1.5))])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_and_mask_equal_the_reference(
+    shape: tuple[int, int],
+    bounds: tuple[float, tuple[float, float]],
+    normalize: bool,
+    level: str,
+    rejections: tuple[Rejection, ...],
+) -> None:
+    columns = _columns(sum(shape), shape)
+    result = _correct(columns, CorrectionSettings(level, bounds[0], bounds[1], normalize, rejections))
+    left = reference.mask_after(*columns, [(r.criterion, r.low, r.high) for r in rejections])
+    expected = reference.weights(*columns, left, level, *bounds, normalize)
+    np.testing.assert_array_equal(result.mask_BS.numpy(), left)
+    assert result.weights_BS is not None
+    np.testing.assert_allclose(result.weights_BS.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_the_reference(seed: int) -> None:
+    columns = _columns(seed, (9, 30))
+    given_settings = CorrectionSettings("token", cap=1.2, rejections=(Rejection("geometric", 0.95, 1.05),))
+    result, metrics = _correct(columns, given_settings), _correct(columns, given_settings).metrics
+    old, rollout, mask = columns
+    difference = (old - rollout)[mask]
+    ratio, left = np.exp(difference), result.mask_BS.numpy()
+    assert result.weights_BS is not None
+    expected = {
+        "kl": -difference.mean(),
+        "kl_k3": (ratio - 1 - difference).mean(),
+        "ratio_ess": reference.effective_share(ratio.tolist()),
+        **{f"ratio_q{q:02d}": np.quantile(ratio, q / 100, method="lower") for q in (1, 50, 99)},
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "share_masked": 1 - left.sum() / mask.sum(),
+        "share_sequences_masked": 1 - left.any(1).sum() / mask.any(1).sum(),
+        "weight_mean": np.minimum(np.exp(old - rollout), 1.2)[left].mean(),
+        "weight_ess": reference.effective_share(result.weights_BS.numpy()[left].tolist()),
+        "share_truncated": (np.exp(old - rollout)[left] > 1.2).mean(),
+        "share_outside_band": 0.0,
+    }
+    assert dict(metrics) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_without_a_level_there_are_no_weights_and_all_tokens_stay() -> None:
+    columns = _columns(1, (6, 5))
+    result = _correct(columns, presets.get("metrics_only"))
+    assert result.weights_BS is None
+    np.testing.assert_array_equal(result.mask_BS.numpy(), columns[2])
+    assert result.metrics["share_masked"] == 0.0
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_an_engine_that_agrees_with_the_trainer_is_left_alone_by_every_preset(name: str) -> None:
+    _, rollout, mask = _columns(2, (6, 5))
+    result = _correct((rollout, rollout.copy(), mask), presets.get(name))
+    np.testing.assert_array_equal(result.mask_BS.numpy(), mask)
+    assert result.weights_BS is None or torch.equal(result.weights_BS, result.mask_BS.double())
+    assert result.metrics["kl"] == 0.0
+    assert result.metrics["ratio_ess"] == 1.0
+
+
+def test_truncation_caps_and_a_band_zeroes_but_keeps_the_token() -> None:
+    log_ratios = [[math.log(r) for r in (0.1, 0.6, 1.0, 4.0, 9.0)]]
+    capped = _with_log_ratios(log_ratios, presets.get("token_tis"))
+    banded = _with_log_ratios(log_ratios, presets.get("icepop"))
+    assert capped.weights_BS is not None and banded.weights_BS is not None
+    assert capped.weights_BS.tolist() == [pytest.approx([0.1, 0.6, 1.0, 2.0, 2.0])]
+    assert banded.weights_BS.tolist() == [pytest.approx([0.0, 0.6, 1.0, 4.0, 0.0])]
+    assert banded.mask_BS.all()
+    assert banded.metrics["share_outside_band"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("rejection", "left"),
+    [
+        (Rejection("token", 0.5, 2.0), [[True, False], [True, True], [False, False]]),
+        (Rejection("sequence", 0.5, 2.0), [[False, False], [False, False], [True, True]]),
+        (Rejection("geometric", 0.5, 2.0), [[False, False], [True, True], [True, True]]),
+        (Rejection("sequence_k3", high=0.2), [[False, False], [True, True], [False, False]]),
+        (Rejection("worst_token", low=0.01), [[True, True], [True, True], [False, False]]),
+    ],
+)
+def test_criteria_differ_in_what_they_forgive(rejection: Rejection, left: list[list[bool]]) -> None:
+    log_ratios = [[0.0, 2.0], [0.5, 0.5], [-5.0, 5.0]]  # one wild token; evenly off; deviations that cancel
+    result = _with_log_ratios(log_ratios, CorrectionSettings(rejections=(rejection,)))
+    assert result.mask_BS.tolist() == left
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_normalized_weights_have_a_mean_of_one(level: str) -> None:
+    columns = _columns(3, (9, 7))
+    result = _correct(columns, CorrectionSettings(level, cap=1.3, normalize=True))
+    assert result.weights_BS is not None
+    of_tokens = result.weights_BS[result.mask_BS]
+    of_sequences = torch.stack([w[m][0] for w, m in zip(result.weights_BS, result.mask_BS, strict=True) if m.any()])
+    assert (of_tokens if level == "token" else of_sequences).mean().item() == pytest.approx(1.0)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(presets.names()), normalize=st.booleans())
+def test_the_order_of_rows_and_padding_change_nothing(seed: int, name: str, normalize: bool) -> None:
+    old, rollout, mask = _columns(seed, (6, 5))
+    given_settings = replace(presets.get(name), normalize=normalize)
+    order = np.random.default_rng(seed).permutation(6)
+    padded = tuple(np.pad(c[order], ((0, 0), (1, 2))) for c in (old, rollout, mask))
+    expected, result = _correct((old, rollout, mask), given_settings), _correct(padded, given_settings)
+    assert torch.equal(result.mask_BS[:, 1:-2], expected.mask_BS[order])
+    assert dict(result.metrics) == pytest.approx(dict(expected.metrics), rel=1e-9, abs=1e-9)
+    if expected.weights_BS is not None:
+        assert result.weights_BS is not None
+        torch.testing.assert_close(result.weights_BS[:, 1:-2], expected.weights_BS[order], rtol=1e-9, atol=1e-9)
+
+
+def test_weights_keep_the_dtype_and_carry_no_gradient() -> None:
+    old_BS = torch.zeros(2, 3, requires_grad=True)
+    mask_BS = torch.ones(2, 3, dtype=torch.bool)
+    result = correct_rollouts(old_BS.detach(), torch.full((2, 3), -0.1), mask_BS, presets.get("token_tis"))
+    assert result.weights_BS is not None
+    assert (result.weights_BS.dtype, result.weights_BS.requires_grad) == (torch.float32, False)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_wild_ratio_gives_a_finite_weight_and_shows_in_the_metrics(level: str) -> None:
+    result = _with_log_ratios([[1e4, 0.0]], CorrectionSettings(level))
+    assert result.weights_BS is not None
+    assert result.weights_BS.isfinite().all()
+    assert result.metrics["ratio_max"] == math.inf
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_a_nan_is_rejected_by_every_criterion(name: str) -> None:
+    result = _with_log_ratios(
+        [[math.nan, 0.0], [0.0, 0.0]], CorrectionSettings(rejections=(Rejection(name, 0.0, 9.0),))
+    )
+    assert result.mask_BS.tolist() == [[False, name == "token"], [True, True]]
+    assert math.isnan(result.metrics["kl"])
+
+
+def test_when_all_is_rejected_nothing_is_left_and_no_number_is_nan() -> None:
+    everything = CorrectionSettings("token", normalize=True, rejections=(Rejection("token", 5.0, 6.0),))
+    result = _with_log_ratios([[0.1, 0.2]], everything)
+    assert not result.mask_BS.any()
+    assert result.weights_BS is not None and not result.weights_BS.any()
+    assert not any(math.isnan(value) for value in result.metrics.values())
+    assert result.metrics["share_masked"] == 1.0
+
+
+def test_a_step_without_tokens_gives_no_nan() -> None:
+    nothing = np.zeros((2, 3), dtype=np.bool_)
+    result = _correct((np.zeros((2, 3)), np.zeros((2, 3)), nothing), presets.get("geometric_token_tis"))
+    assert not any(math.isnan(value) for value in result.metrics.values())
+
+
+def test_unknown_presets_and_criteria_are_errors_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"preset = 'token_is'.*\n.*did you mean 'token_tis'"):
+        presets.get("token_is")
+    with pytest.raises(ConfigError, match="did you mean 'geometric'"):
+        _with_log_ratios([[0.0]], CorrectionSettings(rejections=(Rejection("geometri"),)))

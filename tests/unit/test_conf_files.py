@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megarl.config.build import build_config
+from megarl.config.rules import check_ppo, check_sft, num_ranks
+from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.parallel.layout import layout_of
+from megarl.plan.batch import plan_batch
+from tests.unit.composed_configs import composed_values
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONF = REPOSITORY / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def _main_of(experiment: str) -> str:
+    """Return the main config that a recipe is for."""
+    recipe = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
+    return "ppo_megatron_trainer" if "actor_rollout_ref" in recipe else "sft_trainer"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_a_main_config_has_a_value_for_every_key_of_the_schema(name: str) -> None:
+    schema = SFTConfig if name.startswith("sft") else PPOConfig
+    assert isinstance(build_config(schema, composed_values(name)), schema)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_recipe_breaks_no_rule_and_its_batches_divide(experiment: str) -> None:
+    main = _main_of(experiment)
+    if main == "sft_trainer":
+        sft = build_config(SFTConfig, composed_values(main, f"experiment={experiment}"))
+        check_sft(sft)
+        size, micro, dp = (
+            sft.data.train_batch_size,
+            sft.data.micro_batch_size_per_gpu,
+            layout_of(sft.megatron, num_ranks(sft)).dp,
+        )
+        plan_batch(num_prompts=size, n=1, mini_batch_size=size, micro_batch_size=micro, dp_size=dp)
+        return
+    # Some recipes leave the model to their launch script.
+    values = composed_values(main, f"experiment={experiment}", **{"actor_rollout_ref.model.path": "model"})
+    config = build_config(PPOConfig, values)
+    check_ppo(config)
+    actor = config.actor_rollout_ref.actor
+    plan_batch(
+        num_prompts=config.data.train_batch_size,
+        n=config.actor_rollout_ref.rollout.n,
+        mini_batch_size=actor.ppo_mini_batch_size,
+        micro_batch_size=actor.ppo_micro_batch_size_per_gpu,
+        dp_size=layout_of(actor.megatron, num_ranks(config)).dp,
+    )
+
+
+def test_a_recipe_wins_over_the_main_config_and_the_command_line_over_both() -> None:
+    values = composed_values("ppo_megatron_trainer", "experiment=quickstart", "data.train_batch_size=7")
+    assert values["data"]["train_batch_size"] == 7
+    assert values["data"]["max_prompt_length"] == 16
+    assert values["data"]["prompt_key"] == "prompt"
+
+
+@pytest.mark.parametrize("role", ["ref", "critic"])
+def test_a_role_takes_the_actors_axes_unless_it_has_its_own(role: str) -> None:
+    prefix = "actor_rollout_ref.ref" if role == "ref" else "critic"
+    actors = {"actor_rollout_ref.actor.megatron.tensor_model_parallel_size": 4}
+    own = {f"{prefix}.megatron.tensor_model_parallel_size": 2}
+    for changes, expected in ((actors, 4), (actors | own, 2)):
+        values = composed_values("ppo_megatron_trainer", **changes)
+        section = values["actor_rollout_ref"]["ref"] if role == "ref" else values["critic"]
+        assert section["megatron"]["tensor_model_parallel_size"] == expected
+
+
+def _main_ppo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megarl.main_ppo", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_file_of_the_users_own_starts_from_ours_and_only_prints_what_it_composes_to(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [ppo_megatron_trainer, _self_]\n"
+        "algorithm: {adv_estimator: grpo}\n"
+        "actor_rollout_ref:\n"
+        "  actor: {optim: {lr: 1e-6}, megatron: {tensor_model_parallel_size: 8}}\n"
+    )
+    done = _main_ppo(
+        tmp_path, "--config-dir=.", "--config-name=mine", "data.train_batch_size=256", "--cfg", "job", "--resolve"
+    )
+    assert done.returncode == 0, done.stderr
+    values = yaml.safe_load(done.stdout)
+    assert values["algorithm"]["adv_estimator"] == "grpo"
+    assert values["data"]["train_batch_size"] == 256
+    assert values["actor_rollout_ref"]["ref"]["megatron"]["tensor_model_parallel_size"] == 8
+    assert build_config(PPOConfig, values).actor_rollout_ref.actor.optim.lr == 1e-6
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_mistakes_of_the_command_line_end_a_run_before_it_starts_with_all_of_them(tmp_path: Path) -> None:
+    done = _main_ppo(tmp_path, "data.trian_batch_size=4", "data.max_prompt_length=x", "~data.prompt_key")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "ConfigError: 3 problems in the configuration:\n"
+        "  1. data.trian_batch_size = 4: no such key\n"
+        "      fix: did you mean 'train_batch_size'?\n"
+        "  2. data.max_prompt_length = 'x': must be an integer\n"
+        "  3. data.prompt_key = None: is missing\n"
+        "      fix: start from one of megarl's own configs, or set data.prompt_key\n"
+    )
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.config.model_shape import FAMILIES, ModelShape, Rope, parse_model_shape, read_model_shape
+from megarl.errors import ModelFolderError
+
+
+def _config(family: str = "LlamaForCausalLM", **fields: object) -> dict[str, Any]:
+    """Return the fields of a config.json that every model has, and ``fields``; None takes one away."""
+    config = {
+        "architectures": [family],
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 100,
+        "max_position_embeddings": 512,
+        **fields,
+    }
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _error(config: dict[str, Any]) -> str:
+    with pytest.raises(ModelFolderError) as caught:
+        parse_model_shape(config, "somewhere/config.json")
+    assert str(caught.value).startswith("somewhere/config.json")
+    return str(caught.value)
+
+
+def test_every_size_is_read_from_the_field_that_names_it() -> None:
+    shape = parse_model_shape(_config(rms_norm_eps=1e-5, initializer_range=0.01, tie_word_embeddings=True), "")
+    assert shape == ModelShape(
+        family="LlamaForCausalLM",
+        num_layers=2,
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        ffn_size=96,
+        vocab_size=100,
+        max_positions=512,
+        norm_eps=1e-5,
+        rope=Rope(10000.0),
+        tied=True,
+        qkv_bias=False,
+        qk_norm=False,
+        init_std=0.01,
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "qkv_bias", "qk_norm"),
+    [("LlamaForCausalLM", False, False), ("Qwen2ForCausalLM", True, False), ("Qwen3ForCausalLM", False, True)],
+)
+def test_the_family_decides_biases_and_norms_of_attention(family: str, qkv_bias: bool, qk_norm: bool) -> None:
+    shape = parse_model_shape(_config(family), "")
+    assert (shape.qkv_bias, shape.qk_norm) == (qkv_bias, qk_norm)
+    assert family in FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("family", "head_dim", "expected"),
+    [
+        ("LlamaForCausalLM", None, 16),
+        ("Qwen2ForCausalLM", None, 16),
+        ("Qwen3ForCausalLM", None, 128),
+        ("LlamaForCausalLM", 32, 32),
+        ("Qwen3ForCausalLM", 32, 32),
+    ],
+)
+def test_a_head_is_as_large_as_transformers_makes_it(family: str, head_dim: int | None, expected: int) -> None:
+    assert parse_model_shape(_config(family, head_dim=head_dim), "").head_dim == expected
+
+
+def test_without_key_value_heads_every_head_has_its_own() -> None:
+    assert parse_model_shape(_config(num_key_value_heads=None), "").num_kv_heads == 4
+
+
+@pytest.mark.parametrize(("vocab", "tp", "padded"), [(100, 1, 100), (100, 8, 104), (104, 8, 104), (1, 4, 4)])
+def test_a_vocabulary_is_padded_to_a_multiple_of_the_ranks(vocab: int, tp: int, padded: int) -> None:
+    assert parse_model_shape(_config(vocab_size=vocab), "").padded_vocab(tp) == padded
+
+
+def test_a_critic_has_a_value_head_and_nothing_tied_to_the_embedding() -> None:
+    shape = parse_model_shape(_config(tie_word_embeddings=True), "").with_value_head()
+    assert (shape.value_head, shape.tied) == (True, False)
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "rope"),
+    [
+        pytest.param({}, Rope(10000.0), id="nothing"),
+        pytest.param({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5), id="theta"),
+        pytest.param({"rope_theta": 1000000}, Rope(1e6), id="integer theta"),
+        pytest.param(
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}},
+            Rope(5e5, "linear", 2.0),
+            id="linear, as before rope_type",
+        ),
+        pytest.param(
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192),
+            id="llama3 before transformers 5",
+        ),
+        pytest.param({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, Rope(1e6), id="transformers 5"),
+        pytest.param(
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+            Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192),
+            id="llama3 of transformers 5",
+        ),
+    ],
+)
+def test_the_rotary_embedding_is_read_in_the_words_of_every_version(fields: dict[str, Any], rope: Rope) -> None:
+    assert parse_model_shape(_config(**fields), "").rope == rope
+
+
+@pytest.mark.parametrize("word", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "mrope"])
+def test_an_unsupported_rotary_embedding_is_an_error_that_names_the_supported(word: str, kind: str) -> None:
+    text = _error(_config(**{word: {"rope_type": kind, "factor": 4.0}}))
+    assert f"rope type '{kind}' is not supported; supported are default, linear, llama3" in text
+
+
+def test_a_rotary_embedding_without_its_factor_is_an_error_that_names_the_field() -> None:
+    assert "lacks the field 'factor'" in _error(_config(rope_scaling={"rope_type": "linear"}))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "found", "hint"),
+    [
+        (["Qwen3MoeForCausalLM"], "Qwen3MoeForCausalLM", "did you mean 'Qwen3ForCausalLM'?"),
+        (["GPT2LMHeadModel"], "GPT2LMHeadModel", ""),
+        ([], "(none)", ""),
+        (None, "(none)", ""),
+    ],
+)
+def test_an_unknown_architecture_is_an_error_with_the_nearest_known(
+    architectures: list[str] | None, found: str, hint: str
+) -> None:
+    text = _error(_config() | {"architectures": architectures})
+    assert f"architecture '{found}' is not supported; supported are {', '.join(FAMILIES)}" in text
+    assert text.endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("attention_bias", True, "only false"),
+        ("mlp_bias", True, "only false"),
+        ("use_sliding_window", True, "only false"),
+        ("hidden_act", "gelu", "only 'silu'"),
+    ],
+)
+def test_what_would_change_the_mathematics_unseen_is_refused(field: str, value: object, allowed: str) -> None:
+    assert f"{field} = {value!r} is not supported, {allowed}" in _error(_config(**{field: value}))
+
+
+def test_quantized_weights_are_refused() -> None:
+    assert "give the unquantized model" in _error(_config(quantization_config={"quant_method": "fp8"}))
+
+
+def test_settings_that_say_what_holds_anyway_are_accepted() -> None:
+    plain = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+    assert parse_model_shape(_config(**plain, sliding_window=4096), "") == parse_model_shape(_config(), "")
+
+
+@pytest.mark.parametrize("field", sorted(_config().keys() - {"architectures", "num_key_value_heads"}))
+def test_a_missing_field_is_an_error_that_names_it(field: str) -> None:
+    assert f"lacks the field '{field}'" in _error(_config(**{field: None}))
+
+
+@pytest.mark.parametrize("value", ["many", [1], math.nan])
+def test_a_size_that_is_no_number_is_an_error(value: object) -> None:
+    assert "a field that isn't the number it should be" in _error(_config(vocab_size=value))
+
+
+def test_a_folder_is_read_with_its_tilde_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(_config()))
+    assert read_model_shape("~") == read_model_shape(tmp_path) == parse_model_shape(_config(), "")
+
+
+def _folder_error(folder: Path) -> str:
+    with pytest.raises(ModelFolderError) as caught:
+        read_model_shape(folder)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_folder_and_a_folder_without_config_are_told_apart(tmp_path: Path) -> None:
+    assert "no such folder; give a Hugging Face model folder" in _folder_error(tmp_path / "nowhere")
+    assert "no config.json in this folder; give a Hugging Face model folder" in _folder_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"a": ', "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[]", "object"),
+    ],
+)
+def test_a_broken_config_is_an_error_that_names_the_file(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    text = _folder_error(tmp_path)
+    assert str(tmp_path / "config.json") in text and told in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_saves_is_read_back(tmp_path: Path, family: str, tied: bool) -> None:
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    kinds = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config, "Qwen3ForCausalLM": Qwen3Config}
+    kinds[family](
+        architectures=[family],
+        hidden_size=48,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ).save_pretrained(tmp_path)
+    shape = read_model_shape(tmp_path)
+    assert (shape.family, shape.tied, shape.hidden_size, shape.num_kv_heads) == (family, tied, 48, 3)
+    assert shape.rope == Rope(5e5)

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+
+from megarl.algorithm.advantage import estimators
+from megarl.algorithm.aggregate import aggregations
+from megarl.algorithm.kl import kl_estimators
+from megarl.algorithm.policy_loss import policy_losses
+from megarl.algorithm.rollout_correction import criteria, presets
+from megarl.config import algorithm_rules, rules, schema
+from megarl.config.algorithm_rules import ESTIMATORS
+from megarl.config.rules import (
+    check_critic_model,
+    check_ppo,
+    check_ppo_model,
+    check_schedule,
+    check_sft,
+    check_sft_model,
+)
+from megarl.config.schema import LRSchedulerConfig, PPOConfig
+from megarl.errors import ConfigError, Problem
+from megarl.monitor.sinks import SINK_NAMES
+from tests.unit.composed_configs import ppo_config, sft_config
+from tests.unit.model_shapes import model_shape
+
+Changes = Mapping[str, object]
+
+MODELS = "actor_rollout_ref"
+ACTOR, ROLLOUT, REF = f"{MODELS}.actor", f"{MODELS}.rollout", f"{MODELS}.ref"
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+CORRECTION = "algorithm.rollout_correction"
+
+GAE: Changes = {"algorithm.adv_estimator": "gae", f"{ROLLOUT}.n": 1, f"{ACTOR}.use_kl_loss": False}
+RLOO: Changes = {"algorithm.adv_estimator": "rloo", f"{ACTOR}.use_kl_loss": False}
+
+# What is changed in a config without problems, the keys of the problems that follow, and what the first one says.
+BROKEN: list[tuple[Changes, list[str], str]] = [
+    ({f"{MODELS}.model.path": None}, [f"{MODELS}.model.path"], "must name a Hugging Face folder"),
+    ({f"{ACTOR}.optim.beta": [0.9]}, [f"{ACTOR}.optim.beta"], "two numbers"),
+    ({f"{ACTOR}.optim.beta": [0.9, 1.0]}, [f"{ACTOR}.optim.beta"], "less than 1"),
+    ({f"{ACTOR}.optim.beta": [0.9, float("nan")]}, [f"{ACTOR}.optim.beta"], "less than 1"),
+    ({f"{ACTOR}.optim.min_lr": 1.0}, [f"{ACTOR}.optim.min_lr"], f"at most {ACTOR}.optim.lr = 1e-06"),
+    (
+        {f"{ACTOR}.megatron.{TP}": 3, f"{REF}.megatron.{TP}": 1},
+        [f"{ACTOR}.megatron.{TP} x {ACTOR}.megatron.{PP}"],
+        "must divide the 8 ranks (trainer.nnodes x trainer.n_gpus_per_node); products that do: 1, 2, 4, 8",
+    ),
+    ({f"{REF}.megatron.{PP}": 5}, [f"{REF}.megatron.{TP} x {REF}.megatron.{PP}"], "must divide the 8 ranks"),
+    ({**GAE, "critic.model.path": ""}, ["critic.model.path"], "must name a Hugging Face folder"),
+    ({**GAE, "critic.optim.beta": []}, ["critic.optim.beta"], "two numbers"),
+    ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{TP} x critic.megatron.{PP}"], "must divide the 8 ranks"),
+    ({"trainer.logger": ["consol"]}, ["trainer.logger"], "must be among console, tensorboard"),
+    ({f"{ROLLOUT}.{TP}": 3}, [f"{ROLLOUT}.{TP}"], "must divide the 8 ranks"),
+    ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
+    ({"reward.name": "gsm8k", "reward.path": "r.py"}, ["reward.name"], "contradicts reward.path = 'r.py'"),
+    ({"algorithm.adv_estimator": "groo"}, ["algorithm.adv_estimator"], "must be one of gae, grpo"),
+    ({f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "grpo compares the rollouts of a prompt: at least 2"),
+    ({**RLOO, f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "rloo compares the rollouts of a prompt: at least 2"),
+    ({f"{ACTOR}.use_kl_loss": False}, [f"{ACTOR}.use_kl_loss"], "algorithm.use_kl_in_reward"),
+    ({"algorithm.kl_free": True}, ["algorithm.kl_free"], "contradicts"),
+    ({"critic.enable": True}, ["critic.enable"], "grpo reads no values"),
+    ({**GAE, "critic.enable": False}, ["critic.enable"], "gae needs a critic's values"),
+    ({"algorithm.lam": 0.95}, ["algorithm.lam"], "has no effect on grpo; read by gae"),
+    ({"algorithm.gamma": 0.9}, ["algorithm.gamma"], "has no effect on grpo; read by gae"),
+    ({**RLOO, "algorithm.norm_adv_by_std_in_grpo": False}, ["algorithm.norm_adv_by_std_in_grpo"], "no effect on rloo"),
+    ({"algorithm.kl_ctrl.type": "adaptive"}, ["algorithm.kl_ctrl.type"], "steers the KL in the reward, which is off"),
+    (
+        {"algorithm.kl_ctrl.type": "adaptive", "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.horizon": 9},
+        ["algorithm.kl_ctrl.horizon"],
+        "at least a fifth of a step: 820",
+    ),
+    ({**GAE, "algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "filtering is for grpo"),
+    (
+        {"reward.overlong_buffer.enable": True, "reward.overlong_buffer.len": 513},
+        ["reward.overlong_buffer.len"],
+        "at most data.max_response_length = 512",
+    ),
+    ({f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.level": "token"}, [f"{CORRECTION}.preset"], "level are set too"),
+    ({f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.bypass": True}, [f"{CORRECTION}.bypass"], "no difference"),
+    ({f"{CORRECTION}.cap": 2.0}, [f"{CORRECTION}.cap"], "acts on weights, and there are none"),
+    ({f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [2, 1]}, [f"{CORRECTION}.band"], "0 <= low < high"),
+]  # fmt: skip
+
+SOUND: list[Changes] = [
+    {},
+    RLOO,
+    GAE,
+    {**GAE, "critic.enable": True, "algorithm.lam": 0.95, "algorithm.gamma": 0.99, "critic.model.path": "other"},
+    {"algorithm.norm_adv_by_std_in_grpo": False},
+    {f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True},
+    {f"{ACTOR}.use_kl_loss": False, "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive"},
+    {f"{ACTOR}.optim.beta": [0, 0.999], f"{ACTOR}.optim.min_lr": 1e-6},
+    {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 2, f"{REF}.megatron.{TP}": 1, f"{ROLLOUT}.{TP}": 8},
+    {"trainer.nnodes": 3, f"{ACTOR}.megatron.{TP}": 3, f"{ROLLOUT}.{TP}": 6},
+    {"trainer.logger": list(rules.KNOWN_SINKS)},
+    {"trainer.logger": []},
+    {"reward.path": "r.py"},
+    {"reward.name": "gsm8k"},
+    {"critic.enable": False},
+    {"algorithm.filter_groups.enable": True},
+    {"reward.overlong_buffer.enable": True, "reward.overlong_buffer.len": 512},
+    {f"{CORRECTION}.preset": "token_tis"},
+    {f"{CORRECTION}.bypass": True},
+    {f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [0.5, 2], f"{CORRECTION}.normalize": True},
+]
+
+
+def _problems(check: Callable[[], None]) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        check()
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("changes", "keys", "said"), BROKEN)
+def test_a_broken_rule_is_one_problem_with_its_key_and_what_is_allowed(
+    changes: Changes, keys: list[str], said: str
+) -> None:
+    problems = _problems(lambda: check_ppo(ppo_config(**changes)))
+    assert [p.key for p in problems] == keys
+    assert said in problems[0].allowed
+
+
+@pytest.mark.parametrize("changes", SOUND)
+def test_a_config_that_breaks_no_rule_passes(changes: Changes) -> None:
+    check_ppo(ppo_config(**changes))
+
+
+def _rules_of(module: ModuleType) -> dict[str, Callable[[PPOConfig], list[Problem]]]:
+    """Return the rules of a whole RL config that a module defines."""
+    return {
+        name: rule
+        for name, rule in vars(module).items()
+        if getattr(rule, "__annotations__", {}) == {"c": "PPOConfig", "return": "Problems"}
+    }
+
+
+@pytest.mark.parametrize("module", [rules, algorithm_rules])
+def test_every_rule_is_broken_by_some_config_here(module: ModuleType) -> None:
+    configs = [ppo_config(**changes) for changes, _, _ in BROKEN]
+    unbroken = [name for name, rule in _rules_of(module).items() if not any(list(rule(c)) for c in configs)]
+    assert len(_rules_of(module)) >= 3 and unbroken == []
+
+
+def test_all_broken_rules_are_reported_together() -> None:
+    changes = {f"{MODELS}.model.path": None, f"{ROLLOUT}.n": 1, "trainer.logger": ["consol", "wand"]}
+    problems = _problems(lambda: check_ppo(ppo_config(**changes)))
+    assert [p.key for p in problems] == [f"{ROLLOUT}.n", f"{MODELS}.model.path", "trainer.logger", "trainer.logger"]
+    assert [p.fix for p in problems[2:]] == ["did you mean 'console'?", "did you mean 'wandb'?"]
+
+
+def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
+    [problem] = _problems(lambda: check_ppo(ppo_config(**{"algorithm.adv_estimator": "rlo"})))
+    assert problem.fix == "did you mean 'rloo'?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"model.path": None}, ["model.path"]),
+        ({"optim.beta": [0.9, 1.5]}, ["optim.beta"]),
+        ({"optim.min_lr": 1.0}, ["optim.min_lr"]),
+        ({f"megatron.{TP}": 3}, [f"megatron.{TP} x megatron.{PP}"]),
+        ({"trainer.logger": ["csv"]}, ["trainer.logger"]),
+        ({"model.path": None, "trainer.logger": ["csv"]}, ["model.path", "trainer.logger"]),
+    ],
+)
+def test_an_sft_config_is_held_to_its_rules(changes: Changes, keys: list[str]) -> None:
+    check_sft(sft_config())
+    assert [p.key for p in _problems(lambda: check_sft(sft_config(**changes)))] == keys
+
+
+SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        # The model has 4 heads, 2 key-value heads, 3 layers, a feed-forward size of 8 and 32 positions.
+        ({f"{ACTOR}.megatron.{TP}": 8, f"{REF}.megatron.{TP}": 1}, [f"{ACTOR}.megatron.{TP}"]),
+        ({f"{ACTOR}.megatron.{PP}": 4, f"{REF}.megatron.{PP}": 1}, [f"{ACTOR}.megatron.{PP}"]),
+        ({f"{ACTOR}.megatron.{TP}": 8}, [f"{ACTOR}.megatron.{TP}", f"{REF}.megatron.{TP}"]),
+        ({f"{ROLLOUT}.{TP}": 8}, [f"{ROLLOUT}.{TP}"]),
+        ({"data.max_prompt_length": 17}, ["data.max_prompt_length + data.max_response_length"]),
+    ],
+)
+def test_a_model_that_its_axes_cannot_split_is_an_error(changes: Changes, keys: list[str]) -> None:
+    check_ppo_model(ppo_config(**SHORT), model_shape())
+    config = ppo_config(**{**SHORT, **changes})
+    assert [p.key for p in _problems(lambda: check_ppo_model(config, model_shape()))] == keys
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "said"),
+    [
+        ({"num_heads": 6}, 4, "must divide the model's 6 attention heads"),
+        ({"ffn_size": 6}, 4, "must divide the model's 6 feed-forward size"),
+        (
+            {"num_heads": 12, "num_kv_heads": 6},
+            4,
+            "must divide the model's 6 key-value heads, or be a multiple of them",
+        ),
+        ({"num_heads": 6, "num_kv_heads": 3, "ffn_size": 6}, 2, "must divide the model's 3 key-value heads"),
+    ],
+)
+def test_tensor_parallel_ranks_divide_heads_and_the_feed_forward_layer(
+    sizes: Mapping[str, int], tp: int, said: str
+) -> None:
+    config = ppo_config(**SHORT, **{f"{ROLLOUT}.{TP}": tp, "trainer.n_gpus_per_node": 12})
+    [problem] = _problems(lambda: check_ppo_model(config, replace(model_shape(), **sizes)))
+    assert problem.key == f"{ROLLOUT}.{TP}" and said in problem.allowed
+
+
+def test_more_ranks_than_kv_heads_are_fine_where_they_are_a_multiple() -> None:
+    check_ppo_model(ppo_config(**SHORT, **{f"{ACTOR}.megatron.{TP}": 4, f"{ROLLOUT}.{TP}": 4}), model_shape())
+
+
+def test_the_reference_is_not_asked_to_fit_where_no_kl_term_needs_it() -> None:
+    changes = {**SHORT, f"{REF}.megatron.{TP}": 8}
+    check_ppo_model(ppo_config(**changes, **{f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True}), model_shape())
+    assert len(_problems(lambda: check_ppo_model(ppo_config(**changes), model_shape()))) == 1
+
+
+def test_a_critic_fits_its_own_axes_and_knows_the_actors_tokens() -> None:
+    config = ppo_config(**GAE)
+    check_critic_model(config, model_shape(), vocab_size=10)
+    [problem] = _problems(lambda: check_critic_model(config, model_shape(), vocab_size=11))
+    assert problem.key == "critic.model.path"
+    config = ppo_config(**GAE, **{f"critic.megatron.{PP}": 4})
+    assert [p.key for p in _problems(lambda: check_critic_model(config, model_shape(), 10))] == [
+        f"critic.megatron.{PP}"
+    ]
+
+
+def test_an_sft_model_fits_its_axes_and_its_longest_chat() -> None:
+    check_sft_model(sft_config(**{"data.max_length": 32}), model_shape())
+    config = sft_config(**{"data.max_length": 33, f"megatron.{TP}": 8})
+    keys = [p.key for p in _problems(lambda: check_sft_model(config, model_shape()))]
+    assert keys == [f"megatron.{TP}", "data.max_length"]
+
+
+def test_warm_up_ends_before_the_run_does() -> None:
+    check_schedule("lr_scheduler", LRSchedulerConfig("cosine", 9), total_steps=10)
+    [problem] = _problems(lambda: check_schedule("lr_scheduler", LRSchedulerConfig("cosine", 10), total_steps=10))
+    assert (problem.key, problem.value) == ("lr_scheduler.warmup_steps", 10)
+    assert problem.allowed == "must be less than the run's 10 optimizer steps"
+
+
+@pytest.mark.parametrize(
+    ("said", "registered"),
+    [
+        (tuple(ESTIMATORS), estimators.names()),
+        (schema.POLICY_LOSSES, policy_losses.names()),
+        (schema.AGGREGATIONS, aggregations.names()),
+        (schema.KL_TYPES, kl_estimators.names()),
+        (schema.CRITERIA, criteria.names()),
+        (schema.CORRECTION_PRESETS, presets.names()),
+        (rules.KNOWN_SINKS, tuple(SINK_NAMES)),
+    ],
+)
+def test_the_names_a_config_may_give_are_those_of_the_registries(
+    said: tuple[str, ...], registered: tuple[str, ...]
+) -> None:
+    assert sorted(said) == sorted(registered)
+
+
+def test_penalties_in_the_reward_are_the_estimators_whose_value_counts() -> None:
+    assert set(schema.KL_ESTIMATORS) == {name for name in kl_estimators.names() if not name.endswith("+")}
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_what_the_rules_know_of_an_estimator_is_what_it_needs(name: str) -> None:
+    told, needs = ESTIMATORS[name], estimators.needs(name)
+    assert (told.values, told.greedy_baseline, told.min_group_size) == (
+        needs.values,
+        needs.greedy_baseline,
+        needs.min_group_size,
+    )
