@@ -41,25 +41,27 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.loop import train
     from megarl.controller.rank import RunSpec
     from megarl.controller.report import final_report
-    from megarl.controller.run import open_run
+    from megarl.controller.run import open_rewards, open_run
     from megarl.monitor.rundir import create_run_dir
 
     inputs = read_ppo_inputs(config, model_folder)
     plan = inputs.describe()
-    run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
-    (run_dir / "plan.txt").write_text(plan + "\n")
-    print(f"run folder: {run_dir}\n{plan}", flush=True)
-    if inputs.num_overlong:
-        print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
-    ranks = RunSpec(
-        config,
-        model_folder,
-        inputs.actor_optimizer_steps(config),
-        critic_folder,
-        inputs.critic_optimizer_steps(),
-    )
-    with open_run(config, inputs, ranks, run_dir, values) as run:
-        before, after = train(run)
+    # Before there is a run folder: they may refuse the user's reward function.
+    with open_rewards(config.reward) as rewards:
+        run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
+        (run_dir / "plan.txt").write_text(plan + "\n")
+        print(f"run folder: {run_dir}\n{plan}", flush=True)
+        if inputs.num_overlong:
+            print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
+        ranks = RunSpec(
+            config,
+            model_folder,
+            inputs.actor_optimizer_steps(config),
+            critic_folder,
+            inputs.critic_optimizer_steps(),
+        )
+        with open_run(config, inputs, ranks, rewards, run_dir, values) as run:
+            before, after = train(run)
     print(final_report(before, after, run_dir), flush=True)
 
 

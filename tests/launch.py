@@ -25,7 +25,6 @@ class Finished:
     code: int
     stdout: str
     stderr: str
-    seconds: float
     ended_s: float
     processes: tuple[str, ...]
 
@@ -46,26 +45,35 @@ def torchrun(num_ranks: int, *arguments: str) -> list[str]:
 
 
 def run(
-    command: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None, timeout_s: float = 300.0
+    command: Sequence[str],
+    folder: Path,
+    *,
+    python_path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
 ) -> Finished:
     """Run ``command`` in ``folder`` to its end, or kill it and whatever it started after ``timeout_s``.
 
-    Output goes to files, since a pipe ends only when the last process that inherited it does.
+    python_path: a folder that Python shall import from, before all others. environ: added to this process's. Output
+    goes to files, since a pipe ends only when the last process that inherited it does.
     """
     marker = uuid.uuid4().hex
     environment = {**os.environ, "MEGARL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", **(environ or {}), MARKER: marker}
-    start = time.monotonic()
+    if python_path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(python_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     logs = folder / f"stdout.{marker}", folder / f"stderr.{marker}"
     with logs[0].open("w") as out, logs[1].open("w") as err:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
-        ended_s, seconds = time.time(), time.monotonic() - start
+        ended_s = time.time()
         left = _end(marker)
-    return Finished(code, logs[0].read_text(), logs[1].read_text(), seconds, ended_s, left)
+    return Finished(code, logs[0].read_text(), logs[1].read_text(), ended_s, left)
 
 
 def shared_memory() -> set[str]:

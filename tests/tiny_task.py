@@ -1,13 +1,17 @@
-"""A task so small that the time of a run is the time of its start: a fresh Qwen3 of two layers on a few word problems."""
+"""A task so small that a run takes as long as its start: a fresh Qwen3 of two layers on a few word problems."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors.torch import save_file
 from transformers import Qwen3Config
 
+from megarl.config.model_shape import read_model_shape
 from megarl.data.verbs import held_out_problems, sft_problems, train_problems, verbs_tokenizer
 from megarl.data.write import write_fresh_model, write_parquet
+from megarl.model.name_map import hf_shapes
+from megarl.model.weights import RandomSource
 
 NUM_TRAIN, NUM_TEST, NUM_SFT = 24, 8, 64
 NUM_RANKS = 2
@@ -49,7 +53,7 @@ lr_scheduler: {type: constant, warmup_steps: 2}
 megatron: {pipeline_model_parallel_size: 2}
 trainer: {n_gpus_per_node: 2, total_training_steps: 30, run_dir: run}
 """
-# Unlike the verbs' own reward, one that a fresh model gets some of.
+# Unlike the reward of the task itself, one that a fresh model gets some of.
 _REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):
     words = solution_str.split()
@@ -89,3 +93,11 @@ def write_tiny_task(folder: Path) -> Path:
     (folder / "sft.yaml").write_text(_SFT)
     (folder / "reward.py").write_text(_REWARD)
     return folder
+
+
+def write_weights(model: Path) -> None:
+    """Write the random weights of the folder's config as model.safetensors."""
+    shape = read_model_shape(model)
+    source = RandomSource(shape, seed=0)
+    tensors = {name: source.read(name, 0, 0, size[0]) for name, size in hf_shapes(shape).items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})

@@ -20,7 +20,7 @@ from megarl.algorithm.kl_control import KLController
 from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.algorithm.rollout_correction import correct_rollouts
 from megarl.algorithm.token_rewards import penalize_rewards
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import PPOConfig, RewardConfig
 from megarl.controller.inputs import PPOInputs
 from megarl.controller.rank import RunSpec
 from megarl.controller.ranks import Ranks
@@ -267,16 +267,25 @@ class Run:
         return (*rollout.stop_token_ids, *own)
 
 
+def open_rewards(reward: RewardConfig) -> RewardPool:
+    """Start the reward processes. Raises RewardError if the function can't be loaded."""
+    spec = RewardSpec(reward.name, reward.path, reward.function)
+    return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure)
+
+
 @contextmanager
 def open_run(
-    config: PPOConfig, inputs: PPOInputs, ranks: RunSpec, run_dir: Path, values: Mapping[str, Any]
+    config: PPOConfig,
+    inputs: PPOInputs,
+    ranks: RunSpec,
+    rewards: RewardPool,
+    run_dir: Path,
+    values: Mapping[str, Any],
 ) -> Iterator[Run]:
-    """Start ranks, reward processes and sinks, and end them all afterwards. values: of the config, for the sinks."""
-    reward, trainer = config.reward, config.trainer
+    """Start ranks and sinks, and end them all afterwards. values: of the config, for the sinks."""
+    trainer = config.trainer
     sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
-    spec = RewardSpec(reward.name, reward.path, reward.function)
     with (
-        RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure) as pool,
         worker_group(ranks) as group,
         open_tracker(
             sinks, run_dir, trainer.project_name, trainer.experiment_name, values, inputs.num_steps
@@ -286,7 +295,7 @@ def open_run(
             config,
             Ranks(group, role_layouts(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size),
             inputs,
-            pool,
+            rewards,
             tracker,
             run_dir,
             kl_controller(config),

@@ -29,8 +29,8 @@ class Done:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of each step, without what depends on the clock."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time_s", "wall_time"))} for line in lines]
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if not k.startswith(("time_s", "wall_time"))} for line in lines]
 
 
 @pytest.fixture(scope="module")

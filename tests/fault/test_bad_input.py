@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import save_file
 
-from megarl.config.model_shape import read_model_shape
 from megarl.data.verbs import train_problems
-from megarl.model.name_map import hf_shapes
-from megarl.model.weights import RandomSource
 from tests.launch import Finished, python, run, torchrun
-from tests.tiny_task import NUM_RANKS
+from tests.tiny_task import NUM_RANKS, write_weights
 
 COMMAND = ("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl")
 MODEL, RANKS = "actor_rollout_ref.model", "trainer.n_gpus_per_node"
 ROWS_PER_GROUP = 4
-EXPECTED_S = 60.0  # a few seconds where nothing else runs
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ MISTAKES = {
         (f"{MODEL}.path=gpt2",), ("ModelFolderError", "'GPT2LMHeadModel' is not supported", "Qwen3ForCausalLM")
     ),
     "no weights": Mistake(
-        (f"{MODEL}.init=pretrained",), ("ModelFolderError", "model.safetensors", f"{MODEL}.init=random"[-11:])
+        (f"{MODEL}.init=pretrained",), ("ModelFolderError", "model.safetensors", "model.init=random")
     ),
     "truncated weights": Mistake(
         (f"{MODEL}.init=pretrained", f"{MODEL}.path=truncated"),
@@ -87,9 +83,7 @@ def write_bad_files(folder: Path) -> None:
     (folder / "no_config").mkdir()
     _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"])
     truncated = _copy_model(folder, "truncated")
-    shape = read_model_shape(truncated)
-    source = RandomSource(shape, seed=0)
-    save_file({n: source.read(n, 0, 0, s[0]) for n, s in hf_shapes(shape).items()}, truncated / "model.safetensors")
+    write_weights(truncated)
     _truncate(truncated / "model.safetensors")
     _write_rows(folder / "null.parquet", 5, lambda row: row | {"prompt": None})
     _write_rows(folder / "empty.parquet", 6, lambda row: row | {"prompt": []})
@@ -132,16 +126,13 @@ def test_a_mistake_is_one_error_that_says_what_where_and_how_to_fix_it(
 ) -> None:
     finished, mistake = outcomes[name], MISTAKES[name]
     assert finished.code == mistake.code, finished.output
-    positions = [finished.stderr.find(text) for text in mistake.says]
-    assert -1 not in positions and positions == sorted(positions), finished.stderr
+    assert re.search(".*".join(map(re.escape, mistake.says)), finished.stderr, re.DOTALL), finished.stderr
     assert "Traceback" not in finished.stderr
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_before_anything_starts(outcomes: dict[str, Finished], tiny_task: Path, name: str) -> None:
-    finished = outcomes[name]
-    assert finished.stdout == ""
-    assert finished.seconds < EXPECTED_S
+    assert outcomes[name].stdout == ""
     assert not (tiny_task / "run").exists(), "a folder in the way of the next try"
 
 

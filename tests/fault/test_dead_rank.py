@@ -49,9 +49,9 @@ def strike(tiny_task: Path, command: list[str], name: str, fault: str) -> Struck
     """Run ``command`` with a fault, as faults/sitecustomize.py describes it."""
     (tiny_task / "bad_reward.py").write_text(BAD_REWARD)
     struck, folder = tiny_task / f"struck.{name}", tiny_task / "runs" / name
-    environ = {"PYTHONPATH": str(FAULTS), "MEGARL_TEST_FAULT": fault, "MEGARL_TEST_STRUCK": str(struck)}
+    environ = {"MEGARL_TEST_FAULT": fault, "MEGARL_TEST_STRUCK": str(struck)}
     before = shared_memory()
-    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, environ)
+    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, python_path=FAULTS, environ=environ)
     assert struck.is_file(), finished.output
     return Struck(finished, folder, finished.ended_s - float(struck.read_text()), shared_memory() - before)
 
@@ -122,9 +122,7 @@ def test_a_failure_on_a_rank_ends_the_run_at_once(failed: dict[str, Struck], nam
 
 
 @FAILED
-def test_the_first_traceback_is_that_of_the_rank_that_failed(
-    failed: dict[str, Struck], name: str, rank: int
-) -> None:
+def test_the_first_traceback_is_that_of_the_rank_that_failed(failed: dict[str, Struck], name: str, rank: int) -> None:
     error = failed[name].finished.stderr
     before, traceback = error.split("Traceback (most recent call last):\n", 1)
     assert before.splitlines()[-1].endswith(f"rank {rank} failed in update_sft:")

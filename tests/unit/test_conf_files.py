@@ -37,11 +37,8 @@ def test_a_recipe_breaks_no_rule_and_its_batches_divide(experiment: str) -> None
     if main == "sft_trainer":
         sft = build_config(SFTConfig, composed_values(main, f"experiment={experiment}"))
         check_sft(sft)
-        size, micro, dp = (
-            sft.data.train_batch_size,
-            sft.data.micro_batch_size_per_gpu,
-            layout_of(sft.megatron, num_ranks(sft)).dp,
-        )
+        size, micro = sft.data.train_batch_size, sft.data.micro_batch_size_per_gpu
+        dp = layout_of(sft.megatron, num_ranks(sft)).dp
         plan_batch(num_prompts=size, n=1, mini_batch_size=size, micro_batch_size=micro, dp_size=dp)
         return
     # Some recipes leave the model to their launch script.
@@ -88,9 +85,8 @@ def test_a_file_of_the_users_own_starts_from_ours_and_only_prints_what_it_compos
         "actor_rollout_ref:\n"
         "  actor: {optim: {lr: 1e-6}, megatron: {tensor_model_parallel_size: 8}}\n"
     )
-    done = _main_ppo(
-        tmp_path, "--config-dir=.", "--config-name=mine", "data.train_batch_size=256", "--cfg", "job", "--resolve"
-    )
+    options = ["--config-dir=.", "--config-name=mine", "--cfg", "job", "--resolve"]
+    done = _main_ppo(tmp_path, *options, "data.train_batch_size=256")
     assert done.returncode == 0, done.stderr
     values = yaml.safe_load(done.stdout)
     assert values["algorithm"]["adv_estimator"] == "grpo"

@@ -11,7 +11,7 @@ from megarl.config.model_shape import FAMILIES, ModelShape, Rope, parse_model_sh
 from megarl.errors import ModelFolderError
 
 
-def _config(family: str = "LlamaForCausalLM", **fields: object) -> dict[str, Any]:
+def _config(family: str = "LlamaForCausalLM", /, **fields: object) -> dict[str, Any]:
     """Return the fields of a config.json that every model has, and ``fields``; None takes one away."""
     config = {
         "architectures": [family],

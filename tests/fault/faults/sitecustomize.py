@@ -1,8 +1,8 @@
 """Break one rank of a run whose PYTHONPATH has this folder: Python imports a module of this name when it starts.
 
 MEGARL_TEST_FAULT is ``<kind>:<rank>:<method>:<call>``: when that method of that rank's Worker is called for the n-th
-time, the process is killed (kind ``kill``) or the method raises (kind ``raise``). MEGARL_TEST_STRUCK names the file that
-receives the time of it.
+time, the process is killed (kind ``kill``) or the method raises (kind ``raise``). The file MEGARL_TEST_STRUCK receives
+the time of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""Run main_ppo's loop for many algorithms in ranks that start once. Started by torchrun in the folder of a tiny task.
+
+    torchrun ... algorithm_matrix.py OUT.json
+
+The ranks hold actor, reference, critic and engine, and each algorithm uses those that it needs. OUT.json gets the
+metrics of every step by the overrides that selected the algorithm.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from megarl.config.algorithm_rules import ESTIMATORS
+from megarl.config.build import build_config
+from megarl.config.rules import check_ppo
+from megarl.config.schema import POLICY_LOSSES, PPOConfig
+from megarl.controller.inputs import read_ppo_inputs
+from megarl.controller.loop import train
+from megarl.controller.rank import RunSpec
+from megarl.controller.ranks import Ranks
+from megarl.controller.run import Run
+from megarl.controller.settings import kl_controller, role_layouts
+from megarl.controller.start import serve_if_not_controller, worker_group
+from megarl.monitor.sinks import open_tracker
+from megarl.reward.pool import RewardPool
+from megarl.reward.registry import RewardSpec
+
+NO_KL = "actor_rollout_ref.actor.use_kl_loss=false"
+KL = {
+    "none": (NO_KL, "algorithm.kl_free=true"),
+    "in_loss": ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_type=low_var_kl+"),
+    "in_reward": (NO_KL, "algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive"),
+}
+DAPO = (
+    *KL["none"],
+    "algorithm.adv_estimator=grpo",
+    "algorithm.filter_groups.enable=true",
+    "reward.overlong_buffer.enable=true",
+    "reward.overlong_buffer.len=3",
+    "actor_rollout_ref.actor.clip_ratio_high=0.28",
+)
+DR_GRPO = (
+    *KL["none"],
+    "algorithm.adv_estimator=grpo",
+    "algorithm.norm_adv_by_std_in_grpo=false",
+    "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
+)
+CORRECTION = "algorithm.rollout_correction"
+
+
+def algorithms() -> dict[str, tuple[str, ...]]:
+    """Return the overrides of every case by its name."""
+    cases = {
+        f"{name}, kl {where}": (f"algorithm.adv_estimator={name}", *overrides)
+        for name in ESTIMATORS
+        for where, overrides in KL.items()
+    }
+    grpo = ("algorithm.adv_estimator=grpo", *KL["none"])
+    for loss in POLICY_LOSSES[1:]:
+        cases[f"loss {loss}"] = (*grpo, f"actor_rollout_ref.actor.policy_loss={loss}")
+    cases["dapo"], cases["dr_grpo"] = DAPO, DR_GRPO
+    cases["entropy bonus"] = (*grpo, "actor_rollout_ref.actor.entropy_coeff=0.01")
+    cases["correction icepop"] = (*grpo, f"{CORRECTION}.preset=icepop")
+    rejection = f"{CORRECTION}.rejections=[{{criterion:geometric,low:0.5,high:2.0}}]"
+    cases["correction by keys"] = (*grpo, f"{CORRECTION}.level=sequence", f"{CORRECTION}.cap=2", rejection)
+    cases["correction bypass"] = (*grpo, f"{CORRECTION}.bypass=true")
+    cases["critic warm-up"] = ("algorithm.adv_estimator=gae", *KL["none"], "critic.warmup_steps=1")
+    return cases
+
+
+def compose_config(overrides: tuple[str, ...]) -> tuple[PPOConfig, dict[str, Any]]:
+    """Return the checked config of the tiny recipe with ``overrides``, and its plain values."""
+    own = ["hydra.searchpath=[pkg://megarl.conf]", "trainer.run_dir=matrix", *overrides]
+    values = OmegaConf.to_container(compose("rl", own), resolve=True)
+    config = build_config(PPOConfig, cast(dict[str, Any], values))
+    check_ppo(config)
+    return config, cast(dict[str, Any], values)
+
+
+def main(out: Path) -> None:
+    """Run every case and write the metrics."""
+    with initialize_config_dir(str(Path.cwd()), version_base="1.3"):
+        everything, _ = compose_config(("algorithm.adv_estimator=gae", *KL["in_loss"], "critic.optim.lr=1e-3"))
+        cases = {name: compose_config(overrides) for name, overrides in algorithms().items()}
+        spec = RunSpec(everything, "model", 1000, "model", 1000)
+        reward, results = RewardSpec(path="reward.py"), {}
+        with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec) as group:
+            for name, (config, values) in cases.items():
+                folder = Path("matrix") / name
+                folder.mkdir(parents=True)
+                ranks = Ranks(group, role_layouts(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size)
+                inputs = read_ppo_inputs(config, "model")
+                with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
+                    train(Run(config, ranks, inputs, pool, tracker, folder, kl_controller(config)))
+                lines = (folder / "metrics.jsonl").read_text().splitlines()
+                results[name] = [json.loads(line) for line in lines]
+    out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    if not serve_if_not_controller():
+        main(Path(sys.argv[1]))

@@ -1,0 +1,72 @@
+"""Every estimator with every place of the KL term, and every loss and correction, takes three real steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.config.algorithm_rules import ESTIMATORS
+from tests.e2e.algorithm_matrix import KL, algorithms
+from tests.launch import run, torchrun
+from tests.tiny_task import NUM_RANKS
+
+SCRIPT = Path(__file__).with_name("algorithm_matrix.py")
+CASES = tuple(algorithms())
+Steps = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def steps(tiny_task: Path) -> dict[str, Steps]:
+    """Run all cases in ranks that start once; return the metrics of each case's steps."""
+    finished = run(torchrun(NUM_RANKS, str(SCRIPT), "matrix.json"), tiny_task, timeout_s=900.0)
+    assert finished.code == 0, finished.output
+    results: dict[str, Steps] = json.loads((tiny_task / "matrix.json").read_text())
+    return results
+
+
+def test_the_cases_hold_every_estimator_with_every_place_of_the_kl() -> None:
+    assert {f"{name}, kl {where}" for name in ESTIMATORS for where in KL} < set(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_give_finite_metrics_and_move_the_weights(steps: dict[str, Steps], case: str) -> None:
+    lines = steps[case]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(value is not None and math.isfinite(value) for line in lines for value in line.values())
+    trained = [line for line in lines if "actor/grad_norm" in line]
+    assert len(trained) == (2 if case == "critic warm-up" else 3)
+    assert any(line["actor/grad_norm"] > 0 for line in trained)
+    assert all(line["rollout_train/logprob_diff_max"] < 1e-4 for line in lines), "the engine lost the trainer's weights"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "kl in_" in case])
+def test_the_kl_term_is_where_it_was_asked_for(steps: dict[str, Steps], case: str) -> None:
+    for line in steps[case]:
+        assert ("actor/kl" in line) == ("in_loss" in case)
+        assert ("reward/kl_coef" in line) == ("in_reward" in case)
+
+
+def test_the_adaptive_coefficient_follows_the_kl(steps: dict[str, Steps]) -> None:
+    coefs = [line["reward/kl_coef"] for line in steps["grpo, kl in_reward"]]
+    assert coefs[0] == 0.001
+    assert len(set(coefs)) == 3
+
+
+def test_the_critic_learns_while_the_actor_waits(steps: dict[str, Steps]) -> None:
+    first, second, _ = steps["critic warm-up"]
+    assert "actor/loss" not in first
+    assert first["critic/grad_norm"] > 0
+    assert second["rollout/policy_version"] == first["rollout/policy_version"] == 0
+
+
+def test_dynamic_sampling_and_overlong_shaping_leave_their_marks(steps: dict[str, Steps]) -> None:
+    assert all("time_s/resample" in line for line in steps["dapo"])
+    assert any(line["reward/overlong_penalty_mean"] < 0 for line in steps["dapo"])
+
+
+def test_a_bypass_saves_the_pass_and_leaves_no_difference(steps: dict[str, Steps]) -> None:
+    assert all(line["rollout_train/logprob_diff_max"] == 0 for line in steps["correction bypass"])

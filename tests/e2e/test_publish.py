@@ -1,0 +1,92 @@
+"""The engine answers as the trainer's weights would: after each publish, token for token as a vLLM started on them.
+
+Four ranks train TP2 x PP2 with a KL reference, and host two vLLM replicas of TP2. A plain vLLM of TP1 reads what the
+run exported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.recorded_ppo import RECORDED_TO
+from tests.launch import python, run, torchrun
+from tests.tiny_task import write_weights
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_RANKS, NUM_STEPS = 4, 2
+OVERRIDES = (
+    "trainer.n_gpus_per_node=4",
+    "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=2",
+    "actor_rollout_ref.actor.optim.lr=0.01",
+    "actor_rollout_ref.model.init=pretrained",
+    f"trainer.total_training_steps={NUM_STEPS}",
+    "trainer.test_freq=1",
+    "trainer.save_freq=1",
+    "trainer.run_dir=runs/publish",
+)
+Answers = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """The validation after a publish. by_rank: what each rank answered. plain: what plain vLLM did."""
+
+    versions: list[int]
+    by_rank: list[Answers]
+    plain: Answers
+
+
+@pytest.fixture(scope="module")
+def published(tiny_task: Path) -> list[Published]:
+    """Run two steps, then ask plain vLLM the validation prompts with the weights of each publish."""
+    write_weights(tiny_task / "model")
+    question = tiny_task / "question.json"
+    validations = _validations(tiny_task)
+    question.write_text(json.dumps(validations[0]))
+    checkpoints = tiny_task / "runs/publish/checkpoints"
+    folders = [tiny_task / "model", checkpoints / "step_1", checkpoints / "final"]
+    command = python("-m", "tests.e2e.plain_vllm", str(question), *map(str, folders))
+    alone = run(command, tiny_task, python_path=REPOSITORY)
+    assert alone.code == 0, alone.output
+    plain = [json.loads(line) for line in alone.stdout.splitlines() if line.startswith("[[")]
+    return [
+        Published(validation["versions"], validation["answers_by_rank"], answers)
+        for validation, answers in zip(validations, plain, strict=True)
+    ]
+
+
+def _validations(tiny_task: Path) -> list[dict[str, Any]]:
+    recorded = tiny_task / "recorded.json"
+    command = ("-m", "tests.e2e.recorded_ppo", "--config-dir=.", "--config-name=rl", *OVERRIDES)
+    environ = {RECORDED_TO: str(recorded)}
+    finished = run(torchrun(NUM_RANKS, *command), tiny_task, python_path=REPOSITORY, environ=environ)
+    assert finished.code == 0, finished.output
+    _check_of_the_first_publish, *validations = json.loads(recorded.read_text())
+    assert len(validations) == NUM_STEPS + 1
+    return validations
+
+
+@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
+def test_greedy_tokens_are_those_of_a_vllm_started_on_the_exported_weights(
+    published: list[Published], step: int
+) -> None:
+    assert published[step].by_rank[0] == published[step].plain
+
+
+@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
+def test_all_ranks_of_both_replicas_agree(published: list[Published], step: int) -> None:
+    assert published[step].by_rank == [published[step].by_rank[0]] * NUM_RANKS
+
+
+def test_every_rollout_carries_the_number_of_the_publish(published: list[Published]) -> None:
+    assert [validation.versions for validation in published] == [[0], [1], [2]]
+
+
+def test_each_step_changes_what_is_answered(published: list[Published]) -> None:
+    before, after_one, after_two = (validation.plain for validation in published)
+    assert before != after_one != after_two
