@@ -31,7 +31,7 @@ def resolve_model_folder(path: str) -> str:
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelFolderError(
             f"model.path = {path!r} is neither a folder nor a model in the local Hugging Face cache; "
-            f"give a folder, or download it first: huggingface-cli download {path}"
+            f"give a folder, or download it first: hf download {path}"
         ) from error
 
 

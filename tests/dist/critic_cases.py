@@ -1,0 +1,44 @@
+"""What the critic tests run on every rank: values, and value updates, on any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.algorithm.aggregate import mini_batch_totals
+from megarl.config.model_shape import read_model_shape
+from megarl.model.weights import SafetensorsSource
+from megarl.parallel.layout import Layout
+from megarl.plan.batch import micro_batches
+from megarl.train.critic import Critic
+from megarl.train.model import ModelSpec
+from megarl.train.optimizer import OptimizerSpec
+from megarl.train.work import Metrics, OptimizerStep, ValueLossSpec
+from megarl.types import Batch
+
+
+@dataclass(frozen=True)
+class Judged:
+    """This data-parallel rank's values on the rank that reports them, and the metrics of its optimizer steps."""
+
+    values_BS: Tensor | None
+    metrics: list[Metrics]
+
+
+def judge(
+    folder: Path, layout: Layout, packed: bool, batch: Batch, loss: ValueLossSpec, optimizer: OptimizerSpec, steps: int
+) -> Judged:
+    """Value the batch, then take ``steps`` optimizer steps on the whole of it."""
+    shape = read_model_shape(folder).with_value_head()
+    spec = ModelSpec(shape, layout, torch.float32, torch.device("cpu"), packed)
+    critic = Critic(spec, SafetensorsSource(folder, shape), optimizer)
+    count = len(batch) // layout.dp
+    first = count * layout.coordinates(dist.get_rank()).dp
+    rows, micros = batch.rows(list(range(first, first + count))), micro_batches(range(count), 2)
+    values_BS = critic.values(rows, micros)
+    step = OptimizerStep(micros, *mini_batch_totals(batch.mask_BS.sum(-1)))
+    return Judged(values_BS, critic.update(rows, [step] * steps, loss))

@@ -1,0 +1,116 @@
+"""What megarl has to equal: Hugging Face's eager model in float32 and torch's AdamW, one sequence at a time.
+
+Losses are written out here once more, from their definitions, and share no code with megarl.
+
+Shape suffixes: B rollouts, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.train.optimizer import OptimizerSpec
+from megarl.train.work import PolicyLossSpec
+from megarl.types import Batch
+
+
+@dataclass(frozen=True)
+class Training:
+    """What some optimizer steps did: loss and gradient norm of each, the first gradients and the last weights."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    first_gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model of ``folder``."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def logits_BSV(model: Any, batch: Batch) -> Tensor:
+    """Return what predicts token s at position s, zero for the first token and for padding."""
+    rows = []
+    for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):
+        logits_SV = model(tokens_S[None, :length]).logits[0, :-1]
+        rows.append(F.pad(logits_SV, (0, 0, 1, len(tokens_S) - length)))
+    return torch.stack(rows)
+
+
+def logprobs_BS(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Return the log-probs of the masked tokens, zero elsewhere."""
+    scaled_BSV = (logits_BSV(model, batch) / temperature).log_softmax(-1)
+    return scaled_BSV.gather(-1, batch.tokens_BS[..., None])[..., 0] * batch.mask_BS
+
+
+def train(folder: Path, batch: Batch, loss: PolicyLossSpec | None, optimizer: OptimizerSpec, steps: int) -> Training:
+    """Take optimizer steps on the whole of ``batch``: policy updates, or SFT where ``loss`` is None."""
+    model = load(folder)
+    # Megatron's rule: no weight decay on norms and biases.
+    groups = [[p for p in model.parameters() if p.dim() == dim] for dim in (1, 2)]
+    adam = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": optimizer.weight_decay}],
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+    )
+    losses, grad_norms, gradients = [], [], []
+    for _ in range(steps):
+        adam.zero_grad()
+        value = _sft_loss(model, batch) if loss is None else _policy_loss(model, batch, loss)
+        value.backward()
+        losses.append(value.item())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad).item())
+        adam.step()
+    return Training(losses, grad_norms, gradients[0], {name: p.detach() for name, p in model.named_parameters()})
+
+
+def _sft_loss(model: Any, batch: Batch) -> Tensor:
+    return -logprobs_BS(model, batch)[batch.mask_BS].mean()
+
+
+def _policy_loss(model: Any, batch: Batch, spec: PolicyLossSpec) -> Tensor:
+    assert batch.old_logprobs_BS is not None and batch.advantages_BS is not None
+    log_softmax_BSV = (logits_BSV(model, batch) / spec.temperature).log_softmax(-1)
+    current_BS = log_softmax_BSV.gather(-1, batch.tokens_BS[..., None])[..., 0]
+    loss_BS = _ppo_BS((current_BS - batch.old_logprobs_BS).exp(), batch.advantages_BS, spec.settings)
+    loss_BS = loss_BS + spec.entropy_coef * (log_softmax_BSV.exp() * log_softmax_BSV).sum(-1)
+    if spec.kl_coef is not None:
+        assert batch.ref_logprobs_BS is not None
+        difference_BS = current_BS - batch.ref_logprobs_BS
+        kl_BS = {
+            "mse": difference_BS.square() / 2,
+            "low_var_kl": (-difference_BS).exp() - 1 + difference_BS,
+        }[spec.kl_type]
+        loss_BS = loss_BS + spec.kl_coef * kl_BS
+    return _aggregate(loss_BS, batch.mask_BS, spec)
+
+
+def _ppo_BS(ratio_BS: Tensor, advantages_BS: Tensor, settings: PolicyLossSettings) -> Tensor:
+    assert settings.clip_c is not None
+    clipped_BS = ratio_BS.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    loss_BS = -torch.minimum(ratio_BS * advantages_BS, clipped_BS * advantages_BS)
+    return torch.where(advantages_BS < 0, loss_BS.minimum(-settings.clip_c * advantages_BS), loss_BS)
+
+
+def _aggregate(loss_BS: Tensor, mask_BS: Tensor, spec: PolicyLossSpec) -> Tensor:
+    rows = [loss_S[mask_S] for loss_S, mask_S in zip(loss_BS, mask_BS, strict=True) if mask_S.any()]
+    if spec.loss_agg_mode == "token-mean":
+        return torch.cat(rows).mean()
+    if spec.loss_agg_mode == "seq-mean-token-mean":
+        return torch.stack([row.mean() for row in rows]).mean()
+    mean_sum = torch.stack([row.sum() for row in rows]).mean()
+    if spec.loss_agg_mode == "seq-mean-token-sum":
+        return mean_sum
+    assert spec.loss_agg_mode == "seq-mean-token-sum-norm" and spec.max_tokens is not None
+    return mean_sum / spec.max_tokens

@@ -1,0 +1,151 @@
+"""The critic's values and updates are those of a Hugging Face model with a linear head, on every layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
+
+from megarl.data.batch import sequences_to_batch
+from megarl.parallel.layout import Layout
+from megarl.train.optimizer import OptimizerSpec
+from megarl.train.work import ValueLossSpec
+from megarl.types import Batch
+from tests.dist.critic_cases import Judged, judge
+from tests.dist.ranks import RankPool
+from tests.dist.tiny_models import save_tiny_model
+
+MODEL = "qwen3-tied"  # a critic has no output layer, so there is nothing to tie
+LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
+CLIP_RANGE, STEPS = 0.3, 3
+OPTIMIZER = OptimizerSpec(
+    lr=1e-3,
+    min_lr=0.0,
+    weight_decay=0.0,
+    betas=(0.9, 0.95),
+    eps=1e-5,
+    clip_grad=1.0,
+    schedule="constant",
+    warmup_steps=0,
+    total_steps=10,
+    use_distributed_optimizer=True,
+)
+LAYOUTS = {
+    "one_rank": Layout(1),
+    "tp1_pp2": Layout(2, pp=2),
+    "tp2_pp1": Layout(2, tp=2),
+    "tp2_pp1+sp": Layout(2, tp=2, sequence_parallel=True),
+    "tp2_pp2+sp": Layout(4, tp=2, pp=2, sequence_parallel=True),
+    "pp2_dp2": Layout(4, pp=2),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What Hugging Face and torch say."""
+
+    values_BS: Tensor
+    losses: list[float]
+    grad_norms: list[float]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model with a value head that isn't zero."""
+    path = tmp_path_factory.mktemp("critic")
+    save_tiny_model(MODEL, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["score.weight"] = torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.2
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch(folder: Path) -> Batch:
+    """Return sequences with old values and returns around the model's own values."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(0, 99, (length,), generator=generator).tolist() for length in LENGTHS]
+    rows = sequences_to_batch(tokens, [[i >= 2 for i in range(length)] for length in LENGTHS])
+    noise_BS = torch.randn(rows.tokens_BS.shape, generator=generator)
+    values_BS = _values(_model(folder), rows).detach() + 0.5 * noise_BS * rows.mask_BS
+    return replace(rows, values_BS=values_BS, returns_BS=(values_BS + noise_BS.flip(0)) * rows.mask_BS)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, batch: Batch) -> Expected:
+    """Return what three steps of torch's AdamW do to the same model and loss, written out here."""
+    assert batch.values_BS is not None and batch.returns_BS is not None
+    model = _model(folder)
+    first_BS = _values(model, batch).detach()
+    adam = torch.optim.AdamW(
+        model.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=0
+    )
+    losses, norms = [], []
+    for _ in range(STEPS):
+        adam.zero_grad()
+        values_BS = _values(model, batch)
+        low_BS, high_BS = batch.values_BS - CLIP_RANGE, batch.values_BS + CLIP_RANGE
+        near_BS = values_BS.maximum(low_BS).minimum(high_BS)
+        error_BS = torch.maximum((values_BS - batch.returns_BS) ** 2, (near_BS - batch.returns_BS) ** 2) / 2
+        loss = (error_BS * batch.mask_BS).sum() / batch.mask_BS.sum()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)))
+        adam.step()
+        losses.append(float(loss.detach()))
+    return Expected(first_BS, losses, norms)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_values_and_three_updates_equal_those_of_torch(
+    ranks: RankPool, folder: Path, batch: Batch, expected: Expected, name: str, packed: bool
+) -> None:
+    layout, loss = LAYOUTS[name], ValueLossSpec(CLIP_RANGE, "token-mean")
+    answers: list[Judged] = ranks.run(
+        judge, folder, layout, packed, batch, loss, OPTIMIZER, STEPS, world_size=layout.world_size
+    )
+    reports = [answers[rank] for rank in layout.output_ranks()]
+    values_BS = torch.cat([_there(report.values_BS) for report in reports])
+    torch.testing.assert_close(values_BS, expected.values_BS, rtol=0, atol=2e-5)
+    losses = [sum(report.metrics[step]["value_loss"] for report in reports) for step in range(STEPS)]
+    assert losses == pytest.approx(expected.losses, rel=1e-5)
+    assert [m["grad_norm"] for m in reports[0].metrics] == pytest.approx(expected.grad_norms, rel=1e-5)
+    assert any(report.metrics[0]["clip_fraction"] > 0 for report in reports), "no token tests the clip"
+
+
+def test_a_critic_from_a_language_model_values_every_state_at_zero(
+    ranks: RankPool, tmp_path: Path, batch: Batch
+) -> None:
+    save_tiny_model(MODEL, tmp_path)
+    [answer] = ranks.run(
+        judge, tmp_path, Layout(1), True, batch, ValueLossSpec(CLIP_RANGE, "token-mean"), OPTIMIZER, 1, world_size=1
+    )
+    assert float(answer.values_BS.abs().max()) == 0.0
+
+
+def _there(values_BS: Tensor | None) -> Tensor:
+    assert values_BS is not None
+    return values_BS
+
+
+def _model(folder: Path) -> Any:
+    """Return the trunk with a linear head called ``score``."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model.score = torch.nn.Linear(32, 1, bias=False)
+    model.score.weight.data = load_file(folder / "model.safetensors")["score.weight"].clone()
+    return model
+
+
+def _values(model: Any, batch: Batch) -> Tensor:
+    """Return for each masked token the value of the state before it, zero elsewhere."""
+    rows = []
+    for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):
+        values_S = model.score(model(tokens_S[None, :length]).last_hidden_state)[0, :-1, 0]
+        rows.append(torch.nn.functional.pad(values_S, (1, len(tokens_S) - length)))
+    return torch.stack(rows) * batch.mask_BS

@@ -1,0 +1,74 @@
+"""Every accommodation of the CPU platform is still needed by the installed Megatron, and still works.
+
+The first test to fail after an upgrade of megatron-core says which accommodation to remove or to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from megarl.parallel.cpu.accommodations import NAMES
+from tests.dist.platform_probes import ProbeRun, run_probes
+from tests.processes import CONTEXT
+
+# What is seen without the accommodation.
+SYMPTOMS = {
+    "adam_state_before_first_step": "assert len(steps) == 1",
+    "adam_step_in_groups": "KeyError: 'step'",
+    "adam_step_of_each_param": "the step after a resume isn't the one without",
+    "moe_split_sizes": "all_to_all_single(): incompatible function arguments",
+    "no_jit": "a fused function is compiled",
+    "quiet_warnings": "Transformer Engine and Apex are not installed",
+    "rng_states": "the state outside isn't what it was before fork()",
+    "router_without_te": "name 'te_general_gemm' is not defined",
+    "tensor_cuda": "CUDA",
+    "tensor_type": "Received torch.FloatTensor",
+    "torch_view": "CUDA",
+    "uneven_gather": "ProcessGroupGloo::allgather: invalid tensor size",
+}
+ON_TWO_RANKS = {"moe_split_sizes", "quiet_warnings", "uneven_gather"}
+TIMEOUT_S = 60.0
+
+
+def _probe(names: Collection[str], world_size: int, without: Collection[str] = ()) -> dict[str, str]:
+    """Return the errors of all ranks by probe, from fresh processes."""
+    with TemporaryDirectory() as folder:
+        run = ProbeRun(sorted(names), without, world_size, Path(folder, "store"))
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [CONTEXT.Process(target=run_probes, args=(run, r, pipes[r][1])) for r in range(world_size)]
+        for process, (_, there) in zip(processes, pipes, strict=True):
+            process.start()
+            there.close()
+        try:
+            answers = [here.recv() for here, _ in pipes if here.poll(TIMEOUT_S)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    assert len(answers) == world_size, f"{names} took more than {TIMEOUT_S:.0f} s"
+    return {name: "".join(answer[name] for answer in answers) for name in names}
+
+
+@cache
+def _accommodated() -> dict[str, str]:
+    return _probe(NAMES - ON_TWO_RANKS, 1) | _probe(ON_TWO_RANKS, 2)
+
+
+def test_every_accommodation_has_a_guard() -> None:
+    assert set(SYMPTOMS) == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_megatron_works_with_the_accommodation(name: str) -> None:
+    assert _accommodated()[name] == ""
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_megatron_does_not_work_without_the_accommodation(name: str) -> None:
+    error = _probe({name}, 2 if name in ON_TWO_RANKS else 1, without={name})[name]
+    assert SYMPTOMS[name] in error
