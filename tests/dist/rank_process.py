@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -52,6 +53,7 @@ def serve(rank: int, connection: Connection, stacks: Path) -> None:
     import megatron.core.optimizer  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # so that collecting the garbage of a case doesn't look at all that was imported
     with stacks.open("w") as stacks_file:
         faulthandler.register(signal.SIGUSR1, stacks_file)
         connection.send(Outcome())
@@ -104,3 +106,5 @@ def _leave_world() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Models are cyclic garbage and hold their groups, whose threads would wake up a hundred times a second for good.
+    gc.collect()
