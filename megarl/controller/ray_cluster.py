@@ -168,7 +168,8 @@ def _death(call: Any) -> Exception | None:
     try:
         ray.get(call)
     except ray.exceptions.RayActorError as error:
-        return error
+        death: Exception = error
+        return death
     except ray.exceptions.RayError:
         return None  # an error of its own, which the caller has, or one that follows from another rank's
     return None

@@ -108,6 +108,7 @@ class Worker:
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
         """Generate this replica's rollouts."""
         assert self.engine is not None
+        self.engine.wake_up()
         return self.engine.generate(requests, sampling)
 
     def end_generation(self) -> None:

@@ -50,11 +50,11 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the device memory of weights and KV cache for training. No effect where nothing can be freed."""
+        """Free the device memory of weights and KV cache for training. No effect where none can be, or when asleep."""
         ...
 
     def wake_up(self) -> None:
-        """Take the memory back, before weights are published or responses generated."""
+        """Take the memory back, before weights are published or responses generated. No effect when awake."""
         ...
 
     def shutdown(self) -> None:

@@ -60,6 +60,7 @@ class VllmEngine:
         self._spec = spec
         self._policy_version = UNPUBLISHED
         self._llm = _start(spec)
+        self._is_asleep = False
         self._can_sleep = spec.free_cache_engine and platform_name() == "cuda"
         [model] = self._llm.apply_model(lambda model: model)
         self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
@@ -104,13 +105,15 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache, on CUDA with ``free_cache_engine``."""
-        if self._can_sleep:
+        if self._can_sleep and not self._is_asleep:
             self._llm.sleep(level=1)
+            self._is_asleep = True
 
     def wake_up(self) -> None:
         """Bring the weights back to the addresses they had and allocate the KV cache again."""
-        if self._can_sleep:
+        if self._is_asleep:
             self._llm.wake_up()
+            self._is_asleep = False
 
     def shutdown(self) -> None:
         """Release the model, the KV cache and vLLM's own groups."""
