@@ -12,7 +12,7 @@ from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS
 
 FAULTS = Path(__file__).parent / "faults"
-STOP_S = 20.0
+STOP_S = 30.0  # 6 on Ray and 2 under torchrun where nothing else runs
 SFT = ("-m", "megarl.main_sft", "--config-dir=.", "--config-name=sft")
 RL = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "trainer.val_before_train=false"),
@@ -91,8 +91,8 @@ def test_nothing_is_left_after_the_death_of_a_rank(killed: dict[str, Struck], la
 
 def test_ray_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck]) -> None:
     error = killed["ray"].finished.stderr
-    assert "WorkerError: rank 1 died: " in error
-    assert "SIGKILL" in error
+    assert error.startswith("WorkerError: rank 1 died: ")
+    assert "its worker process has died" in error
     assert "Traceback" not in error, "its peers' tracebacks only follow from the death"
 
 
