@@ -302,12 +302,12 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class SFTTrainerConfig:
     """The run."""
 
     n_gpus_per_node: int = key("devices of a node; processes where there are none", low=1)
     nnodes: int = key("nodes", low=1)
-    total_epochs: int = key("passes over the prompts", low=1)
+    total_epochs: int = key("passes over the data", low=1)
     total_training_steps: int | None = key("stop after so many steps; null: by epochs", low=1)
     seed: int = key("of order, sampling and random weights", low=0)
     project_name: str = key("project for trackers")
@@ -315,11 +315,17 @@ class TrainerConfig:
     logger: tuple[str, ...] = key("sinks of metrics besides metrics.jsonl: console, tensorboard, wandb")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    ray_dashboard: bool = key("start Ray's dashboard")
+
+
+@dataclass(frozen=True)
+class TrainerConfig(SFTTrainerConfig):
+    """The run, with validation and a table of rollouts."""
+
     val_before_train: bool = key("validate before the first step")
     test_freq: int | None = key("steps between validations; null: at the end alone", low=1)
     num_sampled_rollouts: int = key("rollouts of a step that are saved, and shown in the table", low=0)
     show_rollouts_freq: int = key("steps between tables of sampled rollouts on the console", low=1)
-    ray_dashboard: bool = key("start Ray's dashboard")
 
 
 @dataclass(frozen=True)
@@ -332,23 +338,6 @@ class PPOConfig:
     reward: RewardConfig = key("reward")
     algorithm: AlgorithmConfig = key("algorithm")
     trainer: TrainerConfig = key("trainer")
-
-
-@dataclass(frozen=True)
-class SFTTrainerConfig:
-    """The run of an SFT."""
-
-    n_gpus_per_node: int = key("devices of a node; processes where there are none", low=1)
-    nnodes: int = key("nodes", low=1)
-    total_epochs: int = key("passes over the chats", low=1)
-    total_training_steps: int | None = key("stop after so many steps; null: by epochs", low=1)
-    seed: int = key("of order and random weights", low=0)
-    project_name: str = key("project for trackers")
-    experiment_name: str = key("run's name for trackers")
-    logger: tuple[str, ...] = key("sinks of metrics besides metrics.jsonl: console, tensorboard, wandb")
-    run_dir: str = key("folder of this run")
-    save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
-    ray_dashboard: bool = key("start Ray's dashboard")
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,8 @@ class Run:
             self.inputs.val_prompts, groups, rewards, self.texts(groups), self.config.trainer.num_sampled_rollouts
         )
         lengths = [len(r.token_ids) for group in groups for r in group]
-        return Evaluation(step, float(rewards.scores_B.mean()), sum(lengths) / len(lengths), len(lengths), rows)
+        mean = sum(r.score for r in rewards.results) / len(rewards.results)  # without penalties of length
+        return Evaluation(step, mean, sum(lengths) / len(lengths), len(lengths), rows)
 
     def check_publish(self) -> None:
         """Raise PublishError where the engine's greedy tokens have other log-probs than the trainer gives them."""

@@ -324,7 +324,8 @@ def test_every_metric_of_three_optimizer_steps_equals_that_of_one_rank(
     alone = [rank[job].metrics for rank in trained(TELLING[0], "one_rank")]
     found = [rank[job].metrics for rank in trained(TELLING[0], layout)]
     for step, expected in zip(_summed(found, LAYOUTS[layout]), alone[0], strict=True):
-        assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=1e-6)
+        # Some are sums in which tokens of both signs cancel.
+        assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=TRAINING_TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", ["one_rank", "dp2", "tp2xpp2+sp"])
