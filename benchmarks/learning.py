@@ -1,9 +1,9 @@
-"""Run the quickstart on several seeds and write docs/learning_curve.png and the table of docs/learning.md.
+"""Run the quickstart on several seeds and write a curve to docs/ and a table into docs/learning.md.
 
-    python benchmarks/learning.py --seeds 0 1 2
+    python benchmarks/learning.py --work outputs/learning [--name NAME --warm-starts FOLDER] [overrides]
 
-Each seed is one launch/quickstart.sh, timed with start-up, in a folder of its own under --work. Figures go between
-the markers of docs/learning.md; the text around them stays.
+Each seed is one launch/quickstart.sh, timed with start-up, in a folder of its own under --work. With --warm-starts it
+is main_ppo alone, from the warm starts of an earlier --work. The table goes between the page's markers for NAME.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,20 @@ class Result:
     accuracy: dict[int, float]
     reward: dict[int, float]
     wall_s: float
-    command: str
 
 
-def run_seed(seed: int, work: Path, overrides: list[str]) -> Result:
-    """Run the quickstart with ``seed`` and read what it left."""
+def run_seed(seed: int, work: Path, warm_starts: Path | None, overrides: list[str]) -> Result:
+    """Run the quickstart with ``seed``, or its GRPO part from an earlier warm start, and read what it left."""
     folder = work / f"seed_{seed}"
     folder.mkdir(parents=True)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(REPOSITORY / "launch/quickstart.sh"), str(seed), *overrides]
+    if warm_starts is not None:
+        [earlier] = (warm_starts / f"seed_{seed}" / "outputs").glob("*_sft")
+        (folder / "quickstart_data").symlink_to((warm_starts / f"seed_{seed}" / "quickstart_data").resolve())
+        model = (earlier / "checkpoints/final").resolve()
+        command = [sys.executable, "-m", "megarl.main_ppo", "experiment=quickstart", f"trainer.seed={seed}"]
+        command += [f"actor_rollout_ref.model.path={model}", *overrides]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     start = time.perf_counter()
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
@@ -49,8 +53,7 @@ def run_seed(seed: int, work: Path, overrides: list[str]) -> Result:
     report = (folder / "log.txt").read_text()
     accuracy[0] = float(re.findall(r"before training: ([\d.]+)", report)[-1])
     accuracy[steps[-1]["step"]] = float(re.findall(r"after \d+ steps: ([\d.]+)", report)[-1])
-    typed = " ".join(["launch/quickstart.sh", str(seed), *overrides])
-    return Result(seed, dict(sorted(accuracy.items())), {s["step"]: s["reward/mean"] for s in steps}, wall_s, typed)
+    return Result(seed, dict(sorted(accuracy.items())), {s["step"]: s["reward/mean"] for s in steps}, wall_s)
 
 
 def table(results: list[Result]) -> str:
@@ -67,7 +70,7 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[Result], out: Path) -> None:
+def plot(results: list[Result], name: str, out: Path) -> None:
     """Draw held-out accuracy and training reward over steps."""
     import matplotlib
 
@@ -78,7 +81,9 @@ def plot(results: list[Result], out: Path) -> None:
     for i, r in enumerate(results):
         axes.plot(list(r.accuracy), list(r.accuracy.values()), "o-", color=f"C{i}", label=f"held-out, seed {r.seed}")
         axes.plot(list(r.reward), list(r.reward.values()), "--", color=f"C{i}", alpha=0.4)
-    axes.set(xlabel="GRPO step", ylabel="accuracy", ylim=(0, 1), title="quickstart (dashed: reward while sampling)")
+    axes.set(
+        xlabel="GRPO step", ylabel="accuracy", ylim=(0, 1), title=f"quickstart, {name} (dashed: reward while sampling)"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -90,16 +95,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="a new folder for data and runs")
+    parser.add_argument("--name", default="grpo", help="which table of docs/learning.md to write")
+    parser.add_argument("--warm-starts", type=Path, help="a --work folder with warm starts of the same seeds")
     options, overrides = parser.parse_known_args()
     results = []
     for seed in options.seeds:
-        results.append(run_seed(seed, options.work, overrides))
+        results.append(run_seed(seed, options.work, options.warm_starts, overrides))
         print(f"seed {seed}: {results[-1].accuracy} in {results[-1].wall_s:.0f} s", flush=True)
-    plot(results, REPOSITORY / "docs/learning_curve.png")
+    plot(results, options.name, REPOSITORY / f"docs/learning_{options.name}.png")
     page = REPOSITORY / "docs/learning.md"
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+    begin, end = f"<!-- measured {options.name}: begin -->", f"<!-- measured {options.name}: end -->"
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n{table(results)}\n{end}{after}")
 
 
 if __name__ == "__main__":
