@@ -1,4 +1,4 @@
-"""What the parity tests run on every rank: models of Hugging Face folders on any layout, scored, trained, exported.
+"""What the parity tests run on every rank: models of Hugging Face folders on any layout, scored and trained.
 
 Shape suffixes: B rollouts, S sequence, V vocabulary.
 """
@@ -8,20 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megarl.checkpoint.hf_export import export_hf
 from megarl.config.model_shape import read_model_shape
 from megarl.data.batch import pack
 from megarl.model.build import unwrap
-from megarl.model.name_map import hf_shapes, megatron_shards
+from megarl.model.name_map import megatron_shards
 from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
-from megarl.parallel.vocab import vocab_parallel_logprobs
 from megarl.plan.batch import micro_batches
 from megarl.train.actor import Actor
 from megarl.train.model import ModelSpec
@@ -103,6 +102,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What a role said when it was its turn: of its optimizer step, and the log-probs as plain numbers."""
+
+    metrics: list[Metrics]
+    logprobs_BS: list[list[float]] | None
+
+
+@dataclass(frozen=True)
 class Job:
     """Some optimizer steps on the same batch. loss None is SFT."""
 
@@ -167,7 +174,8 @@ def _step(batch: Batch, micros: Micros) -> OptimizerStep:
 
 def _gradients(actor: Actor) -> dict[str, Tensor]:
     """Return the gradients by the name map's names: whole only without the distributed optimizer."""
-    by_address = {p.data_ptr(): p.main_grad for p in actor.module.parameters()}
+    module: Any = actor.module
+    by_address = {parameter.data_ptr(): parameter.main_grad for parameter in module.parameters()}
     return {name: by_address[parameter.data_ptr()] for name, parameter in actor.parameters().items()}
 
 
@@ -196,45 +204,14 @@ def _train(setup: Setup, batch: Batch, job: Job) -> Trained:
     return Trained(metrics, pieces(actor, actor.parameters()), dtypes)
 
 
-def take_turns(
-    setups: Mapping[str, Setup], batch: Batch, optimizer: OptimizerSpec
-) -> dict[str, list[tuple[Tensor | None, list[Metrics]]]]:
-    """Let the roles of ``setups`` score by turns; the one named ``actor`` takes an optimizer step at each turn."""
+def take_turns(setups: Mapping[str, Setup], batch: Batch, optimizer: OptimizerSpec) -> dict[str, list[Turn]]:
+    """Let the roles of ``setups`` score by turns; the one named ``actor`` takes an optimizer step before it does."""
     models = {role: setup.actor(optimizer) if role == "actor" else setup.model() for role, setup in setups.items()}
-    answers: dict[str, list[tuple[Tensor | None, list[Metrics]]]] = {role: [] for role in setups}
+    turns: dict[str, list[Turn]] = {role: [] for role in setups}
     for _ in range(3):
         for role, model in models.items():
             rows, micros = setups[role].share(batch)
             metrics = model.update_sft(rows, [_step(batch, micros)]) if isinstance(model, Actor) else []
-            answers[role].append((model.logprobs(rows, micros, 1.0), metrics))
-    return answers
-
-
-def export(setup: Setup, out: Path, max_file_bytes: int) -> None:
-    """Load a model, and write it as a Hugging Face folder."""
-    model = setup.model()
-    spec = model.spec
-    export_hf(
-        out,
-        template=setup.folder,
-        shapes=hf_shapes(spec.shape),
-        sources=[megatron_shards(spec.shape, spec.layout, rank) for rank in range(spec.layout.world_size)],
-        parameters=model.parameters(),
-        dtype=spec.dtype,
-        device=spec.device,
-        max_file_bytes=max_file_bytes,
-    )
-
-
-def vocab_logprobs(
-    logits_NV: Tensor, targets_N: Tensor, vocab_size: int, weights_2N: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs, entropies and this rank's gradient of their sum weighted by ``weights_2N``.
-
-    logits_NV: of the whole vocabulary with its padding, of which this rank takes its slice.
-    """
-    mine_NV = logits_NV.chunk(dist.get_world_size(), -1)[dist.get_rank()].clone().requires_grad_()
-    logprobs_N, entropy_N = vocab_parallel_logprobs(mine_NV, targets_N, group=dist.group.WORLD, vocab_size=vocab_size)
-    (weights_2N * torch.stack([logprobs_N, entropy_N])).sum().backward()
-    assert mine_NV.grad is not None
-    return logprobs_N.detach(), entropy_N.detach(), mine_NV.grad
+            logprobs_BS = model.logprobs(rows, micros, 1.0)
+            turns[role].append(Turn(metrics, None if logprobs_BS is None else logprobs_BS.tolist()))
+    return turns
