@@ -82,8 +82,10 @@ def _make_room(folder: Path, needed_bytes: int) -> None:
     free = [0]
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        free = [shutil.disk_usage(folder).free]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = [shutil.disk_usage(folder.parent).free]
+        if free[0] >= needed_bytes:
+            folder.mkdir()
     dist.broadcast_object_list(free, src=0)
     if free[0] < needed_bytes:
         raise ResourceError(
