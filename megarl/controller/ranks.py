@@ -94,10 +94,6 @@ class Ranks:
         """Write the actor as a Hugging Face folder."""
         self._everywhere("export", str(out))
 
-    def shutdown(self) -> None:
-        """End all ranks."""
-        self.group.shutdown()
-
     def _update(self, method: str, role: str, batch: Batch, plan: Sequence[MiniBatch], *extra: object) -> list[Metrics]:
         layout = self.roles[role].layout
         work = [(local, steps, *extra) for local, steps in _shares(batch, plan, layout.dp)]

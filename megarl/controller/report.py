@@ -107,7 +107,7 @@ def update_metrics(role: str, updates: Sequence[Metrics]) -> Metrics:
 def rollout_rows(
     prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]], rewards: Rewards, texts: Sequence[str], count: int
 ) -> tuple[RolloutRow, ...]:
-    """Return the first rollout of ``count`` prompts as table rows; ``texts`` are all responses in order."""
+    """Return the first rollout of ``count`` prompts as table rows; ``texts`` are their responses in order."""
     rows, first = [], 0
     for prompt, group in zip(prompts[:count], groups, strict=False):
         score = rewards.results[first].score

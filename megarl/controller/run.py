@@ -36,7 +36,7 @@ from megarl.controller.settings import (
 from megarl.controller.start import worker_group
 from megarl.data.batch import rollouts_to_batch
 from megarl.errors import PublishError
-from megarl.monitor.console import rollouts_table
+from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.plan.batch import BatchPlan
@@ -216,9 +216,7 @@ class Run:
             groups += self.ranks.generate(requests[start : start + size], sampling)
         self.ranks.end_generation()
         rewards = self.score(self.inputs.val_prompts, groups)
-        rows = rollout_rows(
-            self.inputs.val_prompts, groups, rewards, self.texts(groups), self.config.trainer.num_sampled_rollouts
-        )
+        rows = self._sampled_rows(self.inputs.val_prompts, groups, rewards)
         lengths = [len(r.token_ids) for group in groups for r in group]
         mean = sum(r.score for r in rewards.results) / len(rewards.results)  # without penalties of length
         return Evaluation(step, mean, sum(lengths) / len(lengths), len(lengths), rows)
@@ -251,14 +249,20 @@ class Run:
         """Give a step's metrics to the sinks, and its sampled rollouts to rollouts/."""
         times = {f"time_s/{name}": seconds for name, seconds in self.stopwatch.drain().items()}
         self.tracker.log(step, {**metrics, **times})
-        count = self.config.trainer.num_sampled_rollouts
-        rows = rollout_rows(prompts, groups, rewards, self.texts(groups), count)
+        rows = self._sampled_rows(prompts, groups, rewards)
         folder = self.run_dir / "rollouts"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps({"step": step, **vars(row)}) + "\n" for row in rows]
         (folder / f"step_{step}.jsonl").write_text("".join(lines))
         if rows and step % self.config.trainer.show_rollouts_freq == 1 % self.config.trainer.show_rollouts_freq:
             self.tracker.show(rollouts_table(rows))
+
+    def _sampled_rows(
+        self, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards
+    ) -> tuple[RolloutRow, ...]:
+        """Return the table rows of the first prompts, decoding no more than those."""
+        count = self.config.trainer.num_sampled_rollouts
+        return rollout_rows(prompts, groups, rewards, self.texts(groups[:count]), count)
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         """Return what ends a response: the user's tokens, and the tokenizer's end of sequence unless ignored."""
