@@ -40,7 +40,8 @@ def run_seed(seed: int, work: Path, warm_starts: Path | None, overrides: list[st
         [earlier] = (warm_starts / f"seed_{seed}" / "outputs").glob("*_sft")
         (folder / "quickstart_data").symlink_to((warm_starts / f"seed_{seed}" / "quickstart_data").resolve())
         model = (earlier / "checkpoints/final").resolve()
-        command = [sys.executable, "-m", "megarl.main_ppo", "experiment=quickstart", f"trainer.seed={seed}"]
+        command = [sys.executable, "-m", "megarl.main_ppo", "--config-name=ppo_megatron_trainer"]
+        command += ["experiment=quickstart", f"trainer.seed={seed}"]
         command += [f"actor_rollout_ref.model.path={model}", *overrides]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     start = time.perf_counter()

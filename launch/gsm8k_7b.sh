@@ -6,4 +6,4 @@ set -euo pipefail
 source=${1:?"usage: launch/gsm8k_7b.sh SOURCE [overrides]"}
 
 python -m megarl.data.prepare gsm8k --source "$source" --out ~/data/gsm8k
-python -m megarl.main_ppo experiment=gsm8k_7b "${@:2}"
+python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=gsm8k_7b "${@:2}"

@@ -10,5 +10,5 @@ run=outputs/gsm8k_tiny_$(date +%Y_%m_%d_%H_%M_%S)
 
 python -m megarl.data.prepare gsm8k --source "$source" --out "$data" --tiny-model
 python -m megarl.main_sft experiment=gsm8k_tiny_sft trainer.run_dir="${run}_sft"
-python -m megarl.main_ppo experiment=gsm8k_tiny trainer.run_dir="$run" \
+python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=gsm8k_tiny trainer.run_dir="$run" \
   actor_rollout_ref.model.path="${run}_sft/checkpoints/final" "${@:2}"

@@ -10,5 +10,5 @@ run=outputs/quickstart_$(date +%Y_%m_%d_%H_%M_%S)
 
 python -m megarl.data.prepare verbs --out "$data" --seed "$seed"
 python -m megarl.main_sft experiment=quickstart_sft trainer.seed="$seed" trainer.run_dir="${run}_sft"
-python -m megarl.main_ppo experiment=quickstart trainer.seed="$seed" trainer.run_dir="$run" \
+python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=quickstart trainer.seed="$seed" trainer.run_dir="$run" \
   actor_rollout_ref.model.path="${run}_sft/checkpoints/final" "${@:2}"

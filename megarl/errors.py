@@ -11,20 +11,28 @@ class MegarlError(Exception):
     """Base of every error that a user can cause or must act on. Its text is complete without a traceback."""
 
 
+class Absent:
+    """The value of what has none, like a flag that doesn't exist: a Problem prints it as nothing."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a configuration.
 
-    key: dotted key as the user types it; value: what was found; allowed: what would be right; fix: what to type.
+    key: dotted key as the user types it; value: what was found; allowed: what would be right; fix: what to type;
+    origin: where the value was set, filled in when the error is reported (see megarl/config/provenance.py).
     """
 
     key: str
     value: object
     allowed: str
     fix: str = ""
+    origin: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.key} = {self.value!r}: {self.allowed}"
+        origin = f"  ({self.origin})" if self.origin else ""
+        value = "" if isinstance(self.value, Absent) else f" = {self.value!r}"
+        text = f"{self.key}{value}{origin}: {self.allowed}"
         return f"{text}\n      fix: {self.fix}" if self.fix else text
 
 
@@ -51,6 +59,14 @@ class DataError(MegarlError):
 
 class RewardError(MegarlError):
     """A reward function that can't be loaded. (One that fails on a rollout is scored as configured and counted.)"""
+
+
+class AlgorithmError(MegarlError):
+    """An advantage estimator or policy loss of the user's that failed, or returned what can't be used."""
+
+
+class CheckpointError(MegarlError):
+    """A checkpoint that can't be read: a file that is missing, truncated or not of this format."""
 
 
 class ResourceError(MegarlError):

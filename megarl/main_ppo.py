@@ -4,39 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from megarl.config.algorithm_rules import needs_critic
-from megarl.config.build import build_config
 from megarl.config.compose import run_hydra
-from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import check_critic_model, check_ppo, check_ppo_model
-from megarl.config.schema import PPOConfig
-from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
+from megarl.controller.check import check_ppo
+from megarl.controller.start import check_world_size, serve_if_not_controller
 from megarl.parallel.environment import apply_environment
 
 
 def main() -> None:
     """Compose, check, start, loop, report."""
     if not serve_if_not_controller():
-        run_hydra("ppo_megatron_trainer", run_ppo)
+        run_hydra("ppo_trainer", run_ppo)
 
 
 def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run what resolved config values describe."""
     apply_environment()
-    config = build_config(PPOConfig, values)
-    check_ppo(config)
+    checked = check_ppo(values)
+    config = checked.config
     check_world_size(config)
-    model_folder = resolve_model_folder(cast(str, config.actor_rollout_ref.model.path))
-    shape = read_model_shape(model_folder)
-    check_ppo_model(config, shape)
-    critic_folder = None
-    if needs_critic(config):
-        critic_folder = resolve_model_folder(cast(str, config.critic.model.path))
-        check_critic_model(config, read_model_shape(critic_folder), shape.vocab_size)
 
     # Not before the checks: from here on torch and transformers are loaded.
+    from megarl.controller.algorithm_file import load_algorithm_file
     from megarl.controller.inputs import read_ppo_inputs
     from megarl.controller.loop import train
     from megarl.controller.rank import RunSpec
@@ -44,7 +34,8 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.run import open_rewards, open_run
     from megarl.monitor.rundir import create_run_dir
 
-    inputs = read_ppo_inputs(config, model_folder)
+    algorithm_file = load_algorithm_file(config)
+    inputs = read_ppo_inputs(checked)
     plan = inputs.describe()
     # Before there is a run folder: they may refuse the user's reward function.
     with open_rewards(config.reward) as rewards:
@@ -55,10 +46,11 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
             print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
         ranks = RunSpec(
             config,
-            model_folder,
+            checked.model.here(),
             inputs.actor_optimizer_steps(config),
-            critic_folder,
+            checked.critic.here() if checked.critic else None,
             inputs.critic_optimizer_steps(),
+            algorithm_file,
         )
         with open_run(config, inputs, ranks, rewards, run_dir, values) as run:
             before, after = train(run)

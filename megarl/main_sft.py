@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from megarl.config.build import build_config
 from megarl.config.compose import run_hydra
-from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import check_sft, check_sft_model
-from megarl.config.schema import SFTConfig
-from megarl.controller.start import check_world_size, resolve_model_folder, serve_if_not_controller
+from megarl.controller.check import check_sft
+from megarl.controller.start import check_world_size, serve_if_not_controller
 from megarl.parallel.environment import apply_environment
 
 
@@ -24,18 +21,16 @@ def main() -> None:
 def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run what resolved config values describe."""
     apply_environment()
-    config = build_config(SFTConfig, values)
-    check_sft(config)
+    checked = check_sft(values)
+    config, model_folder = checked.config, checked.model.here()
     check_world_size(config)
-    model_folder = resolve_model_folder(cast(str, config.model.path))
-    check_sft_model(config, read_model_shape(model_folder))
 
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.inputs import read_sft_inputs
     from megarl.controller.sft_loop import open_sft_run, train_sft
     from megarl.monitor.rundir import create_run_dir
 
-    inputs = read_sft_inputs(config, model_folder)
+    inputs = read_sft_inputs(checked)
     plan = inputs.batch_plan.describe()
     run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
     (run_dir / "plan.txt").write_text(plan + "\n")

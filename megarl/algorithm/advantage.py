@@ -16,6 +16,7 @@ from megarl.algorithm.group import Groups, groups_of
 from megarl.algorithm.registry import Registry
 from megarl.algorithm.returns import generalized_advantages, rewards_to_go, whitened
 from megarl.algorithm.token_rewards import on_last_token
+from megarl.errors import AlgorithmError
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,28 @@ class EstimatorRegistry(Registry[Estimator]):
 
 
 estimators = EstimatorRegistry("algorithm.adv_estimator")
+
+
+def estimate_advantages(name: str, inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Return the advantages by the estimator called ``name``, in the dtype of the rewards.
+
+    Raises ConfigError for an unknown name, and AlgorithmError where there isn't a finite number for every masked token,
+    or values but no returns for their critic to learn.
+    """
+    found, dtype = estimators.get(name)(inputs, settings), inputs.rewards_B.dtype
+    if not isinstance(found, Advantages):
+        raise AlgorithmError(f"estimator {name} must return Advantages, not a {type(found).__name__}")
+    if inputs.values_BS is not None and found.returns_BS is None:
+        raise AlgorithmError(f"estimator {name} gave no returns_BS, which the critic learns from")
+    for field, value_BS in (("advantages_BS", found.advantages_BS), ("returns_BS", found.returns_BS)):
+        if value_BS is None:
+            continue
+        if value_BS.shape != inputs.mask_BS.shape:
+            shapes = f"{tuple(value_BS.shape)}, must be {tuple(inputs.mask_BS.shape)}"
+            raise AlgorithmError(f"estimator {name} gave {field} of shape {shapes}: rollouts x sequence")
+        if num_bad := int((~value_BS.isfinite() & inputs.mask_BS).sum()):
+            raise AlgorithmError(f"estimator {name} gave {field} that are NaN or infinite on {num_bad} tokens")
+    return Advantages(found.advantages_BS.to(dtype), None if found.returns_BS is None else found.returns_BS.to(dtype))
 
 
 @estimators.register("gae", Needs(values=True))

@@ -1,18 +1,23 @@
 """The coefficient of the KL penalty in the reward: fixed, or steered so that the KL stays near a target.
 
-A controller is a value: ``after`` returns the one for the next step. All it learns is ``coef``, so a checkpoint
-stores that number alone.
+A controller is a value: ``after`` returns the one for the next step. All it learns is ``coef``; ``state`` has the
+settings too, so that a controller made of it goes on as one that was never stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 from megarl.algorithm.registry import Registry
+from megarl.errors import CheckpointError
 
 _MAX_ERROR = 0.2
+
+# What JSON can hold: the name that kl_ctrl.type has, and the numbers.
+State = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class KLController(Protocol):
     def after(self, kl: float, num_rollouts: int) -> KLController:
         """Return the controller for the next step, after ``num_rollouts`` with a KL of ``kl``."""
 
+    def state(self) -> State:
+        """Return its type and numbers, of which ``from_state`` makes an equal controller."""
+
 
 kl_controllers: Registry[Callable[[KLControlSettings], KLController]] = Registry("algorithm.kl_ctrl.type")
 
@@ -51,6 +59,10 @@ class FixedKL:
     def after(self, kl: float, num_rollouts: int) -> FixedKL:
         """Return itself."""
         return self
+
+    def state(self) -> State:
+        """Return what ``from_state`` makes an equal controller of."""
+        return {"type": "fixed", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,10 @@ class AdaptiveKL:
         error = min(max(kl / self.target - 1.0, -_MAX_ERROR), _MAX_ERROR)
         return replace(self, coef=self.coef * (1.0 + error * num_rollouts / self.horizon))
 
+    def state(self) -> State:
+        """Return what ``from_state`` makes an equal controller of."""
+        return {"type": "adaptive", **asdict(self)}
+
 
 @kl_controllers.register("fixed")
 def _fixed(settings: KLControlSettings) -> KLController:
@@ -84,3 +100,22 @@ def _fixed(settings: KLControlSettings) -> KLController:
 @kl_controllers.register("adaptive")
 def _adaptive(settings: KLControlSettings) -> KLController:
     return AdaptiveKL(settings.coef, settings.target, settings.horizon)
+
+
+def from_state(state: Mapping[str, object]) -> KLController:
+    """Return the controller that has this ``state``, as read from a checkpoint. Raises CheckpointError if none has."""
+    kinds: dict[str, type[FixedKL] | type[AdaptiveKL]] = {"fixed": FixedKL, "adaptive": AdaptiveKL}
+    kind = kinds.get(str(state.get("type")))
+    if kind is None:
+        raise CheckpointError(f"a KL controller has type {state.get('type')!r}, must be one of {', '.join(kinds)}")
+    names = {f.name for f in fields(kind)}
+    numbers = {name: value for name, value in state.items() if name != "type" and _is_number(value)}
+    if numbers.keys() != names or state.keys() != names | {"type"}:
+        raise CheckpointError(
+            f"a KL controller of type {state['type']} has numbers {sorted(names)}, not {dict(state)!r}"
+        )
+    return kind(**numbers)  # type: ignore[arg-type] # numbers, as just checked
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type] # math takes just these

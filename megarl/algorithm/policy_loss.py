@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.registry import Registry
+from megarl.errors import AlgorithmError
 
 # exp(20) is 5e8: beyond any ratio of a healthy run, far within float32, and its product with an advantage too.
 _MAX_LOG_RATIO = 20.0
@@ -77,6 +78,24 @@ class PolicyLoss(Protocol):
 
 
 policy_losses: Registry[PolicyLoss] = Registry("actor_rollout_ref.actor.policy_loss")
+
+
+def token_loss(name: str, inputs: PolicyLossInputs, settings: PolicyLossSettings) -> TokenLoss:
+    """Return the policy loss called ``name`` of the tokens.
+
+    Raises ConfigError for an unknown name, and AlgorithmError for what isn't one value a token with a gradient: a mean,
+    say, would be broadcast and pass unseen.
+    """
+    loss = policy_losses.get(name)(inputs, settings)
+    if not isinstance(loss, TokenLoss):
+        raise AlgorithmError(f"policy loss {name} must return a TokenLoss, not a {type(loss).__name__}")
+    for field, value in zip(loss._fields, loss, strict=True):
+        if value.shape != inputs.logprobs_N.shape:
+            shapes = f"{tuple(value.shape)}, must be {tuple(inputs.logprobs_N.shape)}"
+            raise AlgorithmError(f"policy loss {name} gave a {field} of shape {shapes}: one value a token")
+    if inputs.logprobs_N.requires_grad and not loss.loss_N.requires_grad:
+        raise AlgorithmError(f"policy loss {name} has no gradient: its loss_N must follow from logprobs_N")
+    return loss
 
 
 @policy_losses.register("ppo_clip")

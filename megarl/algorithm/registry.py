@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from megarl.errors import ConfigError, Problem, nearest
@@ -41,6 +41,11 @@ class Registry(Generic[F]):
             allowed = f"one of {', '.join(self.names())}"
             raise ConfigError([Problem(key or self.key, name, allowed, nearest(name, self._entries))])
         return self._entries[name]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take out what is registered under ``names``."""
+        for name in names:
+            del self._entries[name]
 
     def names(self) -> tuple[str, ...]:
         """Return all registered names, sorted."""

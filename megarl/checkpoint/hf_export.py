@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ _COPIED = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
 Shapes = Mapping[str, tuple[int, ...]]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def plan_files(shapes: Shapes, itemsize: int, max_bytes: int = MAX_FILE_BYTES) -> tuple[tuple[str, ...], ...]:
@@ -46,34 +49,36 @@ def export_hf(
     parameters: Mapping[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
+    zeros: Shapes = _NOTHING,
+    fields: Mapping[str, Any] = _NOTHING,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write ``out``: weights in ``dtype``, with config and tokenizer of the folder ``template``. Collective.
 
-    shapes: of all tensors of the checkpoint. sources: the shards of every rank. parameters: this rank's. The folder
-    appears whole or not at all. Raises ResourceError on every rank where the disk is too small.
+    shapes: of the tensors that ranks hold. sources: the shards of every rank. parameters: this rank's. zeros: shapes of
+    tensors that no rank holds, which are zero. fields: of config.json, to replace. What ``out`` held before is gone;
+    ``whole_folder`` keeps it until the end. Raises ResourceError on every rank where the disk is too small.
     """
-    files = plan_files(shapes, dtype.itemsize, max_file_bytes)
-    partial = out.with_name(out.name + ".partial")
-    total_bytes = sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize
-    _make_room(partial, total_bytes)
+    sizes = {**shapes, **zeros}
+    files = plan_files(sizes, dtype.itemsize, max_file_bytes)
+    total_bytes = sum(torch.Size(s).numel() for s in sizes.values()) * dtype.itemsize
+    _make_room(out, total_bytes)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dims = {seg.tensor: shard.dim for shards in sources for shard in shards for seg in shard.segments}
     for first in range(0, len(files), world_size):
         wave = files[first : first + world_size]
-        targets = [[whole(n, shapes[n], dims[n]) for n in names] for names in wave]
+        targets = [[whole(n, shapes[n], dims[n]) for n in names if n in shapes] for names in wave]
         targets += [[] for _ in range(world_size - len(wave))]
         tensors = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in targets[rank]}
         Resharder(plan_reshard(sources, targets), dtype=dtype).run(parameters, tensors, device)
-        if tensors:
-            name = _file_name(first + rank, len(files))
-            save_file({n: t.cpu() for n, t in tensors.items()}, partial / name, metadata={"format": "pt"})
+        if rank < len(wave):
+            filled = {n: t.cpu() for n, t in tensors.items()}
+            filled |= {n: torch.zeros(zeros[n], dtype=dtype) for n in wave[rank] if n in zeros}
+            save_file(filled, out / _file_name(first + rank, len(files)), metadata={"format": "pt"})
     dist.barrier()
     if rank == 0:
-        _write_index(partial, files, total_bytes)
-        _copy_template(template, partial, dtype)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        _write_index(out, files, total_bytes)
+        _copy_template(template, out, dtype, fields)
     dist.barrier()
 
 
@@ -106,12 +111,12 @@ def _write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int)
     (folder / _WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_template(template: Path, out: Path, dtype: torch.dtype) -> None:
-    """Copy tokenizer and configuration files; config.json names the dtype that was written."""
+def _copy_template(template: Path, out: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> None:
+    """Copy tokenizer and configuration files; config.json has ``fields`` and names the dtype that was written."""
     for file in template.iterdir():
         if file.suffix in _COPIED and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     config = json.loads((template / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config |= {**fields, "dtype": str(dtype).removeprefix("torch.")}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import POLICY_LOSSES, PPOConfig
 from megarl.errors import Problem, nearest
 
 Problems = Iterator[Problem]
@@ -47,15 +48,45 @@ def needs_critic(c: PPOConfig) -> bool:
 
 
 def estimator_needs(c: PPOConfig) -> EstimatorNeeds:
-    """Return what the run's estimator needs; of an unknown one, nothing."""
-    return ESTIMATORS.get(c.algorithm.adv_estimator, EstimatorNeeds())
+    """Return what the run's estimator needs.
+
+    One of the user's own has values where critic.enable asks for them, and may read every key. What else it needs it
+    says where it is registered, which is checked once its file is loaded.
+    """
+    own = EstimatorNeeds(values=bool(c.critic.enable), uses=tuple(_NEUTRAL))
+    return ESTIMATORS.get(c.algorithm.adv_estimator, own)
 
 
 def the_estimator_is_known(c: PPOConfig) -> Problems:
-    """The estimator exists."""
+    """The estimator exists, or a file of the user's may have it."""
     name, key = c.algorithm.adv_estimator, "algorithm.adv_estimator"
-    if name not in ESTIMATORS:
-        yield Problem(key, name, f"must be one of {', '.join(ESTIMATORS)}", nearest(name, ESTIMATORS))
+    if name not in ESTIMATORS and c.algorithm.path is None:
+        allowed = f"must be one of {', '.join(ESTIMATORS)}, or of a file of yours at algorithm.path"
+        yield Problem(key, name, allowed, nearest(name, ESTIMATORS))
+
+
+def the_policy_loss_is_known(c: PPOConfig) -> Problems:
+    """The policy loss exists, or a file of the user's may have it."""
+    name, key = c.actor_rollout_ref.actor.policy_loss, "actor_rollout_ref.actor.policy_loss"
+    if name not in POLICY_LOSSES and c.algorithm.path is None:
+        allowed = f"must be one of {', '.join(POLICY_LOSSES)}, or of a file of yours at algorithm.path"
+        yield Problem(key, name, allowed, nearest(name, POLICY_LOSSES))
+
+
+def the_algorithm_file_is_there(c: PPOConfig) -> Problems:
+    """algorithm.path names a python file."""
+    path = c.algorithm.path
+    if path is not None and not (path.endswith(".py") and Path(path).expanduser().is_file()):
+        yield Problem("algorithm.path", path, "there is no such .py file", "correct the path")
+
+
+def the_algorithm_file_has_an_effect(c: PPOConfig) -> Problems:
+    """The estimator or the loss is one that megarl hasn't."""
+    estimator, loss = c.algorithm.adv_estimator, c.actor_rollout_ref.actor.policy_loss
+    if c.algorithm.path is not None and estimator in ESTIMATORS and loss in POLICY_LOSSES:
+        allowed = f"has no effect: {estimator} and {loss} are megarl's own"
+        fix = "algorithm.path=null, or name what the file registers as algorithm.adv_estimator or actor.policy_loss"
+        yield Problem("algorithm.path", c.algorithm.path, allowed, fix)
 
 
 def a_group_is_large_enough(c: PPOConfig) -> Problems:
@@ -119,9 +150,10 @@ def the_kl_controller_has_an_effect(c: PPOConfig) -> Problems:
 
 def dynamic_sampling_has_groups(c: PPOConfig) -> Problems:
     """Groups are filtered only where rollouts of a prompt are compared."""
-    if c.algorithm.filter_groups.enable and estimator_needs(c).min_group_size < 2:
+    name = c.algorithm.adv_estimator
+    if c.algorithm.filter_groups.enable and name in ESTIMATORS and ESTIMATORS[name].min_group_size < 2:
         groups = ", ".join(e for e, needs in ESTIMATORS.items() if needs.min_group_size > 1)
-        allowed = f"{c.algorithm.adv_estimator} learns from groups of equal rewards too; filtering is for {groups}"
+        allowed = f"{name} learns from groups of equal rewards too; filtering is for {groups}"
         yield Problem("algorithm.filter_groups.enable", True, allowed, "algorithm.filter_groups.enable=false")
 
 
@@ -154,6 +186,9 @@ def rollout_correction_is_said_in_one_way(c: PPOConfig) -> Problems:
 ALGORITHM_RULES = (
     rollout_correction_is_said_in_one_way,
     the_estimator_is_known,
+    the_policy_loss_is_known,
+    the_algorithm_file_is_there,
+    the_algorithm_file_has_an_effect,
     a_group_is_large_enough,
     grpo_has_a_kl_term_or_says_not,
     the_critic_is_there_where_it_is_needed,

@@ -80,6 +80,10 @@ def _convert(kind: Any, value: Any) -> tuple[Any, str | None]:
             return None, None
         converted, allowed = _convert(inner, value)
         return converted, f"{allowed}, or null" if allowed else None
+    if typing.get_origin(kind) is Mapping:
+        if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+            return dict(value), None
+        return None, "must be a section of names and values"
     if typing.get_origin(kind) is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):

@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.config.schema import DpPPOConfig, PPOConfig, SFTConfig
 
 _INTRODUCTION = """\
 # Every key
@@ -26,6 +26,7 @@ without running it.
 """
 _PARTS = (
     ("Reinforcement learning", "megarl.main_ppo", "ppo_megatron_trainer", PPOConfig),
+    ("Reinforcement learning, data-parallel backend", "megarl.main_ppo", "ppo_trainer", DpPPOConfig),
     ("Supervised fine-tuning", "megarl.main_sft", "sft_trainer", SFTConfig),
 )
 _REQUIRED = ("actor_rollout_ref.model.path", "model.path")
@@ -38,7 +39,8 @@ def config_reference() -> str:
     lines = [_INTRODUCTION]
     for title, module, config_name, schema in _PARTS:
         lines.append(f"## {title}\n\n`python -m {module} --config-name={config_name}`\n")
-        lines += _sections(schema, default_values(config_name), "")
+        # What two trainers have alike is told once.
+        lines += [part for part in _sections(schema, default_values(config_name), "") if part not in lines]
     return "\n".join(lines)
 
 
@@ -55,13 +57,15 @@ def _sections(schema: Any, values: Mapping[str, Any] | None, path: str) -> Itera
     kinds = typing.get_type_hints(schema)
     leaves = [f for f in dataclasses.fields(schema) if not dataclasses.is_dataclass(kinds[f.name])]
     if leaves:
-        yield f"### {path}\n\n{schema.__doc__}\n"
-        yield "| Key | Type | Default | Allowed | Meaning |\n|---|---|---|---|---|"
+        rows = [
+            f"### {path}\n\n{schema.__doc__}\n",
+            "| Key | Type | Default | Allowed | Meaning |\n|---|---|---|---|---|",
+        ]
         for f in leaves:
             default = default_in_words(f"{path}.{f.name}", values[f.name]) if values is not None else ""
             cells = (f"`{f.name}`", type_in_words(kinds[f.name]), default, allowed_in_words(f.metadata))
-            yield f"| {' | '.join(cells)} | {f.metadata['doc']} |"
-        yield ""
+            rows.append(f"| {' | '.join(cells)} | {f.metadata['doc']} |")
+        yield "\n".join(rows) + "\n"
     for name, kind in kinds.items():
         where = f"{path}.{name}" if path else name
         if dataclasses.is_dataclass(kind):
@@ -89,6 +93,8 @@ def type_in_words(kind: Any) -> str:
         return " or ".join("null" if k is type(None) else type_in_words(k) for k in typing.get_args(kind))
     if item := _item(kind):
         return f"list of {type_in_words(item)}s"
+    if typing.get_origin(kind) is Mapping:
+        return "mapping"
     return "section" if dataclasses.is_dataclass(kind) else _TYPES[kind]
 
 

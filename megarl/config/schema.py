@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
     """Describe a key: ``low`` <= value <= ``high``, value > ``above``, or one of ``choices``."""
     return field(metadata={"doc": doc, "choices": choices, "low": low, "above": above, "high": high})
 
+
+FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
 # Names of the registries in megarl.algorithm, which can't be asked here: they import torch. A test compares them.
 POLICY_LOSSES = ("ppo_clip", "gspo", "geo_mean", "cispo", "sapo", "gpg", "clip_cov", "kl_cov")
@@ -90,11 +93,30 @@ class LRSchedulerConfig:
 
 @dataclass(frozen=True)
 class MegatronConfig:
-    """Axes of one model on Megatron."""
+    """Axes of one model on Megatron, and where it waits between uses."""
 
     tensor_model_parallel_size: int = key("ranks that share every layer", low=1)
     pipeline_model_parallel_size: int = key("stages the layers are split into", low=1)
+    virtual_pipeline_model_parallel_size: int | None = key("chunks of a stage that take turns; null: no", low=2)
+    context_parallel_size: int = key("ranks that share every sequence", low=1)
+    expert_model_parallel_size: int = key("ranks that the experts of a layer are split over", low=1)
+    expert_tensor_parallel_size: int | None = key("ranks that share every expert; null: as the layers", low=1)
     sequence_parallel: bool = key("split activations between tensor-parallel regions too; on where TP > 1")
+    param_offload: bool = key("keep parameters in host memory between uses (CUDA)")
+    override_transformer_config: Mapping[str, Any] = key("fields of megatron's TransformerConfig, by its own names")
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which activations are computed again in the backward pass, as megatron's options of the same names."""
+
+    granularity: str | None = key(
+        "selective: the attention core; full: whole layers; null: nothing", choices=("selective", "full")
+    )
+    method: str | None = key(
+        "how full picks layers: in runs of num_layers, or the first num_layers", choices=("uniform", "block")
+    )
+    num_layers: int | None = key("layers of a recomputed run (uniform), or recomputed layers of a stage (block)", low=1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,23 @@ class TrainedMegatronConfig(MegatronConfig):
     """Axes of a model that is trained."""
 
     use_distributed_optimizer: bool = key("split optimizer state over data-parallel ranks")
+    grad_offload: bool = key("free the gradient buffers between updates (CUDA)")
+    optimizer_offload: bool = key("keep optimizer state in host memory between updates (CUDA)")
+    recompute: RecomputeConfig = key("activations to compute again instead of keeping them")
+
+
+@dataclass(frozen=True)
+class FsdpConfig:
+    """Where a model of the data-parallel backend waits between uses."""
+
+    param_offload: bool = key("keep parameters in host memory between uses")
+
+
+@dataclass(frozen=True)
+class TrainedFsdpConfig(FsdpConfig):
+    """Where a trained model of the data-parallel backend waits between uses."""
+
+    optimizer_offload: bool = key("keep optimizer state in host memory between updates")
 
 
 @dataclass(frozen=True)
@@ -117,10 +156,9 @@ class PolicyLossConfig:
 
 
 @dataclass(frozen=True)
-class ActorConfig:
-    """The policy that is trained."""
+class PolicyTrainingConfig:
+    """How the policy is trained, whatever the backend."""
 
-    strategy: str = key("training backend", choices=("megatron",))
     optim: OptimConfig = key("optimizer")
     lr_scheduler: LRSchedulerConfig = key("schedule")
     ppo_mini_batch_size: int = key("rollouts of an optimizer step, over all ranks", low=1)
@@ -134,22 +172,50 @@ class ActorConfig:
     clip_ratio_c: float | None = key(
         "dual clip: bound of the ratio where the advantage is negative; null: none", above=1.0
     )
-    policy_loss: str = key("policy loss", choices=POLICY_LOSSES)
+    policy_loss: str = key(f"policy loss: {', '.join(POLICY_LOSSES)}, or one of algorithm.path")
     policy_loss_settings: PolicyLossConfig = key("settings of some policy losses")
     entropy_coeff: float = key("weight of the entropy bonus", low=0.0)
     use_kl_loss: bool = key("add KL to the reference to the loss")
     kl_loss_coef: float = key("weight of that KL", low=0.0)
     kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_TYPES)
     loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
+
+
+@dataclass(frozen=True)
+class ActorConfig(PolicyTrainingConfig):
+    """The policy that is trained, on Megatron."""
+
+    strategy: str = key("training backend", choices=("megatron",))
     megatron: TrainedMegatronConfig = key("axes")
 
 
 @dataclass(frozen=True)
-class RefConfig:
+class DpActorConfig(PolicyTrainingConfig):
+    """The policy that is trained, split over data-parallel ranks alone."""
+
+    strategy: str = key("training backend", choices=FSDP_STRATEGIES)
+    fsdp_config: TrainedFsdpConfig = key("offload")
+
+
+@dataclass(frozen=True)
+class RefScoringConfig:
     """The frozen reference; built only where a KL term needs it."""
 
     log_prob_micro_batch_size_per_gpu: int | None = key("rollouts of a log-prob pass; null: as the actor's", low=1)
+
+
+@dataclass(frozen=True)
+class RefConfig(RefScoringConfig):
+    """The frozen reference, on Megatron; built only where a KL term needs it."""
+
     megatron: MegatronConfig = key("axes")
+
+
+@dataclass(frozen=True)
+class DpRefConfig(RefScoringConfig):
+    """The frozen reference, split over data-parallel ranks alone."""
+
+    fsdp_config: FsdpConfig = key("offload")
 
 
 @dataclass(frozen=True)
@@ -166,7 +232,7 @@ class ValSamplingConfig:
 class RolloutConfig:
     """The engine that generates, and how it samples."""
 
-    name: str = key("engine", choices=("vllm",))
+    name: str = key("engine", choices=("vllm", "sglang"))
     temperature: float = key("of sampling; the trainer's log-probs use it too", above=0.0)
     top_p: float = key("probability mass kept", above=0.0, high=1.0)
     top_k: int | None = key("tokens kept; null: all", low=1)
@@ -189,9 +255,20 @@ class ActorRolloutRefConfig:
 
     hybrid_engine: bool = key("training and rollout share devices; only true so far")
     model: ModelConfig = key("model")
-    actor: ActorConfig = key("actor")
     rollout: RolloutConfig = key("rollout")
+    actor: ActorConfig = key("actor")
     ref: RefConfig = key("reference")
+
+
+@dataclass(frozen=True)
+class DpActorRolloutRefConfig:
+    """Actor, engine and reference share ranks."""
+
+    hybrid_engine: bool = key("training and rollout share devices; only true so far")
+    model: ModelConfig = key("model")
+    rollout: RolloutConfig = key("rollout")
+    actor: DpActorConfig = key("actor")
+    ref: DpRefConfig = key("reference")
 
 
 @dataclass(frozen=True)
@@ -262,7 +339,8 @@ class RolloutCorrectionConfig:
 class AlgorithmConfig:
     """What turns rewards into advantages."""
 
-    adv_estimator: str = key("advantage estimator")
+    adv_estimator: str = key("advantage estimator, one of megarl's or of algorithm.path")
+    path: str | None = key("python file of yours that registers advantage estimators or policy losses")
     gamma: float = key("discount of a token's later rewards", above=0.0, high=1.0)
     lam: float = key("weight of later temporal differences (gae)", low=0.0, high=1.0)
     norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
@@ -283,8 +361,8 @@ class CriticModelConfig:
 
 
 @dataclass(frozen=True)
-class CriticConfig:
-    """The critic. dtype and packing are the actor's model's."""
+class CriticTrainingConfig:
+    """The critic, whatever the backend. dtype and packing are the actor's model's."""
 
     enable: bool | None = key("null: where the estimator needs values")
     model: CriticModelConfig = key("model")
@@ -298,7 +376,20 @@ class CriticConfig:
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
     loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
     warmup_steps: int = key("steps at the start that train the critic alone", low=0)
+
+
+@dataclass(frozen=True)
+class CriticConfig(CriticTrainingConfig):
+    """The critic, on Megatron. dtype and packing are the actor's model's."""
+
     megatron: TrainedMegatronConfig = key("axes; the actor's unless given")
+
+
+@dataclass(frozen=True)
+class DpCriticConfig(CriticTrainingConfig):
+    """The critic, split over data-parallel ranks alone."""
+
+    fsdp_config: TrainedFsdpConfig = key("offload; the actor's unless given")
 
 
 @dataclass(frozen=True)
@@ -330,11 +421,23 @@ class TrainerConfig(SFTTrainerConfig):
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """A whole RL run."""
+    """A whole RL run on Megatron."""
 
     data: DataConfig = key("data")
     actor_rollout_ref: ActorRolloutRefConfig = key("models")
     critic: CriticConfig = key("critic")
+    reward: RewardConfig = key("reward")
+    algorithm: AlgorithmConfig = key("algorithm")
+    trainer: TrainerConfig = key("trainer")
+
+
+@dataclass(frozen=True)
+class DpPPOConfig:
+    """A whole RL run on the data-parallel backend."""
+
+    data: DataConfig = key("data")
+    actor_rollout_ref: DpActorRolloutRefConfig = key("models")
+    critic: DpCriticConfig = key("critic")
     reward: RewardConfig = key("reward")
     algorithm: AlgorithmConfig = key("algorithm")
     trainer: TrainerConfig = key("trainer")

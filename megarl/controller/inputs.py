@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from megarl.config.algorithm_rules import needs_critic
 from megarl.config.model_shape import read_model_shape
-from megarl.config.rules import check_schedule, num_ranks
+from megarl.config.rules import require, schedule_problems
 from megarl.config.schema import ModelConfig, PPOConfig, SFTConfig
+from megarl.controller.check import CheckedPPO, CheckedSFT
 from megarl.data.chat import load_tokenizer
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
 from megarl.model.weights import SafetensorsSource
-from megarl.parallel.layout import layout_of
-from megarl.plan.batch import BatchPlan, plan_batch
+from megarl.plan.batch import BatchPlan
 from megarl.reward.registry import require_functions
 from megarl.types import Prompt
 
@@ -67,29 +66,12 @@ class SFTInputs:
     num_steps: int
 
 
-def read_ppo_inputs(config: PPOConfig, model_folder: str) -> PPOInputs:
-    """Read and check an RL run's inputs. Raises the named error of what is wrong before anything starts."""
+def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
+    """Read a checked RL run's inputs. Raises the named error of what is wrong before anything starts."""
+    config = checked.config
     data, actor, trainer = config.data, config.actor_rollout_ref.actor, config.trainer
-    plan = plan_batch(
-        num_prompts=data.train_batch_size,
-        n=config.actor_rollout_ref.rollout.n,
-        mini_batch_size=actor.ppo_mini_batch_size,
-        micro_batch_size=actor.ppo_micro_batch_size_per_gpu,
-        dp_size=layout_of(actor.megatron, num_ranks(config)).dp,
-        epochs=actor.ppo_epochs,
-    )
+    plan, critic_plan, model_folder = checked.batch, checked.critic_batch, checked.model.here()
     _check_weights(config.actor_rollout_ref.model, model_folder)
-    critic_plan = None
-    if needs_critic(config):
-        critic_plan = plan_batch(
-            num_prompts=data.train_batch_size,
-            n=config.actor_rollout_ref.rollout.n,
-            mini_batch_size=config.critic.ppo_mini_batch_size,
-            micro_batch_size=config.critic.ppo_micro_batch_size_per_gpu,
-            dp_size=layout_of(config.critic.megatron, num_ranks(config)).dp,
-            epochs=config.critic.ppo_epochs,
-            role="critic",
-        )
     tokenizer = load_tokenizer(model_folder)
     train, val = (
         load_prompts(
@@ -109,22 +91,19 @@ def read_ppo_inputs(config: PPOConfig, model_folder: str) -> PPOInputs:
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     num_overlong = train.num_overlong + val.num_overlong
     inputs = PPOInputs(tokenizer, train.prompts, val_prompts, order, plan, critic_plan, num_steps, num_overlong)
-    check_schedule("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, inputs.actor_optimizer_steps(config))
+    # Once more, now that too long prompts are left out.
+    steps = inputs.actor_optimizer_steps(config)
+    require(schedule_problems("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, steps))
     if critic_plan:
-        check_schedule("critic.lr_scheduler", config.critic.lr_scheduler, inputs.critic_optimizer_steps())
+        steps = inputs.critic_optimizer_steps()
+        require(schedule_problems("critic.lr_scheduler", config.critic.lr_scheduler, steps))
     return inputs
 
 
-def read_sft_inputs(config: SFTConfig, model_folder: str) -> SFTInputs:
-    """Read and check an SFT run's inputs. Raises the named error of what is wrong before anything starts."""
+def read_sft_inputs(checked: CheckedSFT) -> SFTInputs:
+    """Read a checked SFT run's inputs. Raises the named error of what is wrong before anything starts."""
+    config, plan, model_folder = checked.config, checked.batch, checked.model.here()
     data, trainer = config.data, config.trainer
-    plan = plan_batch(
-        num_prompts=data.train_batch_size,
-        n=1,
-        mini_batch_size=data.train_batch_size,
-        micro_batch_size=data.micro_batch_size_per_gpu,
-        dp_size=layout_of(config.megatron, num_ranks(config)).dp,
-    )
     _check_weights(config.model, model_folder)
     tokenizer = load_tokenizer(model_folder)
     train, val = (
@@ -141,7 +120,7 @@ def read_sft_inputs(config: SFTConfig, model_folder: str) -> SFTInputs:
     )
     order = Order(len(train), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
-    check_schedule("lr_scheduler", config.lr_scheduler, num_steps)
+    require(schedule_problems("lr_scheduler", config.lr_scheduler, num_steps))
     return SFTInputs(train, val, order, plan, num_steps)
 
 

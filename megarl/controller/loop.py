@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megarl.algorithm.advantage import AdvantageInputs, estimators
+from megarl.algorithm.advantage import AdvantageInputs
 from megarl.config.algorithm_rules import needs_critic, needs_reference
 from megarl.controller.report import Evaluation, critic_metrics, step_metrics, update_metrics
 from megarl.controller.run import Run
-from megarl.controller.settings import advantage_settings, policy_loss, value_loss
+from megarl.controller.settings import estimator, policy_loss, value_loss
 from megarl.data.batch import rollouts_to_batch
 from megarl.plan.batch import plan_update
 
@@ -18,7 +18,7 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
     config, ranks, timed = run.config, run.ranks, run.stopwatch.timed
     actor, critic, algorithm = config.actor_rollout_ref.actor, config.critic, config.algorithm
     temperature = config.actor_rollout_ref.rollout.temperature
-    estimate = estimators.get(algorithm.adv_estimator)
+    estimate = estimator(config)
 
     ranks.publish()
     run.check_publish()
@@ -50,7 +50,7 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
                 inputs = AdvantageInputs(
                     rewards.scores_B, batch.group_B, batch.mask_BS, token_rewards_BS, batch.values_BS, baseline_B
                 )
-                advantages = estimate(inputs, advantage_settings(config))
+                advantages = estimate(inputs)
                 batch = replace(batch, advantages_BS=advantages.advantages_BS, returns_BS=advantages.returns_BS)
                 metrics = step_metrics(batch, rewards) | kl_metrics
                 batch, correction_metrics = run.correct(batch)
@@ -71,8 +71,8 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
                 metrics |= run.validate(step).metrics()
         if run.is_due(config.trainer.save_freq, step):
             with timed("save"):
-                run.save(f"step_{step}")
+                run.save(f"step_{step}", step)
         run.log(step, metrics, prompts, groups, rewards)
 
-    run.save("final")
+    run.save("final", run.num_steps)
     return before, run.validate(run.num_steps)

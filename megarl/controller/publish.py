@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.model.name_map import megatron_shards, vllm_shards
@@ -23,7 +26,7 @@ class Publisher:
         ranks = range(layout.world_size)
         sources = [megatron_shards(shape, layout, rank) for rank in ranks]
         targets = [vllm_shards(shape, engine_tp, rank % engine_tp) for rank in ranks]
-        found = {name: tuple(p.shape) for name, p in engine.parameters().items()}
+        found = {name: tuple(p.shape) for name, p in _by_expert(engine.parameters()).items()}
         expected = {s.name: s.shape for s in targets[model.rank]}
         if found != expected:
             odd = sorted(set(found.items()) ^ set(expected.items()))
@@ -34,5 +37,16 @@ class Publisher:
     def publish(self, policy_version: int) -> None:
         """Copy the weights, and stamp later rollouts with ``policy_version``."""
         device: torch.device = self.model.spec.device
-        self.resharder.run(self.model.parameters(), self.engine.parameters(), device)
+        self.resharder.run(self.model.parameters(), _by_expert(self.engine.parameters()), device)
         self.engine.publish_done(policy_version)
+
+
+def _by_expert(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters as the name map has them: one view an expert of those that hold all experts of a layer."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if ".routed_experts." in name:
+            found |= {f"{name}.{expert}": of_one for expert, of_one in enumerate(parameter.unbind())}
+        else:
+            found[name] = parameter
+    return found

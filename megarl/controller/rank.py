@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run as every rank needs to know it. Folders are resolved; optimizer steps end the learning-rate schedules."""
+    """A run as every rank needs to know it. Folders are resolved; optimizer steps end the learning-rate schedules.
+
+    algorithm_file: the user's own losses, resolved.
+    """
 
     config: PPOConfig | SFTConfig
     model_folder: str
     actor_optimizer_steps: int
     critic_folder: str | None = None
     critic_optimizer_steps: int = 0
+    algorithm_file: str | None = None
 
 
 def join_ranks() -> Platform:

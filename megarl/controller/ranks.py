@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
+from megarl.checkpoint.trainer_state import TrainerState
 from megarl.controller.worker_group import WorkerGroup
 from megarl.parallel.layout import Layout
 from megarl.plan.batch import MiniBatch, micro_batches, split_rows
@@ -90,9 +91,9 @@ class Ranks:
         results = self.group.call("evaluate_sft", self._by_rank(layout, work))
         return _merge([results[rank] for rank in layout.output_ranks()])
 
-    def export(self, out: Path) -> None:
-        """Write the actor as a Hugging Face folder."""
-        self._everywhere("export", str(out))
+    def export(self, out: Path, state: TrainerState | None = None) -> None:
+        """Write the actor as a Hugging Face folder, with the critic in critic/, and the controller's state."""
+        self._everywhere("export", str(out), state)
 
     def _update(self, method: str, role: str, batch: Batch, plan: Sequence[MiniBatch], *extra: object) -> list[Metrics]:
         layout = self.roles[role].layout

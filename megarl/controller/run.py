@@ -20,6 +20,7 @@ from megarl.algorithm.kl_control import KLController
 from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.algorithm.rollout_correction import correct_rollouts
 from megarl.algorithm.token_rewards import penalize_rewards
+from megarl.checkpoint.trainer_state import TrainerState
 from megarl.config.schema import PPOConfig, RewardConfig
 from megarl.controller.inputs import PPOInputs
 from megarl.controller.rank import RunSpec
@@ -239,9 +240,13 @@ class Run:
                 f"{difference.max_abs:.3g} (allowed {allowed:g}): the engine doesn't run the trainer's weights"
             )
 
-    def save(self, name: str) -> None:
-        """Write the actor under checkpoints/ as a Hugging Face folder."""
-        self.ranks.export(self.run_dir / "checkpoints" / name)
+    def save(self, name: str, step: int) -> None:
+        """Write checkpoints/``name`` after ``step``: the actor, and in critic/ the critic, as Hugging Face folders.
+
+        trainer_state.json has what else decides the steps that follow, but the optimizers'.
+        """
+        state = TrainerState(step, self.ranks.policy_version, self.kl_controller)
+        self.ranks.export(self.run_dir / "checkpoints" / name, state)
 
     def log(
         self, step: int, metrics: Metrics, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards

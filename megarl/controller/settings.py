@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from megarl.algorithm.advantage import AdvantageSettings
+from megarl.algorithm.advantage import (
+    AdvantageInputs,
+    Advantages,
+    AdvantageSettings,
+    estimate_advantages,
+    estimators,
+)
 from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, presets
-from megarl.config.algorithm_rules import estimator_needs, needs_critic, needs_reference
+from megarl.algorithm.user_file import user_errors_named
+from megarl.config.algorithm_rules import needs_critic, needs_reference
 from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.ranks import RoleLayout
@@ -21,6 +29,17 @@ def advantage_settings(config: PPOConfig) -> AdvantageSettings:
     """Return the settings of the advantage estimator."""
     algorithm = config.algorithm
     return AdvantageSettings(algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma, lam=algorithm.lam)
+
+
+def estimator(config: PPOConfig) -> Callable[[AdvantageInputs], Advantages]:
+    """Return the advantage estimator with its settings. It raises AlgorithmError where a user's own fails."""
+    name, settings = config.algorithm.adv_estimator, advantage_settings(config)
+
+    def estimate(inputs: AdvantageInputs) -> Advantages:
+        with user_errors_named(estimators.key, name):
+            return estimate_advantages(name, inputs, settings)
+
+    return estimate
 
 
 def policy_loss(config: PPOConfig) -> PolicyLossSpec:
@@ -89,7 +108,7 @@ def train_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampli
         max_tokens=config.data.max_response_length,
         stop_token_ids=stop_token_ids,
         ignore_eos=rollout.ignore_eos,
-        with_greedy=estimator_needs(config).greedy_baseline,
+        with_greedy=estimators.needs(config.algorithm.adv_estimator).greedy_baseline,
     )
 
 

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.checkpoint.hf_export import export_hf
+from megarl.algorithm.user_file import load_user_file
+from megarl.checkpoint.trainer_state import TrainerState, write_trainer_state
+from megarl.checkpoint.whole_folder import whole_folder
 from megarl.config.algorithm_rules import needs_critic, needs_reference
-from megarl.config.model_shape import read_model_shape
+from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import (
     LRSchedulerConfig,
     MegatronConfig,
@@ -27,7 +29,6 @@ from megarl.config.schema import (
 )
 from megarl.controller.publish import Publisher
 from megarl.controller.rank import RunSpec
-from megarl.model.name_map import hf_shapes, megatron_shards
 from megarl.model.weights import RandomSource, SafetensorsSource, TensorSource
 from megarl.parallel.layout import layout_of
 from megarl.parallel.platform import Platform
@@ -49,6 +50,7 @@ class Worker:
     def __init__(self, run: RunSpec, platform: Platform) -> None:
         self.device = platform.device(int(os.environ["LOCAL_RANK"]))
         self.folder = Path(run.model_folder)
+        self.critic_folder = Path(run.critic_folder or run.model_folder)
         self.shape = read_model_shape(run.model_folder)
         self.ref: Policy | None = None
         self.critic: Critic | None = None
@@ -60,15 +62,17 @@ class Worker:
             self._build_sft(run.config, run)
 
     def _build_ppo(self, config: PPOConfig, run: RunSpec) -> None:
+        if run.algorithm_file is not None:
+            load_user_file(run.algorithm_file)
         models = config.actor_rollout_ref
         source = self._source(models.model, config.trainer.seed)
-        spec = self._model_spec(models.model, models.actor.megatron)
+        spec = _model_spec(self.shape, models.model, models.actor.megatron, self.device)
         optimizer = _optimizer_spec(
             models.actor.optim, models.actor.lr_scheduler, models.actor.megatron, run.actor_optimizer_steps
         )
         self.actor = Actor(spec, source, optimizer)
         if needs_reference(config):
-            self.ref = Policy(self._model_spec(models.model, models.ref.megatron), source)
+            self.ref = Policy(_model_spec(self.shape, models.model, models.ref.megatron, self.device), source)
         if needs_critic(config):
             self.critic = self._build_critic(config, run)
         self.engine = _build_engine(config, run.model_folder)
@@ -78,15 +82,14 @@ class Worker:
         critic, model = config.critic, config.actor_rollout_ref.model
         assert run.critic_folder is not None
         shape = read_model_shape(run.critic_folder).with_value_head()
-        layout = layout_of(critic.megatron, dist.get_world_size())
-        spec = ModelSpec(shape, layout, getattr(torch, model.dtype), self.device, model.use_remove_padding)
+        spec = _model_spec(shape, model, critic.megatron, self.device)
         random = critic.model.init == "random"
         source = RandomSource(shape, config.trainer.seed) if random else SafetensorsSource(run.critic_folder, shape)
         steps = run.critic_optimizer_steps
         return Critic(spec, source, _optimizer_spec(critic.optim, critic.lr_scheduler, critic.megatron, steps))
 
     def _build_sft(self, config: SFTConfig, run: RunSpec) -> None:
-        spec = self._model_spec(config.model, config.megatron)
+        spec = _model_spec(self.shape, config.model, config.megatron, self.device)
         optimizer = _optimizer_spec(config.optim, config.lr_scheduler, config.megatron, run.actor_optimizer_steps)
         self.actor = Actor(spec, self._source(config.model, config.trainer.seed), optimizer)
 
@@ -95,15 +98,12 @@ class Worker:
             return RandomSource(self.shape, seed)
         return SafetensorsSource(self.folder, self.shape)
 
-    def _model_spec(self, model: ModelConfig, megatron: MegatronConfig) -> ModelSpec:
-        layout = layout_of(megatron, dist.get_world_size())
-        return ModelSpec(self.shape, layout, getattr(torch, model.dtype), self.device, model.use_remove_padding)
-
     def publish(self, policy_version: int) -> None:
         """Move the actor's weights into the engine."""
         assert self.publisher is not None and self.engine is not None
         self.engine.wake_up()
-        self.publisher.publish(policy_version)
+        with self.actor.resident():
+            self.publisher.publish(policy_version)
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
         """Generate this replica's rollouts."""
@@ -144,23 +144,32 @@ class Worker:
         """Return the loss on demonstrations."""
         return self.actor.evaluate_sft(batch, step)
 
-    def export(self, out: str) -> None:
-        """Write the actor as a Hugging Face folder."""
-        spec = self.actor.spec
-        export_hf(
-            Path(out),
-            template=self.folder,
-            shapes=hf_shapes(self.shape),
-            sources=[megatron_shards(self.shape, spec.layout, r) for r in range(spec.layout.world_size)],
-            parameters=self.actor.parameters(),
-            dtype=spec.dtype,
-            device=self.device,
-        )
+    def export(self, out: str, state: TrainerState | None) -> None:
+        """Write the actor as a Hugging Face folder, with the critic in critic/, and the controller's state."""
+        with whole_folder(Path(out)) as folder:
+            self.actor.export(folder, self.folder)
+            if self.critic is not None:
+                self.critic.export(folder / "critic", self.critic_folder)
+            if state is not None and dist.get_rank() == 0:
+                write_trainer_state(folder, state)
 
     def shutdown(self) -> None:
         """Release the engine."""
         if self.engine is not None:
             self.engine.shutdown()
+
+
+def _model_spec(shape: ModelShape, model: ModelConfig, megatron: MegatronConfig, device: torch.device) -> ModelSpec:
+    return ModelSpec(
+        shape,
+        layout_of(megatron, dist.get_world_size()),
+        getattr(torch, model.dtype),
+        device,
+        packed=model.use_remove_padding,
+        param_offload=megatron.param_offload,
+        recompute=megatron.recompute if isinstance(megatron, TrainedMegatronConfig) else None,
+        transformer_fields=megatron.override_transformer_config,
+    )
 
 
 def _optimizer_spec(
@@ -177,6 +186,8 @@ def _optimizer_spec(
         warmup_steps=scheduler.warmup_steps,
         total_steps=total_steps,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
+        grad_offload=megatron.grad_offload,
+        optimizer_offload=megatron.optimizer_offload,
     )
 
 

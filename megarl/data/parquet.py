@@ -49,6 +49,14 @@ def read_rows(files: Sequence[str], required: Mapping[str, str], optional: Seque
             yield from _rows_of(file, parquet, present, [column for column in optional if column not in columns])
 
 
+def check_footer(file: str, required: Mapping[str, str]) -> int:
+    """Return the number of rows that a file's footer promises. Raises DataError as ``read_rows`` would."""
+    with open_parquet(file) as parquet:
+        for column, origin in required.items():
+            _require_column(file, column, origin, parquet.schema_arrow.names)
+        return int(parquet.metadata.num_rows)
+
+
 def open_parquet(file: str) -> pq.ParquetFile:
     """Open a parquet file. ``~`` is the home folder. Raises DataError if it is missing, truncated or not parquet."""
     path = Path(file).expanduser()

@@ -26,6 +26,15 @@ class PromptSet:
     num_overlong: int
 
 
+def prompt_columns(prompt_key: str) -> dict[str, str]:
+    """Return the columns that a file of prompts must have, each with where its name comes from."""
+    return {
+        prompt_key: f"data.prompt_key = {prompt_key!r}",
+        "data_source": _REWARD_COLUMN,
+        "reward_model": _REWARD_COLUMN,
+    }
+
+
 def load_prompts(
     files: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -40,11 +49,7 @@ def load_prompts(
     prompt is left out and counted (``filter``) or is an error. Raises DataError on any row that can't be used, and if
     no prompt is left.
     """
-    required = {
-        prompt_key: f"data.prompt_key = {prompt_key!r}",
-        "data_source": _REWARD_COLUMN,
-        "reward_model": _REWARD_COLUMN,
-    }
+    required = prompt_columns(prompt_key)
     prompts: list[Prompt] = []
     num_overlong = 0
     for row in read_rows(files, required, optional=("extra_info",)):

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.config.model_shape import ModelShape, Rope
+from megarl.config.schema import RecomputeConfig
 from megarl.errors import ModelFolderError
 from megarl.model.attention import CausalAttention, RMSNorm
-from megarl.model.name_map import entries, megatron_shards
+from megarl.model.name_map import entries, local_experts, megatron_shards
 from megarl.model.value_head import ValueHead
 from megarl.model.weights import TensorSource, fill
 from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout, split_layers
+
+# The index of an expert among those of its rank: Transformer Engine has them as one module with many weights.
+_EXPERT = re.compile(r"\.experts\.(local_experts\.(?=\d)|linear_fc[12]\.weight(?=\d))(?P<index>\d+)")
 
 
 def transformer_engine_present() -> bool:
@@ -34,8 +37,15 @@ def transformer_engine_present() -> bool:
     return bool(HAVE_TE) and torch.cuda.is_available()
 
 
-def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """Return Megatron's configuration of ``shape`` on ``layout``.
+def transformer_config(
+    shape: ModelShape,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    recompute: RecomputeConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TransformerConfig:
+    """Return Megatron's configuration of ``shape`` on ``layout``. ``overrides`` are fields that nothing here decides.
 
     Fusions that need Apex are off. ``calculate_per_token_loss`` makes Megatron sum gradients over micro-batches and
     data-parallel ranks; our losses are already normalised by the whole mini-batch. Megatron's own initialisation stays
@@ -70,10 +80,50 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         bf16=dtype == torch.bfloat16,
         cuda_graph_scope=[],  # the whole layer; the default says the same in a deprecated word, and warns
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available(),  # compiled, it keeps a third of SwiGLU's activations fewer
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **_recompute_fields(recompute),
+        **(_expert_fields(shape, layout) | dict(overrides or {})),  # a run may choose how its router computes
     )
+
+
+def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
+    """Return what Megatron is told about experts, nothing in a dense model.
+
+    Megatron weights the chosen experts either by the softmax over all of them, or by that over the chosen ones, which
+    is the same as dividing the former by their sum. The router computes in float32: rounded logits tie often, and
+    which expert a tie takes would depend on the layout.
+    """
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_layer_freq": [int(shape.has_experts(i)) for i in range(shape.num_layers)],
+        "moe_ffn_hidden_size": shape.expert_ffn_size,
+        "moe_shared_expert_intermediate_size": shape.shared_expert_ffn_size or None,
+        "moe_shared_expert_gate": shape.gated_shared_expert,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_router_score_function": shape.router_score,
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": transformer_engine_present(),
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+    }
+
+
+def _recompute_fields(recompute: RecomputeConfig | None) -> dict[str, Any]:
+    if recompute is None or recompute.granularity is None:
+        return {}
+    return {
+        "recompute_granularity": recompute.granularity,
+        "recompute_method": recompute.method,
+        "recompute_num_layers": recompute.num_layers,
+        "recompute_modules": ["core_attn"],  # read where granularity is selective
+    }
 
 
 def _stage_layout(num_layers: int, pp: int) -> list[list[str]] | None:
@@ -86,27 +136,45 @@ def _stage_layout(num_layers: int, pp: int) -> list[list[str]] | None:
     return stages
 
 
-def _block_spec(config: TransformerConfig) -> Any:
-    """Return the layer spec: Transformer Engine's where importable, else the local one with our norm and attention."""
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Return this stage's layers: Transformer Engine's where importable, else local with our norm and attention."""
     if transformer_engine_present():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:  # often the same object several times
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CausalAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return block
 
 
-def build_model(shape: ModelShape, groups: ParallelGroups, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+class _HalfPrecision(Float16Module):
+    """Megatron's wrapper without its copy of all logits in float32: what reads them casts a chunk at a time."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Return the stage's output in the model's dtype."""
+        return super().forward(*inputs, fp32_output=False, **kwargs)
+
+
+def build_model(
+    shape: ModelShape,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    recompute: RecomputeConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
     """Build this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
     The stage takes (tokens [B, S], positions, mask None, packed_seq_params) and the last one returns this rank's slice
     of the logits [B, S, V / tp], or values [B, S, 1] where the shape has a value head.
     """
     layout = groups.layout
-    config = transformer_config(shape, layout, dtype)
+    config = transformer_config(shape, layout, dtype, recompute=recompute, overrides=overrides)
     model = GPTModel(
         config,
         _block_spec(config),
@@ -122,7 +190,7 @@ def build_model(shape: ModelShape, groups: ParallelGroups, dtype: torch.dtype, d
         model.output_layer = ValueHead(config)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
-    return Float16Module(config, module) if dtype == torch.bfloat16 else module
+    return _HalfPrecision(config, module) if dtype == torch.bfloat16 else module
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -157,7 +225,8 @@ def named_parameters(model: torch.nn.Module, shape: ModelShape, layout: Layout, 
     """
     inner = unwrap(model)
     aliases = {alias: entry.megatron[0] for entry in entries(shape) for alias in entry.megatron}
-    found = {_canonical(n, inner, aliases): p.data for n, p in inner.named_parameters()}
+    experts = local_experts(shape, layout.ep, layout.expert_coordinates(rank).ep)
+    found = {_canonical(n, inner, aliases, experts): p.data for n, p in inner.named_parameters()}
     expected = {s.name: s.shape for s in megatron_shards(shape, layout, rank)}
     if {n: tuple(p.shape) for n, p in found.items()} != expected:
         odd = sorted({(n, tuple(p.shape)) for n, p in found.items()} ^ set(expected.items()))
@@ -165,14 +234,18 @@ def named_parameters(model: torch.nn.Module, shape: ModelShape, layout: Layout, 
     return found
 
 
-def _canonical(name: str, model: GPTModel, aliases: dict[str, str]) -> str:
-    """Return the map's name of a local parameter: global layer index, unfused norm."""
+def _canonical(name: str, model: GPTModel, aliases: dict[str, str], experts: range) -> str:
+    """Return the map's name of a local parameter: global indices of layer and expert, unfused norm."""
     parts = name.split(".")
     if parts[:2] != ["decoder", "layers"]:
         return aliases.get(name, name)
-    layer = model.decoder.layers[int(parts[2])].layer_number - 1
-    pattern = ".".join([*parts[:2], "{i}", *parts[3:]])
-    return aliases.get(pattern, pattern).format(i=layer)
+    place = {"i": model.decoder.layers[int(parts[2])].layer_number - 1}
+    parts[2] = "{i}"
+    pattern = ".".join(parts)
+    if found := _EXPERT.search(pattern):
+        place["e"] = experts[int(found["index"])]
+        pattern = pattern[: found.start("index")] + "{e}" + pattern[found.end("index") :]
+    return aliases.get(pattern, pattern).format(**place)
 
 
 def load_weights(model: torch.nn.Module, shape: ModelShape, layout: Layout, rank: int, source: TensorSource) -> None:

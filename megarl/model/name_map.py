@@ -2,13 +2,17 @@
 
 Each entry names a parameter in the three dialects and how it is split over tensor-parallel ranks. From it follow the
 shards of any rank of the trainer and of the engine, in Hugging Face coordinates.
+
+Experts are named by their index in the model, as layers are. vLLM keeps the experts of a layer in one parameter, of
+which the map names the slices: ``w13_weight.5`` is ``w13_weight[5]``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megarl.config.model_shape import ModelShape
 from megarl.parallel.layout import Layout, split_layers
@@ -19,142 +23,214 @@ VLLM_VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to a multiple of this befor
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind of parameter. ``{i}`` stands for the layer.
+    """One kind of parameter. ``{i}`` stands for the layer, ``{e}`` for the expert.
 
-    megatron: names, the first that the model has counts (Transformer Engine fuses norms into the next linear).
+    megatron: names, the first that the model has counts (Transformer Engine fuses norms into the next linear, and the
+    experts of a rank into one module). sizes: of the Hugging Face tensors ``hf``.
     split: ``replicated``, ``vocab`` and ``qkv`` and ``glu`` (split rows), ``row`` (split columns).
-    stage: ``embedding`` (first), ``layer``, ``head`` (last).
+    stage: ``embedding`` (first), ``layer`` (every one), ``dense`` and ``moe`` (layers without and with experts),
+    ``head`` (last).
     """
 
     megatron: tuple[str, ...]
     vllm: str
     hf: tuple[str, ...]
+    sizes: tuple[tuple[int, ...], ...]
     split: str
     stage: str = "layer"
-    bias: bool = False
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether every expert of a layer has this parameter."""
+        return "{e}" in self.hf[0]
+
+    def places(self, shape: ModelShape, layers: Sequence[int], experts: Sequence[int]) -> Iterator[dict[str, int]]:
+        """Yield what the names' ``i`` and ``e`` are, for all of ``layers`` and ``experts`` that have this parameter."""
+        if self.stage in ("embedding", "head"):
+            yield {}
+            return
+        for i in layers:
+            if self.stage == "layer" or shape.has_experts(i) == (self.stage == "moe"):
+                yield from ({"i": i, "e": e} for e in experts) if self.is_expert else ({"i": i},)
 
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _EMBEDDING = "model.embed_tokens.weight"
+_MEGATRON = "decoder.layers.{i}."
 VALUE_HEAD = "score.weight"  # as transformers' token classification models name it
+VALUE_HEAD_BIAS = "score.bias"  # which they have and megarl's critic has not
 
 
-def _qkv(kind: str) -> tuple[str, ...]:
-    return tuple(f"{_ATTENTION}{part}_proj.{kind}" for part in "qkv")
-
-
+@lru_cache(maxsize=64)
 def entries(shape: ModelShape) -> tuple[Entry, ...]:
     """Return the entries of a model, in checkpoint order."""
-    attention, mlp = "decoder.layers.{i}.self_attention.", "decoder.layers.{i}.mlp."
-    table = [
-        Entry(("embedding.word_embeddings.weight",), _EMBEDDING, (_EMBEDDING,), "vocab", "embedding"),
-        Entry(
-            ("decoder.layers.{i}.input_layernorm.weight", attention + "linear_qkv.layer_norm_weight"),
-            _LAYER + "input_layernorm.weight",
-            (_LAYER + "input_layernorm.weight",),
-            "replicated",
+    hidden, embedding = (shape.hidden_size,), (shape.vocab_size, shape.hidden_size)
+    norm = _MEGATRON + "pre_mlp_layernorm.weight"
+    return (
+        Entry(("embedding.word_embeddings.weight",), _EMBEDDING, (_EMBEDDING,), (embedding,), "vocab", "embedding"),
+        *_attention(shape),
+        _norm(
+            (norm, _MEGATRON + "mlp.linear_fc1.layer_norm_weight"), _LAYER + "post_attention_layernorm.weight", hidden
         ),
-        Entry((attention + "linear_qkv.weight",), _ATTENTION + "qkv_proj.weight", _qkv("weight"), "qkv"),
-        Entry(
-            (attention + "linear_proj.weight",), _ATTENTION + "o_proj.weight", (_ATTENTION + "o_proj.weight",), "row"
-        ),
-        Entry(
-            ("decoder.layers.{i}.pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight"),
-            _LAYER + "post_attention_layernorm.weight",
-            (_LAYER + "post_attention_layernorm.weight",),
-            "replicated",
-        ),
-        Entry(
-            (mlp + "linear_fc1.weight",),
-            _LAYER + "mlp.gate_up_proj.weight",
-            (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-            "glu",
-        ),
-        Entry((mlp + "linear_fc2.weight",), _LAYER + "mlp.down_proj.weight", (_LAYER + "mlp.down_proj.weight",), "row"),
-        Entry(("decoder.final_layernorm.weight",), "model.norm.weight", ("model.norm.weight",), "replicated", "head"),
+        *_dense(shape),
+        *(_experts(shape) if shape.num_experts else ()),
+        *(_shared_expert(shape) if shape.shared_expert_ffn_size else ()),
+        _norm(("decoder.final_layernorm.weight",), "model.norm.weight", hidden, "head"),
         _head(shape),
-    ]
+    )
+
+
+def _norm(megatron: tuple[str, ...], name: str, size: tuple[int, ...], stage: str = "layer") -> Entry:
+    """Return the entry of what every rank holds whole, and vLLM names as Hugging Face does."""
+    return Entry(megatron, name, (name,), (size,), "replicated", stage)
+
+
+def _attention(shape: ModelShape) -> Iterator[Entry]:
+    """Yield the entries of attention and of the norm before it."""
+    q, kv, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden_size
+    megatron, qkv = _MEGATRON + "self_attention.", _ATTENTION + "qkv_proj."
+    norms = (_MEGATRON + "input_layernorm.weight", megatron + "linear_qkv.layer_norm_weight")
+    yield _norm(norms, _LAYER + "input_layernorm.weight", (hidden,))
+    weights, biases = (tuple(f"{_ATTENTION}{part}_proj.{kind}" for part in "qkv") for kind in ("weight", "bias"))
+    yield Entry(
+        (megatron + "linear_qkv.weight",), qkv + "weight", weights, tuple((n, hidden) for n in (q, kv, kv)), "qkv"
+    )
     if shape.qkv_bias:
-        table.append(
-            Entry((attention + "linear_qkv.bias",), _ATTENTION + "qkv_proj.bias", _qkv("bias"), "qkv", bias=True)
-        )
+        yield Entry((megatron + "linear_qkv.bias",), qkv + "bias", biases, tuple((n,) for n in (q, kv, kv)), "qkv")
     if shape.qk_norm:
         for part in "qk":
-            name = f"{_ATTENTION}{part}_norm.weight"
-            table.append(Entry((f"{attention}{part}_layernorm.weight",), name, (name,), "replicated"))
-    return tuple(table)
+            norms = (f"{megatron}{part}_layernorm.weight",)
+            yield _norm(norms, f"{_ATTENTION}{part}_norm.weight", (shape.head_dim,))
+    output = _ATTENTION + "o_proj.weight"
+    yield Entry((megatron + "linear_proj.weight",), output, (output,), ((hidden, q),), "row")
+
+
+def _feed_forward(
+    megatron: tuple[str, ...], vllm: tuple[str, str], hf: Sequence[str], ffn_size: int, hidden_size: int, stage: str
+) -> tuple[Entry, Entry]:
+    """Return the entries of gate over up, and of down. megatron: with ``{n}`` for 1 and 2. hf: gate, up, down."""
+    first, second = (tuple(name.replace("{n}", n) for name in megatron) for n in "12")
+    gate, up, down = hf
+    rows = (ffn_size, hidden_size)
+    return (
+        Entry(first, vllm[0], (gate, up), (rows, rows), "glu", stage),
+        Entry(second, vllm[1], (down,), ((hidden_size, ffn_size),), "row", stage),
+    )
+
+
+def _dense(shape: ModelShape) -> tuple[Entry, Entry]:
+    mlp = _LAYER + "mlp."
+    hf = [f"{mlp}{part}_proj.weight" for part in ("gate", "up", "down")]
+    vllm = (mlp + "gate_up_proj.weight", hf[2])
+    return _feed_forward((_MEGATRON + "mlp.linear_fc{n}.weight",), vllm, hf, shape.ffn_size, shape.hidden_size, "dense")
+
+
+def _experts(shape: ModelShape) -> Iterator[Entry]:
+    """Yield the entries of the router and of each expert."""
+    is_mixtral = shape.family == "MixtralForCausalLM"
+    block = _LAYER + ("block_sparse_moe." if is_mixtral else "mlp.")
+    parts = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    router = block + "gate.weight"
+    size = (shape.num_experts, shape.hidden_size)
+    yield Entry((_MEGATRON + "mlp.router.weight",), router, (router,), (size,), "replicated", "moe")
+    megatron, vllm = _MEGATRON + "mlp.experts.", block + "experts.routed_experts."
+    yield from _feed_forward(
+        (megatron + "local_experts.{e}.linear_fc{n}.weight", megatron + "linear_fc{n}.weight{e}"),
+        (vllm + "w13_weight.{e}", vllm + "w2_weight.{e}"),
+        [f"{block}experts.{{e}}.{part}.weight" for part in parts],
+        shape.expert_ffn_size,
+        shape.hidden_size,
+        "moe",
+    )
+
+
+def _shared_expert(shape: ModelShape) -> Iterator[Entry]:
+    """Yield the entries of the expert that every token takes."""
+    megatron, name = _MEGATRON + "mlp.shared_experts.", _LAYER + "mlp.shared_expert"
+    hf = [f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")]
+    ffn, hidden = shape.shared_expert_ffn_size, shape.hidden_size
+    yield from _feed_forward(
+        (megatron + "linear_fc{n}.weight",), (name + ".gate_up_proj.weight", hf[2]), hf, ffn, hidden, "moe"
+    )
+    if shape.gated_shared_expert:
+        yield _norm((megatron + "gate_weight",), name + "_gate.weight", (1, hidden), "moe")
 
 
 def _head(shape: ModelShape) -> Entry:
     """Return the entry of what the last stage puts on top."""
+    megatron, hidden = ("output_layer.weight",), shape.hidden_size
     if shape.value_head:
-        return Entry(("output_layer.weight",), VALUE_HEAD, (VALUE_HEAD,), "replicated", "head")
+        return _norm(megatron, VALUE_HEAD, (1, hidden), "head")
     hf = _EMBEDDING if shape.tied else "lm_head.weight"
-    return Entry(("output_layer.weight",), "lm_head.weight", (hf,), "vocab", "head")
+    return Entry(megatron, "lm_head.weight", (hf,), ((shape.vocab_size, hidden),), "vocab", "head")
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face checkpoint, in checkpoint order."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden, ffn, vocab = shape.hidden_size, shape.ffn_size, shape.vocab_size
-    by_suffix = {
-        "embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden),
-        "q_proj.weight": (q, hidden), "k_proj.weight": (kv, hidden), "v_proj.weight": (kv, hidden),
-        "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,), "o_proj.weight": (hidden, q),
-        "gate_proj.weight": (ffn, hidden), "up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn),
-        VALUE_HEAD: (1, hidden), "q_norm.weight": (shape.head_dim,), "k_norm.weight": (shape.head_dim,),
-    }  # fmt: skip
-    names = [name.format(i=i) for entry in entries(shape) for i in _layers(shape, entry) for name in entry.hf]
-    return {name: next((s for suffix, s in by_suffix.items() if name.endswith(suffix)), (hidden,)) for name in names}
+    layers, experts = range(shape.num_layers), range(shape.num_experts)
+    return {
+        name.format(**place): size
+        for entry in entries(shape)
+        for place in entry.places(shape, layers, experts)
+        for name, size in zip(entry.hf, entry.sizes, strict=True)
+    }
 
 
-def _layers(shape: ModelShape, entry: Entry) -> Sequence[int]:
-    return range(shape.num_layers) if entry.stage == "layer" else (0,)
+def hf_zeros(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that transformers' model has and megarl's has not: it stays zero."""
+    return {VALUE_HEAD_BIAS: (1,)} if shape.value_head else {}
 
 
 def megatron_shards(shape: ModelShape, layout: Layout, rank: int) -> tuple[Shard, ...]:
-    """Return the shards of one rank of the trainer, by Megatron's names with global layer indices."""
-    place = layout.coordinates(rank)
-    layers = split_layers(shape.num_layers, layout.pp)[place.pp]
-    sizes = hf_shapes(shape)
+    """Return the shards of one rank of the trainer, by Megatron's names with global indices of layers and experts."""
+    place, expert = layout.coordinates(rank), layout.expert_coordinates(rank)
+    return _megatron_shards(shape, layout, place.pp, place.tp, expert.etp, expert.ep)
+
+
+@lru_cache(maxsize=256)
+def _megatron_shards(
+    shape: ModelShape, layout: Layout, stage: int, tp_rank: int, etp_rank: int, ep_rank: int
+) -> tuple[Shard, ...]:
+    """Return the shards that data-parallel ranks share."""
+    layers = split_layers(shape.num_layers, layout.pp)[stage]
+    experts = local_experts(shape, layout.ep, ep_rank)
     shards = []
     for entry in entries(shape):
-        if (entry.stage == "embedding" and place.pp != 0) or (entry.stage == "head" and place.pp != layout.pp - 1):
+        if (entry.stage == "embedding" and stage != 0) or (entry.stage == "head" and stage != layout.pp - 1):
             continue
         if shape.tied and layout.pp == 1 and entry.megatron == ("output_layer.weight",):
             continue  # the same parameter as the embedding
-        for i in layers if entry.stage == "layer" else (0,):
-            shards.append(
-                _shard(entry.megatron[0].format(i=i), entry, i, shape, sizes, place.tp, layout.tp, "megatron")
-            )
+        at, parts = (etp_rank, layout.expert_tp) if entry.is_expert else (tp_rank, layout.tp)
+        for place in entry.places(shape, layers, experts):
+            shards.append(_shard(entry.megatron[0], entry, place, shape, at, parts, "megatron"))
     return tuple(shards)
 
 
+def local_experts(shape: ModelShape, ep: int, ep_rank: int) -> range:
+    """Return the experts that the ``ep_rank``-th of ``ep`` expert-parallel ranks holds."""
+    count = shape.num_experts // ep
+    return range(count * ep_rank, count * (ep_rank + 1))
+
+
+@lru_cache(maxsize=64)
 def vllm_shards(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Shard, ...]:
-    """Return the shards of one rank of a vLLM engine of ``tp`` ranks."""
-    sizes = hf_shapes(shape)
+    """Return the shards of one rank of a vLLM engine of ``tp`` ranks, which split each expert as well."""
+    layers, experts = range(shape.num_layers), range(shape.num_experts)
     return tuple(
-        _shard(entry.vllm.format(i=i), entry, i, shape, sizes, tp_rank, tp, "vllm")
+        _shard(entry.vllm, entry, place, shape, tp_rank, tp, "vllm")
         for entry in entries(shape)
         if not (shape.tied and entry.vllm == "lm_head.weight")
-        for i in _layers(shape, entry)
+        for place in entry.places(shape, layers, experts)
     )
 
 
 def _shard(
-    name: str,
-    entry: Entry,
-    layer: int,
-    shape: ModelShape,
-    sizes: dict[str, tuple[int, ...]],
-    tp_rank: int,
-    tp: int,
-    dialect: str,
+    name: str, entry: Entry, place: dict[str, int], shape: ModelShape, tp_rank: int, tp: int, dialect: str
 ) -> Shard:
     """Build one rank's shard of one parameter."""
-    hf = [n.format(i=layer) for n in entry.hf]
-    full = sizes[hf[0]]
+    hf = [n.format(**place) for n in entry.hf]
+    full = entry.sizes[0]
     dim = 1 if entry.split == "row" else 0
     if entry.split == "replicated":
         segments: tuple[Segment, ...] = (Segment(hf[0], 0, full[0]),)
@@ -171,7 +247,7 @@ def _shard(
     else:
         segments = _stacked_qkv(shape, hf, tp_rank, tp)
     rows = sum(s.length for s in segments)
-    return Shard(name, (*full[:dim], rows, *full[dim + 1 :]), dim, segments)
+    return Shard(name.format(**place), (*full[:dim], rows, *full[dim + 1 :]), dim, segments)
 
 
 def _even(blocks: list[Segment], rows: int, tp_rank: int, tp: int) -> tuple[Segment, ...]:

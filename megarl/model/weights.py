@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megarl.config.model_shape import ModelShape
 from megarl.errors import ModelFolderError
-from megarl.model.name_map import VALUE_HEAD, hf_shapes
+from megarl.model.fused_experts import fused_parts
+from megarl.model.name_map import VALUE_HEAD, hf_shapes, hf_zeros
 from megarl.parallel.shard import Shard
 
 
@@ -33,7 +34,8 @@ class SafetensorsSource:
     """Reads ranges from ``model.safetensors`` or the files of ``model.safetensors.index.json``.
 
     A value head that the folder lacks is zero: a critic that starts from a language model values every state at 0.
-    Raises ModelFolderError where files or tensors are missing, truncated or of the wrong shape.
+    Experts may be apart or fused. Raises ModelFolderError where files or tensors are missing, truncated or of the wrong
+    shape, or a tensor that has no place in megarl's model isn't zero.
     """
 
     def __init__(self, folder: str | Path, shape: ModelShape) -> None:
@@ -42,7 +44,15 @@ class SafetensorsSource:
         self._open: dict[Path, safe_open] = {}
         expected = hf_shapes(shape)
         self._fresh = {n: expected.pop(n) for n in (VALUE_HEAD,) if n in expected and n not in self._file_of}
-        self._check(expected)
+        self._fused = fused_parts(expected, shape.num_experts, self._file_of)
+        in_files = {n: s for n, s in expected.items() if n not in self._fused}
+        self._check(in_files | {part.name: part.shape for part in self._fused.values()})
+        for name in (n for n in hf_zeros(shape) if n in self._file_of):
+            if self._handle(name).get_tensor(name).any():
+                raise ModelFolderError(
+                    f"{self._file_of[name]}: {name} isn't zero, and megarl's critic has no such tensor; "
+                    "a critic that megarl saved has zeros there"
+                )
 
     def _index(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -88,6 +98,9 @@ class SafetensorsSource:
         """Return rows [start, stop) along ``dim``, reading only those from the file."""
         if name in self._fresh:
             return torch.zeros(self._fresh[name]).narrow(dim, start, stop - start)
+        if part := self._fused.get(name):
+            fused: Tensor = self._handle(part.name).get_slice(part.name)[part.rows(dim, start, stop)]
+            return fused
         view = self._handle(name).get_slice(name)
         rows: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
         return rows

@@ -40,7 +40,12 @@ class ParallelGroups:
         before = _globals()
         mpu.destroy_model_parallel()
         mpu.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, order="tp-cp-ep-dp-pp"
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
+            order="tp-cp-ep-dp-pp",
         )
         model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
         self._state, self._rng = _globals(), get_cuda_rng_tracker().get_states()

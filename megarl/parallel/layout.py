@@ -1,7 +1,8 @@
 """Which rank holds what: pure arithmetic on the sizes of the parallel axes.
 
 Ranks are numbered as Megatron's default order ``tp-cp-ep-dp-pp`` does: tensor-parallel ranks are neighbours, then
-context, then data; pipeline stages are furthest apart.
+context, then data; pipeline stages are furthest apart. The experts of a stage are split over the same ranks by axes of
+their own: expert-tensor, then expert, then expert-data.
 """
 
 from __future__ import annotations
@@ -19,39 +20,84 @@ class Coordinates:
     tp: int
     dp: int
     pp: int
+    cp: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertCoordinates:
+    """A rank's place on the axes that experts are split by. edp: among the ranks that hold the same expert weights."""
+
+    etp: int
+    ep: int
+    edp: int
+    pp: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of all axes of one model. ``dp`` follows from the others."""
+    """Sizes of all axes of one model. ``dp`` and ``edp`` follow from the others.
+
+    vpp: model chunks of a pipeline stage, 1 without interleaving. etp: tensor-parallel size of experts, None as ``tp``.
+    """
 
     world_size: int
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    vpp: int = 1
 
     @property
     def dp(self) -> int:
         """Number of data-parallel replicas."""
-        return self.world_size // (self.tp * self.pp)
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share every expert."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def edp(self) -> int:
+        """Number of ranks that hold the same expert weights."""
+        return self.world_size // (self.expert_tp * self.ep * self.pp)
 
     def coordinates(self, rank: int) -> Coordinates:
         """Return where ``rank`` stands on each axis."""
-        return Coordinates(tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp) % self.pp)
+        tp, rest = rank % self.tp, rank // self.tp
+        cp, rest = rest % self.cp, rest // self.cp
+        return Coordinates(tp=tp, cp=cp, dp=rest % self.dp, pp=rest // self.dp % self.pp)
 
     def rank(self, place: Coordinates) -> int:
         """Return the rank at ``place``: the inverse of :meth:`coordinates`."""
-        return place.tp + self.tp * (place.dp + self.dp * place.pp)
+        return place.tp + self.tp * (place.cp + self.cp * (place.dp + self.dp * place.pp))
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Return where ``rank`` stands on each axis of experts."""
+        etp, rest = rank % self.expert_tp, rank // self.expert_tp
+        ep, rest = rest % self.ep, rest // self.ep
+        return ExpertCoordinates(etp=etp, ep=ep, edp=rest % self.edp, pp=rest // self.edp % self.pp)
 
     def output_ranks(self) -> tuple[int, ...]:
-        """Return, for every data-parallel rank in order, the rank that reports its results: last stage, tp 0."""
+        """Return, for every data-parallel rank in order, the rank that reports its results: last stage, tp and cp 0."""
         return tuple(self.rank(Coordinates(tp=0, dp=d, pp=self.pp - 1)) for d in range(self.dp))
 
 
 def layout_of(megatron: MegatronConfig, world_size: int) -> Layout:
     """Return the layout of a config's axes; sequence parallelism means something only where TP > 1."""
     tp = megatron.tensor_model_parallel_size
-    return Layout(world_size, tp, megatron.pipeline_model_parallel_size, megatron.sequence_parallel and tp > 1)
+    return Layout(
+        world_size,
+        tp,
+        megatron.pipeline_model_parallel_size,
+        megatron.sequence_parallel and tp > 1,
+        megatron.context_parallel_size,
+        megatron.expert_model_parallel_size,
+        megatron.expert_tensor_parallel_size,
+        megatron.virtual_pipeline_model_parallel_size or 1,
+    )
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:

@@ -1,70 +1,130 @@
 """Per-token log-probs and entropy from logits that are split over the vocabulary; the vocabulary is never gathered.
 
-Shape suffixes: N tokens, V this rank's slice of the vocabulary.
+The work goes in chunks of tokens, forward and backward, and nothing of float32 as large as the logits is ever kept:
+beside the logits and their gradient, both in the model's dtype, there is one chunk.
+
+Shape suffixes: L positions of a micro-batch, N predicted tokens among them, C tokens of a chunk, V this rank's slice of
+the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CHUNK_BYTES = 64 << 20  # of one chunk of float32 logits
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """How to read this rank's columns. first: their first token id; real: how many are no padding."""
+
+    first: int
+    real: int
+    temperature: float
+    chunk: int
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Yield the tokens of one chunk after the other."""
+        return (slice(start, start + self.chunk) for start in range(0, count, self.chunk))
+
+    def scaled(self, logits_LV: Tensor, rows_C: Tensor) -> Tensor:
+        """Return float32 logits [C, V] of some rows, divided by the temperature."""
+        chosen_CV = logits_LV[rows_C].float()
+        return chosen_CV if self.temperature == 1.0 else chosen_CV / self.temperature
+
+    def shifted_and_exp(self, logits_LV: Tensor, rows_C: Tensor, top_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z - top and exp of it [C, V], both 0 in padding, where garbage times 0 must stay 0."""
+        shifted_CV = self.scaled(logits_LV, rows_C) - top_C[:, None]
+        exp_CV = shifted_CV.exp()
+        exp_CV[:, self.real :] = 0.0
+        return shifted_CV, exp_CV
+
+    def mine(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the column of each target, and whether it is this rank's."""
+        local_C = targets_C - self.first
+        return local_C.clamp(min=0), (local_C >= 0) & (local_C < self.real)
+
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, group: dist.ProcessGroup, vocab_size: int
+        ctx: Any, logits_LV: Tensor, rows_N: Tensor, targets_N: Tensor, group: dist.ProcessGroup, columns: _Slice
     ) -> tuple[Tensor, Tensor]:
-        width = logits_NV.shape[-1]
-        first = dist.get_rank(group) * width
-        real = max(0, min(width, vocab_size - first))  # columns past the vocabulary are padding
-
-        top_N = logits_NV[:, :real].amax(-1) if real else logits_NV.new_full(targets_N.shape, float("-inf"))
+        top_N = logits_LV.new_full(targets_N.shape, float("-inf"), dtype=torch.float32)
+        sums_3N = top_N.new_zeros((3, len(top_N)))
+        for part in columns.chunks(len(rows_N)) if columns.real else ():
+            top_N[part] = columns.scaled(logits_LV, rows_N[part])[:, : columns.real].amax(-1)
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
-        shifted_NV = logits_NV - top_N[:, None]
-        exp_NV = shifted_NV.exp()
-        exp_NV[:, real:] = 0.0
-
-        local_N = targets_N - first
-        mine_N = (local_N >= 0) & (local_N < real)
-        index_N = local_N.clamp(0, width - 1)
-        target_N = shifted_NV.gather(-1, index_N[:, None])[:, 0].masked_fill(~mine_N, 0.0)
-        shifted_NV[:, real:] = 0.0  # 0 * garbage must stay 0 below
-        sums_3N = torch.stack([exp_NV.sum(-1), (exp_NV * shifted_NV).sum(-1), target_N])
+        for part in columns.chunks(len(rows_N)):
+            shifted_CV, exp_CV = columns.shifted_and_exp(logits_LV, rows_N[part], top_N[part])
+            index_C, mine_C = columns.mine(targets_N[part])
+            index_C = index_C.clamp(max=shifted_CV.shape[-1] - 1)
+            target_C = shifted_CV.gather(-1, index_C[:, None])[:, 0].masked_fill(~mine_C, 0.0)
+            shifted_CV[:, columns.real :] = 0.0
+            sums_3N[:, part] = torch.stack([exp_CV.sum(-1), (exp_CV * shifted_CV).sum(-1), target_C])
         dist.all_reduce(sums_3N, group=group)
         total_N, weighted_N, target_N = sums_3N
 
         log_total_N = total_N.log()
-        logprobs_N = target_N - log_total_N
         entropy_N = log_total_N - weighted_N / total_N
-        probs_NV = exp_NV.div_(total_N[:, None])
-        ctx.save_for_backward(probs_NV, shifted_NV, log_total_N, entropy_N, index_N, mine_N)
-        return logprobs_N, entropy_N
+        ctx.columns = columns
+        ctx.save_for_backward(logits_LV, rows_N, targets_N, top_N, total_N, entropy_N)
+        return target_N - log_total_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad_logprobs_N, grad_entropy_N = grads
-        probs_NV, shifted_NV, log_total_N, entropy_N, index_N, mine_N = ctx.saved_tensors
-        # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
-        grad_NV = probs_NV * -grad_logprobs_N[:, None]
-        grad_NV.scatter_add_(-1, index_N[:, None], (grad_logprobs_N * mine_N)[:, None])
-        if ctx.needs_input_grad[0] and torch.any(grad_entropy_N != 0):
-            log_probs_NV = shifted_NV - log_total_N[:, None]
-            grad_NV -= probs_NV * (log_probs_NV + entropy_N[:, None]) * grad_entropy_N[:, None]
-        return grad_NV, None, None, None
+        columns: _Slice = ctx.columns
+        logits_LV, rows_N, targets_N, top_N, total_N, entropy_N = ctx.saved_tensors
+        with_entropy = bool(torch.any(grad_entropy_N != 0))
+        grad_LV = torch.zeros_like(logits_LV)
+        for part in columns.chunks(len(rows_N)):
+            shifted_CV, exp_CV = columns.shifted_and_exp(logits_LV, rows_N[part], top_N[part])
+            index_C, mine_C = columns.mine(targets_N[part])
+            index_C = index_C.clamp(max=shifted_CV.shape[-1] - 1)
+            probs_CV = exp_CV.div_(total_N[part, None])
+            # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
+            grad_CV = probs_CV * -grad_logprobs_N[part, None]
+            grad_CV.scatter_add_(-1, index_C[:, None], (grad_logprobs_N[part] * mine_C)[:, None])
+            if with_entropy:
+                shifted_CV[:, columns.real :] = 0.0
+                log_probs_CV = shifted_CV - total_N[part, None].log()
+                grad_CV -= probs_CV * (log_probs_CV + entropy_N[part, None]) * grad_entropy_N[part, None]
+            if columns.temperature != 1.0:
+                grad_CV /= columns.temperature
+            grad_LV[rows_N[part]] = grad_CV.to(grad_LV.dtype)
+        return grad_LV, None, None, None, None
 
 
 def vocab_parallel_logprobs(
-    logits_NV: Tensor, targets_N: Tensor, *, group: dist.ProcessGroup, vocab_size: int
+    logits_LV: Tensor,
+    targets_N: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    vocab_size: int,
+    rows_N: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Return (log p(target), entropy of p), both float32 [N] and differentiable, the same on all ranks of ``group``.
 
-    logits_NV: this rank's slice, rank r holding columns [r V, (r + 1) V). targets_N: global token ids.
-    vocab_size: the real vocabulary; columns past it are padding and get probability 0.
+    logits_LV: this rank's slice, rank r holding columns [r V, (r + 1) V). targets_N: global token ids. rows_N: the row
+    that predicts each target, every row at most once; all in order by default. vocab_size: the real vocabulary; columns
+    past it are padding and get probability 0. p = softmax(logits / temperature), computed in float32.
+
     log p_t = z_t - log sum_v exp z_v;  H = log sum_v exp z_v - sum_v p_v z_v. Two all-reduces: N and 3 N floats.
     """
+    width = logits_LV.shape[-1]
+    first = dist.get_rank(group) * width
+    real = max(0, min(width, vocab_size - first))
+    columns = _Slice(first, real, temperature, max(1, chunk_bytes // (4 * width)))
+    if rows_N is None:
+        rows_N = torch.arange(len(targets_N), device=logits_LV.device)
     apply: Callable[..., tuple[Tensor, Tensor]] = _VocabParallelLogProbs.apply
-    return apply(logits_NV.float(), targets_N, group, vocab_size)
+    return apply(logits_LV, rows_N, targets_N, group, columns)

@@ -171,7 +171,12 @@ def _start(spec: VllmSpec) -> LLM:
 def _platform_arguments(spec: VllmSpec) -> dict[str, Any]:
     if platform_name() == "cpu":
         return {"worker_cls": "megarl.rollout.vllm_cpu.CpuWorker", "enforce_eager": True}
-    return {"enable_sleep_mode": spec.free_cache_engine, "enforce_eager": spec.enforce_eager}
+    return {
+        "enable_sleep_mode": spec.free_cache_engine,
+        "enforce_eager": spec.enforce_eager,
+        # Others swap or shuffle the experts' weights after loading, where publishing in place would be silently wrong.
+        "moe_backend": "triton",
+    }
 
 
 def _set_environment(spec: VllmSpec) -> None:

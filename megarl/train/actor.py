@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarl.algorithm.aggregate import token_weights_B
 from megarl.algorithm.kl import kl_estimators
-from megarl.algorithm.policy_loss import PolicyLossInputs, policy_losses
+from megarl.algorithm.policy_loss import PolicyLossInputs, token_loss
 from megarl.data.batch import MicroBatch
 from megarl.model.weights import TensorSource
 from megarl.train.model import Loss, ModelSpec
@@ -32,11 +32,13 @@ class Actor(Policy):
         ``batch`` needs old_logprobs_BS and advantages_BS, and ref_logprobs_BS where ``loss.kl_coef`` isn't None.
         Metrics but grad_norm and lr are sums normalised by the whole mini-batch: over data-parallel ranks they add up.
         """
-        return [self.optimizer.train(batch, step, self._policy_loss(batch, step, loss)) for step in steps]
+        with self.optimizer.resident():
+            return [self.optimizer.train(batch, step, self._policy_loss(batch, step, loss)) for step in steps]
 
     def update_sft(self, batch: Batch, steps: Sequence[OptimizerStep]) -> list[Metrics]:
         """Take optimizer steps on demonstrations: minus the mean log-prob of the masked tokens."""
-        return [self.optimizer.train(batch, step, self._sft_loss(step)) for step in steps]
+        with self.optimizer.resident():
+            return [self.optimizer.train(batch, step, self._sft_loss(step)) for step in steps]
 
     def evaluate_sft(self, batch: Batch, step: OptimizerStep) -> Metrics:
         """Return the SFT loss without training."""
@@ -52,7 +54,6 @@ class Actor(Policy):
         weights_B = token_weights_B(
             spec.loss_agg_mode, num_tokens_B, step.total_tokens, step.total_rollouts, max_tokens=spec.max_tokens
         )
-        per_token = policy_losses.get(spec.name)
 
         def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             scores, device = self.score(micro, logits, spec.temperature), logits.device
@@ -66,7 +67,7 @@ class Actor(Policy):
                 rollout_weights_N=_column(micro, batch.policy_weights_BS, device),
                 selected_N=_column(micro, batch.selected_BS, device),
             )
-            policy = per_token(inputs, spec.settings)
+            policy = token_loss(spec.name, inputs, spec.settings)
             total = policy_loss = (weights_N * policy.loss_N).sum()
             entropy = (weights_N * scores.entropy_N).sum()
             metrics = {

@@ -36,7 +36,8 @@ class Critic(Model):
 
     def update(self, batch: Batch, steps: Sequence[OptimizerStep], loss: ValueLossSpec) -> list[Metrics]:
         """Take optimizer steps towards ``returns_BS``; return the metrics of each, as the actor's update does."""
-        return [self.optimizer.train(batch, step, _value_loss(batch, step, loss)) for step in steps]
+        with self.optimizer.resident():
+            return [self.optimizer.train(batch, step, _value_loss(batch, step, loss)) for step in steps]
 
 
 def _values(micro: MicroBatch, output: Tensor) -> Tensor:

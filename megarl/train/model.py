@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megarl.checkpoint.hf_export import export_hf
 from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RecomputeConfig
 from megarl.data.batch import MicroBatch, pack
 from megarl.model.attention import describe_packing
 from megarl.model.build import build_model, load_weights, named_parameters
+from megarl.model.name_map import hf_shapes, hf_zeros, megatron_shards
 from megarl.model.weights import TensorSource
 from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout
+from megarl.train.offload import Offload
 from megarl.types import Batch
 
 R = TypeVar("R")
@@ -29,13 +36,32 @@ Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, R]]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a role's model is. packed: compute no padding tokens."""
+    """What a role's model is.
+
+    packed: compute no padding tokens. param_offload: keep parameters in host memory between uses. recompute: None
+    keeps all activations. transformer_fields: of Megatron's TransformerConfig, over ours.
+    """
 
     shape: ModelShape
     layout: Layout
     dtype: torch.dtype
     device: torch.device
     packed: bool = True
+    param_offload: bool = False
+    recompute: RecomputeConfig | None = None
+    transformer_fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+_groups: WeakValueDictionary[tuple[dist.ProcessGroup | None, Layout], ParallelGroups] = WeakValueDictionary()
+
+
+def shared_groups(layout: Layout) -> ParallelGroups:
+    """Return the groups of ``layout`` in this world: roles that are laid out alike take turns with the same ones."""
+    key = (dist.group.WORLD, layout)
+    groups = _groups.get(key)
+    if groups is None:
+        groups = _groups[key] = ParallelGroups(layout)
+    return groups
 
 
 class Model:
@@ -43,15 +69,47 @@ class Model:
 
     def __init__(self, spec: ModelSpec, source: TensorSource) -> None:
         self.spec = spec
-        self.groups = ParallelGroups(spec.layout)
+        self.groups = shared_groups(spec.layout)
         self.rank = dist.get_rank()
-        with self.groups.active():
-            self.module = build_model(spec.shape, self.groups, spec.dtype, spec.device)
+        self._offload = Offload(lambda: self.module.parameters(), enabled=spec.param_offload)
+        with self.resident(), self.groups.active():
+            self.module = build_model(
+                spec.shape,
+                self.groups,
+                spec.dtype,
+                spec.device,
+                recompute=spec.recompute,
+                overrides=spec.transformer_fields,
+            )
             load_weights(self.module, spec.shape, spec.layout, self.rank, source)
 
+    def resident(self) -> AbstractContextManager[None]:
+        """Have the parameters on the device for the duration: whoever reads or writes them does it in here."""
+        return self._offload.resident()
+
     def parameters(self) -> dict[str, Tensor]:
-        """Return this rank's parameters by the name map's names."""
+        """Return this rank's parameters by the name map's names. They can be used while they are resident."""
+        assert not self._offload.is_away
         return named_parameters(self.module, self.spec.shape, self.spec.layout, self.rank)
+
+    def export(self, out: Path, template: Path) -> None:
+        """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder ``template``.
+
+        Raises ResourceError on every rank where the disk is too small.
+        """
+        shape, layout = self.spec.shape, self.spec.layout
+        with self.resident():
+            export_hf(
+                out,
+                template=template,
+                shapes=hf_shapes(shape),
+                sources=[megatron_shards(shape, layout, rank) for rank in range(layout.world_size)],
+                parameters=self.parameters(),
+                dtype=self.spec.dtype,
+                device=self.spec.device,
+                zeros=hf_zeros(shape),
+                fields=shape.critic_fields() if shape.value_head else {},
+            )
 
     def run(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]], loss: Loss[R], *, forward_only: bool
@@ -62,7 +120,7 @@ class Model:
         """
         multiple = self.spec.layout.tp if self.spec.layout.sequence_parallel else 1
         micros = [pack(batch, rows, packed=self.spec.packed, multiple=multiple) for rows in micro_batches]
-        with self.groups.active():
+        with self.resident(), self.groups.active():
             results: list[R] = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss),
                 data_iterator=iter(micros),

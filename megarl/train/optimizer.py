@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megarl.errors import WorkerError
 from megarl.train.model import Loss, Model
+from megarl.train.offload import Offload
 from megarl.train.work import Metrics, OptimizerStep
 from megarl.types import Batch
 
@@ -26,6 +28,8 @@ class OptimizerSpec:
 
     clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after
     ``warmup_steps`` of linear warm-up, down to ``min_lr`` at ``total_steps``. Steps are optimizer steps.
+    grad_offload: free the gradient buffers between updates. optimizer_offload: keep main parameters and moments in host
+    memory between updates.
     """
 
     lr: float
@@ -38,6 +42,8 @@ class OptimizerSpec:
     warmup_steps: int
     total_steps: int
     use_distributed_optimizer: bool
+    grad_offload: bool = False
+    optimizer_offload: bool = False
 
 
 class Optimizer:
@@ -45,11 +51,33 @@ class Optimizer:
 
     def __init__(self, model: Model, spec: OptimizerSpec) -> None:
         self.model = model
-        with model.groups.active():
+        self._gradients = Offload(self._gradient_tensors, enabled=spec.grad_offload, keep_values=False)
+        self._state = Offload(self._state_tensors, enabled=spec.optimizer_offload)
+        with self.resident(), model.groups.active():
             self.ddp = _wrap(model, spec)
             model.module = self.ddp
             self.inner = get_megatron_optimizer(_optimizer_config(model, spec), [self.ddp])
             self.scheduler = _scheduler(self.inner, spec)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Have parameters, gradients and optimizer state on the device for the duration; gradients are undefined."""
+        with self.model.resident(), self._gradients.resident(), self._state.resident():
+            yield
+
+    def _gradient_tensors(self) -> Iterator[Tensor]:
+        """Yield views into every gradient buffer."""
+        for parameter in self.ddp.parameters():
+            yield parameter.main_grad
+
+    def _state_tensors(self) -> Iterator[Tensor]:
+        """Yield main parameters and moments, but no main parameter that is a view of the model's own."""
+        weights = {parameter.untyped_storage()._cdata for parameter in self.ddp.parameters()}
+        found = [parameter for group in self.inner.param_groups for parameter in group["params"]]
+        for optimizer in self.inner.chained_optimizers:
+            for state in optimizer.state.values():
+                found += [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
+        yield from (tensor for tensor in found if tensor.untyped_storage()._cdata not in weights)
 
     def train(self, batch: Batch, step: OptimizerStep, loss: Loss[dict[str, Tensor]]) -> Metrics:
         """Take one optimizer step on the sum of ``loss`` over micro-batches and data-parallel ranks.
@@ -58,14 +86,15 @@ class Optimizer:
         Raises WorkerError where the gradient isn't finite: the weights in memory are lost then, saved ones aren't.
         """
         self.model.module.train()
-        self.ddp.zero_grad_buffer()
-        self.inner.zero_grad()
-        metrics = summed(self.model.run(batch, step.micro_batches, loss, forward_only=False))
-        # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
-        self.scheduler.step(1)
-        lr = float(self.inner.param_groups[0]["lr"])
-        with self.model.groups.active():
-            _, grad_norm, _ = self.inner.step()
+        with self.resident():
+            self.ddp.zero_grad_buffer()
+            self.inner.zero_grad()
+            metrics = summed(self.model.run(batch, step.micro_batches, loss, forward_only=False))
+            # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
+            self.scheduler.step(1)
+            lr = float(self.inner.param_groups[0]["lr"])
+            with self.model.groups.active():
+                _, grad_norm, _ = self.inner.step()
         if not math.isfinite(grad_norm):
             raise WorkerError(
                 f"the gradient norm is {grad_norm}: the update destroyed the weights in memory. Lower optim.lr, raise "

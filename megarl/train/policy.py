@@ -39,11 +39,12 @@ class Policy(Model):
 
     def score(self, micro: MicroBatch, logits: Tensor, temperature: float) -> TokenScores:
         """Return log-probs and entropies of the tokens that count from this rank's slice of the logits [.., L, V]."""
-        logits_NV = logits.flatten(0, -2)[micro.predict_N.to(logits.device)]
         logprobs_N, entropy_N = vocab_parallel_logprobs(
-            logits_NV if temperature == 1.0 else logits_NV / temperature,
+            logits.flatten(0, -2),
             micro.targets_N.to(logits.device),
             group=mpu.get_tensor_model_parallel_group(),
             vocab_size=self.spec.shape.vocab_size,
+            rows_N=micro.predict_N.to(logits.device),
+            temperature=temperature,
         )
         return TokenScores(logprobs_N, entropy_N)

@@ -7,6 +7,7 @@ Shape suffixes: B rollouts, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def train(folder: Path, batch: Batch, loss: PolicyLossSpec | None, optimizer: Op
     """Take optimizer steps on the whole of ``batch``: policy updates, or SFT where ``loss`` is None."""
     model = load(folder)
     # Megatron's rule: no weight decay on norms and biases.
-    groups = [[p for p in model.parameters() if p.dim() == dim] for dim in (1, 2)]
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == decays] for decays in (False, True)]
     adam = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": optimizer.weight_decay}],
         lr=optimizer.lr,
@@ -69,10 +70,30 @@ def train(folder: Path, batch: Batch, loss: PolicyLossSpec | None, optimizer: Op
         value = _sft_loss(model, batch) if loss is None else _policy_loss(model, batch, loss)
         value.backward()
         losses.append(value.item())
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        gradients.append(checkpoint_tensors(model, {name: p.grad.clone() for name, p in model.named_parameters()}))
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad).item())
         adam.step()
-    return Training(losses, grad_norms, gradients[0], {name: p.detach() for name, p in model.named_parameters()})
+    weights = checkpoint_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+    return Training(losses, grad_norms, gradients[0], weights)
+
+
+def checkpoint_tensors(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors``, by the names of ``model``'s parameters, as a checkpoint has them: each expert apart."""
+    is_mixtral = model.config.model_type == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        experts, is_fused, kind = name.rpartition("experts.")
+        if is_fused:
+            for e, of_expert in enumerate(tensor):
+                parts = (gate, up) if kind == "gate_up_proj" else (down,)
+                for part, rows in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                    found[f"{experts}experts.{e}.{part}.weight"] = rows
+        else:
+            found[name] = tensor
+    if not is_mixtral:
+        return found
+    return {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in found.items()}
 
 
 def _sft_loss(model: Any, batch: Batch) -> Tensor:

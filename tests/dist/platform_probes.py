@@ -119,6 +119,14 @@ def adam_step_of_each_param() -> None:
     assert resumed.weights() == straight.weights(), "the step after a resume isn't the one without"
 
 
+def one_gloo_device() -> None:
+    for _ in range(5):
+        dist.all_reduce(torch.ones(1), group=dist.new_group(range(dist.get_world_size())))
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    loops = threads.count("gloo_tcp_loop")
+    assert loops == 1, f"{loops} event loops poll"
+
+
 def quiet_warnings() -> None:
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer  # noqa: F401

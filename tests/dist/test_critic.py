@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForTokenClassification
 
+from megarl.config.model_shape import read_model_shape
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.train.optimizer import OptimizerSpec
 from megarl.train.work import ValueLossSpec
 from megarl.types import Batch
-from tests.dist.critic_cases import Judged, judge
+from tests.dist.critic_cases import Judged, judge, learn_and_export
 from tests.dist.ranks import RankPool
-from tests.dist.tiny_models import save_tiny_model
+from tests.dist.tiny_models import FAMILIES, save_tiny_model
 
 MODEL = "qwen3-tied"  # a critic has no output layer, so there is nothing to tie
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
@@ -127,6 +128,44 @@ def test_a_critic_from_a_language_model_values_every_state_at_zero(
         judge, tmp_path, Layout(1), True, batch, ValueLossSpec(CLIP_RANGE, "token-mean"), OPTIMIZER, 1, world_size=1
     )
     assert float(answer.values_BS.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_critic_gives_the_same_values_in_transformers_and_where_it_is_loaded_again(
+    ranks: RankPool, tmp_path: Path, batch: Batch, family: str
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "critic"
+    save_tiny_model(f"{family}-tied", start)  # from a value head of zeros, which an optimizer step moves
+    layout, loss = Layout(4, tp=2, pp=2), ValueLossSpec(CLIP_RANGE, "token-mean")
+    optimizer = replace(OPTIMIZER, lr=0.1)
+    exported = ranks.run(learn_and_export, start, layout, batch, loss, optimizer, out)
+    values_BS = _reported(layout, exported)
+    assert float(values_BS.abs().max()) > 0.1, "the critic learnt nothing that could be lost"
+
+    again = [a.values_BS for a in ranks.run(judge, out, layout, True, batch, loss, optimizer, 0)]
+    assert _reported(layout, again).equal(values_BS)
+    model, found = AutoModelForTokenClassification.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found.values()), found  # nothing missing, unexpected or of another shape
+    assert model.config.num_labels == 1 and not model.score.bias.any()
+    torch.testing.assert_close(_values_of_classifier(model.eval(), batch), values_BS, rtol=0, atol=2e-5)
+    assert read_model_shape(out) == read_model_shape(start).with_value_head()
+
+
+def _reported(layout: Layout, answers: list[Tensor | None]) -> Tensor:
+    """Return the values of all rows, from the ranks that report them."""
+    return torch.cat([_there(answers[rank]) for rank in layout.output_ranks()])
+
+
+@torch.no_grad()
+def _values_of_classifier(model: Any, batch: Batch) -> Tensor:
+    """Return what transformers' own model gives each token's state before it, zero outside the mask."""
+    rows = []
+    for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):
+        values_S = model(tokens_S[None, :length]).logits[0, :-1, 0]
+        rows.append(torch.nn.functional.pad(values_S, (1, len(tokens_S) - length)))
+    return torch.stack(rows) * batch.mask_BS
 
 
 def _there(values_BS: Tensor | None) -> Tensor:

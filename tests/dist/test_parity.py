@@ -133,7 +133,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refer
     @cache
     def make(model: str) -> Reference:
         save_tiny_model(model, folder / model)
-        return _reference(folder / model)
+        return make_reference(folder / model)
 
     return make
 
@@ -175,7 +175,8 @@ def trained(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[
     return run
 
 
-def _reference(folder: Path) -> Reference:
+def make_reference(folder: Path) -> Reference:
+    """Ask Hugging Face about the model in ``folder`` and a random batch, as rollouts of a policy close to it."""
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
     everything = sequences_to_batch(tokens, [[True] * length for length in LENGTHS])
@@ -202,7 +203,7 @@ def _mask(length: int) -> list[bool]:
     return [position >= PROMPT_LENGTH and length > PROMPT_LENGTH + 1 for position in range(length)]
 
 
-def _summed(results: Sequence[Sequence[Metrics]], layout: Layout) -> list[Metrics]:
+def summed(results: Sequence[Sequence[Metrics]], layout: Layout) -> list[Metrics]:
     """Add up the shares of the ranks that report; gradient norm and learning rate are the same on all."""
     shares = [results[rank] for rank in layout.output_ranks()]
     return [
@@ -211,7 +212,7 @@ def _summed(results: Sequence[Sequence[Metrics]], layout: Layout) -> list[Metric
     ]
 
 
-def _assert_pieces_are(pieces: Sequence[Piece], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_pieces_are(pieces: Sequence[Piece], expected: dict[str, Tensor], tolerance: float) -> None:
     """Compare each piece with its part of Hugging Face's tensor, to ``tolerance`` of that one's largest value.
 
     Every part of every tensor has to be there, and padding has to be zero.
@@ -275,7 +276,7 @@ def test_the_gradient_of_every_parameter_equals_hugging_faces(
     packing: str,
 ) -> None:
     pieces = [piece for found in examined(model, layout) for piece in found[packing].gradients]
-    _assert_pieces_are(pieces, hf_training(model, "sft").first_gradients, TOLERANCE)
+    assert_pieces_are(pieces, hf_training(model, "sft").first_gradients, TOLERANCE)
 
 
 @PACKING
@@ -289,7 +290,7 @@ def test_loss_and_gradient_norm_equal_hugging_faces_on_every_rank(
 ) -> None:
     """Megatron leaves parameters out of the norm that nothing has marked as split over tensor-parallel ranks."""
     found, expected = [rank[packing].metrics for rank in examined(model, layout)], hf_training(model, "sft")
-    (step,) = _summed([[metrics] for metrics in found], LAYOUTS[layout])
+    (step,) = summed([[metrics] for metrics in found], LAYOUTS[layout])
     assert step["loss"] == pytest.approx(expected.losses[0], rel=TRAINING_TOLERANCE)
     norms = [metrics["grad_norm"] for metrics in found]
     assert norms == pytest.approx([expected.grad_norms[0]] * len(norms), rel=TRAINING_TOLERANCE)
@@ -305,10 +306,10 @@ def test_three_optimizer_steps_equal_hugging_face_with_adamw(
     job: str,
 ) -> None:
     found, expected = [rank[job] for rank in trained(model, layout)], hf_training(model, job)
-    steps = _summed([rank.metrics for rank in found], LAYOUTS[layout])
+    steps = summed([rank.metrics for rank in found], LAYOUTS[layout])
     assert [s["loss"] for s in steps] == pytest.approx(expected.losses, rel=TRAINING_TOLERANCE, abs=1e-6)
     assert [s["grad_norm"] for s in steps] == pytest.approx(expected.grad_norms, rel=TRAINING_TOLERANCE)
-    _assert_pieces_are([piece for rank in found for piece in rank.weights], expected.weights, TRAINING_TOLERANCE)
+    assert_pieces_are([piece for rank in found for piece in rank.weights], expected.weights, TRAINING_TOLERANCE)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -318,7 +319,7 @@ def test_every_metric_of_three_optimizer_steps_equals_that_of_one_rank(
 ) -> None:
     alone = [rank[job].metrics for rank in trained(TELLING[0], "one_rank")]
     found = [rank[job].metrics for rank in trained(TELLING[0], layout)]
-    for step, expected in zip(_summed(found, LAYOUTS[layout]), alone[0], strict=True):
+    for step, expected in zip(summed(found, LAYOUTS[layout]), alone[0], strict=True):
         # Some are sums in which tokens of both signs cancel.
         assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=TRAINING_TOLERANCE)
 
@@ -335,7 +336,7 @@ def test_the_micro_batch_size_changes_nothing(
     answers = ranks.run(train, setup, batch, MICRO_BATCH_SIZES, world_size=world_size)
     expected = hf_training(TELLING[1], "ppo_token_mean")
     for size in MICRO_BATCH_SIZES:
-        steps = _summed([rank[size].metrics for rank in answers], LAYOUTS[layout])
+        steps = summed([rank[size].metrics for rank in answers], LAYOUTS[layout])
         assert [s["loss"] for s in steps] == pytest.approx(expected.losses, rel=TRAINING_TOLERANCE, abs=1e-6)
         assert [s["grad_norm"] for s in steps] == pytest.approx(expected.grad_norms, rel=TRAINING_TOLERANCE)
 
@@ -353,7 +354,7 @@ def test_bf16_training_stays_near_its_own_run_on_one_rank(
 
     (alone,), together = run(LAYOUTS["one_rank"]), run(LAYOUTS[layout])
     for job in jobs:
-        steps = _summed([rank[job].metrics for rank in together], LAYOUTS[layout])
+        steps = summed([rank[job].metrics for rank in together], LAYOUTS[layout])
         for name in ("loss", "grad_norm"):
             expected = [s[name] for s in alone[job].metrics]
             assert [s[name] for s in steps] == pytest.approx(expected, rel=BF16_TOLERANCE)

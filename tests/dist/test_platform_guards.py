@@ -23,6 +23,7 @@ SYMPTOMS = {
     "adam_step_of_each_param": "the step after a resume isn't the one without",
     "moe_split_sizes": "all_to_all_single(): incompatible function arguments",
     "no_jit": "a fused function is compiled",
+    "one_gloo_device": "event loops poll",
     "quiet_warnings": "Transformer Engine and Apex are not installed",
     "rng_states": "the state outside isn't what it was before fork()",
     "router_without_te": "name 'te_general_gemm' is not defined",
@@ -31,7 +32,7 @@ SYMPTOMS = {
     "torch_view": "CUDA",
     "uneven_gather": "ProcessGroupGloo::allgather: invalid tensor size",
 }
-ON_TWO_RANKS = {"moe_split_sizes", "quiet_warnings", "uneven_gather"}
+ON_TWO_RANKS = {"moe_split_sizes", "one_gloo_device", "quiet_warnings", "uneven_gather"}
 TIMEOUT_S = 60.0
 
 

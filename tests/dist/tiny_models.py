@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB_SIZE = 99
 SIZES: dict[str, Any] = {
@@ -35,17 +44,24 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"head_dim": 16}),  # heads wider together than the hidden size
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE_FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # The layers differ: dense ones first, then experts beside one that every token takes.
+    "qwen2_moe": (Qwen2MoeConfig, {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
+}
 FIVE_LAYERS = "qwen3-five_layers"
 MODELS = tuple(f"{family}-{tied}" for family in FAMILIES for tied in ("untied", "tied"))
+MOE_MODELS = ("qwen3_moe-untied", "mixtral-untied", "qwen2_moe-tied")
 
 
-def save_tiny_model(name: str, folder: Path) -> None:
-    """Write the model ``name``, of MODELS or FIVE_LAYERS, in float32 to ``folder``."""
+def save_tiny_model(name: str, folder: Path, **sizes: int) -> None:
+    """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: instead of ours."""
     family, kind = name.split("-")
-    config_type, fields = FAMILIES[family]
-    config = config_type(
-        **SIZES, **fields, num_hidden_layers=5 if name == FIVE_LAYERS else 2, tie_word_embeddings=kind == "tied"
-    )
+    config_type, fields = (FAMILIES | MOE_FAMILIES)[family]
+    layers = 5 if name == FIVE_LAYERS else 2
+    config = config_type(**SIZES | fields | sizes, num_hidden_layers=layers, tie_word_embeddings=kind == "tied")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter_name, parameter in model.named_parameters():

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from megarl.config.algorithm_rules import ESTIMATORS
 from megarl.config.build import build_config
-from megarl.config.rules import check_ppo
+from megarl.config.rules import ppo_problems, require
 from megarl.config.schema import POLICY_LOSSES, PPOConfig
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
@@ -79,7 +79,7 @@ def compose_config(overrides: tuple[str, ...]) -> tuple[PPOConfig, dict[str, Any
     own = ["hydra.searchpath=[pkg://megarl.conf]", "trainer.run_dir=matrix", *overrides]
     values = OmegaConf.to_container(compose("rl", own), resolve=True)
     config = build_config(PPOConfig, cast(dict[str, Any], values))
-    check_ppo(config)
+    require(ppo_problems(config))
     return config, cast(dict[str, Any], values)
 
 

@@ -16,11 +16,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"types", "errors"},
     {"config"},
-    {"parallel", "algorithm", "data", "monitor", "plan"},
+    {"parallel", "algorithm", "data", "monitor"},
     {"model", "checkpoint"},
-    {"train", "rollout", "reward"},
+    {"train", "rollout", "reward", "plan"},
     {"controller"},
-    {"main_ppo", "main_sft"},
+    {"doctor", "main_ppo", "main_sft"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 

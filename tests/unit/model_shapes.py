@@ -11,7 +11,11 @@ from megarl.parallel.layout import Layout
 
 
 def model_shape(family: str = "Qwen3ForCausalLM", *, tied: bool = False) -> ModelShape:
-    """Return a model of 3 layers, 4 heads and 2 key-value heads whose tensors all have different shapes."""
+    """Return a model of 3 layers, 4 heads and 2 key-value heads whose tensors all have different shapes.
+
+    Of those with experts the first layer is dense in Qwen, and tokens take 2 experts of 4.
+    """
+    has_experts, is_mixtral = "Moe" in family or family == "MixtralForCausalLM", family == "MixtralForCausalLM"
     return ModelShape(
         family=family,
         num_layers=3,
@@ -25,8 +29,15 @@ def model_shape(family: str = "Qwen3ForCausalLM", *, tied: bool = False) -> Mode
         norm_eps=1e-6,
         rope=Rope(10000.0),
         tied=tied,
-        qkv_bias=family == "Qwen2ForCausalLM",
-        qk_norm=family == "Qwen3ForCausalLM",
+        qkv_bias=family.startswith("Qwen2"),
+        qk_norm=family.startswith("Qwen3"),
+        num_experts=4 * has_experts,
+        experts_per_token=2 * has_experts,
+        expert_ffn_size=(8 if is_mixtral else 12) * has_experts,
+        shared_expert_ffn_size=16 * (family == "Qwen2MoeForCausalLM"),
+        gated_shared_expert=family == "Qwen2MoeForCausalLM",
+        norm_topk_prob=family in ("Qwen3MoeForCausalLM", "MixtralForCausalLM"),
+        dense_layers=(0,) if has_experts and not is_mixtral else (),
     )
 
 
@@ -53,4 +64,8 @@ def layouts_of(draw: st.DrawFn, shape: ModelShape) -> Layout:
     tp = draw(st.sampled_from([1, 2, 4]))
     pp = draw(st.integers(1, min(3, shape.num_layers)))
     dp = draw(st.integers(1, max(1, 8 // (tp * pp))))
-    return Layout(tp * pp * dp, tp, pp)
+    if not shape.num_experts:
+        return Layout(tp * pp * dp, tp, pp)
+    splits = [(ep, etp) for ep in (1, 2, 4) for etp in (1, 2, 4) if tp * dp % (ep * etp) == 0]
+    ep, etp = draw(st.sampled_from(splits))
+    return Layout(tp * pp * dp, tp, pp, ep=ep, etp=etp)

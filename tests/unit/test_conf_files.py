@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from megarl.config.build import build_config
-from megarl.config.rules import check_ppo, check_sft, num_ranks
-from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.config.rules import num_ranks, ppo_problems, require, sft_problems
+from megarl.config.schema import DpPPOConfig, PPOConfig, SFTConfig
 from megarl.parallel.layout import layout_of
 from megarl.plan.batch import plan_batch
 from tests.unit.composed_configs import composed_values
@@ -27,7 +27,8 @@ def _main_of(experiment: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_a_main_config_has_a_value_for_every_key_of_the_schema(name: str) -> None:
-    schema = SFTConfig if name.startswith("sft") else PPOConfig
+    schemas: dict[str, type] = {"sft_trainer": SFTConfig, "ppo_trainer": DpPPOConfig}
+    schema = schemas.get(name, PPOConfig)
     assert isinstance(build_config(schema, composed_values(name)), schema)
 
 
@@ -36,7 +37,7 @@ def test_a_recipe_breaks_no_rule_and_its_batches_divide(experiment: str) -> None
     main = _main_of(experiment)
     if main == "sft_trainer":
         sft = build_config(SFTConfig, composed_values(main, f"experiment={experiment}"))
-        check_sft(sft)
+        require(sft_problems(sft))
         size, micro = sft.data.train_batch_size, sft.data.micro_batch_size_per_gpu
         dp = layout_of(sft.megatron, num_ranks(sft)).dp
         plan_batch(num_prompts=size, n=1, mini_batch_size=size, micro_batch_size=micro, dp_size=dp)
@@ -44,7 +45,7 @@ def test_a_recipe_breaks_no_rule_and_its_batches_divide(experiment: str) -> None
     # Some recipes leave the model to their launch script.
     values = composed_values(main, f"experiment={experiment}", **{"actor_rollout_ref.model.path": "model"})
     config = build_config(PPOConfig, values)
-    check_ppo(config)
+    require(ppo_problems(config))
     actor = config.actor_rollout_ref.actor
     plan_batch(
         num_prompts=config.data.train_batch_size,
@@ -97,7 +98,7 @@ def test_a_file_of_the_users_own_starts_from_ours_and_only_prints_what_it_compos
 
 
 def test_mistakes_of_the_command_line_end_a_run_before_it_starts_with_all_of_them(tmp_path: Path) -> None:
-    done = _main_ppo(tmp_path, "data.trian_batch_size=4", "data.max_prompt_length=x", "~data.prompt_key")
+    done = _main_ppo(tmp_path, "--config-name=ppo_megatron_trainer", "data.trian_batch_size=4", "data.max_prompt_length=x", "~data.prompt_key")
     assert done.returncode == 2
     assert done.stderr == (
         "ConfigError: 3 problems in the configuration:\n"

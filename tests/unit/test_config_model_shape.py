@@ -27,6 +27,15 @@ def _config(family: str = "LlamaForCausalLM", /, **fields: object) -> dict[str, 
     return {name: value for name, value in config.items() if value is not None}
 
 
+EXPERTS = {
+    "num_experts": 8,
+    "num_local_experts": None,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+
+
 def _error(config: dict[str, Any]) -> str:
     with pytest.raises(ModelFolderError) as caught:
         parse_model_shape(config, "somewhere/config.json")
@@ -57,12 +66,85 @@ def test_every_size_is_read_from_the_field_that_names_it() -> None:
 
 @pytest.mark.parametrize(
     ("family", "qkv_bias", "qk_norm"),
-    [("LlamaForCausalLM", False, False), ("Qwen2ForCausalLM", True, False), ("Qwen3ForCausalLM", False, True)],
+    [
+        ("LlamaForCausalLM", False, False),
+        ("Qwen2ForCausalLM", True, False),
+        ("Qwen3ForCausalLM", False, True),
+        ("Qwen2MoeForCausalLM", True, False),
+        ("Qwen3MoeForCausalLM", False, True),
+        ("MixtralForCausalLM", False, False),
+    ],
 )
 def test_the_family_decides_biases_and_norms_of_attention(family: str, qkv_bias: bool, qk_norm: bool) -> None:
-    shape = parse_model_shape(_config(family), "")
+    shape = parse_model_shape(_config(family, **EXPERTS), "")
     assert (shape.qkv_bias, shape.qk_norm) == (qkv_bias, qk_norm)
     assert family in FAMILIES
+
+
+def test_the_first_qwens_with_experts_may_have_no_biases() -> None:
+    assert not parse_model_shape(_config("Qwen2MoeForCausalLM", **EXPERTS, qkv_bias=False), "").qkv_bias
+
+
+def test_a_model_without_experts_has_none_on_any_layer() -> None:
+    shape = parse_model_shape(_config(), "")
+    assert (shape.num_experts, shape.has_experts(0), shape.has_experts(1)) == (0, False, False)
+
+
+def test_mixtral_has_experts_of_the_feed_forward_size_on_every_layer() -> None:
+    config = _config("MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2)
+    shape = parse_model_shape(config, "")
+    assert (shape.num_experts, shape.experts_per_token, shape.expert_ffn_size) == (8, 2, 96)
+    assert shape.norm_topk_prob and shape.dense_layers == () and shape.rope == Rope(1e6)
+    assert parse_model_shape(config | {"rope_theta": 5e5}, "").rope == Rope(5e5)
+
+
+@pytest.mark.parametrize("word", ["num_experts", "num_local_experts"])
+def test_qwen3_says_how_its_experts_differ_from_its_dense_layers(word: str) -> None:
+    config = EXPERTS | {"num_experts": None, word: 8}
+    shape = parse_model_shape(_config("Qwen3MoeForCausalLM", **config, norm_topk_prob=True), "")
+    assert (shape.num_experts, shape.experts_per_token, shape.expert_ffn_size, shape.ffn_size) == (8, 2, 24, 96)
+    assert shape.norm_topk_prob and (shape.shared_expert_ffn_size, shape.gated_shared_expert) == (0, False)
+
+
+def test_unless_told_qwen_leaves_the_weights_of_the_chosen_experts_as_they_are() -> None:
+    assert not parse_model_shape(_config("Qwen3MoeForCausalLM", **EXPERTS), "").norm_topk_prob
+
+
+def test_the_first_qwens_with_experts_have_one_more_that_every_token_takes() -> None:
+    shape = parse_model_shape(_config("Qwen2MoeForCausalLM", **EXPERTS), "")
+    assert (shape.shared_expert_ffn_size, shape.gated_shared_expert) == (40, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dense"),
+    [
+        ({}, ()),
+        ({"mlp_only_layers": [0, 3]}, (0, 3)),
+        ({"decoder_sparse_step": 2}, (0, 2, 4)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (0, 1, 2, 3, 4)),
+    ],
+)
+def test_layers_are_dense_where_listed_and_between_the_steps(fields: dict[str, Any], dense: tuple[int, ...]) -> None:
+    shape = parse_model_shape(_config("Qwen3MoeForCausalLM", **EXPERTS | fields, num_hidden_layers=5), "")
+    assert shape.dense_layers == dense
+    assert [shape.has_experts(i) for i in range(5)] == [i not in dense for i in range(5)]
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_token_takes_no_more_experts_than_there_are(count: int) -> None:
+    config = _config("Qwen3MoeForCausalLM", **EXPERTS | {"num_experts_per_tok": count})
+    assert f"num_experts_per_tok = {count} must be from 1 to the model's 8 experts" in _error(config)
+
+
+def test_one_expert_a_token_with_weights_of_sum_one_is_refused() -> None:
+    config = _config("Qwen3MoeForCausalLM", **EXPERTS | {"num_experts_per_tok": 1}, norm_topk_prob=True)
+    assert "the router would learn nothing" in _error(config)
+
+
+@pytest.mark.parametrize("field", ["num_experts", "num_experts_per_tok", "moe_intermediate_size"])
+def test_a_missing_field_of_experts_is_an_error_that_names_it(field: str) -> None:
+    config = _config("Qwen3MoeForCausalLM", **EXPERTS | {field: None})
+    assert f"lacks the field '{field}'" in _error(config)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +173,20 @@ def test_a_vocabulary_is_padded_to_a_multiple_of_the_ranks(vocab: int, tp: int, 
 def test_a_critic_has_a_value_head_and_nothing_tied_to_the_embedding() -> None:
     shape = parse_model_shape(_config(tie_word_embeddings=True), "").with_value_head()
     assert (shape.value_head, shape.tied) == (True, False)
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_a_token_classification_model_of_one_label_is_a_critic(family: str) -> None:
+    critic = parse_model_shape(_config(family, tie_word_embeddings=True), "").with_value_head()
+    saved = _config(family, tie_word_embeddings=True) | critic.critic_fields()
+    assert saved["architectures"] == [family.replace("ForCausalLM", "ForTokenClassification")]
+    assert parse_model_shape(saved, "") == critic
+
+
+@pytest.mark.parametrize("fields", [{}, {"id2label": {"0": "no", "1": "yes"}}])
+def test_a_classifier_of_several_labels_is_no_critic(fields: dict[str, Any]) -> None:
+    text = _error(_config("Qwen3ForTokenClassification", **fields))
+    assert "Qwen3ForTokenClassification must have one label to be a critic, see id2label" in text
 
 
 LLAMA3 = {
@@ -143,8 +239,9 @@ def test_a_rotary_embedding_without_its_factor_is_an_error_that_names_the_field(
 @pytest.mark.parametrize(
     ("architectures", "found", "hint"),
     [
-        (["Qwen3MoeForCausalLM"], "Qwen3MoeForCausalLM", "did you mean 'Qwen3ForCausalLM'?"),
+        (["Qwen4ForCausalLM"], "Qwen4ForCausalLM", "did you mean 'Qwen3ForCausalLM'?"),
         (["GPT2LMHeadModel"], "GPT2LMHeadModel", ""),
+        (["BertForTokenClassification"], "BertForTokenClassification", ""),
         ([], "(none)", ""),
         (None, "(none)", ""),
     ],
@@ -168,6 +265,12 @@ def test_an_unknown_architecture_is_an_error_with_the_nearest_known(
 )
 def test_what_would_change_the_mathematics_unseen_is_refused(field: str, value: object, allowed: str) -> None:
     assert f"{field} = {value!r} is not supported, {allowed}" in _error(_config(**{field: value}))
+
+
+def test_mixtrals_sliding_window_and_router_noise_are_refused() -> None:
+    config = _config("MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2)
+    assert "sliding_window = 4096 is not supported, only null" in _error(config | {"sliding_window": 4096})
+    assert "router_jitter_noise = 0.1 is not supported, only 0" in _error(config | {"router_jitter_noise": 0.1})
 
 
 def test_quantized_weights_are_refused() -> None:
@@ -225,9 +328,24 @@ def test_a_broken_config_is_an_error_that_names_the_file(tmp_path: Path, content
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_saves_is_read_back(tmp_path: Path, family: str, tied: bool) -> None:
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        LlamaConfig,
+        MixtralConfig,
+        PretrainedConfig,
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
-    kinds = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config, "Qwen3ForCausalLM": Qwen3Config}
+    kinds: dict[str, type[PretrainedConfig]] = {
+        "LlamaForCausalLM": LlamaConfig,
+        "Qwen2ForCausalLM": Qwen2Config,
+        "Qwen3ForCausalLM": Qwen3Config,
+        "Qwen2MoeForCausalLM": Qwen2MoeConfig,
+        "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+        "MixtralForCausalLM": MixtralConfig,
+    }
     kinds[family](
         architectures=[family],
         hidden_size=48,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,13 @@ from megarl.algorithm.rollout_correction import criteria, presets
 from megarl.config import algorithm_rules, rules, schema
 from megarl.config.algorithm_rules import ESTIMATORS
 from megarl.config.rules import (
-    check_critic_model,
-    check_ppo,
-    check_ppo_model,
-    check_schedule,
-    check_sft,
-    check_sft_model,
+    critic_model_problems,
+    ppo_model_problems,
+    ppo_problems,
+    require,
+    schedule_problems,
+    sft_model_problems,
+    sft_problems,
 )
 from megarl.config.schema import LRSchedulerConfig, PPOConfig
 from megarl.errors import ConfigError, Problem
@@ -37,6 +39,9 @@ CORRECTION = "algorithm.rollout_correction"
 
 GAE: Changes = {"algorithm.adv_estimator": "gae", f"{ROLLOUT}.n": 1, f"{ACTOR}.use_kl_loss": False}
 RLOO: Changes = {"algorithm.adv_estimator": "rloo", f"{ACTOR}.use_kl_loss": False}
+
+# Any python file does here: what it registers is seen when it is loaded.
+OWN: Changes = {"algorithm.path": __file__, "algorithm.adv_estimator": "mine"}
 
 # What is changed in a config without problems, the keys of the problems that follow, and what the first one says.
 BROKEN: list[tuple[Changes, list[str], str]] = [
@@ -59,6 +64,10 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
     ({"reward.name": "gsm8k", "reward.path": "r.py"}, ["reward.name"], "contradicts reward.path = 'r.py'"),
     ({"algorithm.adv_estimator": "groo"}, ["algorithm.adv_estimator"], "must be one of gae, grpo"),
+    ({f"{ACTOR}.policy_loss": "ppo_clp"}, [f"{ACTOR}.policy_loss"], "must be one of ppo_clip, gspo"),
+    ({**OWN, "algorithm.path": "nothing.py"}, ["algorithm.path"], "there is no such .py file"),
+    ({**OWN, "algorithm.path": str(Path(__file__).parent)}, ["algorithm.path"], "there is no such .py file"),
+    ({"algorithm.path": __file__}, ["algorithm.path"], "has no effect: grpo and ppo_clip are megarl's own"),
     ({f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "grpo compares the rollouts of a prompt: at least 2"),
     ({**RLOO, f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "rloo compares the rollouts of a prompt: at least 2"),
     ({f"{ACTOR}.use_kl_loss": False}, [f"{ACTOR}.use_kl_loss"], "algorithm.use_kl_in_reward"),
@@ -88,6 +97,9 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
 
 SOUND: list[Changes] = [
     {},
+    {**OWN, "critic.enable": True, "algorithm.gamma": 0.9, "algorithm.filter_groups.enable": True},
+    {**OWN, f"{ROLLOUT}.n": 1, "critic.enable": False},
+    {"algorithm.path": __file__, f"{ACTOR}.policy_loss": "mine", f"{ACTOR}.policy_loss_settings.tau_positive": 2.0},
     RLOO,
     GAE,
     {**GAE, "critic.enable": True, "algorithm.lam": 0.95, "algorithm.gamma": 0.99, "critic.model.path": "other"},
@@ -120,14 +132,14 @@ def _problems(check: Callable[[], None]) -> tuple[Problem, ...]:
 def test_a_broken_rule_is_one_problem_with_its_key_and_what_is_allowed(
     changes: Changes, keys: list[str], said: str
 ) -> None:
-    problems = _problems(lambda: check_ppo(ppo_config(**changes)))
+    problems = _problems(lambda: require(ppo_problems(ppo_config(**changes))))
     assert [p.key for p in problems] == keys
     assert said in problems[0].allowed
 
 
 @pytest.mark.parametrize("changes", SOUND)
 def test_a_config_that_breaks_no_rule_passes(changes: Changes) -> None:
-    check_ppo(ppo_config(**changes))
+    require(ppo_problems(ppo_config(**changes)))
 
 
 def _rules_of(module: ModuleType) -> dict[str, Callable[[PPOConfig], list[Problem]]]:
@@ -148,13 +160,13 @@ def test_every_rule_is_broken_by_some_config_here() -> None:
 
 def test_all_broken_rules_are_reported_together() -> None:
     changes = {f"{MODELS}.model.path": None, f"{ROLLOUT}.n": 1, "trainer.logger": ["consol", "wand"]}
-    problems = _problems(lambda: check_ppo(ppo_config(**changes)))
+    problems = _problems(lambda: require(ppo_problems(ppo_config(**changes))))
     assert [p.key for p in problems] == [f"{ROLLOUT}.n", f"{MODELS}.model.path", "trainer.logger", "trainer.logger"]
     assert [p.fix for p in problems[2:]] == ["did you mean 'console'?", "did you mean 'wandb'?"]
 
 
 def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
-    [problem] = _problems(lambda: check_ppo(ppo_config(**{"algorithm.adv_estimator": "rlo"})))
+    [problem] = _problems(lambda: require(ppo_problems(ppo_config(**{"algorithm.adv_estimator": "rlo"}))))
     assert problem.fix == "did you mean 'rloo'?"
 
 
@@ -170,8 +182,8 @@ def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
     ],
 )
 def test_an_sft_config_is_held_to_its_rules(changes: Changes, keys: list[str]) -> None:
-    check_sft(sft_config())
-    assert [p.key for p in _problems(lambda: check_sft(sft_config(**changes)))] == keys
+    require(sft_problems(sft_config()))
+    assert [p.key for p in _problems(lambda: require(sft_problems(sft_config(**changes))))] == keys
 
 
 SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
@@ -189,9 +201,9 @@ SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
     ],
 )
 def test_a_model_that_its_axes_cannot_split_is_an_error(changes: Changes, keys: list[str]) -> None:
-    check_ppo_model(ppo_config(**SHORT), model_shape())
+    require(ppo_model_problems(ppo_config(**SHORT), model_shape()))
     config = ppo_config(**{**SHORT, **changes})
-    assert [p.key for p in _problems(lambda: check_ppo_model(config, model_shape()))] == keys
+    assert [p.key for p in _problems(lambda: require(ppo_model_problems(config, model_shape())))] == keys
 
 
 @pytest.mark.parametrize(
@@ -211,40 +223,48 @@ def test_tensor_parallel_ranks_divide_heads_and_the_feed_forward_layer(
     sizes: Mapping[str, Any], tp: int, said: str
 ) -> None:
     config = ppo_config(**SHORT, **{f"{ROLLOUT}.{TP}": tp, "trainer.n_gpus_per_node": 12})
-    [problem] = _problems(lambda: check_ppo_model(config, replace(model_shape(), **sizes)))
+    [problem] = _problems(lambda: require(ppo_model_problems(config, replace(model_shape(), **sizes))))
     assert problem.key == f"{ROLLOUT}.{TP}" and said in problem.allowed
 
 
 def test_more_ranks_than_kv_heads_are_fine_where_they_are_a_multiple() -> None:
-    check_ppo_model(ppo_config(**SHORT, **{f"{ACTOR}.megatron.{TP}": 4, f"{ROLLOUT}.{TP}": 4}), model_shape())
+    require(
+        ppo_model_problems(ppo_config(**SHORT, **{f"{ACTOR}.megatron.{TP}": 4, f"{ROLLOUT}.{TP}": 4}), model_shape())
+    )
 
 
 def test_the_reference_is_not_asked_to_fit_where_no_kl_term_needs_it() -> None:
     changes = {**SHORT, f"{REF}.megatron.{TP}": 8}
-    check_ppo_model(ppo_config(**changes, **{f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True}), model_shape())
-    assert len(_problems(lambda: check_ppo_model(ppo_config(**changes), model_shape()))) == 1
+    require(
+        ppo_model_problems(
+            ppo_config(**changes, **{f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True}), model_shape()
+        )
+    )
+    assert len(_problems(lambda: require(ppo_model_problems(ppo_config(**changes), model_shape())))) == 1
 
 
 def test_a_critic_fits_its_own_axes_and_knows_the_actors_tokens() -> None:
     config = ppo_config(**GAE)
-    check_critic_model(config, model_shape(), vocab_size=10)
-    [problem] = _problems(lambda: check_critic_model(config, model_shape(), vocab_size=11))
+    require(critic_model_problems(config, model_shape(), vocab_size=10))
+    [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=11)))
     assert problem.key == "critic.model.path"
     config = ppo_config(**GAE, **{f"critic.megatron.{PP}": 4})
-    [problem] = _problems(lambda: check_critic_model(config, model_shape(), vocab_size=10))
+    [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=10)))
     assert problem.key == f"critic.megatron.{PP}"
 
 
 def test_an_sft_model_fits_its_axes_and_its_longest_chat() -> None:
-    check_sft_model(sft_config(**{"data.max_length": 32}), model_shape())
+    require(sft_model_problems(sft_config(**{"data.max_length": 32}), model_shape()))
     config = sft_config(**{"data.max_length": 33, f"megatron.{TP}": 8})
-    keys = [p.key for p in _problems(lambda: check_sft_model(config, model_shape()))]
+    keys = [p.key for p in _problems(lambda: require(sft_model_problems(config, model_shape())))]
     assert keys == [f"megatron.{TP}", "data.max_length"]
 
 
 def test_warm_up_ends_before_the_run_does() -> None:
-    check_schedule("lr_scheduler", LRSchedulerConfig("cosine", 9), total_steps=10)
-    [problem] = _problems(lambda: check_schedule("lr_scheduler", LRSchedulerConfig("cosine", 10), total_steps=10))
+    require(schedule_problems("lr_scheduler", LRSchedulerConfig("cosine", 9), total_steps=10))
+    [problem] = _problems(
+        lambda: require(schedule_problems("lr_scheduler", LRSchedulerConfig("cosine", 10), total_steps=10))
+    )
     assert (problem.key, problem.value) == ("lr_scheduler.warmup_steps", 10)
     assert problem.allowed == "must be less than the run's 10 optimizer steps"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.errors import ModelFolderError
-from megarl.model.name_map import VALUE_HEAD, hf_shapes, megatron_shards
+from megarl.model.name_map import VALUE_HEAD, VALUE_HEAD_BIAS, hf_shapes, megatron_shards
 from megarl.model.weights import RandomSource, SafetensorsSource, TensorSource, fill
 from megarl.parallel.layout import Layout
 from megarl.parallel.shard import Shard
@@ -130,6 +130,51 @@ def test_a_critic_that_starts_from_a_language_model_has_a_value_head_of_zeros(tm
     assert SafetensorsSource(tmp_path, shape).read(VALUE_HEAD, 0, 0, 1).tolist() == [[1.0] * 6]
 
 
+def test_a_critics_bias_is_refused_unless_it_is_zero_since_megarls_value_head_has_none(tmp_path: Path) -> None:
+    shape = SHAPE.with_value_head()
+    critic = {**_tensors(), VALUE_HEAD: torch.ones(1, 6)}
+    _single_file(tmp_path, {**critic, VALUE_HEAD_BIAS: torch.zeros(1)})
+    assert SafetensorsSource(tmp_path, shape).read(VALUE_HEAD, 0, 0, 1).tolist() == [[1.0] * 6]
+    _single_file(tmp_path, {**critic, VALUE_HEAD_BIAS: torch.ones(1)})
+    assert f"{VALUE_HEAD_BIAS} isn't zero" in _error(tmp_path, shape)
+
+
+@pytest.mark.parametrize("family", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_fused_experts_are_read_as_if_they_were_apart(tmp_path: Path, family: str) -> None:
+    shape = model_shape(family)
+    tensors = _tensors(shape)
+    _single_file(tmp_path, _fused(tensors, shape.num_experts))
+    source = SafetensorsSource(tmp_path, shape)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(source.read(name, 0, 0, len(tensor)), tensor, rtol=0, atol=0)
+        if tensor.dim() == 2:
+            torch.testing.assert_close(source.read(name, 0, 1, 3), tensor[1:3], rtol=0, atol=0)
+            torch.testing.assert_close(source.read(name, 1, 2, 5), tensor[:, 2:5], rtol=0, atol=0)
+
+
+def test_fused_experts_of_another_number_are_an_error_that_gives_both_shapes(tmp_path: Path) -> None:
+    shape = model_shape("MixtralForCausalLM")
+    _single_file(tmp_path, _fused(_tensors(shape), num_experts=3))
+    text = _error(tmp_path, shape)
+    assert "model.layers.0.mlp.experts.gate_up_proj has shape (3, 16, 6), config.json implies (4, 16, 6)" in text
+
+
+def _fused(tensors: dict[str, Tensor], num_experts: int) -> dict[str, Tensor]:
+    """Return a checkpoint as transformers 5 has it in memory: the experts of a layer in two tensors."""
+    words = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    for mixtrals, word in words.items():
+        tensors = {name.replace(mixtrals, word): tensor for name, tensor in tensors.items()}
+    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for first in (name for name in tensors if name.endswith(".experts.0.gate_proj.weight")):
+        of_layer = first.removesuffix("0.gate_proj.weight")
+        gates, ups, downs = (
+            torch.stack([tensors[f"{of_layer}{e}.{part}_proj.weight"] for e in range(num_experts)])
+            for part in ("gate", "up", "down")
+        )
+        found |= {of_layer + "gate_up_proj": torch.cat([gates, ups], 1), of_layer + "down_proj": downs}
+    return found
+
+
 class CountingSource:
     """Reads from another source and counts how often each row of each tensor is asked for."""
 
@@ -184,7 +229,14 @@ def _copy_back(shard: Shard, parameter: Tensor, found: dict[str, Tensor]) -> Non
         offset += segment.length
 
 
-LAYOUTS = [Layout(1), Layout(2, tp=2), Layout(4, tp=4), Layout(3, pp=3), Layout(4, tp=2, pp=2)]
+LAYOUTS = [
+    Layout(1),
+    Layout(2, tp=2),
+    Layout(4, tp=4),
+    Layout(3, pp=3),
+    Layout(4, tp=2, pp=2),
+    Layout(4, tp=2, pp=2, ep=2, etp=1),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

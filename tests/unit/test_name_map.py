@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +18,18 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.shard import Segment, Shard
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 
+FACTS = Path(__file__).parents[2] / "megarl" / "plan" / "model_facts"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", {}),
+    "Qwen2ForCausalLM": ("qwen2", {}),
+    "Qwen3ForCausalLM": ("qwen3", {"head_dim": 8}),
+    "Qwen2MoeForCausalLM": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 32}),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", {**EXPERTS, "head_dim": 8}),
+    "MixtralForCausalLM": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
 MODELS = [pytest.param(family, tied, id=f"{family}{'-tied' * tied}") for family in FAMILIES for tied in (False, True)]
-REPLICATED = ("norm.weight", "layernorm.weight", VALUE_HEAD)
+REPLICATED = ("norm.weight", "layernorm.weight", VALUE_HEAD, ".gate.weight", ".shared_expert_gate.weight")
 VOCABULARIES = (
     "embedding.word_embeddings.weight",
     "output_layer.weight",
@@ -61,8 +75,8 @@ def _assert_consistent(shards: Iterable[Shard], sizes: dict[str, tuple[int, ...]
             ]
 
 
-def _expected(shape: ModelShape, name: str, dim: int, copies: int) -> Counter[int]:
-    return Counter(dict.fromkeys(range(hf_shapes(shape)[name][dim]), copies))
+def _expected(size: tuple[int, ...], dim: int, copies: int) -> Counter[int]:
+    return Counter(dict.fromkeys(range(size[dim]), copies))
 
 
 @settings(max_examples=100, deadline=None)
@@ -70,30 +84,48 @@ def _expected(shape: ModelShape, name: str, dim: int, copies: int) -> Counter[in
 def test_the_ranks_of_a_trainer_replica_hold_every_row_of_the_checkpoint(data: st.DataObject) -> None:
     shape = data.draw(model_shapes())
     shape = shape.with_value_head() if data.draw(st.booleans()) else shape
-    layout = data.draw(layouts_of(shape))
+    layout, sizes = data.draw(layouts_of(shape)), hf_shapes(shape)
     by_rank = [megatron_shards(shape, layout, rank) for rank in range(layout.world_size)]
     for dp in range(layout.dp):
         replica = [s for rank, shards in enumerate(by_rank) if layout.coordinates(rank).dp == dp for s in shards]
-        _assert_consistent(replica, hf_shapes(shape))
+        _assert_consistent(replica, sizes)
         dims, copies = _dims(replica), _copies(replica)
-        assert copies.keys() == hf_shapes(shape).keys()
+        assert {n for n in copies if ".experts." not in n} == {n for n in sizes if ".experts." not in n}
         for name, dim in dims.items():
+            if ".experts." in name:
+                continue  # its replicas are others
             held_twice = shape.tied and layout.pp > 1 and name == "model.embed_tokens.weight"
             count = layout.tp if name.endswith(REPLICATED) else 2 if held_twice else 1
-            assert copies[name] == _expected(shape, name, dim, count), name
+            assert copies[name] == _expected(sizes[name], dim, count), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_ranks_of_a_replica_of_experts_hold_every_row_of_them_once(data: st.DataObject) -> None:
+    shape = data.draw(model_shapes().filter(lambda shape: shape.num_experts > 0))
+    layout, sizes = data.draw(layouts_of(shape)), hf_shapes(shape)
+    by_rank = [megatron_shards(shape, layout, rank) for rank in range(layout.world_size)]
+    names = {name for name in sizes if ".experts." in name}
+    for edp in range(layout.edp):
+        ranks = [rank for rank in range(layout.world_size) if layout.expert_coordinates(rank).edp == edp]
+        experts = [s for rank in ranks for s in by_rank[rank] if ".experts." in s.name]
+        dims, copies = _dims(experts), _copies(experts)
+        assert copies.keys() == names
+        for name, dim in dims.items():
+            assert copies[name] == _expected(sizes[name], dim, 1), name
 
 
 @settings(max_examples=200, deadline=None)
 @given(model_shapes(), st.sampled_from([1, 2, 4]))
 def test_the_ranks_of_an_engine_replica_hold_every_row_of_the_checkpoint(shape: ModelShape, tp: int) -> None:
-    replica = [s for rank in range(tp) for s in vllm_shards(shape, tp, rank)]
-    _assert_consistent(replica, hf_shapes(shape))
+    replica, sizes = [s for rank in range(tp) for s in vllm_shards(shape, tp, rank)], hf_shapes(shape)
+    _assert_consistent(replica, sizes)
     dims, copies = _dims(replica), _copies(replica)
-    assert copies.keys() == hf_shapes(shape).keys()
+    assert copies.keys() == sizes.keys()
     for name, dim in dims.items():
         is_kv = any(f".{part}_proj." in name for part in "kv")
         count = tp if name.endswith(REPLICATED) else max(1, tp // shape.num_kv_heads) if is_kv else 1
-        assert copies[name] == _expected(shape, name, dim, count), name
+        assert copies[name] == _expected(sizes[name], dim, count), name
 
 
 @settings(max_examples=200, deadline=None)
@@ -101,14 +133,18 @@ def test_the_ranks_of_an_engine_replica_hold_every_row_of_the_checkpoint(shape: 
 def test_tensor_parallel_ranks_hold_parameters_of_the_same_names_and_shapes(data: st.DataObject) -> None:
     shape = data.draw(model_shapes())
     layout = data.draw(layouts_of(shape))
-    by_stage: dict[int, set[tuple[tuple[str, tuple[int, ...]], ...]]] = {}
+    by_place: dict[tuple[int, int], set[tuple[tuple[str, tuple[int, ...]], ...]]] = {}
+    stages: dict[str, set[int]] = {}
     for rank in range(layout.world_size):
+        place = layout.expert_coordinates(rank)
         parameters = tuple((s.name, s.shape) for s in megatron_shards(shape, layout, rank))
         assert len({name for name, _ in parameters}) == len(parameters)
-        by_stage.setdefault(layout.coordinates(rank).pp, set()).add(parameters)
-    assert all(len(kinds) == 1 for kinds in by_stage.values())
-    names = [name for [parameters] in by_stage.values() for name, _ in parameters]
-    assert len(set(names)) == len(names)  # no parameter is on two stages: a tied output layer has a name of its own
+        by_place.setdefault((place.pp, place.ep), set()).add(parameters)
+        for name, _ in parameters:
+            stages.setdefault(name, set()).add(place.pp)
+    assert all(len(kinds) == 1 for kinds in by_place.values())
+    # No parameter is on two stages: a tied output layer has a name of its own.
+    assert all(len(found) == 1 for found in stages.values())
     engines = {tuple((s.name, s.shape) for s in vllm_shards(shape, layout.tp, rank)) for rank in range(layout.tp)}
     assert len(engines) == 1
 
@@ -207,15 +243,79 @@ def test_the_checkpoints_names_and_shapes_are_those_of_transformers(family: str,
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}[family]
+    kind, fields = TRANSFORMERS[family]
     config = AutoConfig.for_model(
         kind, architectures=[family], hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, tie_word_embeddings=tied,
-        **({"head_dim": 8} if kind == "qwen3" else {}),
+        num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, tie_word_embeddings=tied, **fields
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = parse_model_shape(config.to_diff_dict(), family)
     # named_parameters has a tied tensor once, as a checkpoint does; state_dict names it twice.
-    assert hf_shapes(shape) == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert model.state_dict().keys() - hf_shapes(shape).keys() == ({"lm_head.weight"} if tied else set())
+    assert hf_shapes(shape) == _apart({name: tuple(p.shape) for name, p in model.named_parameters()}, kind)
+    assert model.state_dict().keys() - dict(model.named_parameters()).keys() == ({"lm_head.weight"} if tied else set())
+
+
+def _apart(shapes: dict[str, tuple[int, ...]], kind: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that transformers saves: in memory it has the experts of a layer as one, by Qwen's names."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        prefix, is_fused, part = name.rpartition("experts.")
+        if not is_fused:
+            found[name] = shape
+            continue
+        experts, rows, columns = shape
+        for e in range(experts):
+            for each in ("gate", "up") if part == "gate_up_proj" else ("down",):
+                size = (rows // 2, columns) if part == "gate_up_proj" else (rows, columns)
+                found[f"{prefix}experts.{e}.{each}_proj.weight"] = size
+    if kind != "mixtral":
+        return found
+    words = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for word, mixtrals in words.items():
+        found = {name.replace(word, mixtrals): size for name, size in found.items()}
+    return found
+
+
+def test_a_rank_holds_its_slice_of_the_experts_by_their_index_in_the_model() -> None:
+    shape = model_shape("Qwen3MoeForCausalLM")  # 4 experts of 12 on layers 1 and 2
+    layout = Layout(4, tp=2, ep=2, etp=2)
+    shards = megatron_shards(shape, layout, 3)
+    experts = "decoder.layers.1.mlp.experts.local_experts."
+    assert [s.name for s in shards if s.name.startswith(experts)] == [
+        f"{experts}{e}.linear_fc{n}.weight" for n in (1, 2) for e in (2, 3)
+    ]
+    first = _shard(shards, "layers.1.mlp.experts.local_experts.2.linear_fc1.weight")
+    assert [(s.tensor, s.start, s.stop) for s in first.segments] == [
+        (f"model.layers.1.mlp.experts.2.{part}_proj.weight", 6, 12) for part in ("gate", "up")
+    ]
+    second = _shard(shards, "layers.1.mlp.experts.local_experts.2.linear_fc2.weight")
+    assert (_rows(second), second.dim, second.shape) == ([("down_proj", 6, 12)], 1, (6, 6))
+    assert not any("layers.0.mlp.experts" in s.name or "layers.1.mlp.linear" in s.name for s in shards)
+
+
+def test_without_an_expert_tensor_axis_of_their_own_experts_are_split_as_the_rest() -> None:
+    shape = model_shape("MixtralForCausalLM")
+    assert [megatron_shards(shape, Layout(4, tp=2, ep=2), r) for r in range(4)] == [
+        megatron_shards(shape, Layout(4, tp=2, ep=2, etp=2), r) for r in range(4)
+    ]
+
+
+def test_vllm_has_the_experts_of_a_layer_as_slices_of_two_parameters_and_splits_each() -> None:
+    shards = {s.name: s for s in vllm_shards(model_shape("MixtralForCausalLM"), 2, 1)}  # 4 experts of 8
+    block = "model.layers.2.block_sparse_moe."
+    assert _rows(shards[block + "experts.routed_experts.w13_weight.3"]) == [("w1", 4, 8), ("w3", 4, 8)]
+    assert _rows(shards[block + "experts.routed_experts.w2_weight.3"]) == [("w2", 4, 8)]
+    assert shards[block + "gate.weight"].shape == (4, 6)
+
+
+def test_the_shards_of_a_model_of_235_billion_parameters_take_seconds_on_256_ranks() -> None:
+    config = json.loads((FACTS / "Qwen--Qwen3-235B-A22B.json").read_text())
+    shape, layout = parse_model_shape(config, ""), Layout(256, tp=4, pp=8, ep=8, etp=1)
+    started_s = time.process_time()
+    by_rank = [megatron_shards(shape, layout, rank) for rank in range(layout.world_size)]
+    engine = [vllm_shards(shape, 8, rank % 8) for rank in range(layout.world_size)]
+    assert time.process_time() - started_s < 60
+    assert len(hf_shapes(shape)) == 94 * (128 * 3 + 1 + 8) + 3
+    assert len(by_rank[0]) == 11 * (16 * 2 + 1 + 6) + 1  # 11 layers of the first stage, 16 experts, the embedding
+    assert len(engine[0]) == 94 * (128 * 2 + 1 + 6) + 3

@@ -162,3 +162,36 @@ def test_two_ranks_with_half_the_vocabulary_each_agree_with_one_that_has_it_all(
         torch.testing.assert_close(first.entropy_N, second.entropy_N, rtol=0, atol=0)
         grad_NP = torch.cat([first.grad_NP, second.grad_NP], dim=1)
         _assert_close(Result(first.logprobs_N, first.entropy_N, grad_NP), _reference(case))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 8 * 4, 1 << 20])
+def test_rows_temperature_and_chunks_change_nothing_but_what_they_say(
+    alone: dist.ProcessGroup, chunk_bytes: int
+) -> None:
+    case = _case(4, num_tokens=9)
+    rows_N = torch.tensor([7, 0, 3, 8, 2])
+    targets_N, temperature = case.targets_N[rows_N], 0.7
+    weights_N = case.logprob_weights_N[rows_N]
+
+    logits = case.logits_NP.clone().requires_grad_()
+    logprobs_N, entropy_N = vocab_parallel_logprobs(
+        logits,
+        targets_N,
+        group=alone,
+        vocab_size=7,
+        rows_N=rows_N,
+        temperature=temperature,
+        chunk_bytes=chunk_bytes,
+    )
+    (weights_N @ logprobs_N + weights_N @ entropy_N).backward()
+
+    expected = case.logits_NP.double().requires_grad_()
+    log_probs_NV = (expected[rows_N, :7] / temperature).log_softmax(-1)
+    chosen_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
+    plain_N = -(log_probs_NV.exp() * log_probs_NV).sum(-1)
+    (weights_N.double() @ chosen_N + weights_N.double() @ plain_N).backward()
+    torch.testing.assert_close(logprobs_N.double(), chosen_N, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy_N.double(), plain_N, rtol=1e-4, atol=1e-5)
+    assert logits.grad is not None and expected.grad is not None
+    torch.testing.assert_close(logits.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
+    assert not logits.grad[[1, 4, 5, 6]].any()

@@ -1,4 +1,4 @@
-"""What Megatron needs on CPU beyond a remapped device. One function an accommodation, with the reason.
+"""What Megatron, and torch under it, need on CPU beyond a remapped device. One function an accommodation, with the reason.
 
 Each takes a Megatron module that has just been imported and adjusts it in place. Each has a guard test that fails
 when Megatron no longer needs it, and when it no longer helps: tests/dist/test_platform_guards.py.
@@ -10,11 +10,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Collection
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from megarl.parallel.cpu.torch_view import TorchView
 
@@ -160,6 +161,22 @@ def tensor_type() -> None:
     torch.Tensor.type = type_for_megatron  # type: ignore[assignment]
 
 
+def one_gloo_device() -> None:
+    """Let all groups of a process share one event loop: else each of some fifty has a thread that polls every 10 ms."""
+    gloo: Any = distributed_c10d.ProcessGroupGloo
+    devices: list[Any] = []
+
+    class SharedDeviceGloo(gloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            if not devices:
+                devices.append(gloo.create_default_device())
+            options = gloo._Options()
+            options._devices, options._timeout, options._threads = devices, timeout, 1
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
+
+
 def quiet_warnings() -> None:
     """Silence what Megatron warns of in every run on CPU and nobody can act on."""
     # CPU has no Apex and no Transformer Engine to install.
@@ -188,7 +205,7 @@ _ONE_MODULE: dict[str, tuple[Callable[[Any], None], ...]] = {
     "megatron.core.tensor_parallel.random": (rng_states,),
     "megatron.core.transformer.moe.moe_utils": (router_without_te, moe_split_sizes),
 }
-_TORCH = (tensor_cuda, tensor_type)
+_TORCH = (tensor_cuda, tensor_type, one_gloo_device)
 _BEFORE_IMPORT = (quiet_warnings,)
 
 NAMES = frozenset(f.__name__ for fs in (_BEFORE_IMPORT, _EVERY_MODULE, _TORCH, *_ONE_MODULE.values()) for f in fs)

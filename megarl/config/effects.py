@@ -1,0 +1,103 @@
+"""Settings that mean something only in some modes: changed from their default in another mode, they are an error.
+
+The critic's section is left out on purpose: users switch estimators with one override and keep their file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megarl.config.schema import POLICY_LOSSES, PPOConfig
+from megarl.errors import Problem
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """``key``, whose default is ``default``, acts only ``where``; words say so and ``fix`` turns that on."""
+
+    key: str
+    default: object
+    where: Callable[[PPOConfig], bool]
+    words: str
+    fix: str
+
+
+def _loss_is(*names: str) -> Callable[[PPOConfig], bool]:
+    # A loss of the user's own may read any setting.
+    return lambda c: (loss := c.actor_rollout_ref.actor.policy_loss) in names or loss not in POLICY_LOSSES
+
+
+def _of_loss(setting: str, default: float, *names: str) -> Effect:
+    key, words = f"{ACTOR}.policy_loss_settings.{setting}", f"{ACTOR}.policy_loss is {' or '.join(names)}"
+    return Effect(key, default, _loss_is(*names), words, f"{ACTOR}.policy_loss={names[0]}")
+
+
+_KL_LOSS = (lambda c: c.actor_rollout_ref.actor.use_kl_loss, f"{ACTOR}.use_kl_loss is on", f"{ACTOR}.use_kl_loss=true")
+_KL_REWARD = (
+    lambda c: c.algorithm.use_kl_in_reward,
+    "algorithm.use_kl_in_reward is on",
+    "algorithm.use_kl_in_reward=true",
+)
+_ADAPTIVE = (
+    lambda c: c.algorithm.kl_ctrl.type == "adaptive",
+    "algorithm.kl_ctrl.type is adaptive",
+    "algorithm.kl_ctrl.type=adaptive",
+)
+_OVERLONG = (
+    lambda c: c.reward.overlong_buffer.enable,
+    "reward.overlong_buffer.enable is true",
+    "reward.overlong_buffer.enable=true",
+)
+_SAMPLES = (
+    lambda c: c.actor_rollout_ref.rollout.val_kwargs.temperature > 0,
+    f"{ROLLOUT}.val_kwargs.temperature is above 0",
+    f"{ROLLOUT}.val_kwargs.temperature=1",
+)
+
+EFFECTS: tuple[Effect, ...] = (
+    Effect(f"{ACTOR}.kl_loss_coef", 0.001, *_KL_LOSS),
+    Effect(f"{ACTOR}.kl_loss_type", "kl", *_KL_LOSS),
+    Effect("algorithm.kl_penalty", "kl", *_KL_REWARD),
+    Effect("algorithm.kl_ctrl.kl_coef", 0.001, *_KL_REWARD),
+    Effect("algorithm.kl_ctrl.target_kl", 0.1, *_ADAPTIVE),
+    Effect("algorithm.kl_ctrl.horizon", 10000, *_ADAPTIVE),
+    Effect(
+        "algorithm.filter_groups.max_num_gen_batches",
+        10,
+        lambda c: c.algorithm.filter_groups.enable,
+        "algorithm.filter_groups.enable is true",
+        "algorithm.filter_groups.enable=true",
+    ),
+    Effect("reward.overlong_buffer.len", 128, *_OVERLONG),
+    Effect("reward.overlong_buffer.penalty_factor", 1.0, *_OVERLONG),
+    Effect(
+        "reward.function",
+        "compute_score",
+        lambda c: c.reward.path is not None,
+        "reward.path names a file",
+        "reward.path=FILE.py",
+    ),
+    Effect(f"{ROLLOUT}.val_kwargs.top_p", 1.0, *_SAMPLES),
+    Effect(f"{ROLLOUT}.val_kwargs.top_k", None, *_SAMPLES),
+    Effect(f"{ROLLOUT}.val_kwargs.n", 1, *_SAMPLES),
+    _of_loss("tau_positive", 1.0, "sapo"),
+    _of_loss("tau_negative", 1.05, "sapo"),
+    _of_loss("cov_share", 2e-4, "clip_cov", "kl_cov"),
+    _of_loss("cov_low", 1.0, "clip_cov"),
+    _of_loss("cov_high", 5.0, "clip_cov"),
+    _of_loss("cov_kl_coef", 1.0, "kl_cov"),
+)
+
+
+def settings_have_an_effect(c: PPOConfig) -> Iterator[Problem]:
+    """What is changed from its default acts in the chosen mode."""
+    for effect in EFFECTS:
+        value: Any = c
+        for name in effect.key.split("."):
+            value = getattr(value, name)
+        if value != effect.default and not effect.where(c):
+            yield Problem(effect.key, value, f"has an effect only where {effect.words}", effect.fix)

@@ -1,0 +1,162 @@
+"""Bytes that a forward pass keeps for the backward pass, tensor by tensor.
+
+Each line below is one tensor that autograd saves, as megarl's layers run on each platform: on CPU plain torch, on CUDA
+fused norms, SwiGLU and attention. Real passes are compared with this on CPU, in tests/dist.
+
+Shape suffixes: none; sizes are in elements of one token on one rank unless a name ends in ``_bytes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RecomputeConfig
+from megarl.parallel.layout import Layout, split_layers
+
+_FP32, _INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What runs: a model on a layout, ``tokens`` a micro-batch, in a dtype, with which kernels.
+
+    tokens: of all sequences of a micro-batch on one data-parallel rank. fused: CUDA's kernels.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    tokens: int
+    dtype_bytes: int
+    fused: bool
+
+    @property
+    def hidden(self) -> int:
+        """Width of what passes between tensor-parallel regions, on this rank."""
+        return self.shape.hidden_size // (self.layout.tp if self.layout.sequence_parallel else 1)
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens that this rank attends from: context parallelism splits every sequence."""
+        return -(-self.tokens // self.layout.cp)
+
+    @property
+    def queries(self) -> int:
+        """Width of the queries."""
+        return self.shape.num_heads * self.shape.head_dim // self.layout.tp
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys, and of the values."""
+        return max(1, self.shape.num_kv_heads // self.layout.tp) * self.shape.head_dim
+
+    @property
+    def vocab(self) -> int:
+        """Width of the logits."""
+        return self.shape.padded_vocab(self.layout.tp) // self.layout.tp
+
+
+def layer_bytes(p: Pass, layer: int, *, selective: bool = False) -> int:
+    """Return what one layer keeps. selective: the attention core is computed again."""
+    per_token = 2 * _norm_bytes(p, p.hidden, 1) + _attention_bytes(p, selective)
+    if p.shape.has_experts(layer):
+        return p.local_tokens * per_token + _experts_bytes(p)
+    return p.local_tokens * (per_token + _mlp_bytes(p, p.hidden, p.shape.ffn_size // p.layout.tp))
+
+
+def _norm_bytes(p: Pass, width: int, num_scales: int) -> int:
+    """Return what RMSNorm keeps of a token: input and scale; unfused the normalised input too, all in float32."""
+    if p.fused:
+        return p.dtype_bytes * width + _FP32 * num_scales
+    return _FP32 * (2 * width + num_scales)
+
+
+def _attention_bytes(p: Pass, selective: bool) -> int:
+    b, q, kv = p.dtype_bytes, p.queries, p.keys
+    heads, kv_heads = q // p.shape.head_dim, kv // p.shape.head_dim
+    kept = b * p.hidden  # input of the projection to queries, keys and values
+    mixed = b * (q + 2 * kv)  # its output; whoever keeps a part of it keeps it whole
+    rope = 4 * b * p.shape.head_dim  # sine and cosine, of queries and of keys
+    keeps_mixed = p.fused or selective
+    if p.shape.qk_norm:
+        kept += _norm_bytes(p, q, heads)
+        if p.fused or b == _FP32:  # the norm of the keys keeps its input, a part of the mixed output
+            kept += _norm_bytes(p, kv, kv_heads) - b * kv
+            keeps_mixed = True
+        else:
+            kept += _norm_bytes(p, kv, kv_heads)
+    if keeps_mixed:
+        kept += mixed
+    kept += rope
+    if p.fused:
+        core = b * (q + kv) + _FP32 * heads  # rotated queries and keys; values are part of the mixed output
+        return kept + b * q + core
+    if selective:
+        return kept + b * (q + kv) + b * q
+    gathered = b * (q + 2 * kv) + b * q + _FP32 * heads + _INT64  # by sequences of one length: q, k, v, output
+    return kept + gathered + b * q
+
+
+def _mlp_bytes(p: Pass, hidden: int, ffn: int) -> int:
+    """Return what a gated feed-forward network of ``ffn`` columns on this rank keeps of a token."""
+    halves = 2 * ffn
+    activation = 0 if p.fused else 2 * ffn  # silu of one half, and the other half with megatron's offset of zero
+    return p.dtype_bytes * (hidden + halves + activation + ffn)
+
+
+def _experts_bytes(p: Pass) -> int:
+    """Return what router, dispatch, experts and combination keep of a micro-batch, tokens being spread evenly."""
+    shape, b = p.shape, p.dtype_bytes
+    tokens = p.local_tokens // (p.layout.tp if p.layout.sequence_parallel else 1)
+    routed = tokens * shape.experts_per_token
+    gathered = routed * p.layout.expert_tp
+    hidden, ffn = shape.hidden_size, shape.expert_ffn_size // p.layout.expert_tp
+    router = tokens * (_FP32 * (hidden + 4 * shape.num_experts) + b * hidden)
+    dispatched = routed * (b + 2 * _INT64)
+    experts = gathered * (_mlp_bytes(p, hidden, ffn) + b * ffn)
+    shared = 0
+    if shape.shared_expert_ffn_size:
+        shared = p.local_tokens * _mlp_bytes(p, p.hidden, shape.shared_expert_ffn_size // p.layout.tp)
+    return router + dispatched + experts + shared
+
+
+def stage_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None = None) -> int:
+    """Return what pipeline stage ``stage`` keeps of one micro-batch, from its embedding to its log-probs."""
+    layers = split_layers(p.shape.num_layers, p.layout.pp)[stage]
+    granularity = recompute.granularity if recompute else None
+    if recompute is not None and granularity == "full":
+        assert recompute.num_layers is not None
+        checkpoint = p.local_tokens * p.dtype_bytes * p.hidden
+        if recompute.method == "uniform":
+            kept = -(-len(layers) // recompute.num_layers) * checkpoint
+        else:
+            again = min(recompute.num_layers, len(layers))
+            kept = again * checkpoint + sum(layer_bytes(p, i) for i in layers[again:])
+    else:
+        kept = sum(layer_bytes(p, i, selective=granularity == "selective") for i in layers)
+    if stage == 0:
+        kept += p.local_tokens * 2 * _INT64
+    if stage == p.layout.pp - 1:
+        kept += head_bytes(p)
+    return kept
+
+
+def head_bytes(p: Pass) -> int:
+    """Return what the last norm, the output layer and the log-probs keep."""
+    per_token = _norm_bytes(p, p.hidden, 1) + p.dtype_bytes * p.hidden
+    if p.shape.value_head:
+        return p.local_tokens * (per_token + p.dtype_bytes)
+    log_probs = 2 * _INT64 + 5 * _FP32
+    return p.local_tokens * (per_token + p.dtype_bytes * p.vocab + log_probs)
+
+
+def recomputed_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None) -> int:
+    """Return what the backward pass holds for a moment of the layers that it computes again."""
+    if recompute is None or recompute.granularity is None:
+        return 0
+    layers = split_layers(p.shape.num_layers, p.layout.pp)[stage]
+    if recompute.granularity == "selective":
+        return p.local_tokens * (_attention_bytes(p, False) - _attention_bytes(p, True))
+    assert recompute.num_layers is not None
+    run = recompute.num_layers if recompute.method == "uniform" else 1
+    return sum(sorted((layer_bytes(p, i) for i in layers), reverse=True)[:run])

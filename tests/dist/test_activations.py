@@ -1,0 +1,61 @@
+"""The plan says within 5 % what a real forward pass keeps for its backward pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megarl.config.schema import RecomputeConfig
+from megarl.data.batch import sequences_to_batch
+from megarl.parallel.layout import Layout
+from tests.dist.activation_cases import kept_and_planned
+from tests.dist.ranks import RankPool
+
+TOLERANCE = 0.05
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 500,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+LAYOUTS = {
+    "one_rank": Layout(1),
+    "tp2": Layout(2, tp=2),
+    "tp2+sp": Layout(2, tp=2, sequence_parallel=True),
+    "tp4+sp": Layout(4, tp=4, sequence_parallel=True),
+}
+RECOMPUTE = {
+    "nothing": RecomputeConfig(None, None, None),
+    "selective": RecomputeConfig("selective", None, None),
+    "uniform_1": RecomputeConfig("full", "uniform", 1),
+    "uniform_2": RecomputeConfig("full", "uniform", 2),
+    "block_2": RecomputeConfig("full", "block", 2),
+}
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE.values(), ids=RECOMPUTE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_micro_batch_keeps_the_planned_bytes(
+    ranks: RankPool, tmp_path: Path, architecture: str, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], **SIZES}))
+    lengths = (40, 56, 64)
+    batch = sequences_to_batch(
+        [list(range(1, n + 1)) for n in lengths], [[False] + [True] * (n - 1) for n in lengths]
+    )
+    for kept, planned in ranks.run(
+        kept_and_planned, tmp_path, layout, dtype, recompute, batch, world_size=layout.world_size
+    ):
+        assert planned == pytest.approx(kept, rel=TOLERANCE)

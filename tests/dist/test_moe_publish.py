@@ -1,0 +1,59 @@
+"""Experts that are split one way in the trainer and another in vLLM arrive: greedy answers are Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megarl.parallel.layout import Layout
+from tests.dist import hf_reference
+from tests.dist.publish_case import GREEDY, PROMPTS
+from tests.dist.tiny_models import save_tiny_model
+
+JOBS = {
+    "qwen3_moe-untied": Layout(2, tp=2, sequence_parallel=True, ep=2, etp=1),
+    "mixtral-untied": Layout(2, ep=2),
+    "qwen2_moe-tied": Layout(2, tp=2, sequence_parallel=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folder of each model, in which the ranks of its job have answered."""
+    folders = {model: tmp_path_factory.mktemp(model) for model in JOBS}
+    for model, folder in folders.items():
+        sizes = {"head_dim": 32} if model == "qwen3_moe-untied" else {"hidden_size": 128}
+        save_tiny_model(model, folder, **sizes)  # heads of 32, the smallest that vLLM's attention takes on CPU
+        (folder / "layout.json").write_text(json.dumps(asdict(JOBS[model])))
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.dist.publish_case", *map(str, folders.values())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout
+    return folders
+
+
+@pytest.mark.parametrize("model", JOBS)
+def test_greedy_answers_of_published_experts_are_hugging_faces_on_every_rank(
+    folders: dict[str, Path], model: str
+) -> None:
+    hf = hf_reference.load(folders[model])
+    expected = [
+        hf.generate(
+            torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+    found = [json.loads((folders[model] / f"rank{r}.json").read_text()) for r in range(JOBS[model].world_size)]
+    assert found == [expected] * JOBS[model].world_size
