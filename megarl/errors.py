@@ -82,6 +82,11 @@ class WorkerError(MegarlError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """Return ``did you mean 'x'?`` for the known name closest to ``name``, or an empty string.
+
+    The one name that ``name`` is the beginning of is closer than any that is spelled alike.
+    """
+    known = list(known)
+    longer = [other for other in known if len(name) > 3 and other.startswith(name)]
+    match = longer if len(longer) == 1 else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else ""

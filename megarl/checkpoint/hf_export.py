@@ -14,30 +14,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megarl.checkpoint.files import MAX_FILE_BYTES, Shapes, plan_files
 from megarl.errors import ResourceError
-from megarl.parallel.reshard import Resharder, plan_reshard
+from megarl.parallel.reshard import Resharder
+from megarl.parallel.reshard_plan import plan_reshard
 from megarl.parallel.shard import Shard, whole
 
-MAX_FILE_BYTES = 4 << 30
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
-Shapes = Mapping[str, tuple[int, ...]]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-def plan_files(shapes: Shapes, itemsize: int, max_bytes: int = MAX_FILE_BYTES) -> tuple[tuple[str, ...], ...]:
-    """Cut the tensors, in order, into files of at most ``max_bytes`` (a larger tensor has a file of its own)."""
-    files: list[list[str]] = []
-    filled = 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * itemsize
-        if not files or filled + size > max_bytes:
-            files.append([])
-            filled = 0
-        files[-1].append(name)
-        filled += size
-    return tuple(tuple(names) for names in files)
 
 
 def export_hf(

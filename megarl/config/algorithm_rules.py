@@ -113,6 +113,19 @@ def grpo_has_a_kl_term_or_says_not(c: PPOConfig) -> Problems:
         yield Problem("algorithm.kl_free", True, allowed, "algorithm.kl_free=false")
 
 
+def a_kl_term_weighs_something(c: PPOConfig) -> Problems:
+    """A reference that is kept for a KL term has a say: an adaptive coefficient that starts at 0 stays there too."""
+    terms = (
+        (c.actor_rollout_ref.actor.use_kl_loss, "actor_rollout_ref.actor.", "kl_loss_coef", "use_kl_loss"),
+        (c.algorithm.use_kl_in_reward, "algorithm.", "kl_ctrl.kl_coef", "use_kl_in_reward"),
+    )
+    weights = (c.actor_rollout_ref.actor.kl_loss_coef, c.algorithm.kl_ctrl.kl_coef)
+    for (is_on, section, name, switch), weight in zip(terms, weights, strict=True):
+        if is_on and weight == 0:
+            allowed = f"must be above 0 where {section}{switch} is on: the reference would be kept for nothing"
+            yield Problem(f"{section}{name}", weight, allowed, f"{section}{switch}=false")
+
+
 def the_critic_is_there_where_it_is_needed(c: PPOConfig) -> Problems:
     """critic.enable agrees with the estimator."""
     name = c.algorithm.adv_estimator
@@ -155,6 +168,18 @@ def dynamic_sampling_has_groups(c: PPOConfig) -> Problems:
         groups = ", ".join(e for e, needs in ESTIMATORS.items() if needs.min_group_size > 1)
         allowed = f"{name} learns from groups of equal rewards too; filtering is for {groups}"
         yield Problem("algorithm.filter_groups.enable", True, allowed, "algorithm.filter_groups.enable=false")
+    if c.algorithm.filter_groups.enable and c.algorithm.filter_groups.max_num_gen_batches < 2:
+        allowed = "must be at least 2: the first generation is the step's own, and replaces nothing"
+        key = "algorithm.filter_groups.max_num_gen_batches"
+        yield Problem(key, c.algorithm.filter_groups.max_num_gen_batches, allowed, f"{key}=10")
+
+
+def covariances_lie_between_two_bounds(c: PPOConfig) -> Problems:
+    """The lower bound is below the upper one."""
+    settings, key = c.actor_rollout_ref.actor.policy_loss_settings, "actor_rollout_ref.actor.policy_loss_settings"
+    if settings.cov_low >= settings.cov_high:
+        allowed = f"must be less than {key}.cov_high = {settings.cov_high:g}, or no token is chosen"
+        yield Problem(f"{key}.cov_low", settings.cov_low, allowed)
 
 
 def the_overlong_buffer_is_within_the_response(c: PPOConfig) -> Problems:
@@ -181,19 +206,48 @@ def rollout_correction_is_said_in_one_way(c: PPOConfig) -> Problems:
         )
     if correction.band and (len(correction.band) != 2 or not 0 <= correction.band[0] < correction.band[1]):
         yield Problem(f"{key}.band", list(correction.band), "must be [low, high] with 0 <= low < high")
+    for i, rejection in enumerate(correction.rejections):
+        if rejection.high is not None and rejection.low >= rejection.high:
+            allowed = f"must be less than its high = {rejection.high:g}, or everything is rejected"
+            yield Problem(f"{key}.rejections[{i}].low", rejection.low, allowed)
+        if rejection.high is None and rejection.low == 0:
+            allowed = "rejects nothing: from 0 upwards all is kept"
+            yield Problem(f"{key}.rejections[{i}].high", None, allowed, f"{key}.rejections[{i}].high=2, or leave it out")
+
+
+def corrected_rollouts_are_sampled_from_all_tokens(c: PPOConfig) -> Problems:
+    """Log-probs that are compared are of one distribution.
+
+    After top_p and top_k the engine's are of the kept tokens, renormalised; the trainer's are of the whole vocabulary.
+    """
+    correction, rollout = c.algorithm.rollout_correction, c.actor_rollout_ref.rollout
+    by_preset = correction.preset is not None and correction.preset != "metrics_only"
+    if not (by_preset or correction.level or correction.rejections or correction.bypass):
+        return
+    for name, value, whole in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, None)):
+        if value != whole:
+            key, fix = f"actor_rollout_ref.rollout.{name}", "null" if whole is None else "1"
+            allowed = (
+                f"must be {fix} where algorithm.rollout_correction acts: the engine's log-probs are of the kept tokens "
+                "alone, the trainer's of all, and what was cut off would count as an error of the engine"
+            )
+            yield Problem(key, value, allowed, f"{key}={fix}, or no correction")
 
 
 ALGORITHM_RULES = (
     rollout_correction_is_said_in_one_way,
+    corrected_rollouts_are_sampled_from_all_tokens,
     the_estimator_is_known,
     the_policy_loss_is_known,
     the_algorithm_file_is_there,
     the_algorithm_file_has_an_effect,
     a_group_is_large_enough,
     grpo_has_a_kl_term_or_says_not,
+    a_kl_term_weighs_something,
     the_critic_is_there_where_it_is_needed,
     estimator_settings_have_an_effect,
     the_kl_controller_has_an_effect,
     dynamic_sampling_has_groups,
+    covariances_lie_between_two_bounds,
     the_overlong_buffer_is_within_the_response,
 )

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from megarl.errors import ConfigError, Problem, nearest
+from megarl.errors import Absent, ConfigError, Problem, nearest
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
     for name, field in fields.items():
         path = f"{prefix}{name}"
         if name not in values:
-            problems.append(Problem(path, None, "is missing", f"start from one of megarl's own configs, or set {path}"))
+            fix = f"start from one of megarl's own configs, or set {path}"
+            problems.append(Problem(path, Absent(), "is missing", fix))
         elif typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0]):
             found[name] = _sections(typing.get_args(hints[name])[0], values[name], path, problems)
         elif dataclasses.is_dataclass(hints[name]):
@@ -62,6 +63,8 @@ def _leaf(kind: Any, value: Any, path: str, rule: Mapping[str, Any], problems: l
     converted, allowed = _convert(kind, value)
     if allowed is None and isinstance(converted, int | float) and not isinstance(converted, bool):
         allowed = _out_of_range(converted, rule)
+        if allowed is not None and isinstance(kind, types.UnionType):
+            allowed = f"{allowed}, or null"
     if allowed is None and converted is not None and rule["choices"] and converted not in rule["choices"]:
         allowed = f"must be one of {', '.join(rule['choices'])}"
         problems.append(Problem(path, value, allowed, nearest(str(value), rule["choices"])))

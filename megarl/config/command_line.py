@@ -123,8 +123,9 @@ def _sweeps(overrides: Sequence[Override]) -> list[Problem]:
 
 
 def _twice(overrides: Sequence[Override]) -> list[Problem]:
-    """A key is set once: of two values the user meant one."""
+    """A file is picked once, and a key isn't both set and removed. Of two values the last counts, as for scripts."""
     counts = Counter(key_of(o) for o in overrides)
+    plain = {key for key in counts if "." in key and not any(o.is_delete() for o in overrides if key_of(o) == key)}
     return [
         Problem(
             key,
@@ -133,7 +134,7 @@ def _twice(overrides: Sequence[Override]) -> list[Problem]:
             "leave all but one out",
         )
         for key, count in counts.items()
-        if count > 1
+        if count > 1 and key not in plain
     ]
 
 

@@ -31,9 +31,14 @@ def _loss_is(*names: str) -> Callable[[PPOConfig], bool]:
     return lambda c: (loss := c.actor_rollout_ref.actor.policy_loss) in names or loss not in POLICY_LOSSES
 
 
-def _of_loss(setting: str, default: float, *names: str) -> Effect:
-    key, words = f"{ACTOR}.policy_loss_settings.{setting}", f"{ACTOR}.policy_loss is {' or '.join(names)}"
+def _of_loss(setting: str, default: float | None, *names: str) -> Effect:
+    key, words = f"{ACTOR}.{setting}", f"{ACTOR}.policy_loss is {' or '.join(names)}"
     return Effect(key, default, _loss_is(*names), words, f"{ACTOR}.policy_loss={names[0]}")
+
+
+def _one_side_is_clipped_by_it(c: PPOConfig) -> bool:
+    actor = c.actor_rollout_ref.actor
+    return actor.clip_ratio_low is None or actor.clip_ratio_high is None
 
 
 _KL_LOSS = (lambda c: c.actor_rollout_ref.actor.use_kl_loss, f"{ACTOR}.use_kl_loss is on", f"{ACTOR}.use_kl_loss=true")
@@ -58,7 +63,20 @@ _SAMPLES = (
     f"{ROLLOUT}.val_kwargs.temperature=1",
 )
 
+_CLIPPED = ("ppo_clip", "gspo", "geo_mean", "cispo", "clip_cov")
+
 EFFECTS: tuple[Effect, ...] = (
+    Effect(
+        f"{ACTOR}.clip_ratio",
+        0.2,
+        _one_side_is_clipped_by_it,
+        "clip_ratio_low or clip_ratio_high is null: they stand for the two sides of it",
+        f"leave {ACTOR}.clip_ratio out, or one of the two",
+    ),
+    _of_loss("clip_ratio", 0.2, *_CLIPPED),
+    _of_loss("clip_ratio_low", None, *_CLIPPED),
+    _of_loss("clip_ratio_high", None, *_CLIPPED),
+    _of_loss("clip_ratio_c", 3.0, "ppo_clip"),
     Effect(f"{ACTOR}.kl_loss_coef", 0.001, *_KL_LOSS),
     Effect(f"{ACTOR}.kl_loss_type", "kl", *_KL_LOSS),
     Effect("algorithm.kl_penalty", "kl", *_KL_REWARD),
@@ -84,12 +102,12 @@ EFFECTS: tuple[Effect, ...] = (
     Effect(f"{ROLLOUT}.val_kwargs.top_p", 1.0, *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.top_k", None, *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.n", 1, *_SAMPLES),
-    _of_loss("tau_positive", 1.0, "sapo"),
-    _of_loss("tau_negative", 1.05, "sapo"),
-    _of_loss("cov_share", 2e-4, "clip_cov", "kl_cov"),
-    _of_loss("cov_low", 1.0, "clip_cov"),
-    _of_loss("cov_high", 5.0, "clip_cov"),
-    _of_loss("cov_kl_coef", 1.0, "kl_cov"),
+    _of_loss("policy_loss_settings.tau_positive", 1.0, "sapo"),
+    _of_loss("policy_loss_settings.tau_negative", 1.05, "sapo"),
+    _of_loss("policy_loss_settings.cov_share", 2e-4, "clip_cov", "kl_cov"),
+    _of_loss("policy_loss_settings.cov_low", 1.0, "clip_cov"),
+    _of_loss("policy_loss_settings.cov_high", 5.0, "clip_cov"),
+    _of_loss("policy_loss_settings.cov_kl_coef", 1.0, "kl_cov"),
 )
 
 

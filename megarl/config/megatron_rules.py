@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megarl.config.layers import layers_of_stages
 from megarl.config.model_shape import ModelShape
-from megarl.config.schema import MegatronConfig, RecomputeConfig
+from megarl.config.schema import MegatronConfig, RecomputeConfig, TrainedMegatronConfig
 from megarl.config.transformer_fields import OURS, transformer_fields
 from megarl.errors import Problem, nearest
 
@@ -42,6 +43,18 @@ def chunks_take_turns_on_a_pipeline(key: str, megatron: MegatronConfig) -> Probl
     if vpp and megatron.pipeline_model_parallel_size == 1:
         name = f"{key}.virtual_pipeline_model_parallel_size"
         yield Problem(name, vpp, f"has no effect where {key}.pipeline_model_parallel_size is 1", f"{name}=null")
+
+
+def axes_are_built(key: str, megatron: MegatronConfig) -> Problems:
+    """Every axis has code behind it: a plan may be made of more than can be run so far."""
+    pp, vpp = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size or 1
+    if megatron.context_parallel_size > 1:
+        name = f"{key}.context_parallel_size"
+        allowed = "isn't built yet: every rank takes whole sequences"
+        yield Problem(name, megatron.context_parallel_size, allowed, f"{name}=1")
+    if vpp > 1 and pp > 1:
+        name = f"{key}.virtual_pipeline_model_parallel_size"
+        yield Problem(name, vpp, "isn't built yet: a stage holds its layers in one piece", f"{name}=null")
 
 
 def recomputation_is_complete(key: str, recompute: RecomputeConfig) -> Problems:
@@ -91,6 +104,8 @@ def the_model_fits_its_axes(key: str, shape: ModelShape, megatron: MegatronConfi
         allowed = f"x the {pp} stages must divide the model's {shape.num_layers} layers"
         name = f"{key}.virtual_pipeline_model_parallel_size"
         yield Problem(name, megatron.virtual_pipeline_model_parallel_size, allowed, f"{name}=null")
+    if isinstance(megatron, TrainedMegatronConfig) and shape.num_layers >= chunks:
+        yield from _recomputed_layers_fit(key, layers_of_stages(shape.num_layers, chunks), megatron.recompute)
     yield from _experts_fit(key, shape, megatron)
 
 
@@ -105,6 +120,20 @@ def a_tensor_split_fits(key: str, shape: ModelShape, tp: int) -> Problems:
     if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
         allowed = f"must divide the model's {shape.num_kv_heads} key-value heads, or be a multiple of them"
         yield Problem(key, tp, allowed)
+
+
+def _recomputed_layers_fit(key: str, stages: tuple[int, ...], recompute: RecomputeConfig) -> Problems:
+    """Runs of recomputed layers fill every stage; no stage is asked for more layers than it has. stages: layers."""
+    size, name = recompute.num_layers, f"{key}.recompute.num_layers"
+    if recompute.granularity != "full" or size is None:
+        return
+    sizes = ", ".join(str(layers) for layers in sorted(set(stages)))
+    if recompute.method == "uniform" and any(layers % size for layers in stages):
+        allowed = f"must divide the layers of every pipeline stage ({sizes}) where recompute.method is uniform"
+        yield Problem(name, size, allowed, f"{name}=1, or {key}.recompute.method=block")
+    if recompute.method == "block" and size > max(stages):
+        allowed = f"must be at most the {max(stages)} layers of a pipeline stage where recompute.method is block"
+        yield Problem(name, size, allowed, f"{name}={max(stages)}")
 
 
 def _experts_fit(key: str, shape: ModelShape, megatron: MegatronConfig) -> Problems:

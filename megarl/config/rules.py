@@ -9,6 +9,7 @@ from megarl.config.effects import settings_have_an_effect
 from megarl.config.megatron_rules import (
     RANKS,
     a_tensor_split_fits,
+    axes_are_built,
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
     overridden_fields_exist_and_are_free,
@@ -46,12 +47,27 @@ def a_policy_has_an_output_layer(key: str, path: str | None, shape: ModelShape) 
         yield Problem(f"{key}.path", path, allowed, f"critic.model.path={path}, if that is meant")
 
 
+def stop_tokens_are_in_the_vocabulary(token_ids: tuple[int, ...], shape: ModelShape) -> Problems:
+    """A token that ends a response can be generated."""
+    for token in token_ids:
+        if not 0 <= token < shape.vocab_size:
+            key = "actor_rollout_ref.rollout.stop_token_ids"
+            yield Problem(key, token, f"must be of the model's {shape.vocab_size} tokens, counted from 0")
+
+
 def betas_are_two_fractions(key: str, optim: OptimConfig) -> Problems:
     """AdamW has two decay rates, each at least 0 and below 1; the last learning rate isn't above the first."""
     if len(optim.beta) != 2 or not all(0 <= b < 1 for b in optim.beta):
         yield Problem(f"{key}.beta", list(optim.beta), "must be two numbers, each at least 0 and less than 1")
     if optim.min_lr > optim.lr:
         yield Problem(f"{key}.min_lr", optim.min_lr, f"must be at most {key}.lr = {optim.lr:g}")
+
+
+def the_last_learning_rate_is_reached(key: str, optim: OptimConfig, scheduler: LRSchedulerConfig) -> Problems:
+    """min_lr is set only where the schedule ends there. key: of the section with both."""
+    if scheduler.type == "constant" and optim.min_lr > 0:
+        allowed = f"has no effect where {key}lr_scheduler.type is constant"
+        yield Problem(f"{key}optim.min_lr", optim.min_lr, allowed, f"{key}lr_scheduler.type=cosine")
 
 
 def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
@@ -76,6 +92,15 @@ def the_engine_is_built(c: PPOConfig) -> Problems:
         yield Problem(key, c.actor_rollout_ref.rollout.name, "isn't built yet", f"{key}=vllm")
 
 
+def an_engine_step_holds_its_sequences(c: PPOConfig) -> Problems:
+    """An engine step has a token for each sequence that is generated at once: vLLM demands it."""
+    tokens, sequences = c.actor_rollout_ref.rollout.max_num_batched_tokens, c.actor_rollout_ref.rollout.max_num_seqs
+    if tokens is not None and tokens < sequences:
+        key = "actor_rollout_ref.rollout.max_num_batched_tokens"
+        allowed = f"must be at least actor_rollout_ref.rollout.max_num_seqs = {sequences}"
+        yield Problem(key, tokens, allowed, f"{key}=null")
+
+
 def training_and_rollout_share_devices(c: PPOConfig) -> Problems:
     """hybrid_engine is on."""
     if not c.actor_rollout_ref.hybrid_engine:
@@ -92,6 +117,7 @@ def one_reward_is_chosen(c: PPOConfig) -> Problems:
 _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     the_engine_is_built,
     an_engine_replica_divides_the_ranks,
+    an_engine_step_holds_its_sequences,
     training_and_rollout_share_devices,
     one_reward_is_chosen,
     settings_have_an_effect,
@@ -118,14 +144,29 @@ def ppo_problems(c: PPOConfig) -> list[Problem]:
     problems = [p for rule in (*_PPO_RULES, *ALGORITHM_RULES) for p in rule(c)]
     problems += a_model_is_named("actor_rollout_ref.model", models.model)
     problems += betas_are_two_fractions("actor_rollout_ref.actor.optim", models.actor.optim)
+    problems += the_last_learning_rate_is_reached(
+        "actor_rollout_ref.actor.", models.actor.optim, models.actor.lr_scheduler
+    )
     problems += axes_make_sense("actor_rollout_ref.actor.megatron", models.actor.megatron, ranks)
     if needs_reference(c):
         problems += axes_make_sense("actor_rollout_ref.ref.megatron", models.ref.megatron, ranks)
     if needs_critic(c):
         problems += a_model_is_named("critic.model", c.critic.model)
         problems += betas_are_two_fractions("critic.optim", c.critic.optim)
+        problems += the_last_learning_rate_is_reached("critic.", c.critic.optim, c.critic.lr_scheduler)
         problems += axes_make_sense("critic.megatron", c.critic.megatron, ranks)
     problems += sinks_are_known(c.trainer.logger)
+    return problems
+
+
+def ppo_start_problems(c: PPOConfig) -> list[Problem]:
+    """Evaluate what a plan needn't hold to, but a run that is about to start does."""
+    models = c.actor_rollout_ref
+    problems = [*axes_are_built("actor_rollout_ref.actor.megatron", models.actor.megatron)]
+    if needs_reference(c):
+        problems += axes_are_built("actor_rollout_ref.ref.megatron", models.ref.megatron)
+    if needs_critic(c):
+        problems += axes_are_built("critic.megatron", c.critic.megatron)
     return problems
 
 
@@ -141,6 +182,7 @@ def ppo_model_problems(c: PPOConfig, shape: ModelShape) -> list[Problem]:
     models = c.actor_rollout_ref
     problems = [*the_model_fits_its_axes("actor_rollout_ref.actor.megatron", shape, models.actor.megatron)]
     problems += a_policy_has_an_output_layer("actor_rollout_ref.model", models.model.path, shape)
+    problems += stop_tokens_are_in_the_vocabulary(models.rollout.stop_token_ids, shape)
     key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
     problems += a_tensor_split_fits(key, shape, models.rollout.tensor_model_parallel_size)
     if needs_reference(c):
@@ -166,6 +208,7 @@ def sft_problems(c: SFTConfig) -> list[Problem]:
     return [
         *a_model_is_named("model", c.model),
         *betas_are_two_fractions("optim", c.optim),
+        *the_last_learning_rate_is_reached("", c.optim, c.lr_scheduler),
         *axes_make_sense("megatron", c.megatron, num_ranks(c)),
         *sinks_are_known(c.trainer.logger),
     ]

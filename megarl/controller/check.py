@@ -1,4 +1,4 @@
-"""Everything that can be known of a run before it starts, checked together: keys, rules, batches, models and data files.
+"""All that can be known of a run before it starts, checked together: keys, rules, batches, models, data files.
 
 Loads neither torch nor ray, so that a mistake costs a second or two.
 """
@@ -13,12 +13,14 @@ from typing import Any
 
 from megarl.config.algorithm_rules import needs_critic
 from megarl.config.build import build_config
+from megarl.config.megatron_rules import axes_are_built
 from megarl.config.model_shape import ModelShape, parse_model_shape, read_model_shape
 from megarl.config.rules import (
     critic_model_problems,
     num_ranks,
     ppo_model_problems,
     ppo_problems,
+    ppo_start_problems,
     schedule_problems,
     sft_model_problems,
     sft_problems,
@@ -31,6 +33,7 @@ from megarl.errors import ConfigError, MegarlError, ModelFolderError, Problem
 from megarl.parallel.layout import layout_of
 from megarl.plan.batch import BatchPlan, plan_batch
 from megarl.plan.model_facts.shipped import shipped_config
+from megarl.reward.registry import load_reward
 
 _MODEL, _CRITIC = "actor_rollout_ref.model.path", "critic.model.path"
 
@@ -117,12 +120,14 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
     config = _built(values)
     found, notes = _Findings(), list[str]()
     found.problems += ppo_problems(config)
-    batch = critic_batch = model = critic = None
+    if not files_may_be_missing:
+        found.problems += ppo_start_problems(config)
+    batch = critic_plan = model = critic = None
     with found.of("actor_rollout_ref.actor.ppo_mini_batch_size", config.actor_rollout_ref.actor.ppo_mini_batch_size):
         batch = actor_batch(config)
     if needs_critic(config):
         with found.of("critic.ppo_mini_batch_size", config.critic.ppo_mini_batch_size):
-            critic_batch = _critic_batch(config)
+            critic_plan = critic_batch(config)
     if path := config.actor_rollout_ref.model.path:
         with found.of(_MODEL, path):
             model = _model(path, notes if files_may_be_missing else None)
@@ -133,11 +138,10 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
             if model:
                 found.problems += critic_model_problems(config, critic.shape, model.shape.vocab_size)
     num_prompts = _check_data_files(config, found, notes if files_may_be_missing else None)
-    if config.reward.path and not Path(config.reward.path).expanduser().is_file():
-        found.problems.append(Problem("reward.path", config.reward.path, "must be a python file", "correct the path"))
+    _check_reward(config, found)
     found.finish()
     assert batch is not None and model is not None
-    checked = CheckedPPO(config, model, critic, batch, critic_batch, num_prompts, tuple(notes))
+    checked = CheckedPPO(config, model, critic, batch, critic_plan, num_prompts, tuple(notes))
     found.problems += _schedule_problems(checked)
     found.finish()
     return checked
@@ -147,7 +151,7 @@ def check_sft(values: Mapping[str, Any]) -> CheckedSFT:
     """Check an SFT run. Raises the named error of all that is wrong."""
     config = build_config(SFTConfig, values)
     found = _Findings()
-    found.problems += sft_problems(config)
+    found.problems += [*sft_problems(config), *axes_are_built("megatron", config.megatron)]
     batch = model = None
     with found.of("data.train_batch_size", config.data.train_batch_size):
         batch = sft_batch(config)
@@ -170,7 +174,8 @@ def actor_batch(config: PPOConfig) -> BatchPlan:
     return _batch(config, actor, "actor_rollout_ref.actor")
 
 
-def _critic_batch(config: PPOConfig) -> BatchPlan:
+def critic_batch(config: PPOConfig) -> BatchPlan:
+    """Return the critic's, likewise."""
     return _batch(config, config.critic, "critic")
 
 
@@ -201,9 +206,11 @@ def _batch(config: PPOConfig, role: Any, name: str) -> BatchPlan:
 
 def _built(values: Mapping[str, Any]) -> PPOConfig:
     """Return the config, if its backend is built."""
-    strategy = _at(values, "actor_rollout_ref", "actor", "strategy")
+    actor = _at(values, "actor_rollout_ref", "actor")
+    strategy = _at(actor, "strategy")
     if strategy in FSDP_STRATEGIES:
-        build_config(DpPPOConfig, values)
+        if _at(actor, "megatron") is None:
+            build_config(DpPPOConfig, values)
         key, fix = (
             "actor_rollout_ref.actor.strategy",
             "--config-name=ppo_megatron_trainer, or `defaults: [ppo_megatron_trainer, _self_]`",
@@ -237,6 +244,17 @@ def _model(path: str, notes: list[str] | None) -> Model:
             f"{folder} has no tokenizer: none of {', '.join(tokenizer)}; copy it from the base model"
         )
     return Model(shape, folder)
+
+
+def _check_reward(config: PPOConfig, found: _Findings) -> None:
+    """Check that the reward function exists; a file of the user's isn't run before the run starts."""
+    name, path = config.reward.name, config.reward.path
+    if path is not None:
+        if not (path.endswith(".py") and Path(path).expanduser().is_file()):
+            found.problems.append(Problem("reward.path", path, "there is no such .py file", "correct the path"))
+    elif name is not None:
+        with found.of("reward.name", name):
+            load_reward(name)
 
 
 def _check_data_files(config: PPOConfig, found: _Findings, notes: list[str] | None) -> int | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from megarl.config.model_shape import read_model_shape
 from megarl.config.rules import require, schedule_problems
-from megarl.config.schema import ModelConfig, PPOConfig, SFTConfig
+from megarl.config.schema import ModelConfig, PPOConfig
 from megarl.controller.check import CheckedPPO, CheckedSFT
 from megarl.data.chat import load_tokenizer
 from megarl.data.order import Order

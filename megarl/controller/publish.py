@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.model.name_map import megatron_shards, vllm_shards
-from megarl.parallel.reshard import Resharder, plan_reshard
+from megarl.parallel.reshard import Resharder
+from megarl.parallel.reshard_plan import plan_reshard
 from megarl.rollout.engine import RolloutEngine
 from megarl.train.model import Model
 

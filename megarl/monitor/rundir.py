@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from megarl.config.compose import as_yaml
 from megarl.errors import ConfigError, Problem
 
 PACKAGES = (
@@ -46,8 +47,8 @@ def create_run_dir(path: Path, config: Mapping[str, object], overrides: Sequence
         raise _refused(path, f"can't be made: {error.strerror}") from error
     if occupied:
         raise _refused(path, "exists and is not empty; a run never writes over another")
-    (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (path / "overrides.yaml").write_text(to_yaml(list(overrides)), encoding="utf-8")
+    (path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    (path / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
     (path / "environment.txt").write_text(describe_environment(), encoding="utf-8")
     return path
 
@@ -89,11 +90,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def to_yaml(value: object) -> str:
-    """Return plain dicts, lists and scalars as YAML that reads back equal, in the given order."""
-    return yaml.safe_dump(value, sort_keys=False)
 
 
 def _refused(path: Path, why: str) -> ConfigError:

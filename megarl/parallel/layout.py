@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megarl.config.layers import layers_of_stages
 from megarl.config.schema import MegatronConfig
 from megarl.errors import ConfigError, Problem
 
@@ -101,18 +102,13 @@ def layout_of(megatron: MegatronConfig, world_size: int) -> Layout:
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
-    """Return the global layer indices of every pipeline stage.
-
-    Where ``num_layers`` doesn't divide, the extra layers go to the middle stages first, since the first stage also
-    holds the embedding and the last the output layer.
+    """Return the global layer indices of every pipeline stage, of as many layers as layers_of_stages says.
 
     Raises ConfigError where a stage would be left without a layer.
     """
     if num_layers < num_stages:
         key = "pipeline_model_parallel_size"
         raise ConfigError([Problem(key, num_stages, f"must be at most the model's {num_layers} layers")])
-    base, extra = divmod(num_layers, num_stages)
-    from_the_middle = sorted(range(num_stages), key=lambda s: (s in (0, num_stages - 1), s == num_stages - 1, s))
-    sizes = [base + (stage in from_the_middle[:extra]) for stage in range(num_stages)]
+    sizes = layers_of_stages(num_layers, num_stages)
     starts = [sum(sizes[:stage]) for stage in range(num_stages)]
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megarl.config.model_shape import ModelShape
 from megarl.model.name_map import megatron_shards
@@ -85,6 +86,7 @@ def _place(name: str) -> tuple[int, int, int, int]:
     return (1, int(parts[2]), min(kind, first), 2 * expert + (kind > first))
 
 
+@cache
 def static_bytes(
     shape: ModelShape,
     layout: Layout,

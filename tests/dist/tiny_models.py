@@ -57,7 +57,7 @@ MOE_MODELS = ("qwen3_moe-untied", "mixtral-untied", "qwen2_moe-tied")
 
 
 def save_tiny_model(name: str, folder: Path, **sizes: int) -> None:
-    """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: instead of ours."""
+    """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: over ours."""
     family, kind = name.split("-")
     config_type, fields = (FAMILIES | MOE_FAMILIES)[family]
     layers = 5 if name == FIVE_LAYERS else 2

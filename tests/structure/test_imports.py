@@ -56,7 +56,8 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
 
 def violations(source: str, module: str) -> list[str]:
     """Return a sentence for each import of a megarl module that the layers or the doors forbid."""
-    package = module.split(".")[1]
+    # A package's __main__ is a program: it stands on top of everything, like main_ppo.
+    package = "main_ppo" if module.endswith(".__main__") else module.split(".")[1]
     return [
         f"{module} imports {target}: {why}"
         for target in sorted(set(imported_modules(source, module)))

@@ -5,7 +5,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.checkpoint.hf_export import plan_files
+from megarl.checkpoint.files import plan_files
 
 shapes = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), max_size=12).map(
     lambda found: {f"t{i}": shape for i, shape in enumerate(found)}

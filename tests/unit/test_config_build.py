@@ -124,12 +124,12 @@ def test_a_value_of_the_wrong_type_is_an_error_that_says_what_is_right(
     ("values", "path", "allowed"),
     [
         (_values(num_steps=0), "num_steps", "must be at least 1"),
-        (_values(share=-0.1), "share", "must be at least 0"),
-        (_values(share=1.5), "share", "must be at most 1"),
+        (_values(share=-0.1), "share", "must be at least 0, or null"),
+        (_values(share=1.5), "share", "must be at most 1, or null"),
         (_engine(top_p=0.0), "engine.top_p", "must be greater than 0"),
-        (_engine(top_k=-1), "engine.top_k", "must be at least 1"),
-        (_values(share=float("nan")), "share", "must be a finite number"),
-        (_values(share="nan"), "share", "must be a finite number"),
+        (_engine(top_k=-1), "engine.top_k", "must be at least 1, or null"),
+        (_values(share=float("nan")), "share", "must be a finite number, or null"),
+        (_values(share="nan"), "share", "must be a finite number, or null"),
         (_engine(top_p=float("inf")), "engine.top_p", "must be a finite number"),
     ],
 )

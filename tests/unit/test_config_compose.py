@@ -115,7 +115,6 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
         (["word"], ["word: is neither key=value nor a flag"]),
         (["=3"], ["has no key"]),
         (["a.b=1,2"], ["is several values", "a.b='[1,2]'"]),
-        (["a.b=1", "+a.b=2"], ["a.b = '1 and 2': is set more than once"]),
         (["experiment=quickstart", "+experiment=gsm8k_7b"], ["is set more than once"]),
         (["a.b=1", "~a.b"], ["a.b = '1 and ~': is set more than once"]),
         (["hydra.run.dir=x"], ["hydra.run.dir = 'x': has no effect"]),

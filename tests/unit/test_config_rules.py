@@ -34,8 +34,16 @@ Changes = Mapping[str, object]
 
 MODELS = "actor_rollout_ref"
 ACTOR, ROLLOUT, REF = f"{MODELS}.actor", f"{MODELS}.rollout", f"{MODELS}.ref"
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+VPP, EP, ETP = (
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+RECOMPUTE = f"{ACTOR}.megatron.recompute"
+OVERRIDES, REF_OVERRIDES = (f"{role}.megatron.override_transformer_config" for role in (ACTOR, REF))
 CORRECTION = "algorithm.rollout_correction"
+REJECTION = {"criterion": "token", "low": 0, "high": 2}
 
 GAE: Changes = {"algorithm.adv_estimator": "gae", f"{ROLLOUT}.n": 1, f"{ACTOR}.use_kl_loss": False}
 RLOO: Changes = {"algorithm.adv_estimator": "rloo", f"{ACTOR}.use_kl_loss": False}
@@ -52,13 +60,89 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({f"{ACTOR}.optim.min_lr": 1.0}, [f"{ACTOR}.optim.min_lr"], f"at most {ACTOR}.optim.lr = 1e-06"),
     (
         {f"{ACTOR}.megatron.{TP}": 3, f"{REF}.megatron.{TP}": 1},
-        [f"{ACTOR}.megatron.{TP} x {ACTOR}.megatron.{PP}"],
+        [f"{ACTOR}.megatron.{TP}"],
         "must divide the 8 ranks (trainer.nnodes x trainer.n_gpus_per_node); products that do: 1, 2, 4, 8",
     ),
-    ({f"{REF}.megatron.{PP}": 5}, [f"{REF}.megatron.{TP} x {REF}.megatron.{PP}"], "must divide the 8 ranks"),
+    ({f"{REF}.megatron.{PP}": 5}, [f"{REF}.megatron.{PP}"], "must divide the 8 ranks"),
+    (
+        {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 4, f"{REF}.megatron.{PP}": 1},
+        [f"{ACTOR}.megatron.{TP} x {ACTOR}.megatron.{PP}"],
+        "must divide the 8 ranks",
+    ),
+    (
+        {f"{ACTOR}.megatron.{TP}": 2, f"{ACTOR}.megatron.{EP}": 8, f"{REF}.megatron.{EP}": 1},
+        [f"{ACTOR}.megatron.{TP} x {ACTOR}.megatron.{EP}"],
+        "must divide the 8 ranks",
+    ),
+    (
+        {f"{REF}.megatron.{CP}": 3},
+        [f"{REF}.megatron.{CP}"],
+        "must divide the 8 ranks",
+    ),
+    (
+        {f"{ACTOR}.megatron.{VPP}": 2, f"{REF}.megatron.{VPP}": None},
+        [f"{ACTOR}.megatron.{VPP}"],
+        f"has no effect where {ACTOR}.megatron.{PP} is 1",
+    ),
+    ({f"{RECOMPUTE}.granularity": "full"}, [f"{RECOMPUTE}.method", f"{RECOMPUTE}.num_layers"], "must be set where"),
+    (
+        {f"{RECOMPUTE}.granularity": "selective", f"{RECOMPUTE}.num_layers": 1},
+        [f"{RECOMPUTE}.num_layers"],
+        "has no effect where actor_rollout_ref.actor.megatron.recompute.granularity is selective",
+    ),
+    ({f"{RECOMPUTE}.method": "block"}, [f"{RECOMPUTE}.method"], "granularity is null"),
+    ({f"{OVERRIDES}.num_layers": 4, REF_OVERRIDES: {}}, [f"{OVERRIDES}.num_layers"], "is decided by megarl"),
+    ({f"{OVERRIDES}.apply_rope_fusoin": 4, REF_OVERRIDES: {}}, [f"{OVERRIDES}.apply_rope_fusoin"], "is no field of"),
+    (
+        {f"{OVERRIDES}.{TP}": 2, f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True},
+        [f"{OVERRIDES}.{TP}"],
+        "is decided by megarl",
+    ),
+    (
+        {f"{ACTOR}.lr_scheduler.type": "constant", f"{ACTOR}.optim.min_lr": 1e-7},
+        [f"{ACTOR}.optim.min_lr"],
+        "has no effect where actor_rollout_ref.actor.lr_scheduler.type is constant",
+    ),
+    (
+        {**GAE, "critic.lr_scheduler.type": "constant", "critic.optim.min_lr": 1e-7},
+        ["critic.optim.min_lr"],
+        "has no effect where critic.lr_scheduler.type is constant",
+    ),
+    ({f"{ROLLOUT}.name": "sglang"}, [f"{ROLLOUT}.name"], "isn't built yet"),
+    (
+        {f"{ROLLOUT}.max_num_batched_tokens": 255},
+        [f"{ROLLOUT}.max_num_batched_tokens"],
+        f"at least {ROLLOUT}.max_num_seqs = 256",
+    ),
+    ({"reward.function": "mine"}, ["reward.function"], "has an effect only where reward.path names a file"),
+    ({f"{ACTOR}.kl_loss_coef": 0.0}, [f"{ACTOR}.kl_loss_coef"], "the reference would be kept for nothing"),
+    (
+        {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0, "algorithm.kl_ctrl.type": "adaptive"},
+        ["algorithm.kl_ctrl.kl_coef"],
+        "must be above 0",
+    ),
+    (
+        {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.max_num_gen_batches": 1},
+        ["algorithm.filter_groups.max_num_gen_batches"],
+        "must be at least 2",
+    ),
+    (
+        {f"{ACTOR}.policy_loss": "clip_cov", f"{ACTOR}.policy_loss_settings.cov_low": 5},
+        [f"{ACTOR}.policy_loss_settings.cov_low"],
+        f"less than {ACTOR}.policy_loss_settings.cov_high = 5",
+    ),
+    (
+        {f"{ACTOR}.clip_ratio": 0.3, f"{ACTOR}.clip_ratio_low": 0.2, f"{ACTOR}.clip_ratio_high": 0.28},
+        [f"{ACTOR}.clip_ratio"],
+        "clip_ratio_low or clip_ratio_high is null",
+    ),
+    ({f"{CORRECTION}.bypass": True, f"{ROLLOUT}.top_p": 0.9}, [f"{ROLLOUT}.top_p"], "of the kept tokens alone"),
+    ({f"{CORRECTION}.preset": "icepop", f"{ROLLOUT}.top_k": 50}, [f"{ROLLOUT}.top_k"], "must be null"),
+    ({f"{CORRECTION}.rejections": [REJECTION | {"low": 2}]}, [f"{CORRECTION}.rejections[0].low"], "its high = 2"),
+    ({f"{CORRECTION}.rejections": [REJECTION | {"high": None}]}, [f"{CORRECTION}.rejections[0].high"], "nothing"),
     ({**GAE, "critic.model.path": ""}, ["critic.model.path"], "must name a Hugging Face folder"),
     ({**GAE, "critic.optim.beta": []}, ["critic.optim.beta"], "two numbers"),
-    ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{TP} x critic.megatron.{PP}"], "must divide the 8 ranks"),
+    ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
     ({"trainer.logger": ["consol"]}, ["trainer.logger"], "must be among console, tensorboard"),
     ({f"{ROLLOUT}.{TP}": 3}, [f"{ROLLOUT}.{TP}"], "must divide the 8 ranks"),
     ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
@@ -119,6 +203,16 @@ SOUND: list[Changes] = [
     {f"{CORRECTION}.preset": "token_tis"},
     {f"{CORRECTION}.bypass": True},
     {f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [0.5, 2], f"{CORRECTION}.normalize": True},
+    {f"{CORRECTION}.rejections": [REJECTION, REJECTION | {"low": 0.5, "high": None}]},
+    {f"{CORRECTION}.preset": "metrics_only", f"{ROLLOUT}.top_p": 0.9, f"{ROLLOUT}.top_k": 50},
+    {f"{ACTOR}.clip_ratio": 0.3, f"{ACTOR}.clip_ratio_high": 0.4},
+    {f"{ACTOR}.clip_ratio_low": 0.2, f"{ACTOR}.clip_ratio_high": 0.28},
+    {f"{ROLLOUT}.max_num_batched_tokens": 256},
+    {f"{RECOMPUTE}.granularity": "selective"},
+    {f"{RECOMPUTE}.granularity": "full", f"{RECOMPUTE}.method": "uniform", f"{RECOMPUTE}.num_layers": 1},
+    {f"{ACTOR}.megatron.{PP}": 2, f"{ACTOR}.megatron.{VPP}": 2, f"{ACTOR}.megatron.{CP}": 2},
+    {f"{ACTOR}.megatron.{EP}": 8, f"{REF}.megatron.{EP}": 1},
+    {f"{OVERRIDES}.apply_rope_fusion": False},
 ]
 
 
@@ -176,7 +270,9 @@ def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
         ({"model.path": None}, ["model.path"]),
         ({"optim.beta": [0.9, 1.5]}, ["optim.beta"]),
         ({"optim.min_lr": 1.0}, ["optim.min_lr"]),
-        ({f"megatron.{TP}": 3}, [f"megatron.{TP} x megatron.{PP}"]),
+        ({f"megatron.{TP}": 3}, [f"megatron.{TP}"]),
+        ({"megatron.recompute.granularity": "full"}, ["megatron.recompute.method", "megatron.recompute.num_layers"]),
+        ({"lr_scheduler.type": "constant", "optim.min_lr": 1e-7}, ["optim.min_lr"]),
         ({"trainer.logger": ["csv"]}, ["trainer.logger"]),
         ({"model.path": None, "trainer.logger": ["csv"]}, ["model.path", "trainer.logger"]),
     ],

@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megarl.errors import ConfigError
-from megarl.monitor.rundir import create_run_dir, describe_environment, git_commit, to_yaml
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-CONFIGS = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=10
-)
+from megarl.monitor.rundir import create_run_dir, describe_environment, git_commit
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -33,11 +26,6 @@ def test_a_new_folder_holds_config_overrides_and_environment(tmp_path: Path) -> 
     assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == config
     assert yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8")) == ["actor.lr=1e-6"]
     assert (folder / "environment.txt").read_text(encoding="utf-8").startswith("python: ")
-
-
-@given(CONFIGS)
-def test_every_config_reads_back_as_it_was_written(config: object) -> None:
-    assert yaml.safe_load(to_yaml(config)) == config
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:

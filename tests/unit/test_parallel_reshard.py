@@ -14,7 +14,7 @@ from megarl.config.model_shape import ModelShape
 from megarl.errors import PublishError
 from megarl.model.name_map import hf_shapes, megatron_shards, vllm_shards
 from megarl.parallel.layout import Layout
-from megarl.parallel.reshard import Move, Piece, cut_into_buckets, plan_reshard
+from megarl.parallel.reshard_plan import Move, Piece, cut_into_buckets, plan_reshard
 from megarl.parallel.shard import Segment, Shard, whole
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 

@@ -1,4 +1,4 @@
-"""What Megatron, and torch under it, need on CPU beyond a remapped device. One function an accommodation, with the reason.
+"""What Megatron, and torch under it, need on CPU beyond a remapped device. A function each, with the reason.
 
 Each takes a Megatron module that has just been imported and adjusts it in place. Each has a guard test that fails
 when Megatron no longer needs it, and when it no longer helps: tests/dist/test_platform_guards.py.

@@ -1,0 +1,152 @@
+"""What would make a run fit: changes of its config, tried in the order of what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from megarl.config.megatron_rules import the_model_fits_its_axes
+from megarl.config.model_shape import ModelShape
+from megarl.config.rules import ppo_model_problems, ppo_problems
+from megarl.config.schema import PPOConfig
+from megarl.errors import ConfigError
+from megarl.plan.devices import Device
+from megarl.plan.run_plan import RunPlan
+
+ACTOR = "actor_rollout_ref.actor"
+MEGATRON = f"{ACTOR}.megatron"
+ROLLOUT = "actor_rollout_ref.rollout"
+MAX_COMBINED = 3
+
+
+@dataclass(frozen=True)
+class Change:
+    """Some keys with new values. cost: in words, for people."""
+
+    values: Mapping[str, object]
+    cost: str
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={_typed(value)}" for key, value in self.values.items())
+
+
+def _typed(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def changed(config: PPOConfig, values: Mapping[str, object]) -> PPOConfig:
+    """Return ``config`` with some keys changed; where another role had the actor's value, it follows."""
+    for key, value in values.items():
+        before = value_of(config, key)
+        config = _replaced(config, key.split("."), value)
+        if key.startswith(f"{MEGATRON}."):
+            for other in ("actor_rollout_ref.ref.megatron", "critic.megatron"):
+                twin = other + key.removeprefix(MEGATRON)
+                if _has(config, twin) and value_of(config, twin) == before:
+                    config = _replaced(config, twin.split("."), value)
+    return config
+
+
+def value_of(config: object, key: str) -> Any:
+    """Return the value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _has(config: object, key: str) -> bool:
+    try:
+        value_of(config, key)
+    except AttributeError:
+        return False
+    return True
+
+
+def _replaced(config: Any, path: list[str], value: object) -> Any:
+    first, *rest = path
+    return replace(config, **{first: _replaced(getattr(config, first), rest, value) if rest else value})
+
+
+def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
+    """Yield what may save memory, cheapest first; what is so already is left out."""
+    models = c.actor_rollout_ref
+    wanted: list[Change] = [
+        Change({f"{MEGATRON}.use_distributed_optimizer": True}, "nothing"),
+        Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step"),
+        Change({f"{MEGATRON}.grad_offload": True}, "allocating gradients again each update"),
+        Change({f"{MEGATRON}.optimizer_offload": True}, "moving optimizer state twice a step"),
+        Change({f"{MEGATRON}.param_offload": True}, "moving parameters for each use"),
+    ]
+    for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        if share < models.rollout.gpu_memory_utilization:
+            wanted.append(Change({f"{ROLLOUT}.gpu_memory_utilization": share}, "fewer responses at once"))
+    micro = models.actor.ppo_micro_batch_size_per_gpu
+    while micro > 1:
+        micro //= 2
+        sizes = {f"{ACTOR}.ppo_micro_batch_size_per_gpu": micro}
+        scored = models.actor.log_prob_micro_batch_size_per_gpu
+        if scored is not None and scored > micro:
+            sizes[f"{ACTOR}.log_prob_micro_batch_size_per_gpu"] = micro
+        if plan.critic_batch and c.critic.ppo_micro_batch_size_per_gpu > micro:
+            sizes["critic.ppo_micro_batch_size_per_gpu"] = micro
+        wanted.append(Change(sizes, "smaller matrix products"))
+    full = {"granularity": "full", "method": "uniform", "num_layers": 1}
+    recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
+    wanted.append(Change(recompute, "a third more work in updates"))
+    tp = models.actor.megatron.tensor_model_parallel_size
+    while (tp := tp * 2) <= c.trainer.n_gpus_per_node:
+        wanted.append(Change({f"{MEGATRON}.tensor_model_parallel_size": tp}, "more exchange between ranks"))
+    engine_tp = models.rollout.tensor_model_parallel_size
+    while (engine_tp := engine_tp * 2) <= c.trainer.n_gpus_per_node:
+        wanted.append(Change({f"{ROLLOUT}.tensor_model_parallel_size": engine_tp}, "slower tokens, fewer replicas"))
+    pp, ranks = models.actor.megatron.pipeline_model_parallel_size, plan.num_ranks
+    while (pp := pp * 2) <= ranks:
+        wanted.append(Change({f"{MEGATRON}.pipeline_model_parallel_size": pp}, "waiting stages"))
+    for change in wanted:
+        if any(value_of(c, key) != value for key, value in change.values.items()):
+            yield change
+
+
+def fitting_changes(
+    c: PPOConfig, plan: RunPlan, again: Callable[[PPOConfig], RunPlan], shape: ModelShape, count: int = 3
+) -> list[Change]:
+    """Return the cheapest ``count`` changes, alone or together, after which the run fits. again: plans a config."""
+    singles = list(single_changes(c, plan))
+    found: list[Change] = []
+    for size in range(1, MAX_COMBINED + 1):
+        for parts in combinations(singles, size):
+            values = {key: value for part in parts for key, value in part.values.items()}
+            if len(values) < sum(len(part.values) for part in parts):
+                continue  # two values of one key
+            if any(set(known.values) <= set(values) for known in found):
+                continue  # more than needed, or more of the same
+            if not _is_valid(candidate := changed(c, values), shape):
+                continue
+            try:
+                fits = again(candidate).fits
+            except ConfigError:  # its batches don't come out even
+                continue
+            if fits:
+                found.append(Change(values, "; ".join(dict.fromkeys(part.cost for part in parts))))
+                if len(found) == count:
+                    return found
+    return found
+
+
+def _is_valid(c: PPOConfig, shape: ModelShape) -> bool:
+    critic = the_model_fits_its_axes("critic.megatron", shape, c.critic.megatron)
+    return not any((*ppo_problems(c), *ppo_model_problems(c, shape), *critic))
+
+
+def memory_key(plan: RunPlan) -> str:
+    """Return the key that decides most of the worst phase, for an error."""
+    return f"{ROLLOUT}.gpu_memory_utilization" if plan.worst.name in ("generate", "publish") else ACTOR
+
+
+def device_with_memory(device: Device, memory_gib: float | None) -> Device:
+    """Return ``device`` with another size of memory, as given in GiB."""
+    return device if memory_gib is None else replace(device, memory_bytes=int(memory_gib * 2**30))

@@ -1,0 +1,216 @@
+"""Memory of every rank in every phase of a step: what is on its device, and what has moved to the host.
+
+Parameters, gradients, optimizer state and engine weights are exact. What a pass keeps is counted tensor by tensor. The
+rest, a few GiB, is assumed: ``ASSUMED`` says what and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import PPOConfig
+from megarl.model.name_map import vllm_shards
+from megarl.plan.activations import Pass, recomputed_bytes, stage_bytes
+from megarl.plan.devices import CPU, Device
+from megarl.plan.roles import DTYPE_BYTES, Role
+
+GIB = 2**30
+MIB = 2**20
+
+RUNTIME_BYTES = 3 * GIB
+CPU_RUNTIME_BYTES = 800 * MIB
+SLEEPING_ENGINE_BYTES = 1 * GIB
+ENGINE_WORK_BYTES = 3 * GIB
+PROCESS_HOST_BYTES = 4 * GIB
+LOGPROB_CHUNKS_BYTES = 4 * 64 * MIB
+PUBLISH_BUCKETS_BYTES = 3 * 256 * MIB
+CPU_KV_CACHE_BYTES = 1 * GIB
+
+ASSUMED = (
+    f"{RUNTIME_BYTES / GIB:g} GiB a device for the CUDA context, NCCL and cuBLAS ({CPU_RUNTIME_BYTES / MIB:g} MiB a "
+    "rank on CPU)",
+    f"{SLEEPING_ENGINE_BYTES / GIB:g} GiB that a sleeping engine keeps",
+    f"{ENGINE_WORK_BYTES / GIB:g} GiB of an engine's own work beside weights and KV cache",
+    f"{PROCESS_HOST_BYTES / GIB:g} GiB of host memory a process",
+    "every micro-batch as long as the configuration allows; experts evenly loaded",
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that a rank holds in a phase, on its device or on the host."""
+
+    name: str
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What rank ``rank`` holds in a phase: the one with most on its device."""
+
+    name: str
+    rank: int
+    items: tuple[Item, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        """All that is on the device."""
+        return sum(item.device_bytes for item in self.items)
+
+    @property
+    def host_bytes(self) -> int:
+        """All that has moved to the host, with the process itself."""
+        return sum(item.host_bytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A rank's part of the rollout engine. memory_bytes: all that it takes while awake.
+
+    num_cached_tokens: tokens whose keys and values fit the cache of a replica.
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    memory_bytes: int
+    bytes_per_token: int
+    frees_memory: bool
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens whose keys and values fit the cache."""
+        return max(0, self.cache_bytes) // self.bytes_per_token
+
+
+@cache
+def engine_weights_bytes(shape: ModelShape, tp: int, dtype_bytes: int) -> int:
+    """Return the bytes of the weights on one rank of an engine."""
+    numel = 0
+    for shard in vllm_shards(shape, tp, 0):
+        size = 1
+        for rows in shard.shape:
+            size *= rows
+        numel += size
+    return numel * dtype_bytes
+
+
+def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
+    """Return a rank's part of the engine."""
+    rollout, b = c.actor_rollout_ref.rollout, DTYPE_BYTES[c.actor_rollout_ref.model.dtype]
+    tp = rollout.tensor_model_parallel_size
+    weights = engine_weights_bytes(shape, tp, b)
+    per_token = 2 * shape.num_layers * max(1, shape.num_kv_heads // tp) * shape.head_dim * b
+    if device.name == CPU:
+        return Engine(weights, CPU_KV_CACHE_BYTES, weights + CPU_KV_CACHE_BYTES, per_token, frees_memory=False)
+    memory = int(rollout.gpu_memory_utilization * device.memory_bytes)
+    cache_bytes = memory - weights - ENGINE_WORK_BYTES
+    return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine)
+
+
+def phases_of(roles: Sequence[Role], engine: Engine, device: Device, ranks: Iterable[int]) -> tuple[Phase, ...]:
+    """Return every phase of a step as the rank with most on its device sees it."""
+    worst: dict[str, Phase] = {}
+    for rank in ranks:
+        for phase in _phases_of_rank(roles, engine, device, rank):
+            if phase.name not in worst or phase.device_bytes > worst[phase.name].device_bytes:
+                worst[phase.name] = phase
+    return tuple(worst.values())
+
+
+def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank: int) -> Iterator[Phase]:
+    fused = device.name != CPU
+    by_name = {role.name: role for role in roles}
+    actor, ref, critic = by_name["actor"], by_name.get("ref"), by_name.get("critic")
+
+    def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: bool = False) -> Phase:
+        held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
+        items = [_runtime(device), *held, *_engine_items(engine, awake), *used]
+        return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
+
+    yield phase("generate", awake=True)
+    yield phase("log-prob", *_scoring(actor, rank, fused), busy="actor")
+    if ref:
+        yield phase("ref log-prob", *_scoring(ref, rank, fused), busy="ref")
+    if critic:
+        yield phase("values", *_scoring(critic, rank, fused), busy="critic")
+        yield phase("critic update", *_updating(critic, rank, fused), busy="critic", update=True)
+    yield phase("actor update", *_updating(actor, rank, fused), busy="actor", update=True)
+    yield phase("publish", Item("send and receive buckets", PUBLISH_BUCKETS_BYTES), busy="actor", awake=True)
+
+
+def _runtime(device: Device) -> Item:
+    if device.name == CPU:
+        return Item("python, torch, megatron, vllm", CPU_RUNTIME_BYTES)
+    return Item("CUDA context, NCCL", RUNTIME_BYTES, PROCESS_HOST_BYTES)
+
+
+def _engine_items(engine: Engine, awake: bool) -> Iterator[Item]:
+    if awake or not engine.frees_memory:
+        yield Item("engine weights", engine.weights_bytes)
+        yield Item("engine KV cache and work", engine.memory_bytes - engine.weights_bytes)
+    else:
+        yield Item("sleeping engine", SLEEPING_ENGINE_BYTES, engine.weights_bytes)
+
+
+def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator[Item]:
+    """Yield what a rank holds of a model, on the device or on the host. is_updated: where it is used, in an update."""
+    static = role.static(rank)
+    parts = (
+        ("parameters", static.parameters, role.param_offload, is_used, True),
+        ("gradients", static.gradients, role.grad_offload, is_used and is_updated, False),
+        ("optimizer state", static.optimizer, role.optimizer_offload, is_used and is_updated, True),
+    )
+    for name, size, leaves, is_needed, keeps_values in parts:
+        if is_needed or not leaves:
+            # What was on the host once keeps its pinned copy there.
+            yield Item(f"{role.name} {name}", size, size if leaves and keeps_values else 0)
+        else:
+            yield Item(f"{role.name} {name}", 0, size if keeps_values else 0)
+
+
+def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
+    """Yield what a pass without gradients needs at its widest place."""
+    p = role.pass_of(role.score_tokens, fused)
+    yield Item("one layer at work", _layer_work_bytes(p))
+    if role.stage(rank) == role.layout.pp - 1 and not role.shape.value_head:
+        yield Item("logits", p.local_tokens * p.dtype_bytes * p.vocab + LOGPROB_CHUNKS_BYTES)
+
+
+def _updating(role: Role, rank: int, fused: bool) -> Iterator[Item]:
+    """Yield what a forward and backward pass needs where most micro-batches are in flight."""
+    p, stage = role.pass_of(role.update_tokens, fused), role.stage(rank)
+    in_flight = num_in_flight(role, stage)
+    kept = stage_bytes(p, stage, role.recompute)
+    yield Item(f"activations of {in_flight:g} micro-batch{'es' if in_flight != 1 else ''}", int(in_flight * kept))
+    yield Item("one layer computed again", recomputed_bytes(p, stage, role.recompute))
+    work = _layer_work_bytes(p)
+    if stage == role.layout.pp - 1 and not role.shape.value_head:
+        work = max(work, p.local_tokens * p.dtype_bytes * p.vocab + LOGPROB_CHUNKS_BYTES)  # the logits' gradient
+    yield Item("backward pass at work", work)
+
+
+def num_in_flight(role: Role, stage: int) -> float:
+    """Return how many micro-batches' activations a stage keeps at once, in whole stages (1F1B, interleaved or not)."""
+    pp, vpp = role.layout.pp, role.layout.vpp
+    if vpp == 1:
+        return min(role.num_micro_batches, pp - stage)
+    chunks = min(role.num_micro_batches * vpp, (pp - stage - 1) * 2 + (vpp - 1) * pp + 1)
+    return chunks / vpp
+
+
+def _layer_work_bytes(p: Pass) -> int:
+    """Return what one layer holds at its widest place without keeping it: residual, gathered input, projections."""
+    shape, layout = p.shape, p.layout
+    feed_forward = 4 * shape.ffn_size // layout.tp
+    if shape.num_experts:
+        tokens_share = layout.expert_tp / (layout.tp if layout.sequence_parallel else 1)
+        columns = 2 * shape.hidden_size + 4 * shape.expert_ffn_size // layout.expert_tp
+        feed_forward = max(
+            feed_forward if shape.dense_layers else 0, int(shape.experts_per_token * tokens_share * columns)
+        )
+    attention = 3 * (p.queries + 2 * p.keys)
+    return p.local_tokens * p.dtype_bytes * (2 * p.hidden + shape.hidden_size + max(feed_forward, attention))

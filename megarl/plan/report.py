@@ -1,0 +1,199 @@
+"""A plan as text for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from megarl.plan import memory, step_time
+from megarl.plan.advise import Advice
+from megarl.plan.changes import Change
+from megarl.plan.memory import GIB, Phase
+from megarl.plan.run_plan import RunPlan
+from megarl.plan.topology import Axis, Topology
+
+_GB = 1e9
+
+
+def plan_text(plan: RunPlan, changes: Sequence[Change] | None = None, notes: Sequence[str] = ()) -> str:
+    """Return the whole plan. changes: what would make a run fit that doesn't; None where nobody asked."""
+    parts = [
+        ("Batch", _batch_lines(plan)),
+        ("Layout", [line for topology in plan.topologies for line in _layout_lines(topology, plan)]),
+        (_memory_title(plan), _memory_lines(plan)),
+        ("Publish, checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
+        ("Verdict", _verdict_lines(plan, changes)),
+        ("Assumed", [*memory.ASSUMED]),
+    ]
+    if notes:
+        parts.append(("Not checked here", list(notes)))
+    return "\n".join(line for title, lines in parts for line in (title, *(f"  {line}" for line in lines)))
+
+
+def _batch_lines(plan: RunPlan) -> list[str]:
+    lines = plan.batch.describe().splitlines()
+    if plan.critic_batch:
+        lines += ["critic:", *plan.critic_batch.describe().splitlines()]
+    dp = plan.roles[0].layout.dp
+    share = plan.batch.num_rollouts // dp
+    lines.append(f"{share:,} rollouts a data-parallel rank, at most {plan.tokens_per_step:,} tokens a step")
+    return lines
+
+
+def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
+    axes = [a for a in topology.axes if a.size > 1]
+    sizes = " x ".join(f"{a.name.upper()} {a.size}" for a in axes) or "one rank"
+    lines = [f"{topology.role}: {sizes} on {plan.num_ranks} ranks, {plan.ranks_per_node} a node"]
+    if axes:
+        lines.append("  " + "; ".join(_axis_words(a) for a in axes))
+    if len(topology.layers) > 1:
+        layers = " ".join(
+            f"{size} x {len(list(stages))}" for size, stages in groupby(len(stage) for stage in topology.layers)
+        )
+        lines.append(f"  layers a stage: {layers}; stages wait {topology.bubble:.1%} of an update")
+    if topology.kv_copies > 1:
+        lines.append(f"  every key-value head is on {topology.kv_copies} ranks")
+    if topology.experts_per_rank:
+        lines.append(f"  {topology.experts_per_rank} experts a rank and layer")
+    return lines
+
+
+def _axis_words(axis: Axis) -> str:
+    apart = "neighbours" if axis.stride == 1 else f"{axis.stride} ranks apart"
+    return f"{axis.name} groups: {apart}, {'across nodes' if axis.crosses else 'within a node'}"
+
+
+def _memory_title(plan: RunPlan) -> str:
+    size = f"{plan.device.memory_bytes / GIB:.1f} GiB"
+    return f"Memory of the fullest rank in each phase, in GiB ({plan.device.name}: {size} a rank)"
+
+
+def _memory_lines(plan: RunPlan) -> list[str]:
+    lines = [f"{'phase':<14}{'device':>8}{'free':>8}{'host':>8}  rank  on the device"]
+    for phase in plan.phases:
+        free = plan.device.memory_bytes - phase.device_bytes
+        lines.append(
+            f"{phase.name:<14}{phase.device_bytes / GIB:>8.1f}{free / GIB:>8.1f}{phase.host_bytes / GIB:>8.1f}"
+            f"  {phase.rank:<5} {_items_words(phase)}"
+        )
+    cached = plan.engine.num_cached_tokens
+    lines.append(
+        f"KV cache: {max(0, plan.engine.cache_bytes) / GIB:.1f} GiB a rank, {cached:,} tokens a replica of "
+        f"{plan.engine_tp} rank{'s' if plan.engine_tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
+        "sequences at once"
+    )
+    lines.append(f"host memory a node: {plan.host_bytes_per_node / GIB:.0f} GiB")
+    return lines
+
+
+def _items_words(phase: Phase) -> str:
+    items = sorted(phase.items, key=lambda item: -item.device_bytes)
+    return ", ".join(f"{item.name} {item.device_bytes / GIB:.1f}" for item in items if item.device_bytes >= 0.05 * GIB)
+
+
+def _publish_lines(plan: RunPlan) -> list[str]:
+    traffic = plan.traffic
+    if traffic is None:
+        return [f"publish: every rank receives up to {plan.engine.weights_bytes / _GB:.2f} GB"]
+    return [
+        f"publish, in GB a rank at most: keeps {traffic.kept_bytes / _GB:.2f}; within its node sends "
+        f"{traffic.sent_within / _GB:.2f} and receives {traffic.received_within / _GB:.2f}; to and from other nodes "
+        f"{traffic.sent_across / _GB:.2f} and {traffic.received_across / _GB:.2f}",
+        f"  {traffic.seconds:.2g} s at {plan.device.link_bytes_per_s / _GB:g} GB/s within a node and "
+        f"{plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes",
+    ]
+
+
+def _checkpoint_lines(plan: RunPlan) -> list[str]:
+    return [
+        f"checkpoint: {plan.checkpoint.num_bytes / _GB:.1f} GB in {plan.checkpoint.num_files} files of weights a save"
+    ]
+
+
+def _verdict_lines(plan: RunPlan, changes: Sequence[Change] | None) -> list[str]:
+    if plan.fits:
+        return [f"fits: {plan.room_bytes / GIB:.1f} GiB are left in the fullest phase, {plan.worst.name}"]
+    lines = []
+    if plan.room_bytes < 0:
+        lines.append(
+            f"does not fit: {plan.worst.name} lacks {-plan.room_bytes / GIB:.1f} GiB on rank {plan.worst.rank}"
+        )
+    if plan.cache_shortage_tokens:
+        lines.append(
+            f"does not fit: the KV cache lacks {plan.cache_shortage_tokens:,} tokens to hold one sequence of "
+            f"{plan.max_sequence:,}"
+        )
+    if changes:
+        lines.append("the cheapest changes that make it fit:")
+        lines += [f"  {change}   (costs {change.cost})" for change in changes]
+    elif changes is not None:
+        lines.append(
+            "no change of up to three of its settings makes it fit: more or larger devices, or another layout;"
+        )
+        lines.append("--advise searches layouts")
+    return lines
+
+
+def advice_text(found: Sequence[Advice], plan: RunPlan, tried: int) -> str:
+    """Return the layouts that fit, fastest first."""
+    size = f"{plan.num_ranks} x {plan.device.name} of {plan.device.memory_bytes / GIB:.1f} GiB"
+    if not found:
+        return f"none of {tried} layouts fits {size}"
+    lines = [f"{len(found)} fastest of {tried} layouts that were tried on {size}, by estimated seconds a step:"]
+    for i, advice in enumerate(found, 1):
+        t = advice.time
+        lines.append(
+            f"{i:>2}. {t.total:8.1f} s  (generate {t.generate:.1f}, log-probs {t.score:.1f}, update {t.update:.1f}, "
+            f"move {t.move:.1f}); {advice.room_bytes / GIB:.1f} GiB left"
+        )
+        lines.append(f"      {advice.change}")
+    lines.append(f"assumed: {step_time.ASSUMED}")
+    lines += [f"assumed: {line}" for line in memory.ASSUMED]
+    return "\n".join(lines)
+
+
+def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[str]) -> dict[str, Any]:
+    """Return the plan as plain values; sizes in bytes."""
+    return {
+        "device": asdict(plan.device),
+        "num_ranks": plan.num_ranks,
+        "ranks_per_node": plan.ranks_per_node,
+        "batch": asdict(plan.batch),
+        "critic_batch": asdict(plan.critic_batch) if plan.critic_batch else None,
+        "tokens_per_step": plan.tokens_per_step,
+        "layout": [
+            {
+                "role": t.role,
+                "axes": [asdict(a) for a in t.axes],
+                "layers": [len(stage) for stage in t.layers],
+                "bubble": t.bubble,
+                "kv_copies": t.kv_copies,
+                "experts_per_rank": t.experts_per_rank,
+            }
+            for t in plan.topologies
+        ],
+        "memory": [
+            {
+                "phase": phase.name,
+                "rank": phase.rank,
+                "device_bytes": phase.device_bytes,
+                "host_bytes": phase.host_bytes,
+                "items": [asdict(item) for item in phase.items],
+            }
+            for phase in plan.phases
+        ],
+        "engine": asdict(plan.engine) | {"num_cached_tokens": plan.engine.num_cached_tokens},
+        "host_bytes_per_node": plan.host_bytes_per_node,
+        "publish": asdict(plan.traffic) if plan.traffic else None,
+        "checkpoint": asdict(plan.checkpoint),
+        "verdict": {
+            "fits": plan.fits,
+            "room_bytes": plan.room_bytes,
+            "worst_phase": plan.worst.name,
+            "changes": None if changes is None else [{"values": dict(c.values), "cost": c.cost} for c in changes],
+        },
+        "assumed": list(memory.ASSUMED),
+        "notes": list(notes),
+    }

@@ -1,0 +1,113 @@
+"""The models of a run as the plan sees them: shape, layout, what is trained, and where each waits between uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.config.model_shape import ModelShape
+from megarl.config.rules import num_ranks
+from megarl.config.schema import PPOConfig, RecomputeConfig, TrainedMegatronConfig
+from megarl.parallel.layout import Layout, layout_of
+from megarl.plan.activations import Pass
+from megarl.plan.batch import BatchPlan
+from megarl.plan.static import StaticBytes, static_bytes
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a run. megatron: its section of the config, of a trained model where ``trained``.
+
+    update_tokens, score_tokens: of the longest micro-batch on one data-parallel rank, in an update and in a pass that
+    only scores. num_micro_batches: of one optimizer step, 1 where nothing is trained.
+    """
+
+    name: str
+    shape: ModelShape
+    layout: Layout
+    dtype_bytes: int
+    update_tokens: int
+    score_tokens: int
+    num_micro_batches: int
+    param_offload: bool
+    grad_offload: bool = False
+    optimizer_offload: bool = False
+    distributed_optimizer: bool = False
+    recompute: RecomputeConfig | None = None
+    trained: bool = True
+
+    def pass_of(self, tokens: int, fused: bool) -> Pass:
+        """Return a forward pass over ``tokens`` tokens."""
+        return Pass(self.shape, self.layout, tokens, self.dtype_bytes, fused)
+
+    def stage(self, rank: int) -> int:
+        """Return the pipeline stage of a rank."""
+        return self.layout.coordinates(rank).pp
+
+    def static(self, rank: int) -> StaticBytes:
+        """Return what a rank holds of this model from start to end."""
+        return static_bytes(
+            self.shape,
+            self.layout,
+            rank,
+            dtype_bytes=self.dtype_bytes,
+            trained=self.trained,
+            distributed_optimizer=self.distributed_optimizer,
+        )
+
+
+def roles_of(
+    c: PPOConfig, shape: ModelShape, critic_shape: ModelShape | None, batch: BatchPlan, critic_batch: BatchPlan | None
+) -> tuple[Role, ...]:
+    """Return the actor, then the reference and the critic where the run has them."""
+    models, ranks = c.actor_rollout_ref, num_ranks(c)
+    dtype_bytes = DTYPE_BYTES[models.model.dtype]
+    sequence = c.data.max_prompt_length + c.data.max_response_length
+    micro = models.actor.ppo_micro_batch_size_per_gpu
+    scored = models.actor.log_prob_micro_batch_size_per_gpu or micro
+    roles = [
+        Role(
+            "actor",
+            shape,
+            layout_of(models.actor.megatron, ranks),
+            dtype_bytes,
+            micro * sequence,
+            scored * sequence,
+            batch.num_accumulation_steps,
+            **_waiting(models.actor.megatron),
+        )
+    ]
+    if needs_reference(c):
+        size = models.ref.log_prob_micro_batch_size_per_gpu or scored
+        ref, layout = models.ref.megatron, layout_of(models.ref.megatron, ranks)
+        tokens = size * sequence
+        roles.append(Role("ref", shape, layout, dtype_bytes, tokens, tokens, 1, ref.param_offload, trained=False))
+    if needs_critic(c):
+        assert critic_shape is not None and critic_batch is not None
+        micro = c.critic.ppo_micro_batch_size_per_gpu
+        roles.append(
+            Role(
+                "critic",
+                critic_shape.with_value_head(),
+                layout_of(c.critic.megatron, ranks),
+                dtype_bytes,
+                micro * sequence,
+                (c.critic.forward_micro_batch_size_per_gpu or micro) * sequence,
+                critic_batch.num_accumulation_steps,
+                **_waiting(c.critic.megatron),
+            )
+        )
+    return tuple(roles)
+
+
+def _waiting(megatron: TrainedMegatronConfig) -> dict[str, Any]:
+    return {
+        "param_offload": megatron.param_offload,
+        "grad_offload": megatron.grad_offload,
+        "optimizer_offload": megatron.optimizer_offload,
+        "distributed_optimizer": megatron.use_distributed_optimizer,
+        "recompute": megatron.recompute,
+    }

@@ -1,0 +1,115 @@
+"""A rough time of one step, to compare layouts with each other: work over speed, and bytes over bandwidth.
+
+It knows nothing of kernels, stragglers or the lengths that a policy will choose, so it ranks and doesn't promise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.config.model_shape import ModelShape
+from megarl.plan.devices import CPU, Device
+from megarl.plan.memory import Engine
+from megarl.plan.roles import Role
+from megarl.plan.topology import bubble_share
+
+TRAINING_EFFICIENCY = 0.4
+DECODE_EFFICIENCY = 0.6
+DECODE_STEP_S = 0.008
+ASSUMED = (
+    f"{TRAINING_EFFICIENCY:.0%} of the device's matrix speed in training passes, {DECODE_EFFICIENCY:.0%} of its memory "
+    f"bandwidth and {DECODE_STEP_S * 1000:g} ms a token in generation, links at full speed without overlap, every "
+    "prompt and response as long as the configuration allows"
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of the parts of a step."""
+
+    generate: float
+    score: float
+    update: float
+    move: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.generate + self.score + self.update + self.move
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Return the parameters that one token passes through, without the embedding."""
+    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
+    total = 0
+    for layer in range(shape.num_layers):
+        if shape.has_experts(layer):
+            ffn = shape.experts_per_token * shape.expert_ffn_size + shape.shared_expert_ffn_size
+        else:
+            ffn = shape.ffn_size
+        total += attention + 3 * shape.hidden_size * ffn
+    return total + shape.hidden_size * (1 if shape.value_head else shape.vocab_size)
+
+
+def step_time(
+    roles: tuple[Role, ...],
+    engine: Engine,
+    engine_tp: int,
+    device: Device,
+    *,
+    ranks_per_node: int,
+    num_rollouts: int,
+    max_prompt: int,
+    max_response: int,
+    max_num_seqs: int,
+    epochs: int,
+) -> StepTime:
+    """Return the estimate of a step of ``num_rollouts`` rollouts."""
+    actor, ranks = roles[0], roles[0].layout.world_size
+    tokens = num_rollouts * (max_prompt + max_response)
+    score = update = move = 0.0
+    for role in roles:
+        score += _pass_seconds(role, tokens, device, ranks_per_node, 1)
+        if role.trained:
+            passes = 4 if role.recompute is not None and role.recompute.granularity == "full" else 3
+            waits = 1 - bubble_share(role.layout, role.num_micro_batches)
+            update += epochs * _pass_seconds(role, tokens, device, ranks_per_node, passes) / waits
+        static = role.static(0)
+        carried = 2 * static.parameters * role.param_offload + 2 * static.optimizer * role.optimizer_offload
+        move += carried / device.host_link_bytes_per_s
+    link = device.link_bytes_per_s if ranks <= ranks_per_node else device.inter_node_bytes_per_s
+    move += engine.weights_bytes * (1 - 1 / ranks) / link
+    if engine.frees_memory:
+        move += 2 * engine.weights_bytes / device.host_link_bytes_per_s
+
+    sequences = -(-num_rollouts // (ranks // engine_tp))
+    at_once = max(1, min(max_num_seqs, sequences, engine.num_cached_tokens // (max_prompt + max_response)))
+    cached = at_once * (max_prompt + max_response / 2) * engine.bytes_per_token
+    read = (engine.weights_bytes + cached) / (DECODE_EFFICIENCY * device.memory_bytes_per_s)
+    waves = -(-sequences // at_once)
+    latency = DECODE_STEP_S if device.name != CPU else 10 * DECODE_STEP_S
+    generate = waves * max_response * (read + latency * (1 + 0.1 * (engine_tp - 1)))
+    generate += _flops_seconds(actor.shape, num_rollouts * max_prompt, device, ranks)
+    return StepTime(generate, score, update, move)
+
+
+def _flops_seconds(shape: ModelShape, tokens: int, device: Device, ranks: int) -> float:
+    return 2 * active_parameters(shape) * tokens / (ranks * TRAINING_EFFICIENCY * device.bf16_flops_per_s)
+
+
+def _pass_seconds(role: Role, tokens: int, device: Device, ranks_per_node: int, passes: int) -> float:
+    """Return the seconds of as many forward passes as ``passes``, with what ranks exchange in them."""
+    layout, shape = role.layout, role.shape
+    seconds = passes * _flops_seconds(shape, tokens, device, layout.world_size)
+    mine = tokens / (layout.dp * layout.cp) * shape.num_layers / layout.pp
+    row = shape.hidden_size * role.dtype_bytes
+    tensor_link = device.link_bytes_per_s if layout.tp <= ranks_per_node else device.inter_node_bytes_per_s
+    exchanged = 4 * mine * row * (layout.tp - 1) / layout.tp / tensor_link
+    if layout.cp > 1:
+        exchanged += 2 * mine * row / tensor_link
+    if layout.ep > 1:
+        spread = layout.ep * layout.expert_tp
+        expert_link = device.link_bytes_per_s if spread <= ranks_per_node else device.inter_node_bytes_per_s
+        share = mine / (layout.tp if layout.sequence_parallel else 1)
+        exchanged += 2 * share * shape.experts_per_token * row * (spread - 1) / spread / expert_link
+    return seconds + passes * exchanged
