@@ -8,6 +8,7 @@ from typing import Any
 
 from megarl.config.compose import run_hydra
 from megarl.controller.check import check_ppo
+from megarl.controller.planning import fitting_plan
 from megarl.controller.start import check_world_size, serve_if_not_controller
 from megarl.parallel.environment import apply_environment
 
@@ -24,6 +25,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     checked = check_ppo(values)
     config = checked.config
     check_world_size(config)
+    plan = fitting_plan(checked)
 
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.algorithm_file import load_algorithm_file
@@ -36,7 +38,6 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
-    plan = inputs.describe()
     # Before there is a run folder: they may refuse the user's reward function.
     with open_rewards(config.reward) as rewards:
         run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)

@@ -212,7 +212,9 @@ def rollout_correction_is_said_in_one_way(c: PPOConfig) -> Problems:
             yield Problem(f"{key}.rejections[{i}].low", rejection.low, allowed)
         if rejection.high is None and rejection.low == 0:
             allowed = "rejects nothing: from 0 upwards all is kept"
-            yield Problem(f"{key}.rejections[{i}].high", None, allowed, f"{key}.rejections[{i}].high=2, or leave it out")
+            yield Problem(
+                f"{key}.rejections[{i}].high", None, allowed, f"{key}.rejections[{i}].high=2, or leave it out"
+            )
 
 
 def corrected_rollouts_are_sampled_from_all_tokens(c: PPOConfig) -> Problems:

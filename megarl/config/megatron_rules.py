@@ -21,8 +21,8 @@ def axes_divide_the_ranks(key: str, megatron: MegatronConfig, ranks: int) -> Pro
     cp, ep = megatron.context_parallel_size, megatron.expert_model_parallel_size
     etp = megatron.expert_tensor_parallel_size
     dense = {"tensor_model_parallel_size": tp, "context_parallel_size": cp, "pipeline_model_parallel_size": pp}
-    expert = {"expert_tensor_parallel_size": etp or tp, "expert_model_parallel_size": ep, **dense}
-    del expert["tensor_model_parallel_size"], expert["context_parallel_size"]
+    shared = {"expert_tensor_parallel_size": etp} if etp else {"tensor_model_parallel_size": tp}
+    expert = {**shared, "expert_model_parallel_size": ep, "pipeline_model_parallel_size": pp}
     for axes in (dense, expert) if ep > 1 or etp else (dense,):
         product = 1
         for size in axes.values():
@@ -70,6 +70,19 @@ def recomputation_is_complete(key: str, recompute: RecomputeConfig) -> Problems:
             allowed = f"has no effect where {key}.recompute.granularity is {recompute.granularity or 'null'}"
             fix = f"{key}.recompute.granularity=full"
             yield Problem(f"{key}.recompute.{name}", getattr(recompute, name), allowed, fix)
+
+
+def an_optimizer_on_the_host_is_split_and_stays(key: str, megatron: TrainedMegatronConfig) -> Problems:
+    """Adam on the host steps this rank's share of a distributed optimizer, and leaves nothing on the device to move."""
+    if not megatron.optimizer_on_host:
+        return
+    if not megatron.use_distributed_optimizer:
+        allowed = f"must be true where {key}.optimizer_on_host is true: megatron has no other optimizer for the host"
+        yield Problem(f"{key}.use_distributed_optimizer", False, allowed, f"{key}.use_distributed_optimizer=true")
+    if megatron.optimizer_offload:
+        name = f"{key}.optimizer_offload"
+        allowed = f"contradicts {key}.optimizer_on_host=true: optimizer state stays in host memory, nothing has to move"
+        yield Problem(name, True, allowed, f"{name}=false")
 
 
 def overridden_fields_exist_and_are_free(key: str, megatron: MegatronConfig) -> Problems:

@@ -9,6 +9,7 @@ from megarl.config.effects import settings_have_an_effect
 from megarl.config.megatron_rules import (
     RANKS,
     a_tensor_split_fits,
+    an_optimizer_on_the_host_is_split_and_stays,
     axes_are_built,
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
@@ -136,6 +137,7 @@ def axes_make_sense(key: str, megatron: MegatronConfig, ranks: int) -> Problems:
     yield from overridden_fields_exist_and_are_free(key, megatron)
     if isinstance(megatron, TrainedMegatronConfig):
         yield from recomputation_is_complete(key, megatron.recompute)
+        yield from an_optimizer_on_the_host_is_split_and_stays(key, megatron)
 
 
 def ppo_problems(c: PPOConfig) -> list[Problem]:

@@ -102,7 +102,7 @@ class MegatronConfig:
     expert_model_parallel_size: int = key("ranks that the experts of a layer are split over", low=1)
     expert_tensor_parallel_size: int | None = key("ranks that share every expert; null: as the layers", low=1)
     sequence_parallel: bool = key("split activations between tensor-parallel regions too; on where TP > 1")
-    param_offload: bool = key("keep parameters in host memory between uses (CUDA)")
+    param_offload: bool = key("keep parameters in host memory between uses")
     override_transformer_config: Mapping[str, Any] = key("fields of megatron's TransformerConfig, by its own names")
 
 
@@ -124,8 +124,9 @@ class TrainedMegatronConfig(MegatronConfig):
     """Axes of a model that is trained."""
 
     use_distributed_optimizer: bool = key("split optimizer state over data-parallel ranks")
-    grad_offload: bool = key("free the gradient buffers between updates (CUDA)")
-    optimizer_offload: bool = key("keep optimizer state in host memory between updates (CUDA)")
+    grad_offload: bool = key("free the gradient buffers between updates")
+    optimizer_offload: bool = key("keep optimizer state in host memory between updates")
+    optimizer_on_host: bool = key("Adam steps on the host, where main parameters and moments stay")
     recompute: RecomputeConfig = key("activations to compute again instead of keeping them")
 
 
@@ -245,7 +246,7 @@ class RolloutConfig:
     max_num_seqs: int = key("responses generated at once by a replica", low=1)
     enforce_eager: bool = key("no CUDA graphs (always so on CPU)")
     disable_log_stats: bool = key("silence the engine's own statistics")
-    free_cache_engine: bool = key("give the engine's memory back while training (CUDA)")
+    free_cache_engine: bool = key("give the engine's memory back while training")
     val_kwargs: ValSamplingConfig = key("sampling of validation")
 
 
@@ -413,6 +414,7 @@ class SFTTrainerConfig:
 class TrainerConfig(SFTTrainerConfig):
     """The run, with validation and a table of rollouts."""
 
+    plan_must_fit: bool = key("refuse to start where the plan says that memory doesn't suffice")
     val_before_train: bool = key("validate before the first step")
     test_freq: int | None = key("steps between validations; null: at the end alone", low=1)
     num_sampled_rollouts: int = key("rollouts of a step that are saved, and shown in the table", low=0)

@@ -49,11 +49,6 @@ class PPOInputs:
         """Return the optimizer steps of the critic in the whole run."""
         return self.num_steps * self.critic_plan.num_optimizer_steps if self.critic_plan else 0
 
-    def describe(self) -> str:
-        """Return the arithmetic of batches as lines for people."""
-        actor = self.batch_plan.describe()
-        return f"{actor}\ncritic:\n{self.critic_plan.describe()}" if self.critic_plan else actor
-
 
 @dataclass(frozen=True)
 class SFTInputs:

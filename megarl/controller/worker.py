@@ -188,6 +188,7 @@ def _optimizer_spec(
         use_distributed_optimizer=megatron.use_distributed_optimizer,
         grad_offload=megatron.grad_offload,
         optimizer_offload=megatron.optimizer_offload,
+        optimizer_on_host=megatron.optimizer_on_host,
     )
 
 

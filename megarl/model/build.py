@@ -188,9 +188,21 @@ def build_model(
     )
     if shape.value_head and groups.is_last_stage:
         model.output_layer = ValueHead(config)
+    _mark_experts(model)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
     return _HalfPrecision(config, module) if dtype == torch.bfloat16 else module
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Tell Megatron that experts' gradients are summed over the ranks that hold the same experts.
+
+    Megatron marks them itself only with expert parallelism. Without it, it would sum them over the data-parallel ranks,
+    which are others where experts have a tensor-parallel size of their own: the gradients would be silently wrong.
+    """
+    for name, parameter in model.named_parameters():
+        if _EXPERT.search(name):
+            parameter.allreduce = False
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:

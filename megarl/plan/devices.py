@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import subprocess
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarl.errors import ConfigError, Problem, nearest
+from megarl.parallel.environment import platform_name
 
 CPU = "cpu"
 
@@ -222,6 +224,28 @@ def device(name: str, ranks_per_node: int = 1, key: str = "device") -> Device:
         return found
     fix = nearest(name.lower(), [CPU, *by_lower])
     raise ConfigError([Problem(key, name, f"must be one of {', '.join([*DEVICES, CPU])}", fix=fix)])
+
+
+def this_device(ranks_per_node: int) -> Device:
+    """Return what a rank of this machine runs on: its first GPU, as nvidia-smi names and measures it, or the machine.
+
+    A GPU that isn't known has the speeds of the known one with the nearest memory.
+    """
+    if platform_name() == CPU:
+        return cpu_device(ranks_per_node)
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return device_of_gpu(found)
+
+
+def device_of_gpu(line: str) -> Device:
+    """Return the device that a line ``name, MiB`` of nvidia-smi tells of."""
+    name, _, mebibytes = line.rpartition(",")
+    memory_bytes = int(mebibytes) * 2**20
+    words = name.upper().replace("-", " ").split()
+    known = [gpu for gpu in _GPUS if gpu.name.split("-")[0].upper() in words] or list(_GPUS)
+    nearest_gpu = min(known, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes))
+    return replace(nearest_gpu, name=name.strip(), memory_bytes=memory_bytes, memory_source="nvidia-smi")
 
 
 def cpu_device(ranks_per_node: int = 1) -> Device:

@@ -139,7 +139,8 @@ def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank:
         yield phase("values", *_scoring(critic, rank, fused), busy="critic")
         yield phase("critic update", *_updating(critic, rank, fused), busy="critic", update=True)
     yield phase("actor update", *_updating(actor, rank, fused), busy="actor", update=True)
-    yield phase("publish", Item("send and receive buckets", PUBLISH_BUCKETS_BYTES), busy="actor", awake=True)
+    buckets = min(PUBLISH_BUCKETS_BYTES, 3 * engine.weights_bytes)
+    yield phase("publish", Item("send and receive buckets", buckets), busy="actor", awake=True)
 
 
 def _runtime(device: Device) -> Item:
@@ -177,7 +178,7 @@ def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
     p = role.pass_of(role.score_tokens, fused)
     yield Item("one layer at work", _layer_work_bytes(p))
     if role.stage(rank) == role.layout.pp - 1 and not role.shape.value_head:
-        yield Item("logits", p.local_tokens * p.dtype_bytes * p.vocab + LOGPROB_CHUNKS_BYTES)
+        yield Item("logits", _logits_bytes(p))
 
 
 def _updating(role: Role, rank: int, fused: bool) -> Iterator[Item]:
@@ -189,8 +190,14 @@ def _updating(role: Role, rank: int, fused: bool) -> Iterator[Item]:
     yield Item("one layer computed again", recomputed_bytes(p, stage, role.recompute))
     work = _layer_work_bytes(p)
     if stage == role.layout.pp - 1 and not role.shape.value_head:
-        work = max(work, p.local_tokens * p.dtype_bytes * p.vocab + LOGPROB_CHUNKS_BYTES)  # the logits' gradient
+        work = max(work, _logits_bytes(p))  # of their gradient
     yield Item("backward pass at work", work)
+
+
+def _logits_bytes(p: Pass) -> int:
+    """Return the bytes of a micro-batch's logits, with what their log-probs need of float32 at a time."""
+    numel = p.local_tokens * p.vocab
+    return numel * p.dtype_bytes + min(LOGPROB_CHUNKS_BYTES, 4 * 4 * numel)
 
 
 def num_in_flight(role: Role, stage: int) -> float:

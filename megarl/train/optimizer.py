@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megarl.errors import WorkerError
+from megarl.train.host_adam import adam_on_host
 from megarl.train.model import Loss, Model
 from megarl.train.offload import Offload
 from megarl.train.work import Metrics, OptimizerStep
@@ -29,7 +30,7 @@ class OptimizerSpec:
     clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after
     ``warmup_steps`` of linear warm-up, down to ``min_lr`` at ``total_steps``. Steps are optimizer steps.
     grad_offload: free the gradient buffers between updates. optimizer_offload: keep main parameters and moments in host
-    memory between updates.
+    memory between updates. optimizer_on_host: keep them there always, and step there; needs the distributed optimizer.
     """
 
     lr: float
@@ -44,6 +45,7 @@ class OptimizerSpec:
     use_distributed_optimizer: bool
     grad_offload: bool = False
     optimizer_offload: bool = False
+    optimizer_on_host: bool = False
 
 
 class Optimizer:
@@ -56,7 +58,8 @@ class Optimizer:
         with self.resident(), model.groups.active():
             self.ddp = _wrap(model, spec)
             model.module = self.ddp
-            self.inner = get_megatron_optimizer(_optimizer_config(model, spec), [self.ddp])
+            with adam_on_host() if spec.optimizer_on_host else nullcontext():
+                self.inner = get_megatron_optimizer(_optimizer_config(model, spec), [self.ddp])
             self.scheduler = _scheduler(self.inner, spec)
 
     @contextmanager
@@ -131,7 +134,7 @@ def _wrap(model: Model, spec: OptimizerSpec) -> DistributedDataParallel:
 
 
 def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:
-    return OptimizerConfig(
+    config = OptimizerConfig(
         optimizer="adam",
         lr=spec.lr,
         min_lr=spec.min_lr,
@@ -143,7 +146,12 @@ def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:
         bf16=model.spec.dtype == torch.bfloat16,
         params_dtype=model.spec.dtype,
         use_distributed_optimizer=spec.use_distributed_optimizer,
+        optimizer_cpu_offload=spec.optimizer_on_host,
     )
+    # Adam then holds main parameters itself, and finds gradients where they are. Megatron derives it from
+    # use_precision_aware_optimizer, but fails where there is no Transformer Engine whose version it could ask for.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = spec.optimizer_on_host
+    return config
 
 
 def _scheduler(optimizer: object, spec: OptimizerSpec) -> OptimizerParamScheduler:

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megarl.parallel.layout import Layout
 from tests.dist import hf_reference
@@ -42,6 +43,7 @@ LAYOUTS = {
     "pp2xep2": Layout(4, pp=2, ep=2),
     "tp2xpp2xep2xetp1": Layout(4, tp=2, pp=2, ep=2, etp=1, sequence_parallel=True),
 }
+EXPORTED_FROM = ("tp2xep2xetp1xdp2", "tp2xep2xetp2", "pp2xep2")
 TELLING = "qwen3_moe-untied"
 TRAINING = {name: JOBS[name] for name in ("sft_replicated_optimizer", "ppo_token_mean", "ppo_sequence_sum_padded")}
 PAIRS = [
@@ -150,3 +152,34 @@ def test_three_optimizer_steps_equal_hugging_face_with_adamw(
     assert [s["loss"] for s in steps] == pytest.approx(expected.losses, rel=TRAINING_TOLERANCE, abs=1e-6)
     assert [s["grad_norm"] for s in steps] == pytest.approx(expected.grad_norms, rel=TRAINING_TOLERANCE)
     assert_pieces_are([piece for rank in found for piece in rank.weights], expected.weights, TRAINING_TOLERANCE)
+
+
+def _export(setup: Setup, out: Path) -> None:
+    """Load a model, and write it as a Hugging Face folder."""
+    setup.model().export(out, setup.folder)
+
+
+@pytest.mark.parametrize("layout", EXPORTED_FROM)
+@pytest.mark.parametrize("model", MOE_MODELS)
+def test_export_writes_what_was_loaded_bit_for_bit(
+    ranks: RankPool, reference: Callable[[str], Reference], tmp_path: Path, model: str, layout: str
+) -> None:
+    folder, out = reference(model).folder, tmp_path / "exported"
+    ranks.run(_export, Setup(folder, LAYOUTS[layout]), out)
+    loaded, exported = (load_file(f / "model.safetensors") for f in (folder, out))
+    assert exported.keys() == loaded.keys()
+    assert [name for name in loaded if not exported[name].equal(loaded[name])] == []
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+
+
+def test_fused_experts_give_the_same_log_probs_as_those_apart(
+    ranks: RankPool, reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    apart = reference(TELLING)
+    hf_reference.load(apart.folder).save_pretrained(tmp_path, save_original_format=False)
+    assert any(name.endswith(".experts.gate_up_proj") for name in load_file(tmp_path / "model.safetensors"))
+    layout = LAYOUTS["tp2xep2xetp1"]
+    answers = ranks.run(examine, Setup(tmp_path, layout), apart.batch, LOOKING, TEMPERATURE, world_size=2)
+    scored = answers[layout.output_ranks()[0]]["packed"].scored
+    assert scored is not None
+    torch.testing.assert_close(scored.logprobs_BS, apart.logprobs_BS, rtol=0, atol=TOLERANCE)

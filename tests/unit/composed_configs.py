@@ -22,7 +22,7 @@ def composed_values(config_name: str, *overrides: str, **changes: object) -> dic
     """Return resolved values. changes: dotted keys, as in ``**{"data.train_batch_size": 4}``."""
     config = _composed(config_name, overrides).copy()
     for key, value in changes.items():
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, force_add=True)  # a section of free names is empty
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}

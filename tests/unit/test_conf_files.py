@@ -98,14 +98,20 @@ def test_a_file_of_the_users_own_starts_from_ours_and_only_prints_what_it_compos
 
 
 def test_mistakes_of_the_command_line_end_a_run_before_it_starts_with_all_of_them(tmp_path: Path) -> None:
-    done = _main_ppo(tmp_path, "--config-name=ppo_megatron_trainer", "data.trian_batch_size=4", "data.max_prompt_length=x", "~data.prompt_key")
+    done = _main_ppo(
+        tmp_path,
+        "--config-name=ppo_megatron_trainer",
+        "data.trian_batch_size=4",
+        "data.max_prompt_length=x",
+        "~data.prompt_key",
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "ConfigError: 3 problems in the configuration:\n"
-        "  1. data.trian_batch_size = 4: no such key\n"
+        "  1. data.trian_batch_size = 4  (command line): no such key\n"
         "      fix: did you mean 'train_batch_size'?\n"
-        "  2. data.max_prompt_length = 'x': must be an integer\n"
-        "  3. data.prompt_key = None: is missing\n"
+        "  2. data.max_prompt_length = 'x'  (command line): must be an integer\n"
+        "  3. data.prompt_key  (command line): is missing\n"
         "      fix: start from one of megarl's own configs, or set data.prompt_key\n"
     )
     assert not any(tmp_path.iterdir())

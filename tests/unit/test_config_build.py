@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megarl.config.build import build_config
 from megarl.config.schema import key
-from megarl.errors import ConfigError, Problem
+from megarl.errors import Absent, ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def _problems(values: dict[str, Any]) -> tuple[Problem, ...]:
 
 def _problem(values: dict[str, Any]) -> Problem:
     [problem] = _problems(values)
-    assert f"{problem.key} = {problem.value!r}: {problem.allowed}" in str(ConfigError([problem]))
+    value = "" if isinstance(problem.value, Absent) else f" = {problem.value!r}"
+    assert f"{problem.key}{value}: {problem.allowed}" in str(ConfigError([problem]))
     return problem
 
 

@@ -80,9 +80,9 @@ def test_the_command_line_picks_a_recipe_over_the_users_own_file(folder: Path) -
 
 
 def test_a_recipe_that_a_file_has_chosen_is_replaced_or_taken_away(folder: Path) -> None:
-    (folder / "mine.yaml").write_text("defaults: [ppo_trainer, override experiment: gsm8k_7b]\n")
+    (folder / "mine.yaml").write_text("defaults: [ppo_trainer, override experiment: gsm8k_tiny]\n")
     recipe = "trainer", "experiment_name"
-    for arguments, name in (((), "gsm8k_7b"), (("experiment=quickstart",), "quickstart"), (("~experiment",), "ppo")):
+    for arguments, name in (((), "gsm8k_tiny"), (("experiment=quickstart",), "quickstart"), (("~experiment",), "ppo")):
         values = composed(*MINE, *arguments)
         assert values[recipe[0]][recipe[1]] == name
 
@@ -115,7 +115,7 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
         (["word"], ["word: is neither key=value nor a flag"]),
         (["=3"], ["has no key"]),
         (["a.b=1,2"], ["is several values", "a.b='[1,2]'"]),
-        (["experiment=quickstart", "+experiment=gsm8k_7b"], ["is set more than once"]),
+        (["experiment=quickstart", "+experiment=gsm8k_tiny"], ["is set more than once"]),
         (["a.b=1", "~a.b"], ["a.b = '1 and ~': is set more than once"]),
         (["hydra.run.dir=x"], ["hydra.run.dir = 'x': has no effect"]),
         (["~data.trian_batch_size"], ["no such key to take away", "did you mean 'train_batch_size'?"]),

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from megarl.algorithm.aggregate import aggregations
 from megarl.algorithm.kl import kl_estimators
 from megarl.algorithm.policy_loss import policy_losses
 from megarl.algorithm.rollout_correction import criteria, presets
-from megarl.config import algorithm_rules, rules, schema
+from megarl.config import algorithm_rules, effects, rules, schema
 from megarl.config.algorithm_rules import ESTIMATORS
 from megarl.config.rules import (
     critic_model_problems,
@@ -35,11 +35,7 @@ Changes = Mapping[str, object]
 MODELS = "actor_rollout_ref"
 ACTOR, ROLLOUT, REF = f"{MODELS}.actor", f"{MODELS}.rollout", f"{MODELS}.ref"
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-VPP, EP, ETP = (
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
+VPP, EP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
 RECOMPUTE = f"{ACTOR}.megatron.recompute"
 OVERRIDES, REF_OVERRIDES = (f"{role}.megatron.override_transformer_config" for role in (ACTOR, REF))
 CORRECTION = "algorithm.rollout_correction"
@@ -91,13 +87,18 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         "has no effect where actor_rollout_ref.actor.megatron.recompute.granularity is selective",
     ),
     ({f"{RECOMPUTE}.method": "block"}, [f"{RECOMPUTE}.method"], "granularity is null"),
-    ({f"{OVERRIDES}.num_layers": 4, REF_OVERRIDES: {}}, [f"{OVERRIDES}.num_layers"], "is decided by megarl"),
-    ({f"{OVERRIDES}.apply_rope_fusoin": 4, REF_OVERRIDES: {}}, [f"{OVERRIDES}.apply_rope_fusoin"], "is no field of"),
     (
-        {f"{OVERRIDES}.{TP}": 2, f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True},
-        [f"{OVERRIDES}.{TP}"],
-        "is decided by megarl",
+        {f"{ACTOR}.megatron.optimizer_on_host": True, f"{ACTOR}.megatron.optimizer_offload": True},
+        [f"{ACTOR}.megatron.optimizer_offload"],
+        f"contradicts {ACTOR}.megatron.optimizer_on_host=true",
     ),
+    (
+        {f"{ACTOR}.megatron.optimizer_on_host": True, f"{ACTOR}.megatron.use_distributed_optimizer": False},
+        [f"{ACTOR}.megatron.use_distributed_optimizer"],
+        f"must be true where {ACTOR}.megatron.optimizer_on_host is true",
+    ),
+    ({OVERRIDES: {"num_layers": 4}, REF_OVERRIDES: {}}, [f"{OVERRIDES}.num_layers"], "is decided by megarl"),
+    ({OVERRIDES: {"apply_rope_fusoin": 4}, REF_OVERRIDES: {}}, [f"{OVERRIDES}.apply_rope_fusoin"], "is no field of"),
     (
         {f"{ACTOR}.lr_scheduler.type": "constant", f"{ACTOR}.optim.min_lr": 1e-7},
         [f"{ACTOR}.optim.min_lr"],
@@ -209,10 +210,11 @@ SOUND: list[Changes] = [
     {f"{ACTOR}.clip_ratio_low": 0.2, f"{ACTOR}.clip_ratio_high": 0.28},
     {f"{ROLLOUT}.max_num_batched_tokens": 256},
     {f"{RECOMPUTE}.granularity": "selective"},
+    {f"{ACTOR}.megatron.optimizer_on_host": True},
     {f"{RECOMPUTE}.granularity": "full", f"{RECOMPUTE}.method": "uniform", f"{RECOMPUTE}.num_layers": 1},
     {f"{ACTOR}.megatron.{PP}": 2, f"{ACTOR}.megatron.{VPP}": 2, f"{ACTOR}.megatron.{CP}": 2},
     {f"{ACTOR}.megatron.{EP}": 8, f"{REF}.megatron.{EP}": 1},
-    {f"{OVERRIDES}.apply_rope_fusion": False},
+    {OVERRIDES: {"apply_rope_fusion": False}},
 ]
 
 
@@ -238,17 +240,19 @@ def test_a_config_that_breaks_no_rule_passes(changes: Changes) -> None:
 
 def _rules_of(module: ModuleType) -> dict[str, Callable[[PPOConfig], list[Problem]]]:
     """Return the rules of a whole RL config that a module defines."""
+    found = {name: rule for name, rule in vars(module).items() if isinstance(rule, FunctionType)}
     return {
         name: rule
-        for name, rule in vars(module).items()
-        if getattr(rule, "__annotations__", {}) == {"c": "PPOConfig", "return": "Problems"}
+        for name, rule in found.items()
+        if rule.__annotations__.get("c") == "PPOConfig"
+        and rule.__annotations__["return"] in ("Problems", "Iterator[Problem]")
     }
 
 
 def test_every_rule_is_broken_by_some_config_here() -> None:
     configs = [ppo_config(**changes) for changes, _, _ in BROKEN]
-    all_rules = _rules_of(rules) | _rules_of(algorithm_rules)
-    assert len(all_rules) > 10
+    all_rules = _rules_of(rules) | _rules_of(algorithm_rules) | _rules_of(effects)
+    assert len(all_rules) > 15 and "settings_have_an_effect" in all_rules
     assert [name for name, rule in all_rules.items() if not any(list(rule(c)) for c in configs)] == []
 
 
