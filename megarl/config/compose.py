@@ -38,6 +38,7 @@ from megarl.errors import Absent, ConfigError, DataError, MegarlError, ModelFold
 
 USER_ERROR, RUN_ERROR = 2, 1
 _USER_ERRORS = (ConfigError, DataError, ModelFolderError, RewardError)
+_NO_SECTION = re.compile(r"node `([\w.]+)` is not a container")
 _INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 HELP = """\
@@ -88,6 +89,10 @@ class Composition:
         return {str(k): v for k, v in values.items()}
 
     def _unresolved(self, key: str, found: str) -> Problem:
+        if value := _NO_SECTION.search(found):
+            section = value[1]
+            fix = f"set a key in it, as in {section}.{key.rpartition('.')[2]}=VALUE"
+            return Problem(section, _raw_text(self.config, section), "must be a section with keys of its own", fix)
         deleted = [o.key_or_group for o in self.value_overrides if o.is_delete()]
         for target in _INTERPOLATION.findall(_raw_text(self.config, key)):
             gone = next((d for d in deleted if f"{target}.".startswith(f"{d}.")), None)

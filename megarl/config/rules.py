@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from megarl.config.algorithm_rules import ALGORITHM_RULES, needs_critic, needs_reference
@@ -109,6 +110,14 @@ def training_and_rollout_share_devices(c: PPOConfig) -> Problems:
         yield Problem(key, False, "this version generates on the training ranks only", f"{key}=true")
 
 
+def every_training_file_has_a_weight(c: PPOConfig) -> Problems:
+    """Weights of files are as many as the files, and positive."""
+    weights, files = c.data.train_file_weights, c.data.train_files
+    if weights is not None and (len(weights) != len(files) or not all(0 < w < math.inf for w in weights)):
+        allowed = f"must be a positive number for each of the {len(files)} data.train_files"
+        yield Problem("data.train_file_weights", list(weights), allowed, "data.train_file_weights=null")
+
+
 def one_reward_is_chosen(c: PPOConfig) -> Problems:
     """reward.name and reward.path aren't both set."""
     if c.reward.name and c.reward.path:
@@ -120,6 +129,7 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     an_engine_replica_divides_the_ranks,
     an_engine_step_holds_its_sequences,
     training_and_rollout_share_devices,
+    every_training_file_has_a_weight,
     one_reward_is_chosen,
     settings_have_an_effect,
 )

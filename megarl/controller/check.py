@@ -25,7 +25,7 @@ from megarl.config.rules import (
     sft_model_problems,
     sft_problems,
 )
-from megarl.config.schema import FSDP_STRATEGIES, DpPPOConfig, PPOConfig, SFTConfig
+from megarl.config.schema import FSDP_STRATEGIES, ActorConfig, CriticConfig, DpPPOConfig, PPOConfig, SFTConfig
 from megarl.controller.start import resolve_model_folder
 from megarl.data.parquet import check_footer
 from megarl.data.prompts import prompt_columns
@@ -191,7 +191,7 @@ def sft_batch(config: SFTConfig) -> BatchPlan:
     )
 
 
-def _batch(config: PPOConfig, role: Any, name: str) -> BatchPlan:
+def _batch(config: PPOConfig, role: ActorConfig | CriticConfig, name: str) -> BatchPlan:
     """Return a role's batch arithmetic; axes that don't divide the ranks are for another rule to report."""
     return plan_batch(
         num_prompts=config.data.train_batch_size,

@@ -10,6 +10,7 @@ from megarl.config.rules import require, schedule_problems
 from megarl.config.schema import ModelConfig, PPOConfig
 from megarl.controller.check import CheckedPPO, CheckedSFT
 from megarl.data.chat import load_tokenizer
+from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
@@ -34,7 +35,7 @@ class PPOInputs:
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
-    order: Order
+    order: Order | MixedOrder
     batch_plan: BatchPlan
     critic_plan: BatchPlan | None
     num_steps: int
@@ -82,7 +83,12 @@ def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
     val_prompts = tuple(val.prompts[i] for i in val_order.batch(0)[: data.max_val_prompts])
     if not config.reward.name and not config.reward.path:
         require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
-    order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
+    order: Order | MixedOrder
+    if data.train_file_weights:
+        weights, size = data.train_file_weights, data.train_batch_size
+        order = MixedOrder(train.file_sizes, weights, size, data.train_shuffle, trainer.seed)
+    else:
+        order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     num_overlong = train.num_overlong + val.num_overlong
     inputs = PPOInputs(tokenizer, train.prompts, val_prompts, order, plan, critic_plan, num_steps, num_overlong)

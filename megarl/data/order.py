@@ -41,12 +41,13 @@ class Order:
         """Return the row indices of a step, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.batches_per_epoch)
         start = place * self.batch_size
-        rows = _permutation(self.num_rows, self.seed, epoch) if self.shuffle else range(self.num_rows)
+        rows = permutation(self.num_rows, self.seed, epoch) if self.shuffle else range(self.num_rows)
         return tuple(rows[start : start + self.batch_size])
 
 
-@lru_cache(maxsize=2)
-def _permutation(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+@lru_cache(maxsize=16)
+def permutation(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Return the order of an epoch."""
     # Philox is counter-based: neighbouring (seed, epoch) pairs give unrelated streams.
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     return tuple(generator.permutation(num_rows).tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from megarl.data.chat import encode_prompt
@@ -20,10 +21,14 @@ _REWARD_COLUMN = "the reward needs it; `python -m megarl.data.prepare --help` li
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one or several files, in file order. num_overlong: how many were left out as too long."""
+    """The prompts of one or several files, in file order. num_overlong: how many were left out as too long.
+
+    file_sizes: prompts of each file.
+    """
 
     prompts: tuple[Prompt, ...]
     num_overlong: int
+    file_sizes: tuple[int, ...]
 
 
 def prompt_columns(prompt_key: str) -> dict[str, str]:
@@ -52,17 +57,20 @@ def load_prompts(
     required = prompt_columns(prompt_key)
     prompts: list[Prompt] = []
     num_overlong = 0
-    for row in read_rows(files, required, optional=("extra_info",)):
-        prompt = _prompt(row, tokenizer, prompt_key)
-        if len(prompt.token_ids) <= max_prompt_length:
-            prompts.append(prompt)
-            continue
-        if overlong == "error":
-            raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
-        num_overlong += 1
+    ends = []
+    for file in files:
+        for row in read_rows([file], required, optional=("extra_info",)):
+            prompt = _prompt(row, tokenizer, prompt_key)
+            if len(prompt.token_ids) <= max_prompt_length:
+                prompts.append(prompt)
+                continue
+            if overlong == "error":
+                raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
+            num_overlong += 1
+        ends.append(len(prompts))
     if not prompts:
         raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
-    return PromptSet(tuple(prompts), num_overlong)
+    return PromptSet(tuple(prompts), num_overlong, tuple(stop - start for start, stop in pairwise([0, *ends])))
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Prompt:

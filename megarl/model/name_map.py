@@ -100,8 +100,8 @@ def _attention(shape: ModelShape) -> Iterator[Entry]:
         yield Entry((megatron + "linear_qkv.bias",), qkv + "bias", biases, tuple((n,) for n in (q, kv, kv)), "qkv")
     if shape.qk_norm:
         for part in "qk":
-            norms = (f"{megatron}{part}_layernorm.weight",)
-            yield _norm(norms, f"{_ATTENTION}{part}_norm.weight", (shape.head_dim,))
+            name = f"{_ATTENTION}{part}_norm.weight"
+            yield _norm((f"{megatron}{part}_layernorm.weight",), name, (shape.head_dim,))
     output = _ATTENTION + "o_proj.weight"
     yield Entry((megatron + "linear_proj.weight",), output, (output,), ((hidden, q),), "row")
 

@@ -111,13 +111,13 @@ def _experts_bytes(p: Pass) -> int:
     routed = tokens * shape.experts_per_token
     gathered = routed * p.layout.expert_tp
     hidden, ffn = shape.hidden_size, shape.expert_ffn_size // p.layout.expert_tp
-    router = tokens * (_FP32 * (hidden + 4 * shape.num_experts) + b * hidden)
-    dispatched = routed * (b + 2 * _INT64)
-    experts = gathered * (_mlp_bytes(p, hidden, ffn) + b * ffn)
+    chosen = shape.experts_per_token * (_INT64 + _FP32) + shape.num_experts * (1 + _FP32)
+    router = tokens * (b * hidden + chosen) + routed * _INT64
+    experts = gathered * (_mlp_bytes(p, hidden, ffn) + b * ffn + _FP32)  # weighted by the router before the last matrix
     shared = 0
     if shape.shared_expert_ffn_size:
         shared = p.local_tokens * _mlp_bytes(p, p.hidden, shape.shared_expert_ffn_size // p.layout.tp)
-    return router + dispatched + experts + shared
+    return router + experts + shared
 
 
 def stage_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None = None) -> int:

@@ -19,6 +19,7 @@ _OFFLOADS: tuple[dict[str, object], ...] = (
     {},
     {"optimizer_offload": True, "grad_offload": True},
     {"optimizer_offload": True, "grad_offload": True, "param_offload": True},
+    {"optimizer_on_host": True, "grad_offload": True, "param_offload": True},
 )
 _RECOMPUTE: tuple[dict[str, object], ...] = (
     {},
@@ -26,6 +27,7 @@ _RECOMPUTE: tuple[dict[str, object], ...] = (
 )
 _OFF: dict[str, object] = {
     "optimizer_offload": False,
+    "optimizer_on_host": False,
     "grad_offload": False,
     "param_offload": False,
     "recompute.granularity": None,

@@ -81,6 +81,7 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
         Change({f"{MEGATRON}.optimizer_offload": True}, "moving optimizer state twice a step"),
         Change({f"{MEGATRON}.param_offload": True}, "moving parameters for each use"),
     ]
+    on_host = {f"{MEGATRON}.optimizer_on_host": True, f"{MEGATRON}.optimizer_offload": False}
     for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         if share < models.rollout.gpu_memory_utilization:
             wanted.append(Change({f"{ROLLOUT}.gpu_memory_utilization": share}, "fewer responses at once"))
@@ -97,6 +98,7 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
     full = {"granularity": "full", "method": "uniform", "num_layers": 1}
     recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
     wanted.append(Change(recompute, "a third more work in updates"))
+    wanted.append(Change(on_host, "Adam at the host's speed"))
     tp = models.actor.megatron.tensor_model_parallel_size
     while (tp := tp * 2) <= c.trainer.n_gpus_per_node:
         wanted.append(Change({f"{MEGATRON}.tensor_model_parallel_size": tp}, "more exchange between ranks"))

@@ -160,11 +160,14 @@ def _engine_items(engine: Engine, awake: bool) -> Iterator[Item]:
 def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator[Item]:
     """Yield what a rank holds of a model, on the device or on the host. is_updated: where it is used, in an update."""
     static = role.static(rank)
-    parts = (
+    parts: tuple[tuple[str, int, bool, bool, bool], ...] = (
         ("parameters", static.parameters, role.param_offload, is_used, True),
         ("gradients", static.gradients, role.grad_offload, is_used and is_updated, False),
         ("optimizer state", static.optimizer, role.optimizer_offload, is_used and is_updated, True),
     )
+    if role.optimizer_on_host:
+        parts = parts[:2]
+        yield Item(f"{role.name} optimizer state", 0, static.optimizer)
     for name, size, leaves, is_needed, keeps_values in parts:
         if is_needed or not leaves:
             # What was on the host once keeps its pinned copy there.

@@ -35,6 +35,7 @@ class Role:
     param_offload: bool
     grad_offload: bool = False
     optimizer_offload: bool = False
+    optimizer_on_host: bool = False
     distributed_optimizer: bool = False
     recompute: RecomputeConfig | None = None
     trained: bool = True
@@ -56,6 +57,7 @@ class Role:
             dtype_bytes=self.dtype_bytes,
             trained=self.trained,
             distributed_optimizer=self.distributed_optimizer,
+            optimizer_on_host=self.optimizer_on_host,
         )
 
 
@@ -108,6 +110,7 @@ def _waiting(megatron: TrainedMegatronConfig) -> dict[str, Any]:
         "param_offload": megatron.param_offload,
         "grad_offload": megatron.grad_offload,
         "optimizer_offload": megatron.optimizer_offload,
+        "optimizer_on_host": megatron.optimizer_on_host,
         "distributed_optimizer": megatron.use_distributed_optimizer,
         "recompute": megatron.recompute,
     }

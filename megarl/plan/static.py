@@ -16,7 +16,8 @@ from megarl.model.name_map import megatron_shards
 from megarl.parallel.layout import Layout
 
 FP32_BYTES = 4
-# Where a parameter stands among those of its layer, in the order in which megatron's modules register them.
+# Where a parameter stands among those of its layer, in the order in which megatron's modules register them; experts
+# stand where the feed-forward network does, and after them the shared one.
 _IN_A_LAYER = (
     "input_layernorm.weight",
     "self_attention.linear_proj.weight",
@@ -26,9 +27,7 @@ _IN_A_LAYER = (
     "self_attention.k_layernorm.weight",
     "pre_mlp_layernorm.weight",
     "mlp.router.weight",
-    "linear_fc1.weight",
-    "linear_fc2.weight",
-    "mlp.shared_experts.",
+    "mlp.linear_fc",
 )
 # The distributed optimizer starts each parameter and each bucket at such multiples, in elements.
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
@@ -80,10 +79,12 @@ def _place(name: str) -> tuple[int, int, int, int]:
     if not name.startswith("decoder.layers."):
         return (2, int(name.startswith("output_layer")), 0, 0)
     parts = name.split(".")
-    expert = int(parts[parts.index("local_experts") + 1]) if "local_experts" in parts else 0
-    kind = next(i for i, part in enumerate(_IN_A_LAYER) if part in name)
-    first = _IN_A_LAYER.index("linear_fc1.weight")
-    return (1, int(parts[2]), min(kind, first), 2 * expert + (kind > first))
+    layer, is_fc2 = int(parts[2]), "linear_fc2" in name
+    if "shared_experts" in parts:  # its gate is a parameter of the module, which come before those of its parts
+        return (1, layer, len(_IN_A_LAYER), 0 if "gate_weight" in name else 1 + is_fc2)
+    if "local_experts" in parts:
+        return (1, layer, len(_IN_A_LAYER) - 1, 2 * int(parts[parts.index("local_experts") + 1]) + is_fc2)
+    return (1, layer, next(i for i, part in enumerate(_IN_A_LAYER) if part in name), is_fc2)
 
 
 @cache
@@ -95,11 +96,12 @@ def static_bytes(
     dtype_bytes: int,
     trained: bool,
     distributed_optimizer: bool = False,
+    optimizer_on_host: bool = False,
 ) -> StaticBytes:
     """Return what ``rank`` holds of a role.
 
-    dtype_bytes: of a parameter; below 4, Adam steps float32 copies. Adam's step counters, 4 bytes a parameter where
-    torch's own AdamW is used, are left out.
+    dtype_bytes: of a parameter; below 4, and on the host, Adam steps float32 copies. Adam's step counters, 4 bytes a
+    parameter where torch's own AdamW is used, are left out.
     """
     parameters = rank_parameters(shape, layout, rank)
     if not trained:
@@ -111,7 +113,8 @@ def static_bytes(
             (True, layout.edp, layout.expert_coordinates(rank).edp),
         )
     )
-    state_bytes = 2 * FP32_BYTES + (FP32_BYTES if dtype_bytes < FP32_BYTES else 0)
+    has_copies = dtype_bytes < FP32_BYTES or optimizer_on_host
+    state_bytes = 2 * FP32_BYTES + (FP32_BYTES if has_copies else 0)
     return StaticBytes(
         parameters=(dense.numel + experts.numel) * dtype_bytes,
         gradients=(dense.numel + experts.numel) * FP32_BYTES,

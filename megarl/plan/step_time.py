@@ -76,6 +76,7 @@ def step_time(
             update += epochs * _pass_seconds(role, tokens, device, ranks_per_node, passes) / waits
         static = role.static(0)
         carried = 2 * static.parameters * role.param_offload + 2 * static.optimizer * role.optimizer_offload
+        carried += epochs * static.parameters * 3 * role.optimizer_on_host  # gradients to the host, parameters back
         move += carried / device.host_link_bytes_per_s
     link = device.link_bytes_per_s if ranks <= ranks_per_node else device.inter_node_bytes_per_s
     move += engine.weights_bytes * (1 - 1 / ranks) / link

@@ -22,10 +22,10 @@ from torch.optim.adamw import AdamW, adamw
 
 PIECE_NUMEL = 2**22  # large enough for the bus and all cores, and a power of two, since torch pins no other size
 
-# How Megatron's own class works. Groups are saved with checkpoints, where these would be nonsense to another optimizer.
+# What torch adds to groups of what concerns only Megatron's own class, or only this one. Groups are saved.
 _OPTIONS = (
     *("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "fused"),
-    *("pin_cpu_grads", "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d"),
+    *("pin_cpu_grads", "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d", "differentiable"),
 )
 
 
@@ -38,7 +38,8 @@ class HostAdam(HybridDeviceOptimizer):
     """
 
     def __init__(self, params: list[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(params, **defaults)
+        # Shards of float32 parameters aren't leaves, which torch accepts from nobody who doesn't say this.
+        super().__init__(params, **{**defaults, "differentiable": True})
         for group in self.param_groups:
             for name in _OPTIONS:
                 group.pop(name, None)
@@ -61,8 +62,9 @@ class HostAdam(HybridDeviceOptimizer):
             moments = {name: torch.zeros_like(main) for name in ("exp_avg", "exp_avg_sq")}
             self._adam_state(main).update(moments, step=torch.zeros(()))
         self._sync_sub_optimizers_state_to_hdo()
-        numel = min(PIECE_NUMEL, max((len(main) for main in mains), default=0))
-        self._buffers = [Buffer(numel, pinned=any(p.is_cuda for p in parameters)) for _ in range(2)]
+        self._piece_numel = min(PIECE_NUMEL, max((len(main) for main in mains), default=0))
+        pinned = any(parameter.is_cuda for parameter in parameters)
+        self._buffers = [Buffer(self._piece_numel, pinned=pinned) for _ in range(2)]
 
     def _adam_state(self, main: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.cpu_optimizers[0].state[main]
@@ -86,7 +88,7 @@ class HostAdam(HybridDeviceOptimizer):
     def step(self, closure: None = None) -> None:
         """Update the main parameters that have gradients, and copy them to the device."""
         pieces = list(self._pieces())
-        turns = list(zip(pieces, cycle(self._buffers)))  # noqa: B905 - each piece has a turn, of endless ones
+        turns = list(zip(pieces, cycle(self._buffers)))
         for piece, buffer in turns[:1]:
             buffer.fetch(piece.gradient)
         for (piece, buffer), following in zip_longest(turns, turns[1:]):
@@ -106,9 +108,9 @@ class HostAdam(HybridDeviceOptimizer):
                     continue
                 main = self.param_to_fp32_param[parameter]
                 state = self._adam_state(main)
-                tensors = (parameter, gradient, main, state["exp_avg"], state["exp_avg_sq"])
-                for pieces in zip(*(tensor.split(PIECE_NUMEL) for tensor in tensors), strict=True):
-                    yield Piece(*pieces, state["step"], group)
+                tensors = (parameter.detach(), gradient, main, state["exp_avg"], state["exp_avg_sq"])
+                split = [tensor.split(self._piece_numel) for tensor in tensors]
+                yield from (Piece(group, state["step"], *parts) for parts in zip(*split, strict=True))
 
 
 class _WholeModel(HostAdam):
@@ -124,9 +126,7 @@ def adam_on_host() -> Iterator[None]:
     name = HybridDeviceOptimizer.__name__
     whole[name], shard[name] = _WholeModel, HostAdam
     try:
-        # Else shards of float32 parameters aren't leaves, which torch's optimizers refuse.
-        with torch.no_grad():
-            yield
+        yield
     finally:
         whole[name] = shard[name] = HybridDeviceOptimizer
 
@@ -135,16 +135,16 @@ def adam_on_host() -> Iterator[None]:
 class Piece:
     """Elements of a shard, all 1-dimensional: parameter and gradient on the device, the others on the host.
 
-    num_steps: that the whole parameter has taken. group: has what AdamW is told.
+    group: has what AdamW is told. num_steps: that the whole parameter has taken.
     """
 
+    group: dict[str, Any]
+    num_steps: Tensor
     parameter: Tensor
     gradient: Tensor
     main: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    num_steps: Tensor
-    group: dict[str, Any]
 
     def step(self, gradient: Tensor) -> None:
         """Take one step of AdamW; ``gradient`` is on the host."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,14 +26,15 @@ class Held:
     """What a rank holds after its updates, in bytes of storages, each counted once.
 
     model: parameters and gradient buffers. others: everything else that can be reached from Megatron's optimizer.
-    stepped_numel: elements of parameters that this rank steps. buffers: what gradients and parameters pass through.
+    stepped_numel: elements of parameters that this rank steps. passing: what gradients and parameters pass through.
     """
 
     model: int
     others: int
     stepped_numel: int
     num_parameters: int
-    buffers: int
+    num_optimizers: int
+    passing: int
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,21 @@ class Learned:
     held: Held
 
 
-def learn(setup: Setup, optimizer: OptimizerSpec, batch: Batch) -> tuple[Learned, Learned]:
-    """Take three updates with the optimizer as given, and three with it on the host."""
-    return _learn(setup, optimizer, batch), _learn(setup, replace(optimizer, optimizer_on_host=True), batch)
+def learn(setup: Setup, optimizers: list[OptimizerSpec], batch: Batch) -> list[Learned]:
+    """Take three updates of a fresh actor with each of the optimizers."""
+    actors = (_actor(setup, optimizer) for optimizer in optimizers)
+    return [_learned(actor, _update(actor, setup, batch, 3)) for actor in actors]
 
 
-def learn_on(setup: Setup, saved: OptimizerSpec, loaded: OptimizerSpec, batch: Batch) -> tuple[Learned, Learned]:
-    """Take three updates, hand the state after the first to another actor, and let that take the other two as well.
+def learn_on(setup: Setup, saved: OptimizerSpec, loaded: OptimizerSpec, batch: Batch) -> list[Learned]:
+    """Take an update, hand the state to another actor, and let both take two more, of which they tell.
 
-    saved, loaded: the optimizers of the actors. Return what each has learned in the last two updates.
+    saved, loaded: the optimizers of the two.
     """
     actor, other = _actor(setup, saved), _actor(setup, loaded)
     _update(actor, setup, batch, 1)
     _load(other, actor)
-    answers = [_learned(trained, _update(trained, setup, batch, 2)) for trained in (actor, other)]
-    return answers[0], answers[1]
-
-
-def _learn(setup: Setup, optimizer: OptimizerSpec, batch: Batch) -> Learned:
-    actor = _actor(setup, optimizer)
-    return _learned(actor, _update(actor, setup, batch, 3))
+    return [_learned(trained, _update(trained, setup, batch, 2)) for trained in (actor, other)]
 
 
 def _actor(setup: Setup, optimizer: OptimizerSpec) -> Actor:
@@ -102,16 +97,23 @@ def _held(actor: Actor) -> Held:
     model = [*ddp.parameters(), *(buffer.grad_data for buffer in buffers)]
     own = _storages(model)
     others = {name: size for name, size in _storages(_tensors(actor.optimizer.inner)).items() if name not in own}
+    optimizers = actor.optimizer.inner.chained_optimizers
     passing = [
         tensor
-        for optimizer in actor.optimizer.inner.chained_optimizers
+        for optimizer in optimizers
         for buffer in getattr(optimizer.optimizer, "_buffers", ())
         for tensor in vars(buffer).values()
         if tensor is not None
     ]
     mains = [state["param"] for state in _states(actor)]
-    numel = sum(main.numel() for main in mains)
-    return Held(sum(own.values()), sum(others.values()), numel, len(mains), sum(_storages(passing).values()))
+    return Held(
+        model=sum(own.values()),
+        others=sum(others.values()),
+        stepped_numel=sum(main.numel() for main in mains),
+        num_parameters=len(mains),
+        num_optimizers=len(optimizers),
+        passing=sum(_storages(passing).values()),
+    )
 
 
 def _storages(tensors: Any) -> dict[int, int]:
@@ -134,7 +136,7 @@ def _tensors(root: object) -> Iterator[Tensor]:
         elif isinstance(found, list | tuple | set):
             waiting += found
         waiting += vars(found).values() if hasattr(found, "__dict__") and not callable(found) else ()
-        if isinstance(found, Tensor) and found.is_leaf and found.grad is not None:
+        if isinstance(found, Tensor) and found.is_leaf:
             waiting.append(found.grad)
 
 
@@ -150,6 +152,7 @@ def _load(actor: Actor, other: Actor) -> None:
     }
     with actor.groups.active():
         actor.optimizer.inner.load_state_dict(state)
+    actor.optimizer.scheduler.load_state_dict(other.optimizer.scheduler.state_dict())
 
 
 def _saved(actor: Actor, metadata: dict[str, str], is_loading: bool = False) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from megarl.config.schema import RecomputeConfig
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
+from megarl.types import Batch
 from tests.dist.activation_cases import kept_and_planned
 from tests.dist.ranks import RankPool
 
@@ -41,6 +41,27 @@ RECOMPUTE = {
     "block_2": RecomputeConfig("full", "block", 2),
 }
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+EXPERT_LAYOUTS = {
+    "one_rank": Layout(1),
+    "tp2+sp": Layout(2, tp=2, sequence_parallel=True),
+    "ep2": Layout(2, ep=2),
+    "tp2_ep2_etp1+sp": Layout(2, tp=2, ep=2, etp=1, sequence_parallel=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS.values(), ids=EXPERT_LAYOUTS)
+def test_experts_keep_the_planned_bytes_over_all_ranks(
+    ranks: RankPool, tmp_path: Path, layout: Layout, dtype: torch.dtype
+) -> None:
+    config = {"architectures": ["Qwen3MoeForCausalLM"], **SIZES, **EXPERTS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    answers = ranks.run(
+        kept_and_planned, tmp_path, layout, dtype, RECOMPUTE["nothing"], _batch(), world_size=layout.world_size
+    )
+    # Which rank has how many tokens is the router's choice; the plan spreads them evenly.
+    assert sum(planned for _, planned in answers) == pytest.approx(sum(kept for kept, _ in answers), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE.values(), ids=RECOMPUTE)
@@ -51,11 +72,12 @@ def test_a_micro_batch_keeps_the_planned_bytes(
     ranks: RankPool, tmp_path: Path, architecture: str, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], **SIZES}))
-    lengths = (40, 56, 64)
-    batch = sequences_to_batch(
-        [list(range(1, n + 1)) for n in lengths], [[False] + [True] * (n - 1) for n in lengths]
-    )
     for kept, planned in ranks.run(
-        kept_and_planned, tmp_path, layout, dtype, recompute, batch, world_size=layout.world_size
+        kept_and_planned, tmp_path, layout, dtype, recompute, _batch(), world_size=layout.world_size
     ):
         assert planned == pytest.approx(kept, rel=TOLERANCE)
+
+
+def _batch() -> Batch:
+    lengths = (40, 56, 64)
+    return sequences_to_batch([list(range(1, n + 1)) for n in lengths], [[False] + [True] * (n - 1) for n in lengths])

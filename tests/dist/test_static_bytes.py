@@ -13,7 +13,7 @@ from megarl.parallel.layout import Layout
 from tests.dist.ranks import RankPool
 from tests.dist.static_cases import held_and_planned
 from tests.dist.test_critic import OPTIMIZER
-from tests.dist.tiny_models import save_tiny_model
+from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
 
 LAYOUTS = {
     "one_rank": Layout(1),
@@ -28,12 +28,25 @@ LAYOUTS = {
     "pp2_dp2": Layout(4, pp=2),
 }
 MODELS = ("qwen3-tied", "qwen2-untied")
+EXPERT_LAYOUTS = {
+    "tp2+sp": Layout(2, tp=2, sequence_parallel=True),
+    "ep2": Layout(2, ep=2),
+    "dp2_ep2": Layout(4, ep=2),
+    "pp2_ep2": Layout(4, pp=2, ep=2),
+    "tp2_ep2_etp1+sp": Layout(4, tp=2, ep=2, etp=1, sequence_parallel=True),
+    "tp2_ep2_etp2+sp": Layout(4, tp=2, ep=2, sequence_parallel=True),
+}
+CASES = [
+    *((model, name, layout) for model in MODELS for name, layout in LAYOUTS.items()),
+    *((model, name, layout) for model in MOE_MODELS for name, layout in EXPERT_LAYOUTS.items()),
+]
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "own_optimizer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "layout"), [(model, layout) for model, _, layout in CASES], ids=[f"{m}-{name}" for m, name, _ in CASES]
+)
 def test_every_rank_holds_the_planned_bytes(
     ranks: RankPool, tmp_path: Path, model: str, layout: Layout, dtype: torch.dtype, distributed: bool
 ) -> None:

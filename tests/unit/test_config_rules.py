@@ -146,6 +146,7 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
     ({"trainer.logger": ["consol"]}, ["trainer.logger"], "must be among console, tensorboard"),
     ({f"{ROLLOUT}.{TP}": 3}, [f"{ROLLOUT}.{TP}"], "must divide the 8 ranks"),
+    ({"data.train_file_weights": [1.0, 2.0]}, ["data.train_file_weights"], "for each of the 1 data.train_files"),
     ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
     ({"reward.name": "gsm8k", "reward.path": "r.py"}, ["reward.name"], "contradicts reward.path = 'r.py'"),
     ({"algorithm.adv_estimator": "groo"}, ["algorithm.adv_estimator"], "must be one of gae, grpo"),

@@ -9,6 +9,7 @@ import pytest
 from megarl.config import megatron_rules
 from megarl.config.megatron_rules import (
     a_tensor_split_fits,
+    an_optimizer_on_the_host_is_split_and_stays,
     axes_are_built,
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
@@ -66,6 +67,18 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
         lambda: (_megatron(**{"recompute.num_layers": 1}).recompute,),
         ["m.recompute.num_layers"],
         "has no effect where m.recompute.granularity is null",
+    ),
+    (
+        an_optimizer_on_the_host_is_split_and_stays,
+        lambda: (_megatron(optimizer_on_host=True, use_distributed_optimizer=False),),
+        ["m.use_distributed_optimizer"],
+        "must be true where m.optimizer_on_host is true",
+    ),
+    (
+        an_optimizer_on_the_host_is_split_and_stays,
+        lambda: (_megatron(optimizer_on_host=True, optimizer_offload=True),),
+        ["m.optimizer_offload"],
+        "contradicts m.optimizer_on_host=true",
     ),
     (
         overridden_fields_exist_and_are_free,
