@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from megarl.config.layers import layers_of_stages
 from megarl.config.model_shape import ModelShape
@@ -24,14 +25,13 @@ def axes_divide_the_ranks(key: str, megatron: MegatronConfig, ranks: int) -> Pro
     shared = {"expert_tensor_parallel_size": etp} if etp else {"tensor_model_parallel_size": tp}
     expert = {**shared, "expert_model_parallel_size": ep, "pipeline_model_parallel_size": pp}
     for axes in (dense, expert) if ep > 1 or etp else (dense,):
-        product = 1
-        for size in axes.values():
-            product *= size
+        split = {name: size for name, size in axes.items() if size > 1}
+        product = prod(split.values())
         if ranks % product:
             sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
             yield Problem(
-                " x ".join(f"{key}.{name}" for name, size in axes.items() if size > 1),
-                " x ".join(str(size) for size in axes.values() if size > 1) + f" = {product}",
+                " x ".join(f"{key}.{name}" for name in split),
+                product if len(split) == 1 else f"{' x '.join(str(size) for size in split.values())} = {product}",
                 f"must divide the {ranks} {RANKS}; products that do: {sizes}",
                 f"trainer.n_gpus_per_node={product}, or other axis sizes",
             )
@@ -159,6 +159,9 @@ def _experts_fit(key: str, shape: ModelShape, megatron: MegatronConfig) -> Probl
         return
     if shape.num_experts % ep:
         yield Problem(name, ep, f"must divide the model's {shape.num_experts} experts")
+    if shape.shared_expert_ffn_size % tp:
+        axis = f"{key}.tensor_model_parallel_size"
+        yield Problem(axis, tp, f"must divide the shared expert's feed-forward size of {shape.shared_expert_ffn_size}")
     if shape.expert_ffn_size % (etp or tp):
         axis = f"{key}.expert_tensor_parallel_size"
         allowed = f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size"

@@ -197,6 +197,10 @@ def ppo_model_problems(c: PPOConfig, shape: ModelShape) -> list[Problem]:
     problems += stop_tokens_are_in_the_vocabulary(models.rollout.stop_token_ids, shape)
     key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
     problems += a_tensor_split_fits(key, shape, models.rollout.tensor_model_parallel_size)
+    engine_tp = models.rollout.tensor_model_parallel_size
+    if shape.num_experts and shape.expert_ffn_size % engine_tp:
+        allowed = f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size"
+        problems.append(Problem(key, engine_tp, allowed))
     if needs_reference(c):
         problems += the_model_fits_its_axes("actor_rollout_ref.ref.megatron", shape, models.ref.megatron)
     tokens, longest = c.data.max_prompt_length + c.data.max_response_length, shape.max_positions

@@ -1,26 +1,30 @@
 """From rollouts to a Batch, and from rows of a Batch to the packed micro-batches that the model sees.
 
-Shape suffixes: B rollouts, S sequence, L positions that the model computes, N predicted tokens that count.
+Shape suffixes: B rollouts, S sequence, T positions that the model computes, L those of them that one context rank does,
+N predicted tokens that count.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megarl.data.zigzag import held_positions, num_parts
 from megarl.types import Batch, Rollout
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences laid out for one forward pass.
+    """Sequences laid out for one forward pass of one context rank.
 
-    tokens, positions: [1, L] packed, or [rows, L / rows] padded on the right. lengths: of the packed sequences, those
-    of the alignment padding at the end included; empty where padded. predict_N: the flat positions whose next token
-    is trained on; targets_N: that token; row_N, column_N: where it stands in the Batch.
+    tokens, positions: [1, L] packed, or [rows, L / rows] padded on the right. lengths: of the packed sequences over all
+    context ranks, with each one's padding, and those of the alignment padding at the end included; empty where padded.
+    predict_N: the flat positions whose next token is trained on, -1 where another context rank has it; targets_N: that
+    token; row_N, column_N: where it stands in the Batch.
     """
 
     tokens: Tensor
@@ -36,35 +40,42 @@ class MicroBatch:
         return values_BS[self.row_N, self.column_N]
 
 
-def pack(batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1) -> MicroBatch:
-    """Lay out ``rows`` of ``batch`` end to end (``packed``), or each on a line of its own.
+def pack(
+    batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1, cp: int = 1, cp_rank: int = 0
+) -> MicroBatch:
+    """Lay out ``rows`` of ``batch`` end to end (``packed``), or each on a line of its own; take a context rank's share.
 
-    multiple: the number of positions is rounded up to it (sequence parallelism splits them evenly). No rows at all, as
-    for a rank that only keeps step with the others, give one sequence of ``multiple`` padding tokens.
+    multiple: a rank's number of positions is rounded up to it (sequence parallelism splits them evenly). No rows at
+    all, as for a rank that only keeps step with the others, give one sequence of as few padding tokens as can be.
     """
     lengths = [int(batch.lengths_B[row]) for row in rows]
-    width = _round_up(max(lengths, default=1), multiple)
-    starts = [sum(lengths[:i]) if packed else i * width for i in range(len(rows))]
-    size = _round_up(sum(lengths) or 1, multiple) if packed else max(len(rows), 1) * width
-    tokens_L = torch.zeros(size, dtype=torch.int64)
-    positions_L = torch.zeros(size, dtype=torch.int64)
+    room = [_round_up(length, num_parts(cp)) for length in lengths]
+    multiple = math.lcm(num_parts(cp), cp * multiple)
+    width = _round_up(max(room, default=1), multiple)
+    starts = [sum(room[:i]) if packed else i * width for i in range(len(rows))]
+    size = _round_up(sum(room) or 1, multiple) if packed else max(len(rows), 1) * width
+    tokens_T = torch.zeros(size, dtype=torch.int64)
+    positions_T = torch.zeros(size, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
     predict, targets, row_index, column_index = [none], [none], [none], [none]
     for row, length, start in zip(rows, lengths, starts, strict=True):
-        tokens_L[start : start + length] = batch.tokens_BS[row, :length]
-        positions_L[start : start + length] = torch.arange(length)
+        tokens_T[start : start + length] = batch.tokens_BS[row, :length]
+        positions_T[start : start + length] = torch.arange(length)
         columns = batch.mask_BS[row, :length].nonzero()[:, 0]
         predict.append(start + columns - 1)
         targets.append(batch.tokens_BS[row, columns])
         row_index.append(torch.full_like(columns, row))
         column_index.append(columns)
-    shape = (1, size) if packed else (-1, width)
-    tail = (size - sum(lengths),) if packed and size > sum(lengths) else ()
+    tail = [size - sum(room)] if packed and size > sum(room) else []
+    held_L = held_positions([*room, *tail] if packed else [width] * (size // width), cp, cp_rank)
+    place_T = torch.full((size,), -1)
+    place_T[held_L] = torch.arange(len(held_L))
+    shape = (1, -1) if packed else (-1, width // cp)
     return MicroBatch(
-        tokens=tokens_L.view(shape),
-        positions=positions_L.view(shape),
-        lengths=(*lengths, *tail) if packed else (),
-        predict_N=torch.cat(predict),
+        tokens=tokens_T[held_L].view(shape),
+        positions=positions_T[held_L].view(shape),
+        lengths=(*room, *tail) if packed else (),
+        predict_N=place_T[torch.cat(predict)],
         targets_N=torch.cat(targets),
         row_N=torch.cat(row_index),
         column_N=torch.cat(column_index),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megarl.config.model_shape import ModelShape
-from megarl.parallel.layout import Layout, split_layers
+from megarl.parallel.layout import Layout, layers_of_chunks
 from megarl.parallel.shard import Segment, Shard, clip
 
 VLLM_VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to a multiple of this before it splits it
@@ -193,7 +193,7 @@ def _megatron_shards(
     shape: ModelShape, layout: Layout, stage: int, tp_rank: int, etp_rank: int, ep_rank: int
 ) -> tuple[Shard, ...]:
     """Return the shards that data-parallel ranks share."""
-    layers = split_layers(shape.num_layers, layout.pp)[stage]
+    layers = [layer for chunk in layers_of_chunks(shape.num_layers, layout, stage) for layer in chunk]
     experts = local_experts(shape, layout.ep, ep_rank)
     shards = []
     for entry in entries(shape):

@@ -42,6 +42,7 @@ class ParallelGroups:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,
@@ -66,15 +67,15 @@ class ParallelGroups:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank embeds the tokens."""
+        """Whether this rank embeds the tokens, in its first model chunk."""
         return self.place.pp == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes logits and the loss."""
+        """Whether this rank computes logits and the loss, in its last model chunk."""
         return self.place.pp == self.layout.pp - 1
 
     @property
     def is_output_rank(self) -> bool:
         """Whether this rank reports the results of its data-parallel rank."""
-        return self.is_last_stage and self.place.tp == 0
+        return self.is_last_stage and self.place.tp == 0 and self.place.cp == 0

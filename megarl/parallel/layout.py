@@ -101,6 +101,14 @@ def layout_of(megatron: MegatronConfig, world_size: int) -> Layout:
     )
 
 
+def layers_of_chunks(num_layers: int, layout: Layout, stage: int) -> tuple[range, ...]:
+    """Return the global layer indices of every model chunk of a pipeline stage.
+
+    Chunk ``c`` of stage ``s`` is virtual stage ``c * pp + s``: a micro-batch passes all stages once for each chunk.
+    """
+    return split_layers(num_layers, layout.pp * layout.vpp)[stage :: layout.pp]
+
+
 def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
     """Return the global layer indices of every pipeline stage, of as many layers as layers_of_stages says.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from megarl.checkpoint.files import plan_files
 from megarl.config.model_shape import ModelShape
@@ -16,9 +17,8 @@ from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
 from megarl.plan.roles import DTYPE_BYTES, Role, roles_of
+from megarl.plan.static import StaticBytes
 from megarl.plan.topology import Topology, topology_of
-
-MAX_EXAMINED_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,15 @@ def _checkpoint(shape: ModelShape, dtype_bytes: int) -> Checkpoint:
 
 
 def examined_ranks(roles: tuple[Role, ...], ranks: int) -> tuple[int, ...]:
-    """Return the ranks to examine: all of a small run, of a large one the first of every combination of stages."""
-    if ranks <= MAX_EXAMINED_RANKS:
-        return tuple(range(ranks))
-    first: dict[tuple[int, ...], int] = {}
+    """Return the first rank of every kind: ranks of a kind are on the same stages and hold the same of every model."""
+    at_rest: dict[str, Any] = {"update_tokens": 0, "score_tokens": 0, "num_micro_batches": 1, "recompute": None}
+    at_rest |= {"param_offload": False, "grad_offload": False, "optimizer_offload": False}
+    return _first_of_each_kind(tuple(replace(role, **at_rest) for role in roles), ranks)
+
+
+@cache
+def _first_of_each_kind(roles: tuple[Role, ...], ranks: int) -> tuple[int, ...]:
+    first: dict[tuple[tuple[int, StaticBytes], ...], int] = {}
     for rank in range(ranks):
-        first.setdefault(tuple(role.stage(rank) for role in roles), rank)
+        first.setdefault(tuple((role.stage(rank), role.static(rank)) for role in roles), rank)
     return tuple(first.values())

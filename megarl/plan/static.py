@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megarl.config.model_shape import ModelShape
 from megarl.model.name_map import megatron_shards
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import Coordinates, Layout, split_layers
 
 FP32_BYTES = 4
 # Where a parameter stands among those of its layer, in the order in which megatron's modules register them; experts
@@ -57,8 +57,13 @@ class StaticBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, rank: int) -> tuple[Parameter, ...]:
-    """Return the parameters of a rank in the order in which megatron registers them."""
+@cache
+def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> tuple[Parameter, ...]:
+    """Return the parameters of any rank of a pipeline stage in the order in which megatron registers them.
+
+    Layers of a kind are alike: one of each is looked up, and stands with its name for all of its kind.
+    """
+    sample = replace(shape, num_layers=2 * layout.pp, dense_layers=tuple(range(0, 2 * layout.pp, 2)))
     shared = shape.tied and layout.pp > 1
     parameters = [
         Parameter(
@@ -67,9 +72,15 @@ def rank_parameters(shape: ModelShape, layout: Layout, rank: int) -> tuple[Param
             is_expert=".experts." in shard.name,
             own_bucket=shared and shard.name in ("embedding.word_embeddings.weight", "output_layer.weight"),
         )
-        for shard in megatron_shards(shape, layout, rank)
+        for shard in megatron_shards(sample, layout, layout.rank(Coordinates(tp=0, dp=0, pp=stage)))
     ]
-    return tuple(sorted(parameters, key=lambda p: _place(p.name)))
+    parts: dict[tuple[int, int], list[Parameter]] = {}
+    for parameter in sorted(parameters, key=lambda p: _place(p.name)):
+        parts.setdefault(_place(parameter.name)[:2], []).append(parameter)
+    layers = split_layers(shape.num_layers, layout.pp)[stage]
+    kinds = [parts[1, 2 * stage + shape.has_experts(layer)] for layer in layers]
+    first, last = ([p for at, part in parts.items() if at[0] == end for p in part] for end in (0, 2))
+    return (*first, *(p for kind in kinds for p in kind), *last)
 
 
 def _place(name: str) -> tuple[int, int, int, int]:
@@ -103,22 +114,18 @@ def static_bytes(
     dtype_bytes: of a parameter; below 4, and on the host, Adam steps float32 copies. Adam's step counters, 4 bytes a
     parameter where torch's own AdamW is used, are left out.
     """
-    parameters = rank_parameters(shape, layout, rank)
+    stage = layout.coordinates(rank).pp
     if not trained:
-        return StaticBytes(sum(p.numel for p in parameters) * dtype_bytes)
-    dense, experts = (
-        _Buffer([p for p in parameters if p.is_expert == is_expert], replicas, replica, distributed_optimizer)
-        for is_expert, replicas, replica in (
-            (False, layout.dp * layout.cp, _dense_replica(layout, rank)),
-            (True, layout.edp, layout.expert_coordinates(rank).edp),
-        )
-    )
+        return StaticBytes(sum(p.numel for p in stage_parameters(shape, layout, stage)) * dtype_bytes)
+    dense, experts = (_buffer(shape, layout, stage, is_expert, distributed_optimizer) for is_expert in (False, True))
+    stepped = dense.stepped_numel[_dense_replica(layout, rank)]
+    stepped += experts.stepped_numel[layout.expert_coordinates(rank).edp]
     has_copies = dtype_bytes < FP32_BYTES or optimizer_on_host
     state_bytes = 2 * FP32_BYTES + (FP32_BYTES if has_copies else 0)
     return StaticBytes(
         parameters=(dense.numel + experts.numel) * dtype_bytes,
         gradients=(dense.numel + experts.numel) * FP32_BYTES,
-        optimizer=(dense.stepped_numel + experts.stepped_numel) * state_bytes,
+        optimizer=stepped * state_bytes,
     )
 
 
@@ -128,24 +135,36 @@ def _dense_replica(layout: Layout, rank: int) -> int:
     return place.cp + layout.cp * place.dp
 
 
+@dataclass(frozen=True)
 class _Buffer:
-    """Megatron's gradient buffer of some parameters. numel: with padding. stepped_numel: what this replica steps."""
+    """Megatron's gradient buffer of some parameters. numel: with padding. stepped_numel: what each replica steps."""
 
-    def __init__(self, parameters: Sequence[Parameter], replicas: int, replica: int, distributed: bool) -> None:
-        if not distributed:
-            self.numel = self.stepped_numel = sum(p.numel for p in parameters)
-            return
-        self.numel = self.stepped_numel = 0
-        for bucket in _buckets(parameters):
-            ranges, end = [], 0
-            for parameter in bucket:
-                start = _round_up(end, _PARAMETER_ALIGNMENT)
-                end = start + parameter.numel
-                ranges.append((start, end))
-            size = _round_up(end, math.lcm(replicas, _BUCKET_ALIGNMENT))
-            low, high = size // replicas * replica, size // replicas * (replica + 1)
-            self.stepped_numel += sum(max(0, min(high, stop) - max(low, start)) for start, stop in ranges)
-            self.numel += size
+    numel: int
+    stepped_numel: tuple[int, ...]
+
+
+@cache
+def _buffer(shape: ModelShape, layout: Layout, stage: int, is_expert: bool, distributed: bool) -> _Buffer:
+    """Return the buffer of a stage's experts, or of all the rest."""
+    replicas = layout.edp if is_expert else layout.dp * layout.cp
+    parameters = [p for p in stage_parameters(shape, layout, stage) if p.is_expert == is_expert]
+    if not distributed:
+        numel = sum(p.numel for p in parameters)
+        return _Buffer(numel, (numel,) * replicas)
+    numel, stepped = 0, [0] * replicas
+    for bucket in _buckets(parameters):
+        ranges, end = [], 0
+        for parameter in bucket:
+            start = _round_up(end, _PARAMETER_ALIGNMENT)
+            end = start + parameter.numel
+            ranges.append((start, end))
+        size = _round_up(end, math.lcm(replicas, _BUCKET_ALIGNMENT))
+        share = size // replicas
+        for start, stop in ranges:
+            for replica in range(start // share, -(-stop // share)):
+                stepped[replica] += min(share * (replica + 1), stop) - max(share * replica, start)
+        numel += size
+    return _Buffer(numel, tuple(stepped))
 
 
 def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:

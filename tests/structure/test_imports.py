@@ -18,9 +18,9 @@ LAYERS = (
     {"config"},
     {"parallel", "algorithm", "data", "monitor"},
     {"model", "checkpoint"},
-    {"train", "rollout", "reward", "plan"},
+    {"train", "rollout", "reward", "plan", "doctor"},
     {"controller"},
-    {"doctor", "main_ppo", "main_sft"},
+    {"main_ppo", "main_sft"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 

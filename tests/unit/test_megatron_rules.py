@@ -143,6 +143,12 @@ def test_a_broken_rule_of_axes_names_its_key_and_what_is_allowed(
     assert said in problems[0].allowed
 
 
+@pytest.mark.parametrize(("axes", "value"), [({TP: 3}, 3), ({TP: 4, PP: 4}, "4 x 4 = 16")])
+def test_a_product_of_axes_is_shown_where_there_is_one(axes: Mapping[str, object], value: object) -> None:
+    [problem] = axes_divide_the_ranks("m", _megatron(**axes), 8)
+    assert problem.value == value
+
+
 def test_every_rule_of_axes_is_broken_here() -> None:
     rules = [
         name
