@@ -14,6 +14,7 @@ CORE = [
     "hydra-core>=1.3.2,<1.4",
     "numpy>=2.0",
     "omegaconf>=2.3,<2.4",
+    "packaging>=24",
     "psutil>=6",
     "pyarrow>=20",
     "pyyaml>=6",

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megarl.config.passes import actor_scoring, actor_update, ref_scoring
 from megarl.config.schema import POLICY_LOSSES, PPOConfig
 from megarl.errors import Problem
 
-ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ def _loss_is(*names: str) -> Callable[[PPOConfig], bool]:
 def _of_loss(setting: str, default: float | None, *names: str) -> Effect:
     key, words = f"{ACTOR}.{setting}", f"{ACTOR}.policy_loss is {' or '.join(names)}"
     return Effect(key, default, _loss_is(*names), words, f"{ACTOR}.policy_loss={names[0]}")
+
+
+def _of_passes(key: str, default: int | None, by: str, dynamic: bool) -> Effect:
+    """``key`` is the size of some pass, by tokens where ``dynamic``. by: what says whether tokens are counted."""
+
+    def decides(c: PPOConfig) -> bool:
+        return key in (actor_update(c).key, actor_scoring(c).key, ref_scoring(c).key)
+
+    wanted, null = str(dynamic).lower(), "null" if default is None else default
+    return Effect(key, default, decides, f"{by} is {wanted}", f"{key}={null}, or {by}={wanted}")
 
 
 def _one_side_is_clipped_by_it(c: PPOConfig) -> bool:
@@ -66,6 +77,12 @@ _SAMPLES = (
 _CLIPPED = ("ppo_clip", "gspo", "geo_mean", "cispo", "clip_cov")
 
 EFFECTS: tuple[Effect, ...] = (
+    _of_passes(f"{ACTOR}.ppo_micro_batch_size_per_gpu", 16, f"{ACTOR}.use_dynamic_bsz", False),
+    _of_passes(f"{ACTOR}.log_prob_micro_batch_size_per_gpu", None, f"{ACTOR}.log_prob_use_dynamic_bsz", False),
+    _of_passes(f"{REF}.log_prob_micro_batch_size_per_gpu", None, f"{REF}.log_prob_use_dynamic_bsz", False),
+    _of_passes(f"{ACTOR}.ppo_max_token_len_per_gpu", 16384, f"{ACTOR}.use_dynamic_bsz", True),
+    _of_passes(f"{ACTOR}.log_prob_max_token_len_per_gpu", None, f"{ACTOR}.log_prob_use_dynamic_bsz", True),
+    _of_passes(f"{REF}.log_prob_max_token_len_per_gpu", None, f"{REF}.log_prob_use_dynamic_bsz", True),
     Effect(
         f"{ACTOR}.clip_ratio",
         0.2,

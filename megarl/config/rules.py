@@ -19,6 +19,7 @@ from megarl.config.megatron_rules import (
     the_model_fits_its_axes,
 )
 from megarl.config.model_shape import ModelShape
+from megarl.config.passes import passes_of
 from megarl.config.schema import (
     CriticModelConfig,
     LRSchedulerConfig,
@@ -118,6 +119,22 @@ def every_training_file_has_a_weight(c: PPOConfig) -> Problems:
         yield Problem("data.train_file_weights", list(weights), allowed, "data.train_file_weights=null")
 
 
+def a_token_budget_holds_every_rollout(c: PPOConfig) -> Problems:
+    """The longest kind of rollout fits a micro-batch by itself, in every pass that counts tokens."""
+    for size in {p.key: p for p in passes_of(c) if p.max_tokens is not None and p.max_tokens < p.sequence_tokens}.values():
+        longest = f"data.max_prompt_length + data.max_response_length = {size.sequence_tokens}"
+        allowed = f"must hold the longest rollout by itself: {longest} needs at least {size.least_value}"
+        yield Problem(size.key, size.value, allowed, f"{size.key}={size.least_value}")
+
+
+def a_token_budget_counts_no_padding(c: PPOConfig) -> Problems:
+    """Sequences are packed where micro-batches are filled up to a number of tokens."""
+    if not c.actor_rollout_ref.model.use_remove_padding and any(p.max_tokens is not None for p in passes_of(c)):
+        key = "actor_rollout_ref.model.use_remove_padding"
+        allowed = "must be true where use_dynamic_bsz is: padding would be computed beyond the budget"
+        yield Problem(key, False, allowed, f"{key}=true")
+
+
 def one_reward_is_chosen(c: PPOConfig) -> Problems:
     """reward.name and reward.path aren't both set."""
     if c.reward.name and c.reward.path:
@@ -131,6 +148,8 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     training_and_rollout_share_devices,
     every_training_file_has_a_weight,
     one_reward_is_chosen,
+    a_token_budget_holds_every_rollout,
+    a_token_budget_counts_no_padding,
     settings_have_an_effect,
 )
 

@@ -166,6 +166,12 @@ class PolicyTrainingConfig:
     ppo_mini_batch_size: int = key("rollouts of an optimizer step, over all ranks", low=1)
     ppo_micro_batch_size_per_gpu: int = key("rollouts of a forward/backward on one data-parallel rank", low=1)
     log_prob_micro_batch_size_per_gpu: int | None = key("rollouts of a log-prob pass; null: as the micro-batch", low=1)
+    use_dynamic_bsz: bool = key("fill micro-batches up to a number of tokens instead of counting rollouts")
+    ppo_max_token_len_per_gpu: int = key("tokens of a forward/backward on one device where use_dynamic_bsz", low=1)
+    log_prob_use_dynamic_bsz: bool | None = key("the same in a log-prob pass; null: as use_dynamic_bsz")
+    log_prob_max_token_len_per_gpu: int | None = key(
+        "tokens of a log-prob pass on one device; null: as ppo_max_token_len_per_gpu", low=1
+    )
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     clip_ratio: float = key("clip range of the probability ratio, both sides", above=0.0, high=1.0)
@@ -204,6 +210,8 @@ class RefScoringConfig:
     """The frozen reference; built only where a KL term needs it."""
 
     log_prob_micro_batch_size_per_gpu: int | None = key("rollouts of a log-prob pass; null: as the actor's", low=1)
+    log_prob_use_dynamic_bsz: bool | None = key("fill micro-batches up to a number of tokens; null: as the actor's")
+    log_prob_max_token_len_per_gpu: int | None = key("those tokens, on one device; null: as the actor's", low=1)
 
 
 @dataclass(frozen=True)
@@ -373,6 +381,11 @@ class CriticTrainingConfig:
     ppo_mini_batch_size: int = key("rollouts of an optimizer step, over all ranks", low=1)
     ppo_micro_batch_size_per_gpu: int = key("rollouts of a forward/backward on one data-parallel rank", low=1)
     forward_micro_batch_size_per_gpu: int | None = key("rollouts of a pass for values; null: as the micro-batch", low=1)
+    use_dynamic_bsz: bool = key("fill micro-batches up to a number of tokens instead of counting rollouts")
+    ppo_max_token_len_per_gpu: int = key("tokens of a forward/backward on one device where use_dynamic_bsz", low=1)
+    forward_max_token_len_per_gpu: int | None = key(
+        "tokens of a pass for values on one device; null: as ppo_max_token_len_per_gpu", low=1
+    )
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)

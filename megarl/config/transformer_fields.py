@@ -33,7 +33,8 @@ num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage account_for
 account_for_loss_in_pipeline_split perform_initialization use_cpu_initialization init_model_with_meta_device
 init_method output_layer_init_method embedding_init_method cuda_graph_scope gradient_accumulation_fusion
 bias_activation_fusion masked_softmax_fusion persist_layer_norm timers finalize_model_grads_func grad_scale_func
-no_sync_func grad_sync_func param_sync_func test_mode
+no_sync_func grad_sync_func param_sync_func test_mode overlap_p2p_comm batch_p2p_comm
+microbatch_group_size_per_vp_stage
 """
 _BY_A_KEY = {
     "tensor_model_parallel_size": "tensor_model_parallel_size",

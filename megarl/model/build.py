@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ def transformer_config(
     data-parallel ranks; our losses are already normalised by the whole mini-batch. Megatron's own initialisation stays
     on though the weights are overwritten: it is what marks parameters as tensor-parallel, and the gradient norm
     leaves out the unmarked ones of tp ranks other than 0.
+
+    Chunks that take turns on two stages exchange activations and gradients with the same peer in both directions at
+    once. Megatron's default way pairs them wrongly without a word: logits are right and gradients are garbage. So the
+    interleaved schedule sends forwards and backwards apart, which Megatron calls overlap.
     """
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -61,7 +65,12 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_size,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        pipeline_model_parallel_layout=_stage_layout(shape.num_layers, layout.pp),
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=_stage_layout(shape.num_layers, layout.pp * layout.vpp),
+        microbatch_group_size_per_vp_stage=layout.pp,
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # megatron demands it for variable lengths, dense models included
@@ -126,21 +135,23 @@ def _recompute_fields(recompute: RecomputeConfig | None) -> dict[str, Any]:
     }
 
 
-def _stage_layout(num_layers: int, pp: int) -> list[list[str]] | None:
-    """Return Megatron's custom pipeline layout where the layers don't divide evenly."""
-    if num_layers % pp == 0:
+def _stage_layout(num_layers: int, num_stages: int) -> list[list[str]] | None:
+    """Return Megatron's custom layout of virtual stages where the layers don't divide evenly."""
+    if num_layers % num_stages == 0:
         return None
-    stages = [["decoder"] * len(layers) for layers in split_layers(num_layers, pp)]
+    stages = [["decoder"] * len(layers) for layers in split_layers(num_layers, num_stages)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Return this stage's layers: Transformer Engine's where importable, else local with our norm and attention."""
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return a chunk's layers: Transformer Engine's where importable, else local with our norm and attention."""
     if transformer_engine_present():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+    )
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:  # often the same object several times
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -167,31 +178,41 @@ def build_model(
     *,
     recompute: RecomputeConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> torch.nn.Module:
-    """Build this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
+) -> list[torch.nn.Module]:
+    """Build the model chunks of this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
-    The stage takes (tokens [B, S], positions, mask None, packed_seq_params) and the last one returns this rank's slice
-    of the logits [B, S, V / tp], or values [B, S, 1] where the shape has a value head.
+    A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), and the last one of the last stage
+    returns this rank's slice of the logits [B, S / cp, V / tp], or values [B, S / cp, 1] where the shape has a value
+    head.
     """
+    config = transformer_config(shape, groups.layout, dtype, recompute=recompute, overrides=overrides)
+    return [_build_chunk(shape, groups, config, device, chunk) for chunk in range(groups.layout.vpp)]
+
+
+def _build_chunk(
+    shape: ModelShape, groups: ParallelGroups, config: TransformerConfig, device: torch.device, chunk: int
+) -> torch.nn.Module:
     layout = groups.layout
-    config = transformer_config(shape, layout, dtype, recompute=recompute, overrides=overrides)
+    vp_stage = chunk if layout.vpp > 1 else None
+    is_last = groups.is_last_stage and chunk == layout.vpp - 1
     model = GPTModel(
         config,
-        _block_spec(config),
+        _block_spec(config, vp_stage),
         vocab_size=shape.padded_vocab(layout.tp),
         max_sequence_length=shape.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and chunk == 0,
+        post_process=is_last,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=int(shape.rope.theta),
+        vp_stage=vp_stage,
     )
-    if shape.value_head and groups.is_last_stage:
+    if shape.value_head and is_last:
         model.output_layer = ValueHead(config)
     _mark_experts(model)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
-    return _HalfPrecision(config, module) if dtype == torch.bfloat16 else module
+    return _HalfPrecision(config, module) if config.bf16 else module
 
 
 def _mark_experts(model: GPTModel) -> None:
@@ -230,15 +251,20 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     return inner
 
 
-def named_parameters(model: torch.nn.Module, shape: ModelShape, layout: Layout, rank: int) -> dict[str, Tensor]:
+def named_parameters(
+    chunks: Sequence[torch.nn.Module], shape: ModelShape, layout: Layout, rank: int
+) -> dict[str, Tensor]:
     """Return this rank's parameters by the name map's names (global layer indices), shapes checked.
 
     Raises ModelFolderError where the built model and the name map disagree: no parameter is left without an entry.
     """
-    inner = unwrap(model)
     aliases = {alias: entry.megatron[0] for entry in entries(shape) for alias in entry.megatron}
     experts = local_experts(shape, layout.ep, layout.expert_coordinates(rank).ep)
-    found = {_canonical(n, inner, aliases, experts): p.data for n, p in inner.named_parameters()}
+    found = {
+        _canonical(name, inner, aliases, experts): parameter.data
+        for inner in map(unwrap, chunks)
+        for name, parameter in inner.named_parameters()
+    }
     expected = {s.name: s.shape for s in megatron_shards(shape, layout, rank)}
     if {n: tuple(p.shape) for n, p in found.items()} != expected:
         odd = sorted({(n, tuple(p.shape)) for n, p in found.items()} ^ set(expected.items()))
@@ -260,6 +286,8 @@ def _canonical(name: str, model: GPTModel, aliases: dict[str, str], experts: ran
     return aliases.get(pattern, pattern).format(**place)
 
 
-def load_weights(model: torch.nn.Module, shape: ModelShape, layout: Layout, rank: int, source: TensorSource) -> None:
+def load_weights(
+    chunks: Sequence[torch.nn.Module], shape: ModelShape, layout: Layout, rank: int, source: TensorSource
+) -> None:
     """Fill this rank's parameters from ``source``, reading only the ranges it holds."""
-    fill(named_parameters(model, shape, layout, rank), megatron_shards(shape, layout, rank), source)
+    fill(named_parameters(chunks, shape, layout, rank), megatron_shards(shape, layout, rank), source)

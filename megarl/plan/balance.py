@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megarl.plan.batch import Rows
+from megarl.plan.batch import Rows, Spread
 
 Cost = Callable[[int], float]
 
@@ -25,7 +25,7 @@ class TokenBudget:
     cost: Cost
     multiple: int = 1
 
-    def over(self, lengths: Sequence[int]) -> Callable[[Rows, int], tuple[tuple[Rows, ...], ...]]:
+    def over(self, lengths: Sequence[int]) -> Spread:
         """Return what spreads rows of these lengths over ranks, for ``plan_update``."""
         return lambda rows, dp_size: spread_rows(rows, lengths, dp_size, self)
 
@@ -56,14 +56,17 @@ def spread_rows(
     assert by_rank is not None
     fewest = max(1, *(-(-sum(sizes[row] for row in mine) // budget.tokens) for mine in by_rank))
     count = _round_up(fewest, budget.multiple)
-    while True:
-        cut = [least_loaded_first({row: cost[row] for row in mine}, count, sizes, budget.tokens) for mine in by_rank]
-        if all(micros is not None for micros in cut):
-            break
+    while (cut := [_fill(mine, count, cost, sizes, budget.tokens) for mine in by_rank]) and None in cut:
         count += budget.multiple
-    return tuple(
-        tuple(sorted(micros, key=lambda micro: -sum(cost[row] for row in micro))) for micros in cut if micros is not None
-    )
+    return tuple(micros for micros in cut if micros is not None)
+
+
+def _fill(
+    rows: Rows, count: int, cost: dict[int, float], sizes: dict[int, int], max_tokens: int
+) -> tuple[Rows, ...] | None:
+    """Return rows in ``count`` micro-batches, the costliest first; None where they don't fit so few."""
+    micros = least_loaded_first({row: cost[row] for row in rows}, count, sizes, max_tokens)
+    return None if micros is None else tuple(sorted(micros, key=lambda micro: -sum(cost[row] for row in micro)))
 
 
 def least_loaded_first(

@@ -6,7 +6,7 @@ Standard library alone, so that a config can be checked in milliseconds.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
@@ -14,6 +14,9 @@ from math import gcd
 from megarl.errors import ConfigError, Problem
 
 Rows = tuple[int, ...]
+
+# Gives the rows of an optimizer step to data-parallel ranks, in micro-batches, as many on every rank.
+Spread = Callable[[Rows, int], tuple[tuple[Rows, ...], ...]]
 
 _PROMPTS_KEY = "data.train_batch_size"
 _N_KEY = "actor_rollout_ref.rollout.n"
@@ -23,7 +26,9 @@ _N_KEY = "actor_rollout_ref.rollout.n"
 class BatchPlan:
     """The batch arithmetic of a step that holds. Everything but ``num_prompts`` counts rollouts, not prompts.
 
-    micro_batch_size counts the rollouts of one forward/backward on one of ``dp_size`` data-parallel ranks.
+    micro_batch_size counts the rollouts of one forward/backward on one of ``dp_size`` data-parallel ranks. Where
+    max_tokens is given, that many tokens bound a micro-batch instead, and micro_batch_size is how many rollouts of the
+    longest kind fit.
     """
 
     num_prompts: int
@@ -32,6 +37,7 @@ class BatchPlan:
     micro_batch_size: int
     dp_size: int
     epochs: int
+    max_tokens: int | None = None
 
     @property
     def num_rollouts(self) -> int:
@@ -55,8 +61,8 @@ class BatchPlan:
 
     @property
     def num_accumulation_steps(self) -> int:
-        """Micro-batches of each rank in one optimizer step."""
-        return self.mini_batch_size // self.rollouts_per_pass
+        """Micro-batches of each rank in one optimizer step; with max_tokens, where all rollouts are of the longest kind."""
+        return -(-self.mini_batch_size // self.rollouts_per_pass)
 
     def describe(self) -> str:
         """Return the arithmetic as lines for people."""
@@ -66,6 +72,16 @@ class BatchPlan:
                 f"{self.num_rollouts:,} / {self.mini_batch_size:,} = {self.num_mini_batches:,} optimizer steps",
                 "rollouts / mini-batch, an epoch",
             ),
+            *(self._pass_lines() if self.max_tokens is None else self._budget_lines()),
+        ]
+        if self.epochs > 1:
+            total = f"{self.num_mini_batches:,} x {self.epochs:,} = {self.num_optimizer_steps:,} optimizer steps"
+            lines.insert(2, (total, "all epochs over these rollouts"))
+        width = max(len(arithmetic) for arithmetic, _ in lines)
+        return "\n".join(f"{arithmetic:<{width}}  ({meaning})" for arithmetic, meaning in lines)
+
+    def _pass_lines(self) -> list[tuple[str, str]]:
+        return [
             (
                 f"{self.micro_batch_size:,} x {self.dp_size:,} = {self.rollouts_per_pass:,} rollouts a pass",
                 "micro-batch x data-parallel ranks",
@@ -76,11 +92,18 @@ class BatchPlan:
                 "mini-batch / pass",
             ),
         ]
-        if self.epochs > 1:
-            total = f"{self.num_mini_batches:,} x {self.epochs:,} = {self.num_optimizer_steps:,} optimizer steps"
-            lines.insert(2, (total, "all epochs over these rollouts"))
-        width = max(len(arithmetic) for arithmetic, _ in lines)
-        return "\n".join(f"{arithmetic:<{width}}  ({meaning})" for arithmetic, meaning in lines)
+
+    def _budget_lines(self) -> list[tuple[str, str]]:
+        return [
+            (
+                f"{self.max_tokens:,} tokens a micro-batch",
+                f"at most; rollouts are spread over {self.dp_size:,} data-parallel ranks by cost",
+            ),
+            (
+                f"{self.num_accumulation_steps:,} accumulation steps",
+                f"where every rollout is of the longest kind: {self.micro_batch_size:,} a micro-batch; else fewer",
+            ),
+        ]
 
 
 def plan_batch(
@@ -92,14 +115,15 @@ def plan_batch(
     dp_size: int,
     epochs: int = 1,
     role: str = "actor_rollout_ref.actor",
+    max_tokens: int | None = None,
 ) -> BatchPlan:
     """Return the batch arithmetic of a step.
 
-    role: the section that the sizes were read from, for the keys in errors (``critic`` for the critic's). Raises
+    max_tokens: of a micro-batch, which then holds as many rollouts as fit: mini-batches need not divide by ranks. role: the section that the sizes were read from, for the keys in errors (``critic`` for the critic's). Raises
     ConfigError with every problem and one fix that cures them all.
     """
     assert dp_size >= 1, f"dp_size {dp_size}: the layout gives at least one data-parallel rank"
-    plan = BatchPlan(num_prompts, n, mini_batch_size, micro_batch_size, dp_size, epochs)
+    plan = BatchPlan(num_prompts, n, mini_batch_size, micro_batch_size, dp_size, epochs, max_tokens)
     problems = _range_problems(plan, role) or _arithmetic_problems(plan, role)
     if problems:
         raise ConfigError(problems)
@@ -128,7 +152,7 @@ def _arithmetic_problems(plan: BatchPlan, role: str) -> list[Problem]:
             f"a divisor of the rollouts of a step (it counts rollouts): {of_a_step}; "
             f"{rollouts:,} / {mini:,} = {rollouts // mini:,} remainder {rollouts % mini:,}"
         )
-    if mini % a_pass:
+    if plan.max_tokens is None and mini % a_pass:
         allowed.append(
             f"a multiple of micro-batch x data-parallel ranks: {role}.ppo_micro_batch_size_per_gpu "
             f"{plan.micro_batch_size:,} x {plan.dp_size:,} ranks = {a_pass:,} rollouts a pass; "
@@ -143,6 +167,8 @@ def _fix(plan: BatchPlan, role: str) -> str:
     The mini-batch alone where that is enough, with a smaller micro-batch where it isn't; more prompts as a last resort.
     """
     rollouts, mini_key = plan.num_rollouts, f"{role}.ppo_mini_batch_size"
+    if plan.max_tokens is not None:
+        return f"{mini_key}={_nearest_mini_batch_size(rollouts, 1, plan.mini_batch_size)}"
     for micro in range(plan.micro_batch_size, 0, -1):
         a_pass = micro * plan.dp_size
         if rollouts % a_pass == 0:
@@ -181,28 +207,33 @@ def plan_update(
     dp_size: int,
     epochs: int,
     shuffle_seed: int | None,
+    spread: Spread | None = None,
 ) -> tuple[MiniBatch, ...]:
     """Return the optimizer steps over the rollouts of a step, in order; each epoch takes every row exactly once.
 
     The sizes are those of a ``BatchPlan``. Rows keep their order where ``shuffle_seed`` is None, else each epoch has
     an order of its own. Which rows share an optimizer step depends on neither ``dp_size`` nor ``micro_batch_size``,
-    so that all layouts do the same mathematics.
+    so that all layouts do the same mathematics. spread: where given, it and not ``micro_batch_size`` decides which rank
+    and micro-batch has a row of an optimizer step; see ``megarl.plan.balance``.
     """
     assert num_rollouts % mini_batch_size == 0, f"{num_rollouts} rollouts in mini-batches of {mini_batch_size}"
-    assert mini_batch_size % (micro_batch_size * dp_size) == 0, f"{mini_batch_size} / ({micro_batch_size} x {dp_size})"
+    a_pass = micro_batch_size * dp_size
+    assert spread or mini_batch_size % a_pass == 0, f"{mini_batch_size} / ({micro_batch_size} x {dp_size})"
     rng = None if shuffle_seed is None else random.Random(shuffle_seed)
     steps = []
     for _ in range(epochs):
         order = list(range(num_rollouts))
         if rng is not None:
             rng.shuffle(order)
-        steps += [_split_mini_batch(rows, micro_batch_size, dp_size) for rows in micro_batches(order, mini_batch_size)]
+        for rows in micro_batches(order, mini_batch_size):
+            parts = spread(rows, dp_size) if spread else _even_parts(rows, micro_batch_size, dp_size)
+            steps.append(MiniBatch(parts))
     return tuple(steps)
 
 
-def _split_mini_batch(rows: Rows, micro_batch_size: int, dp_size: int) -> MiniBatch:
+def _even_parts(rows: Rows, micro_batch_size: int, dp_size: int) -> tuple[tuple[Rows, ...], ...]:
     by_rank = micro_batches(rows, len(rows) // dp_size)
-    return MiniBatch(tuple(micro_batches(mine, micro_batch_size) for mine in by_rank))
+    return tuple(micro_batches(mine, micro_batch_size) for mine in by_rank)
 
 
 def split_rows(num_rows: int, parts: int) -> tuple[Rows, ...]:

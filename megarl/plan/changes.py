@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 from megarl.config.megatron_rules import the_model_fits_its_axes
 from megarl.config.model_shape import ModelShape
 from megarl.config.rules import ppo_model_problems, ppo_problems
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import MegatronConfig, PPOConfig
 from megarl.errors import ConfigError
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
@@ -19,6 +19,12 @@ ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
 MAX_COMBINED = 3
+
+_REF_FIELDS = frozenset(field.name for field in fields(MegatronConfig))
+_OF_CRITIC = {
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu": "critic.ppo_micro_batch_size_per_gpu",
+    f"{ACTOR}.log_prob_micro_batch_size_per_gpu": "critic.forward_micro_batch_size_per_gpu",
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,29 @@ def _typed(value: object) -> str:
 
 
 def changed(config: PPOConfig, values: Mapping[str, object]) -> PPOConfig:
-    """Return ``config`` with some keys changed; where another role had the actor's value, it follows."""
+    """Return ``config`` with some keys changed; what takes its value from the actor's, and so has it, follows."""
+    tree: dict[str, Any] = {}
     for key, value in values.items():
         before = value_of(config, key)
-        config = _replaced(config, key.split("."), value)
-        if key.startswith(f"{MEGATRON}."):
-            for other in ("actor_rollout_ref.ref.megatron", "critic.megatron"):
-                twin = other + key.removeprefix(MEGATRON)
-                if _has(config, twin) and value_of(config, twin) == before:
-                    config = _replaced(config, twin.split("."), value)
-    return config
+        followers = [f for f in _followers(key) if f not in values and value_of(config, f) == before]
+        for name in (key, *followers):
+            *sections, last = name.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[last] = value
+    return cast(PPOConfig, _replaced(config, tree))
+
+
+def _followers(key: str) -> Iterator[str]:
+    """Yield the keys that megarl's own configs set to the value of ``key``."""
+    if key.startswith(f"{MEGATRON}."):
+        name = key.removeprefix(f"{MEGATRON}.")
+        yield f"critic.megatron.{name}"
+        if name in _REF_FIELDS:
+            yield f"actor_rollout_ref.ref.megatron.{name}"
+    elif key in _OF_CRITIC:
+        yield _OF_CRITIC[key]
 
 
 def value_of(config: object, key: str) -> Any:
@@ -58,17 +77,12 @@ def value_of(config: object, key: str) -> Any:
     return config
 
 
-def _has(config: object, key: str) -> bool:
-    try:
-        value_of(config, key)
-    except AttributeError:
-        return False
-    return True
-
-
-def _replaced(config: Any, path: list[str], value: object) -> Any:
-    first, *rest = path
-    return replace(config, **{first: _replaced(getattr(config, first), rest, value) if rest else value})
+def _replaced(config: Any, tree: Mapping[str, Any]) -> Any:
+    """Return a section with new values; a mapping in ``tree`` is a section in it."""
+    return replace(
+        config,
+        **{name: _replaced(getattr(config, name), new) if isinstance(new, dict) else new for name, new in tree.items()},
+    )
 
 
 def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
@@ -92,7 +106,8 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
         scored = models.actor.log_prob_micro_batch_size_per_gpu
         if scored is not None and scored > micro:
             sizes[f"{ACTOR}.log_prob_micro_batch_size_per_gpu"] = micro
-        if plan.critic_batch and c.critic.ppo_micro_batch_size_per_gpu > micro:
+        critics = c.critic.ppo_micro_batch_size_per_gpu
+        if plan.critic_batch and critics > micro and critics != models.actor.ppo_micro_batch_size_per_gpu:
             sizes["critic.ppo_micro_batch_size_per_gpu"] = micro
         wanted.append(Change(sizes, "smaller matrix products"))
     full = {"granularity": "full", "method": "uniform", "num_layers": 1}
@@ -118,6 +133,7 @@ def fitting_changes(
 ) -> list[Change]:
     """Return the cheapest ``count`` changes, alone or together, after which the run fits. again: plans a config."""
     singles = list(single_changes(c, plan))
+    critic = next((role.shape for role in plan.roles if role.name == "critic"), None)
     found: list[Change] = []
     for size in range(1, MAX_COMBINED + 1):
         for parts in combinations(singles, size):
@@ -126,7 +142,7 @@ def fitting_changes(
                 continue  # two values of one key
             if any(set(known.values) <= set(values) for known in found):
                 continue  # more than needed, or more of the same
-            if not _is_valid(candidate := changed(c, values), shape):
+            if not is_valid(candidate := changed(c, values), shape, critic):
                 continue
             try:
                 fits = again(candidate).fits
@@ -139,14 +155,10 @@ def fitting_changes(
     return found
 
 
-def _is_valid(c: PPOConfig, shape: ModelShape) -> bool:
-    critic = the_model_fits_its_axes("critic.megatron", shape, c.critic.megatron)
-    return not any((*ppo_problems(c), *ppo_model_problems(c, shape), *critic))
-
-
-def memory_key(plan: RunPlan) -> str:
-    """Return the key that decides most of the worst phase, for an error."""
-    return f"{ROLLOUT}.gpu_memory_utilization" if plan.worst.name in ("generate", "publish") else ACTOR
+def is_valid(c: PPOConfig, shape: ModelShape, critic: ModelShape | None) -> bool:
+    """Return whether a config breaks no rule of its own nor of its models. critic: of a run that has one."""
+    problems = [*ppo_problems(c), *ppo_model_problems(c, shape)]
+    return not problems and not (critic and any(the_model_fits_its_axes("critic.megatron", critic, c.critic.megatron)))
 
 
 def device_with_memory(device: Device, memory_gib: float | None) -> Device:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megarl.config.algorithm_rules import needs_critic, needs_reference
 from megarl.config.model_shape import ModelShape
+from megarl.config.passes import actor_scoring, actor_update, critic_scoring, critic_update, ref_scoring
 from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig, RecomputeConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout, layout_of
@@ -67,37 +68,32 @@ def roles_of(
     """Return the actor, then the reference and the critic where the run has them."""
     models, ranks = c.actor_rollout_ref, num_ranks(c)
     dtype_bytes = DTYPE_BYTES[models.model.dtype]
-    sequence = c.data.max_prompt_length + c.data.max_response_length
-    micro = models.actor.ppo_micro_batch_size_per_gpu
-    scored = models.actor.log_prob_micro_batch_size_per_gpu or micro
     roles = [
         Role(
             "actor",
             shape,
             layout_of(models.actor.megatron, ranks),
             dtype_bytes,
-            micro * sequence,
-            scored * sequence,
+            actor_update(c).most_tokens,
+            actor_scoring(c).most_tokens,
             batch.num_accumulation_steps,
             **_waiting(models.actor.megatron),
         )
     ]
     if needs_reference(c):
-        size = models.ref.log_prob_micro_batch_size_per_gpu or scored
         ref, layout = models.ref.megatron, layout_of(models.ref.megatron, ranks)
-        tokens = size * sequence
+        tokens = ref_scoring(c).most_tokens
         roles.append(Role("ref", shape, layout, dtype_bytes, tokens, tokens, 1, ref.param_offload, trained=False))
     if needs_critic(c):
         assert critic_shape is not None and critic_batch is not None
-        micro = c.critic.ppo_micro_batch_size_per_gpu
         roles.append(
             Role(
                 "critic",
                 critic_shape.with_value_head(),
                 layout_of(c.critic.megatron, ranks),
                 dtype_bytes,
-                micro * sequence,
-                (c.critic.forward_micro_batch_size_per_gpu or micro) * sequence,
+                critic_update(c).most_tokens,
+                critic_scoring(c).most_tokens,
                 critic_batch.num_accumulation_steps,
                 **_waiting(c.critic.megatron),
             )

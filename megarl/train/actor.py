@@ -42,7 +42,7 @@ class Actor(Policy):
 
     def evaluate_sft(self, batch: Batch, step: OptimizerStep) -> Metrics:
         """Return the SFT loss without training."""
-        self.module.eval()
+        self.set_training(False)
         with torch.no_grad():
             return summed(self.run(batch, step.micro_batches, self._sft_loss(step), forward_only=True))
 

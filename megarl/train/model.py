@@ -1,18 +1,24 @@
-"""A Megatron model in its own process groups, and the pipelined pass over micro-batches that every role shares."""
+"""A Megatron model in its own process groups, and the pipelined pass over micro-batches that every role shares.
+
+Shape suffixes: B rollouts, S sequence, N predicted tokens of a micro-batch that count, M those of one context rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megarl.checkpoint.hf_export import export_hf
@@ -65,15 +71,18 @@ def shared_groups(layout: Layout) -> ParallelGroups:
 
 
 class Model:
-    """This rank's part of a role's model. Creating it and every method are collective over all ranks."""
+    """This rank's part of a role's model. Creating it and every method are collective over all ranks.
+
+    chunks: the pieces of this rank's pipeline stage that take turns, in order: one without virtual stages.
+    """
 
     def __init__(self, spec: ModelSpec, source: TensorSource) -> None:
         self.spec = spec
         self.groups = shared_groups(spec.layout)
         self.rank = dist.get_rank()
-        self._offload = Offload(lambda: self.module.parameters(), enabled=spec.param_offload)
+        self._offload = Offload(self.own_parameters, enabled=spec.param_offload)
         with self.resident(), self.groups.active():
-            self.module = build_model(
+            self.chunks = build_model(
                 spec.shape,
                 self.groups,
                 spec.dtype,
@@ -81,7 +90,22 @@ class Model:
                 recompute=spec.recompute,
                 overrides=spec.transformer_fields,
             )
-            load_weights(self.module, spec.shape, spec.layout, self.rank, source)
+            load_weights(self.chunks, spec.shape, spec.layout, self.rank, source)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The whole stage, where it is in one piece."""
+        (module,) = self.chunks
+        return module
+
+    def own_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Return an iterator over the parameters of all chunks."""
+        return chain.from_iterable(chunk.parameters() for chunk in self.chunks)
+
+    def set_training(self, is_training: bool) -> None:
+        """Have all chunks behave as in training, or not: recomputation only happens there."""
+        for chunk in self.chunks:
+            chunk.train(is_training)
 
     def resident(self) -> AbstractContextManager[None]:
         """Have the parameters on the device for the duration: whoever reads or writes them does it in here."""
@@ -90,7 +114,7 @@ class Model:
     def parameters(self) -> dict[str, Tensor]:
         """Return this rank's parameters by the name map's names. They can be used while they are resident."""
         assert not self._offload.is_away
-        return named_parameters(self.module, self.spec.shape, self.spec.layout, self.rank)
+        return named_parameters(self.chunks, self.spec.shape, self.spec.layout, self.rank)
 
     def export(self, out: Path, template: Path) -> None:
         """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder ``template``.
@@ -116,15 +140,17 @@ class Model:
     ) -> list[R]:
         """Run Megatron's pipeline schedule over micro-batches; return what ``loss`` told of each, on the last stage.
 
-        Every rank of the layout's data-parallel rank must be given the same rows.
+        Every rank of the layout's data-parallel rank must be given the same rows. Where chunks take turns, micro-batches
+        without rows make up for those that the last turn lacks: ``loss`` sees them too.
         """
-        multiple = self.spec.layout.tp if self.spec.layout.sequence_parallel else 1
-        micros = [pack(batch, rows, packed=self.spec.packed, multiple=multiple) for rows in micro_batches]
+        layout = self.spec.layout
+        missing = -len(micro_batches) % layout.pp if layout.vpp > 1 else 0
+        micros = [self.pack(batch, rows) for rows in (*micro_batches, *[()] * missing)]
         with self.resident(), self.groups.active():
             results: list[R] = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss),
-                data_iterator=iter(micros),
-                model=self.module,
+                data_iterator=[iter(micros) for _ in self.chunks] if layout.vpp > 1 else iter(micros),
+                model=self.chunks if layout.vpp > 1 else self.module,
                 num_microbatches=len(micros),
                 # Shapes travel with the activations (variable_seq_lengths), so these two decide nothing.
                 seq_length=micros[0].tokens.shape[1],
@@ -133,19 +159,46 @@ class Model:
             )
         return results
 
+    def pack(self, batch: Batch, rows: Sequence[int]) -> MicroBatch:
+        """Lay out ``rows`` of ``batch`` as this rank computes them."""
+        layout = self.spec.layout
+        return pack(
+            batch,
+            rows,
+            packed=self.spec.packed,
+            multiple=layout.tp if layout.sequence_parallel else 1,
+            cp=layout.cp,
+            cp_rank=self.groups.place.cp,
+        )
+
+    def of_all_tokens(self, micro: MicroBatch, *scores: Tensor) -> tuple[Tensor, ...]:
+        """Return scores [N] of all predicted tokens on every context rank, each given [M] for this rank's own.
+
+        So every context rank knows the whole loss, whose gradient goes back to this rank's tokens only: over context
+        ranks, gradients add up as they do over data-parallel ones.
+        """
+        if self.spec.layout.cp == 1:
+            return scores
+        own_M = (micro.predict_N >= 0).nonzero()[:, 0].to(scores[0].device)
+        all_N = [scores[0].new_zeros(len(micro.predict_N)).index_put((own_M,), score_M) for score_M in scores]
+        group = mpu.get_context_parallel_group()
+        together: Tensor = reduce_from_tensor_model_parallel_region(torch.stack(all_N), group=group)
+        return together.unbind()
+
     def score_tokens(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]], score: Callable[[MicroBatch, Tensor], Tensor]
     ) -> Tensor | None:
         """Return one number for each masked token, as float32 [B, S], on the ranks that report results, else None.
 
-        score: turns a micro-batch and the last stage's output into the numbers [N] of its predicted tokens.
+        score: turns a micro-batch and the last stage's output into the numbers [N] of its predicted tokens, of all
+        context ranks.
         """
 
         def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, tuple[MicroBatch, Tensor]]:
             scores_N = score(micro, output)
             return scores_N.sum(), (micro, scores_N)
 
-        self.module.eval()
+        self.set_training(False)
         with torch.no_grad():
             results = self.run(batch, micro_batches, keep, forward_only=True)
         if not self.groups.is_output_rank:
@@ -158,8 +211,8 @@ class Model:
     def _forward_step(self, loss: Loss[R], data: Any, module: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run this stage on the next micro-batch and say how to turn its output into a loss, as Megatron wants it."""
         micro: MicroBatch = next(data)
-        device = self.spec.device
-        packing = describe_packing(list(micro.lengths), device) if micro.lengths else None
+        device, cp, cp_rank = self.spec.device, self.spec.layout.cp, self.groups.place.cp
+        packing = describe_packing(list(micro.lengths), device, cp, cp_rank) if micro.lengths else None
         output = module(micro.tokens.to(device), micro.positions.to(device), None, packed_seq_params=packing)
         return output, partial(_with_token_count, loss, micro)
 

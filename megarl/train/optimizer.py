@@ -56,11 +56,16 @@ class Optimizer:
         self._gradients = Offload(self._gradient_tensors, enabled=spec.grad_offload, keep_values=False)
         self._state = Offload(self._state_tensors, enabled=spec.optimizer_offload)
         with self.resident(), model.groups.active():
-            self.ddp = _wrap(model, spec)
-            model.module = self.ddp
+            self.chunks = model.chunks = _wrap(model, spec)
             with adam_on_host() if spec.optimizer_on_host else nullcontext():
-                self.inner = get_megatron_optimizer(_optimizer_config(model, spec), [self.ddp])
+                self.inner = get_megatron_optimizer(_optimizer_config(model, spec), self.chunks)
             self.scheduler = _scheduler(self.inner, spec)
+
+    @property
+    def ddp(self) -> DistributedDataParallel:
+        """The wrapper of the whole stage, where it is in one piece."""
+        (ddp,) = self.chunks
+        return ddp
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -70,12 +75,12 @@ class Optimizer:
 
     def _gradient_tensors(self) -> Iterator[Tensor]:
         """Yield views into every gradient buffer."""
-        for parameter in self.ddp.parameters():
-            yield parameter.main_grad
+        for parameter in self.model.own_parameters():
+            yield parameter.main_grad  # type: ignore[attr-defined]
 
     def _state_tensors(self) -> Iterator[Tensor]:
         """Yield main parameters and moments, but no main parameter that is a view of the model's own."""
-        weights = {parameter.untyped_storage()._cdata for parameter in self.ddp.parameters()}
+        weights = {parameter.untyped_storage()._cdata for parameter in self.model.own_parameters()}
         found = [parameter for group in self.inner.param_groups for parameter in group["params"]]
         for optimizer in self.inner.chained_optimizers:
             for state in optimizer.state.values():
@@ -88,9 +93,10 @@ class Optimizer:
         Return the sum of what ``loss`` told over this rank's micro-batches, with grad_norm (before clipping) and lr.
         Raises WorkerError where the gradient isn't finite: the weights in memory are lost then, saved ones aren't.
         """
-        self.model.module.train()
+        self.model.set_training(True)
         with self.resident():
-            self.ddp.zero_grad_buffer()
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
             self.inner.zero_grad()
             metrics = summed(self.model.run(batch, step.micro_batches, loss, forward_only=False))
             # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
@@ -120,17 +126,21 @@ def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
     return dict(sums)
 
 
-def _wrap(model: Model, spec: OptimizerSpec) -> DistributedDataParallel:
-    """Wrap in Megatron's DDP; gradients are kept and reduced in float32, and summed, not averaged."""
-    config: Any = model.module.config
+def _wrap(model: Model, spec: OptimizerSpec) -> list[DistributedDataParallel]:
+    """Wrap each chunk in Megatron's DDP; gradients are kept and reduced in float32, and summed, not averaged."""
+    config: Any = model.chunks[0].config  # which all share
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=spec.use_distributed_optimizer
     )
-    ddp = DistributedDataParallel(config, ddp_config, model.module)
-    config.no_sync_func = ddp.no_sync
+    # Only the first chunk's gradients come last, where nothing is left to compute meanwhile.
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(model.chunks)
+    ]
+    config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     # Losses are normalised by the whole mini-batch already, so nothing is left to divide by.
     config.finalize_model_grads_func = lambda chunks, *_, **__: finalize_model_grads(chunks, None)
-    return ddp
+    return wrapped
 
 
 def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:

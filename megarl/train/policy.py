@@ -1,6 +1,7 @@
 """A model that gives probabilities to tokens: the reference as it stands, the actor with an optimizer on top.
 
-Shape suffixes: B rollouts, S sequence, N predicted tokens that count, V this rank's slice of the vocabulary.
+Shape suffixes: B rollouts, S sequence, N predicted tokens that count, M those of this context rank, V this rank's
+slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class Policy(Model):
 
     def score(self, micro: MicroBatch, logits: Tensor, temperature: float) -> TokenScores:
         """Return log-probs and entropies of the tokens that count from this rank's slice of the logits [.., L, V]."""
-        logprobs_N, entropy_N = vocab_parallel_logprobs(
+        is_own_N = micro.predict_N >= 0
+        logprobs_M, entropy_M = vocab_parallel_logprobs(
             logits.flatten(0, -2),
-            micro.targets_N.to(logits.device),
+            micro.targets_N[is_own_N].to(logits.device),
             group=mpu.get_tensor_model_parallel_group(),
             vocab_size=self.spec.shape.vocab_size,
-            rows_N=micro.predict_N.to(logits.device),
+            rows_N=micro.predict_N[is_own_N].to(logits.device),
             temperature=temperature,
         )
-        return TokenScores(logprobs_N, entropy_N)
+        return TokenScores(*self.of_all_tokens(micro, logprobs_M, entropy_M))

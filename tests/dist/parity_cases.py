@@ -16,7 +16,6 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megarl.config.model_shape import read_model_shape
-from megarl.data.batch import pack
 from megarl.model.build import unwrap
 from megarl.model.name_map import megatron_shards
 from megarl.model.weights import SafetensorsSource
@@ -142,7 +141,7 @@ def _score(actor: Actor, batch: Batch, micros: Micros, temperature: float) -> Sc
     everything_BS[:, 0] = False
     batch = replace(batch, mask_BS=everything_BS)
     shards: list[Tensor] = []
-    hook = unwrap(actor.module).register_forward_hook(lambda _, __, output: shards.append(output))
+    hook = unwrap(actor.chunks[-1]).register_forward_hook(lambda _, __, output: shards.append(output))
     logprobs_BS = actor.logprobs(batch, micros, temperature)
     hook.remove()
     if not actor.groups.is_last_stage:
@@ -155,14 +154,17 @@ def _place_logits(actor: Actor, batch: Batch, micros: Micros, shards: list[Tenso
     """Gather each micro-batch's logits from the tensor-parallel ranks, and put them where the tokens are."""
     layout, vocab_size = actor.spec.layout, actor.spec.shape.vocab_size
     logits_BSV = torch.zeros(*batch.tokens_BS.shape, vocab_size)
-    for rows, shard in zip(micros, shards, strict=True):
+    # Where chunks take turns, micro-batches without rows follow.
+    for rows, shard in zip(micros, shards[: len(micros)], strict=True):
         parts = [torch.empty_like(shard) for _ in range(layout.tp)]
         with actor.groups.active():
             dist.all_gather(parts, shard.contiguous(), group=mpu.get_tensor_model_parallel_group())
-        multiple = layout.tp if layout.sequence_parallel else 1
-        micro = pack(batch, rows, packed=actor.spec.packed, multiple=multiple)
+        micro = actor.pack(batch, rows)
+        own_N = micro.predict_N >= 0
         logits_LV = torch.cat(parts, -1).flatten(0, -2)
-        logits_BSV[micro.row_N, micro.column_N] = logits_LV[micro.predict_N, :vocab_size]
+        logits_BSV[micro.row_N[own_N], micro.column_N[own_N]] = logits_LV[micro.predict_N[own_N], :vocab_size]
+    with actor.groups.active():
+        dist.all_reduce(logits_BSV, group=mpu.get_context_parallel_group())
     return logits_BSV
 
 
@@ -174,8 +176,8 @@ def _step(batch: Batch, micros: Micros) -> OptimizerStep:
 
 def _gradients(actor: Actor) -> dict[str, Tensor]:
     """Return the gradients by the name map's names: whole only without the distributed optimizer."""
-    module: Any = actor.module
-    by_address = {parameter.data_ptr(): parameter.main_grad for parameter in module.parameters()}
+    parameters: Any = actor.own_parameters()
+    by_address = {parameter.data_ptr(): parameter.main_grad for parameter in parameters}
     return {name: by_address[parameter.data_ptr()] for name, parameter in actor.parameters().items()}
 
 

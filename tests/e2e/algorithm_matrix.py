@@ -17,9 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from megarl.config.algorithm_rules import ESTIMATORS
-from megarl.config.build import build_config
-from megarl.config.rules import ppo_problems, require
-from megarl.config.schema import POLICY_LOSSES, PPOConfig
+from megarl.config.schema import POLICY_LOSSES
+from megarl.controller.check import CheckedPPO, check_ppo
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
 from megarl.controller.rank import RunSpec
@@ -74,13 +73,11 @@ def algorithms() -> dict[str, tuple[str, ...]]:
     return cases
 
 
-def compose_config(overrides: tuple[str, ...]) -> tuple[PPOConfig, dict[str, Any]]:
-    """Return the checked config of the tiny recipe with ``overrides``, and its plain values."""
+def compose_config(overrides: tuple[str, ...]) -> tuple[CheckedPPO, dict[str, Any]]:
+    """Return the checked run of the tiny recipe with ``overrides``, and its plain values."""
     own = ["hydra.searchpath=[pkg://megarl.conf]", "trainer.run_dir=matrix", *overrides]
-    values = OmegaConf.to_container(compose("rl", own), resolve=True)
-    config = build_config(PPOConfig, cast(dict[str, Any], values))
-    require(ppo_problems(config))
-    return config, cast(dict[str, Any], values)
+    values = cast(dict[str, Any], OmegaConf.to_container(compose("rl", own), resolve=True))
+    return check_ppo(values), values
 
 
 def main(out: Path) -> None:
@@ -90,14 +87,15 @@ def main(out: Path) -> None:
             ("algorithm.adv_estimator=gae", *KL["in_loss"], "actor_rollout_ref.actor.optim.lr=1e-6")
         )
         cases = {name: compose_config(overrides) for name, overrides in algorithms().items()}
-        spec = RunSpec(everything, "model", 1000, "model", 1000)
+        spec = RunSpec(everything.config, "model", 1000, "model", 1000)
         reward, results = RewardSpec(path="reward.py"), {}
         with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec) as group:
-            for name, (config, values) in cases.items():
+            for name, (checked, values) in cases.items():
+                config = checked.config
                 folder = Path("matrix") / name
                 folder.mkdir(parents=True)
                 ranks = Ranks(group, role_layouts(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size)
-                inputs = read_ppo_inputs(config, "model")
+                inputs = read_ppo_inputs(checked)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
                     train(Run(config, ranks, inputs, pool, tracker, folder, kl_controller(config)))
                 lines = (folder / "metrics.jsonl").read_text().splitlines()

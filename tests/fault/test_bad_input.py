@@ -45,7 +45,7 @@ MISTAKES = {
         ("ConfigError", "actor_rollout_ref.rollout.n = 1", "at least 2"),
     ),
     "axes that don't divide the ranks": Mistake(
-        (f"{RANKS}=3",), ("ConfigError", "2 x 1 = 2", "must divide the 3 ranks", f"fix: {RANKS}=2")
+        (f"{RANKS}=3",), ("ConfigError", "tensor_model_parallel_size = 2", "must divide the 3 ranks", f"fix: {RANKS}=2")
     ),
     "no config.json": Mistake((f"{MODEL}.path=no_config",), ("ModelFolderError", "no_config", "no config.json")),
     "an unknown architecture": Mistake(
@@ -74,7 +74,7 @@ MISTAKES = {
         ("data.overlong_prompts=error", "data.max_prompt_length=4"),
         ("DataError", "train.parquet, row group 0, row 0", "data.max_prompt_length = 4", "fix:"),
     ),
-    "a reward file that isn't there": Mistake(("reward.path=nowhere.py",), ("RewardError", "nowhere.py", "fix:")),
+    "a reward file that isn't there": Mistake(("reward.path=nowhere.py",), ("ConfigError", "reward.path = 'nowhere.py'", "fix:")),
 }
 
 

@@ -77,7 +77,9 @@ class Release:
                     for alias in names:
                         if (alias.asname or alias.name) == name:
                             base = _absolute(module, is_package, node)
-                            return self._find(base, alias.name) or self._module(f"{base}.{alias.name}")
+                            # A package imports its own submodules as if they were names of it.
+                            of_base = None if (base, alias.name) == (module, name) else self._find(base, alias.name)
+                            return of_base or self._module(f"{base}.{alias.name}")
                 case ast.Assign(targets=targets) if name in {t.id for t in targets if isinstance(t, ast.Name)}:
                     return Found(module, node)
                 case ast.AnnAssign(target=ast.Name(id=defined)) if defined == name:

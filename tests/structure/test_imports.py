@@ -18,8 +18,8 @@ LAYERS = (
     {"config"},
     {"parallel", "algorithm", "data", "monitor"},
     {"model", "checkpoint"},
-    {"train", "rollout", "reward", "plan", "doctor"},
-    {"controller"},
+    {"train", "rollout", "reward", "plan"},
+    {"controller", "doctor"},
     {"main_ppo", "main_sft"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
