@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
+from megarl.config.divisors import divisors
 from megarl.config.layers import layers_of_stages
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import MegatronConfig, RecomputeConfig, TrainedMegatronConfig
@@ -28,7 +29,7 @@ def axes_divide_the_ranks(key: str, megatron: MegatronConfig, ranks: int) -> Pro
         split = {name: size for name, size in axes.items() if size > 1}
         product = prod(split.values())
         if ranks % product:
-            sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+            sizes = ", ".join(map(str, divisors(ranks)))
             yield Problem(
                 " x ".join(f"{key}.{name}" for name in split),
                 product if len(split) == 1 else f"{' x '.join(str(size) for size in split.values())} = {product}",
@@ -43,18 +44,6 @@ def chunks_take_turns_on_a_pipeline(key: str, megatron: MegatronConfig) -> Probl
     if vpp and megatron.pipeline_model_parallel_size == 1:
         name = f"{key}.virtual_pipeline_model_parallel_size"
         yield Problem(name, vpp, f"has no effect where {key}.pipeline_model_parallel_size is 1", f"{name}=null")
-
-
-def axes_are_built(key: str, megatron: MegatronConfig) -> Problems:
-    """Every axis has code behind it: a plan may be made of more than can be run so far."""
-    pp, vpp = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size or 1
-    if megatron.context_parallel_size > 1:
-        name = f"{key}.context_parallel_size"
-        allowed = "isn't built yet: every rank takes whole sequences"
-        yield Problem(name, megatron.context_parallel_size, allowed, f"{name}=1")
-    if vpp > 1 and pp > 1:
-        name = f"{key}.virtual_pipeline_model_parallel_size"
-        yield Problem(name, vpp, "isn't built yet: a stage holds its layers in one piece", f"{name}=null")
 
 
 def recomputation_is_complete(key: str, recompute: RecomputeConfig) -> Problems:

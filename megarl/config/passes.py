@@ -1,8 +1,8 @@
-"""How the rollouts of a pass become micro-batches: by count or by tokens, with keys that stand for others where null."""
+"""How the rollouts of a pass become micro-batches: by count or by tokens, where null keys take the value of others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megarl.config.algorithm_rules import needs_critic, needs_reference
 from megarl.config.schema import MegatronConfig, PPOConfig
@@ -35,10 +35,21 @@ class PassSize:
         return self.micro_batch_size * self.sequence_tokens if self.max_tokens is None else self.max_tokens
 
     @property
+    def sequence_multiple(self) -> int:
+        """What the tokens of every sequence are rounded up to, see megarl.data.batch.pack."""
+        cp = self.megatron.context_parallel_size
+        return 2 * cp if cp > 1 else 1
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens that the longest kind of rollout takes."""
+        return -(-self.sequence_tokens // self.sequence_multiple) * self.sequence_multiple
+
+    @property
     def least_value(self) -> int:
         """The least value of a token budget that holds the longest kind of rollout."""
-        least = -(-self.sequence_tokens // self.megatron.context_parallel_size)
-        while rank_tokens(least, self.megatron) < self.sequence_tokens:
+        least = self.longest_tokens // self.megatron.context_parallel_size
+        while rank_tokens(least, self.megatron) < self.longest_tokens:
             least += 1
         return least
 
@@ -46,11 +57,11 @@ class PassSize:
 def rank_tokens(tokens: int, megatron: MegatronConfig) -> int:
     """Return the tokens of a data-parallel rank's micro-batch at most, with ``tokens`` on each of its devices.
 
-    Context parallelism gives a device only its part of every sequence. Sequence parallelism rounds the tokens of a
-    micro-batch up to a multiple of TP, so the bound is rounded down to one.
+    Context parallelism gives a device only its part of every sequence. The positions on a device are rounded up to a
+    multiple of TP where sequence parallelism splits them, so the bound is rounded down to one.
     """
     multiple = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
-    return tokens * megatron.context_parallel_size // multiple * multiple
+    return tokens // multiple * multiple * megatron.context_parallel_size
 
 
 def actor_update(c: PPOConfig) -> PassSize:
@@ -135,5 +146,6 @@ def _pass_size(c: PPOConfig, megatron: MegatronConfig, by_tokens: bool, sizes: _
     if not by_tokens:
         return PassSize(key, value, value, None, sequence, megatron)
     max_tokens = rank_tokens(value, megatron)
+    size = PassSize(key, value, 1, max_tokens, sequence, megatron)
     # A budget that holds no rollout at all is for a rule to report.
-    return PassSize(key, value, max(1, max_tokens // sequence), max_tokens, sequence, megatron)
+    return replace(size, micro_batch_size=max(1, max_tokens // size.longest_tokens))

@@ -11,7 +11,6 @@ from megarl.config.megatron_rules import (
     RANKS,
     a_tensor_split_fits,
     an_optimizer_on_the_host_is_split_and_stays,
-    axes_are_built,
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
     overridden_fields_exist_and_are_free,
@@ -35,6 +34,8 @@ from megarl.errors import ConfigError, Problem, nearest
 KNOWN_SINKS = ("console", "tensorboard", "jsonl", "wandb")
 
 Problems = Iterator[Problem]
+
+_ACTOR_AXES = "actor_rollout_ref.actor.megatron."
 
 
 def a_model_is_named(key: str, model: ModelConfig | CriticModelConfig) -> Problems:
@@ -121,7 +122,8 @@ def every_training_file_has_a_weight(c: PPOConfig) -> Problems:
 
 def a_token_budget_holds_every_rollout(c: PPOConfig) -> Problems:
     """The longest kind of rollout fits a micro-batch by itself, in every pass that counts tokens."""
-    for size in {p.key: p for p in passes_of(c) if p.max_tokens is not None and p.max_tokens < p.sequence_tokens}.values():
+    too_small = [p for p in passes_of(c) if p.max_tokens is not None and p.max_tokens < p.longest_tokens]
+    for size in {p.key: p for p in too_small}.values():
         longest = f"data.max_prompt_length + data.max_response_length = {size.sequence_tokens}"
         allowed = f"must hold the longest rollout by itself: {longest} needs at least {size.least_value}"
         yield Problem(size.key, size.value, allowed, f"{size.key}={size.least_value}")
@@ -190,17 +192,6 @@ def ppo_problems(c: PPOConfig) -> list[Problem]:
     return problems
 
 
-def ppo_start_problems(c: PPOConfig) -> list[Problem]:
-    """Evaluate what a plan needn't hold to, but a run that is about to start does."""
-    models = c.actor_rollout_ref
-    problems = [*axes_are_built("actor_rollout_ref.actor.megatron", models.actor.megatron)]
-    if needs_reference(c):
-        problems += axes_are_built("actor_rollout_ref.ref.megatron", models.ref.megatron)
-    if needs_critic(c):
-        problems += axes_are_built("critic.megatron", c.critic.megatron)
-    return problems
-
-
 def schedule_problems(key: str, scheduler: LRSchedulerConfig, total_steps: int) -> Problems:
     """Warm-up ends before the run does. total_steps: optimizer steps of the run."""
     if scheduler.warmup_steps >= total_steps:
@@ -257,6 +248,21 @@ def sft_model_problems(c: SFTConfig, shape: ModelShape) -> list[Problem]:
         allowed = f"must be at most the model's max_position_embeddings = {shape.max_positions}"
         problems.append(Problem("data.max_length", c.data.max_length, allowed))
     return problems
+
+
+def without_followers(problems: Iterable[Problem]) -> list[Problem]:
+    """Leave out what is said of the reference's or critic's axes where the same is said of the actor's: they follow."""
+    kept = list(problems)
+    said = {(p.key, str(p.value), p.allowed) for p in kept}
+
+    def is_repeated(problem: Problem) -> bool:
+        key, allowed = problem.key, problem.allowed
+        for follower in ("actor_rollout_ref.ref.megatron.", "critic.megatron."):
+            key = key.replace(follower, _ACTOR_AXES)
+            allowed = allowed.replace(follower, _ACTOR_AXES)
+        return key != problem.key and (key, str(problem.value), allowed) in said
+
+    return [problem for problem in kept if not is_repeated(problem)]
 
 
 def require(problems: Iterable[Problem]) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 
 from megarl.config.algorithm_rules import needs_critic
 from megarl.config.build import build_config
-from megarl.config.megatron_rules import axes_are_built
 from megarl.config.model_shape import ModelShape, parse_model_shape, read_model_shape
+from megarl.config.passes import PassSize, actor_update, critic_update
 from megarl.config.rules import (
     critic_model_problems,
     num_ranks,
     ppo_model_problems,
     ppo_problems,
-    ppo_start_problems,
     schedule_problems,
     sft_model_problems,
     sft_problems,
+    without_followers,
 )
 from megarl.config.schema import FSDP_STRATEGIES, ActorConfig, CriticConfig, DpPPOConfig, PPOConfig, SFTConfig
 from megarl.controller.start import resolve_model_folder
@@ -120,8 +120,6 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
     config = _built(values)
     found, notes = _Findings(), list[str]()
     found.problems += ppo_problems(config)
-    if not files_may_be_missing:
-        found.problems += ppo_start_problems(config)
     batch = critic_plan = model = critic = None
     with found.of("actor_rollout_ref.actor.ppo_mini_batch_size", config.actor_rollout_ref.actor.ppo_mini_batch_size):
         batch = actor_batch(config)
@@ -139,6 +137,7 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
                 found.problems += critic_model_problems(config, critic.shape, model.shape.vocab_size)
     num_prompts = _check_data_files(config, found, notes if files_may_be_missing else None)
     _check_reward(config, found)
+    found.problems = without_followers(found.problems)
     found.finish()
     assert batch is not None and model is not None
     checked = CheckedPPO(config, model, critic, batch, critic_plan, num_prompts, tuple(notes))
@@ -151,7 +150,7 @@ def check_sft(values: Mapping[str, Any]) -> CheckedSFT:
     """Check an SFT run. Raises the named error of all that is wrong."""
     config = build_config(SFTConfig, values)
     found = _Findings()
-    found.problems += [*sft_problems(config), *axes_are_built("megatron", config.megatron)]
+    found.problems += sft_problems(config)
     batch = model = None
     with found.of("data.train_batch_size", config.data.train_batch_size):
         batch = sft_batch(config)
@@ -171,12 +170,12 @@ def check_sft(values: Mapping[str, Any]) -> CheckedSFT:
 def actor_batch(config: PPOConfig) -> BatchPlan:
     """Return the actor's batch arithmetic. Raises ConfigError where it doesn't come out even."""
     actor = config.actor_rollout_ref.actor
-    return _batch(config, actor, "actor_rollout_ref.actor")
+    return _batch(config, actor, "actor_rollout_ref.actor", actor_update(config))
 
 
 def critic_batch(config: PPOConfig) -> BatchPlan:
     """Return the critic's, likewise."""
-    return _batch(config, config.critic, "critic")
+    return _batch(config, config.critic, "critic", critic_update(config))
 
 
 def sft_batch(config: SFTConfig) -> BatchPlan:
@@ -191,16 +190,17 @@ def sft_batch(config: SFTConfig) -> BatchPlan:
     )
 
 
-def _batch(config: PPOConfig, role: ActorConfig | CriticConfig, name: str) -> BatchPlan:
+def _batch(config: PPOConfig, role: ActorConfig | CriticConfig, name: str, size: PassSize) -> BatchPlan:
     """Return a role's batch arithmetic; axes that don't divide the ranks are for another rule to report."""
     return plan_batch(
         num_prompts=config.data.train_batch_size,
         n=config.actor_rollout_ref.rollout.n,
         mini_batch_size=role.ppo_mini_batch_size,
-        micro_batch_size=role.ppo_micro_batch_size_per_gpu,
+        micro_batch_size=size.micro_batch_size,
         dp_size=max(1, layout_of(role.megatron, num_ranks(config)).dp),
         epochs=role.ppo_epochs,
         role=name,
+        max_tokens=size.max_tokens,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from megarl.config.model_shape import read_model_shape
+from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.rules import require, schedule_problems
 from megarl.config.schema import ModelConfig, PPOConfig
 from megarl.controller.check import CheckedPPO, CheckedSFT
@@ -29,7 +29,7 @@ Overlong = Literal["filter", "error"]
 class PPOInputs:
     """Of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
 
-    critic_plan: the critic's share of the batch arithmetic, None without one.
+    critic_plan: the critic's share of the batch arithmetic, None without one. shape, critic_shape: of the models.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +40,8 @@ class PPOInputs:
     critic_plan: BatchPlan | None
     num_steps: int
     num_overlong: int
+    shape: ModelShape
+    critic_shape: ModelShape | None
 
     def actor_optimizer_steps(self, config: PPOConfig) -> int:
         """Return the optimizer steps of the actor in the whole run."""
@@ -91,7 +93,18 @@ def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
         order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     num_overlong = train.num_overlong + val.num_overlong
-    inputs = PPOInputs(tokenizer, train.prompts, val_prompts, order, plan, critic_plan, num_steps, num_overlong)
+    inputs = PPOInputs(
+        tokenizer,
+        train.prompts,
+        val_prompts,
+        order,
+        plan,
+        critic_plan,
+        num_steps,
+        num_overlong,
+        checked.model.shape,
+        checked.critic.shape if checked.critic else None,
+    )
     # Once more, now that too long prompts are left out.
     steps = inputs.actor_optimizer_steps(config)
     require(schedule_problems("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, steps))

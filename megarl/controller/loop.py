@@ -58,11 +58,13 @@ def train(run: Run) -> tuple[Evaluation | None, Evaluation]:
                 metrics |= correction_metrics
             if needs_critic(config):
                 with timed("update_critic"):
-                    plan = plan_update(*run.critic_sizes, run.shuffle_seed(critic.shuffle, "critic", step))
+                    seed = run.shuffle_seed(critic.shuffle, "critic", step)
+                    plan = plan_update(*run.critic_sizes, seed, run.spread("critic", batch))
                     metrics |= critic_metrics(batch, ranks.update_critic(batch, plan, value_loss(config)))
             if step > critic.warmup_steps or not needs_critic(config):
                 with timed("update_actor"):
-                    plan = plan_update(*run.actor_sizes, run.shuffle_seed(actor.shuffle, "actor", step))
+                    seed = run.shuffle_seed(actor.shuffle, "actor", step)
+                    plan = plan_update(*run.actor_sizes, seed, run.spread("actor", batch))
                     metrics |= update_metrics("actor", ranks.update_actor(batch, plan, policy_loss(config)))
                 with timed("publish"):
                     ranks.publish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megarl.config.passes import actor_update
 from megarl.config.schema import PPOConfig
 from megarl.controller.check import CheckedPPO, actor_batch, critic_batch
 from megarl.errors import ConfigError, Problem
@@ -42,8 +43,8 @@ def fitting_plan(checked: CheckedPPO) -> str:
             f"{plan.worst.name} lacks {-plan.room_bytes / GIB:.1f} GiB of the {device.memory_bytes / GIB:.1f} of a rank"
         )
         if plan.worst.name not in ("generate", "publish"):
-            key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-            value = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
+            size = actor_update(config)
+            key, value = size.key, size.value
     fix = str(changes[0]) if changes else "more or larger devices, or another layout"
     allowed = f"the plan doesn't fit: {lacks}; python -m megarl.plan with the same arguments shows all of it"
     raise ConfigError([Problem(key, value, allowed, f"{fix}; or trainer.plan_must_fit=false to try all the same")])

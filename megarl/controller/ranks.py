@@ -15,17 +15,35 @@ from megarl.algorithm.aggregate import mini_batch_totals
 from megarl.checkpoint.trainer_state import TrainerState
 from megarl.controller.worker_group import WorkerGroup
 from megarl.parallel.layout import Layout
-from megarl.plan.batch import MiniBatch, micro_batches, split_rows
+from megarl.plan.balance import TokenBudget, spread_rows
+from megarl.plan.batch import MiniBatch, Rows, micro_batches, split_rows
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
 
 @dataclass(frozen=True)
 class RoleLayout:
-    """Where a role's data-parallel ranks are, and how many rollouts each takes in a pass without training."""
+    """Where a role's data-parallel ranks are, and how many rollouts each takes in a pass without training.
+
+    forward_budget, update_budget: where given, micro-batches are filled up to so many tokens instead, in a pass without
+    training and in an update.
+    """
 
     layout: Layout
     forward_micro_batch_size: int
+    forward_budget: TokenBudget | None = None
+    update_budget: TokenBudget | None = None
+
+    def forward_parts(self, lengths: Sequence[int]) -> tuple[tuple[Rows, ...], ...]:
+        """Return the micro-batches of every data-parallel rank in a pass without training, as many on each.
+
+        lengths: in tokens, of every row.
+        """
+        if self.forward_budget is not None:
+            return spread_rows(tuple(range(len(lengths))), lengths, self.layout.dp, self.forward_budget)
+        size, shares = self.forward_micro_batch_size, split_rows(len(lengths), self.layout.dp)
+        most = max(-(-len(rows) // size) for rows in shares)
+        return tuple(_cut(rows, size, most) for rows in shares)
 
 
 class Ranks:
@@ -63,13 +81,14 @@ class Ranks:
 
     def _score_tokens(self, method: str, role: str, batch: Batch, arguments: Callable[..., tuple[Any, ...]]) -> Tensor:
         """Split rows over a role's data-parallel ranks, let each score its tokens, and put the rows together again."""
-        layout, size = self.roles[role].layout, self.roles[role].forward_micro_batch_size
-        shares = [list(rows) for rows in split_rows(len(batch), layout.dp)]
-        most = max(-(-len(rows) // size) for rows in shares)
+        layout = self.roles[role].layout
         # Every data-parallel rank runs as many micro-batches, so that their pipelines stay in step.
-        work = [arguments(batch.rows(rows), _cut(len(rows), size, most)) for rows in shares]
+        shares = [_local(micros) for micros in self.roles[role].forward_parts(batch.lengths_B.tolist())]
+        work = [arguments(batch.rows(rows), micros) for rows, micros in shares]
         results = self.group.call(method, self._by_rank(layout, work))
-        merged: Tensor = torch.cat([results[rank] for rank in layout.output_ranks()])
+        scores = torch.cat([results[rank] for rank in layout.output_ranks()])
+        merged = torch.empty_like(scores)
+        merged[[row for rows, _ in shares for row in rows]] = scores
         return merged
 
     def update_actor(self, batch: Batch, plan: Sequence[MiniBatch], loss: PolicyLossSpec) -> list[Metrics]:
@@ -109,10 +128,19 @@ class Ranks:
         return [work[layout.coordinates(rank).dp] for rank in range(self.group.world_size)]
 
 
-def _cut(num_rows: int, size: int, count: int) -> tuple[tuple[int, ...], ...]:
+def _cut(rows: Rows, size: int, count: int) -> tuple[Rows, ...]:
     """Cut rows into ``count`` micro-batches: of ``size`` if that gives as many, else near-even."""
-    even = micro_batches(range(num_rows), size)
-    return even if len(even) == count else split_rows(num_rows, count)
+    even = micro_batches(rows, size)
+    if len(even) == count:
+        return even
+    return tuple(tuple(rows[i] for i in places) for places in split_rows(len(rows), count))
+
+
+def _local(micros: Sequence[Rows]) -> tuple[list[int], tuple[Rows, ...]]:
+    """Return the rows of micro-batches in order, and the micro-batches in terms of places among those."""
+    rows = sorted(row for micro in micros for row in micro)
+    place = {row: i for i, row in enumerate(rows)}
+    return rows, tuple(tuple(place[row] for row in micro) for micro in micros)
 
 
 def _shares(batch: Batch, plan: Sequence[MiniBatch], dp_size: int) -> list[tuple[Batch, list[OptimizerStep]]]:

@@ -40,7 +40,7 @@ from megarl.errors import PublishError
 from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.plan.batch import BatchPlan
+from megarl.plan.batch import BatchPlan, Spread
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
 from megarl.train.work import Metrics
@@ -91,6 +91,11 @@ class Run:
     def shuffle_seed(self, shuffle: bool, role: str, step: int) -> int | None:
         """Return the seed of the order of mini-batches; None keeps the order of the rollouts."""
         return self.seed(role, step) if shuffle else None
+
+    def spread(self, role: str, batch: Batch) -> Spread | None:
+        """Return what spreads a role's rollouts over ranks and micro-batches by tokens; None where they are counted."""
+        budget = self.ranks.roles[role].update_budget
+        return budget.over(batch.lengths_B.tolist()) if budget else None
 
     def is_due(self, every: int | None, step: int) -> bool:
         """Whether something done every so many steps is due; the last step has its own."""
@@ -303,7 +308,11 @@ def open_run(
     ):
         yield Run(
             config,
-            Ranks(group, role_layouts(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size),
+            Ranks(
+                group,
+                role_layouts(config, inputs.shape, inputs.critic_shape),
+                config.actor_rollout_ref.rollout.tensor_model_parallel_size,
+            ),
             inputs,
             rewards,
             tracker,

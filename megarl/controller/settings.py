@@ -17,10 +17,14 @@ from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, presets
 from megarl.algorithm.user_file import user_errors_named
 from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.config.model_shape import ModelShape
+from megarl.config.passes import PassSize, actor_scoring, actor_update, critic_scoring, critic_update, ref_scoring
 from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.ranks import RoleLayout
 from megarl.parallel.layout import layout_of
+from megarl.plan.balance import TokenBudget, pass_cost
+from megarl.plan.step_time import active_parameters
 from megarl.train.work import PolicyLossSpec, ValueLossSpec
 from megarl.types import Sampling
 
@@ -125,15 +129,25 @@ def val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def role_layouts(config: PPOConfig) -> dict[str, RoleLayout]:
-    """Return the layout and the micro-batch without training of every role of the run."""
-    models, critic, ranks = config.actor_rollout_ref, config.critic, num_ranks(config)
-    size = models.actor.log_prob_micro_batch_size_per_gpu or models.actor.ppo_micro_batch_size_per_gpu
-    roles = {"actor": RoleLayout(layout_of(models.actor.megatron, ranks), size)}
+def role_layouts(config: PPOConfig, actor: ModelShape, critic: ModelShape | None = None) -> dict[str, RoleLayout]:
+    """Return the layout and the micro-batches of every role of the run. actor, critic: the models' shapes."""
+    roles = {"actor": _role_layout(config, actor, actor_scoring(config), actor_update(config))}
     if needs_reference(config):
-        ref_size = models.ref.log_prob_micro_batch_size_per_gpu or size
-        roles["ref"] = RoleLayout(layout_of(models.ref.megatron, ranks), ref_size)
+        roles["ref"] = _role_layout(config, actor, ref_scoring(config))
     if needs_critic(config):
-        critic_size = critic.forward_micro_batch_size_per_gpu or critic.ppo_micro_batch_size_per_gpu
-        roles["critic"] = RoleLayout(layout_of(critic.megatron, ranks), critic_size)
+        assert critic is not None
+        roles["critic"] = _role_layout(config, critic.with_value_head(), critic_scoring(config), critic_update(config))
     return roles
+
+
+def _role_layout(config: PPOConfig, shape: ModelShape, score: PassSize, update: PassSize | None = None) -> RoleLayout:
+    layout = layout_of(score.megatron, num_ranks(config))
+    cost = pass_cost(active_parameters(shape), shape.num_layers * shape.num_heads * shape.head_dim)
+    multiple = layout.pp if layout.vpp > 1 else 1
+
+    def budget(size: PassSize | None) -> TokenBudget | None:
+        if size is None or size.max_tokens is None:
+            return None
+        return TokenBudget(size.max_tokens, cost, multiple, size.sequence_multiple)
+
+    return RoleLayout(layout, score.micro_batch_size, budget(score), budget(update))

@@ -34,16 +34,18 @@ class _Slice:
         return (slice(start, start + self.chunk) for start in range(0, count, self.chunk))
 
     def scaled(self, logits_LV: Tensor, rows_C: Tensor) -> Tensor:
-        """Return float32 logits [C, V] of some rows, divided by the temperature."""
+        """Return float32 logits [C, V] of some rows, divided by the temperature: a copy, free to be overwritten."""
         chosen_CV = logits_LV[rows_C].float()
-        return chosen_CV if self.temperature == 1.0 else chosen_CV / self.temperature
+        return chosen_CV if self.temperature == 1.0 else chosen_CV.div_(self.temperature)
 
-    def shifted_and_exp(self, logits_LV: Tensor, rows_C: Tensor, top_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z - top and exp of it [C, V], both 0 in padding, where garbage times 0 must stay 0."""
-        shifted_CV = self.scaled(logits_LV, rows_C) - top_C[:, None]
-        exp_CV = shifted_CV.exp()
-        exp_CV[:, self.real :] = 0.0
-        return shifted_CV, exp_CV
+    def shifted(self, logits_LV: Tensor, rows_C: Tensor, top_C: Tensor) -> Tensor:
+        """Return z - top [C, V], a copy."""
+        return self.scaled(logits_LV, rows_C).sub_(top_C[:, None])
+
+    def without_padding(self, values_CV: Tensor) -> Tensor:
+        """Set padding to 0, in place: garbage times 0 must stay 0."""
+        values_CV[:, self.real :] = 0.0
+        return values_CV
 
     def mine(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
         """Return the column of each target, and whether it is this rank's."""
@@ -62,12 +64,13 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             top_N[part] = columns.scaled(logits_LV, rows_N[part])[:, : columns.real].amax(-1)
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
         for part in columns.chunks(len(rows_N)):
-            shifted_CV, exp_CV = columns.shifted_and_exp(logits_LV, rows_N[part], top_N[part])
+            shifted_CV = columns.shifted(logits_LV, rows_N[part], top_N[part])
+            exp_CV = columns.without_padding(shifted_CV.exp())
             index_C, mine_C = columns.mine(targets_N[part])
             index_C = index_C.clamp(max=shifted_CV.shape[-1] - 1)
             target_C = shifted_CV.gather(-1, index_C[:, None])[:, 0].masked_fill(~mine_C, 0.0)
-            shifted_CV[:, columns.real :] = 0.0
-            sums_3N[:, part] = torch.stack([exp_CV.sum(-1), (exp_CV * shifted_CV).sum(-1), target_C])
+            weighted_CV = columns.without_padding(shifted_CV).mul_(exp_CV)
+            sums_3N[:, part] = torch.stack([exp_CV.sum(-1), weighted_CV.sum(-1), target_C])
         dist.all_reduce(sums_3N, group=group)
         total_N, weighted_N, target_N = sums_3N
 
@@ -85,17 +88,20 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         with_entropy = bool(torch.any(grad_entropy_N != 0))
         grad_LV = torch.zeros_like(logits_LV)
         for part in columns.chunks(len(rows_N)):
-            shifted_CV, exp_CV = columns.shifted_and_exp(logits_LV, rows_N[part], top_N[part])
+            shifted_CV = columns.shifted(logits_LV, rows_N[part], top_N[part])
+            exp_CV = columns.without_padding(shifted_CV.exp() if with_entropy else shifted_CV.exp_())
             index_C, mine_C = columns.mine(targets_N[part])
-            index_C = index_C.clamp(max=shifted_CV.shape[-1] - 1)
+            index_C = index_C.clamp(max=exp_CV.shape[-1] - 1)
             probs_CV = exp_CV.div_(total_N[part, None])
             # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
-            grad_CV = probs_CV * -grad_logprobs_N[part, None]
-            grad_CV.scatter_add_(-1, index_C[:, None], (grad_logprobs_N[part] * mine_C)[:, None])
+            by_entropy_CV = None
             if with_entropy:
-                shifted_CV[:, columns.real :] = 0.0
-                log_probs_CV = shifted_CV - total_N[part, None].log()
-                grad_CV -= probs_CV * (log_probs_CV + entropy_N[part, None]) * grad_entropy_N[part, None]
+                log_probs_CV = columns.without_padding(shifted_CV) - total_N[part, None].log()
+                by_entropy_CV = probs_CV * (log_probs_CV + entropy_N[part, None]) * grad_entropy_N[part, None]
+            grad_CV = probs_CV.mul_(-grad_logprobs_N[part, None])
+            grad_CV.scatter_add_(-1, index_C[:, None], (grad_logprobs_N[part] * mine_C)[:, None])
+            if by_entropy_CV is not None:
+                grad_CV -= by_entropy_CV
             if columns.temperature != 1.0:
                 grad_CV /= columns.temperature
             grad_LV[rows_N[part]] = grad_CV.to(grad_LV.dtype)

@@ -6,6 +6,7 @@ Loads no torch. Takes a second or two on a laptop, whatever the size of the clus
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,21 +16,22 @@ from megarl.config.compose import errors_reported, run_hydra
 from megarl.config.schema import PPOConfig
 from megarl.controller.check import CheckedPPO, check_ppo
 from megarl.controller.planning import plan_of, planned
+from megarl.errors import ConfigError, Problem
 from megarl.plan.advise import advise
 from megarl.plan.changes import device_with_memory, fitting_changes
-from megarl.plan.devices import device
-from megarl.plan.report import advice_text, plan_json, plan_text
+from megarl.plan.devices import Device, device
+from megarl.plan.report import advice_json, advice_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
-                             [--device=NAME] [--gpu-memory=GIB] [--json] [--advise [--gpus=N]]
+                             [--device=NAME] [--gpu-memory=GIB] [--gpus=N] [--json] [--advise]
 
   --device=NAME      what a rank runs on: A100-80, H100, H200, H20, B200, ..., or cpu, this machine; default H100
   --gpu-memory=GIB   its memory, if other than that device's
-  --json             print the plan as JSON
+  --gpus=N           on so many devices, in nodes of trainer.n_gpus_per_node, whatever trainer.nnodes is
+  --json             print JSON
   --advise           search layouts and offloads for the model and batch, and rank those that fit
-  --gpus=N           of so many devices, in nodes of trainer.n_gpus_per_node
 
 The rest is as for megarl.main_ppo: see python -m megarl.main_ppo --help. Exit code 0 where the run fits, 1 where it
 doesn't, 2 for a mistake in the configuration."""
@@ -38,6 +40,7 @@ DOES_NOT_FIT = 1
 
 def main() -> None:
     """Compose, check, plan, print."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where a pager or head has seen enough
     parser = FlagParser()
     parser.add_argument("--device", default="H100")
     parser.add_argument("--gpu-memory", type=float)
@@ -48,13 +51,13 @@ def main() -> None:
         flags, rest = take_flags(parser, sys.argv[1:])
 
     def task(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
-        if flags.gpus:
+        if flags.gpus is not None:
             values = _on(values, flags.gpus)
         checked = check_ppo(values, files_may_be_missing=True)
         config = checked.config
         place = device_with_memory(device(flags.device, config.trainer.n_gpus_per_node, "--device"), flags.gpu_memory)
         if flags.advise:
-            _advise(checked, place.name, flags.gpu_memory)
+            _advise(checked, place, flags.json)
             return
         plan = planned(checked, place)
         changes = None
@@ -70,25 +73,30 @@ def main() -> None:
     run_hydra("ppo_megatron_trainer", task, rest, HELP)
 
 
-def _advise(checked: CheckedPPO, name: str, memory_gib: float | None) -> None:
-    config = checked.config
-    place = device_with_memory(device(name, config.trainer.n_gpus_per_node), memory_gib)
-
+def _advise(checked: CheckedPPO, place: Device, as_json: bool) -> None:
     def again(c: PPOConfig) -> RunPlan:
         return plan_of(checked, c, place)
 
-    found, tried = advise(config, checked.model.shape, again)
-    print(advice_text(found, planned(checked, place), tried))
+    critic = checked.critic.shape if checked.critic else None
+    found, tried = advise(checked.config, checked.model.shape, again, critic)
+    plan = again(checked.config)
+    print(json.dumps(advice_json(found, plan, tried), indent=1) if as_json else advice_text(found, plan, tried))
     if not found:
         sys.exit(DOES_NOT_FIT)
 
 
 def _on(values: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     """Return ``values`` for so many devices, in full nodes or one that is smaller."""
-    trainer = dict(values["trainer"])
-    node = min(gpus, int(trainer["n_gpus_per_node"]))
-    trainer |= {"n_gpus_per_node": node, "nnodes": -(-gpus // node)}
-    return {**values, "trainer": trainer}
+    trainer = values.get("trainer")
+    node = trainer.get("n_gpus_per_node") if isinstance(trainer, Mapping) else None
+    if type(node) is not int or node < 1:
+        return dict(values)  # for the checks to report
+    assert isinstance(trainer, Mapping)
+    if gpus < 1 or (gpus > node and gpus % node):
+        allowed = f"must be from 1 to trainer.n_gpus_per_node = {node}, or a multiple of it"
+        raise ConfigError([Problem("--gpus", gpus, allowed, f"--gpus={max(1, gpus // node) * node}")])
+    node = min(gpus, node)
+    return {**values, "trainer": {**trainer, "n_gpus_per_node": node, "nnodes": gpus // node}}
 
 
 if __name__ == "__main__":

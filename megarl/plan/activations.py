@@ -158,5 +158,7 @@ def recomputed_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None) -> 
     if recompute.granularity == "selective":
         return p.local_tokens * (_attention_bytes(p, False) - _attention_bytes(p, True))
     assert recompute.num_layers is not None
-    run = recompute.num_layers if recompute.method == "uniform" else 1
-    return sum(sorted((layer_bytes(p, i) for i in layers), reverse=True)[:run])
+    if recompute.method == "block":  # the first layers come last, when what the others kept is gone
+        again = layers[: recompute.num_layers]
+        return max(0, max(layer_bytes(p, i) for i in again) - sum(layer_bytes(p, i) for i in layers[len(again) :]))
+    return sum(sorted((layer_bytes(p, i) for i in layers), reverse=True)[: recompute.num_layers])

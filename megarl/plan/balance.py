@@ -18,12 +18,14 @@ class TokenBudget:
     """How rows are spread by tokens.
 
     tokens: of a micro-batch on a data-parallel rank, at most. cost: of a sequence, by its length in tokens; it grows
-    with it. multiple: the number of micro-batches is one of it, as interleaved pipelines want.
+    with it. multiple: the number of micro-batches is one of it, as interleaved pipelines want. sequence_multiple: the
+    tokens of every sequence are rounded up to one of it, as context parallelism wants.
     """
 
     tokens: int
     cost: Cost
     multiple: int = 1
+    sequence_multiple: int = 1
 
     def over(self, lengths: Sequence[int]) -> Spread:
         """Return what spreads rows of these lengths over ranks, for ``plan_update``."""
@@ -39,19 +41,17 @@ def pass_cost(linear_size: int, attention_width: int) -> Cost:
     return lambda length: length * linear_size + length * length * attention_width
 
 
-def spread_rows(
-    rows: Rows, lengths: Sequence[int], dp_size: int, budget: TokenBudget
-) -> tuple[tuple[Rows, ...], ...]:
+def spread_rows(rows: Rows, lengths: Sequence[int], dp_size: int, budget: TokenBudget) -> tuple[tuple[Rows, ...], ...]:
     """Return for each data-parallel rank its micro-batches, as many on every rank and none over the budget.
 
-    lengths: in tokens, of every row of the batch. Rows are first spread over ranks, then those of each rank over the
-    fewest micro-batches that all ranks can do with. Costly micro-batches come first, so that ranks that wait for each
-    other in the middle of a pass have similar ones. A rank with fewer rows than there are micro-batches has empty ones.
+    lengths: in tokens, of every row of the batch. Rows are first spread over ranks, then those of each rank over as few
+    micro-batches as the same rule finds room in on all ranks. Costly micro-batches come first, so that ranks that wait
+    for each other in the middle of a pass have similar ones. A rank with fewer rows than micro-batches has empty ones.
     """
-    longest = max((lengths[row] for row in rows), default=0)
+    sizes = {row: _round_up(lengths[row], budget.sequence_multiple) for row in rows}
+    longest = max(sizes.values(), default=0)
     assert longest <= budget.tokens, f"a sequence of {longest} tokens with {budget.tokens} for a micro-batch"
     cost = {row: budget.cost(lengths[row]) for row in rows}
-    sizes = {row: lengths[row] for row in rows}
     by_rank = least_loaded_first(cost, dp_size)
     assert by_rank is not None
     fewest = max(1, *(-(-sum(sizes[row] for row in mine) // budget.tokens) for mine in by_rank))

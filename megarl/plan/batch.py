@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
 
+from megarl.config.divisors import divisors
 from megarl.errors import ConfigError, Problem
 
 Rows = tuple[int, ...]
@@ -61,7 +62,7 @@ class BatchPlan:
 
     @property
     def num_accumulation_steps(self) -> int:
-        """Micro-batches of each rank in one optimizer step; with max_tokens, where all rollouts are of the longest kind."""
+        """Micro-batches of each rank in one optimizer step; where tokens bound them, if all are the longest."""
         return -(-self.mini_batch_size // self.rollouts_per_pass)
 
     def describe(self) -> str:
@@ -119,8 +120,10 @@ def plan_batch(
 ) -> BatchPlan:
     """Return the batch arithmetic of a step.
 
-    max_tokens: of a micro-batch, which then holds as many rollouts as fit: mini-batches need not divide by ranks. role: the section that the sizes were read from, for the keys in errors (``critic`` for the critic's). Raises
-    ConfigError with every problem and one fix that cures them all.
+    max_tokens: of a micro-batch, which then holds as many rollouts as fit: mini-batches need not divide by ranks.
+    role: the section that the sizes were read from, for the keys in errors (``critic`` for the critic's).
+
+    Raises ConfigError with every problem and one fix that cures them all.
     """
     assert dp_size >= 1, f"dp_size {dp_size}: the layout gives at least one data-parallel rank"
     plan = BatchPlan(num_prompts, n, mini_batch_size, micro_batch_size, dp_size, epochs, max_tokens)
@@ -169,12 +172,11 @@ def _fix(plan: BatchPlan, role: str) -> str:
     rollouts, mini_key = plan.num_rollouts, f"{role}.ppo_mini_batch_size"
     if plan.max_tokens is not None:
         return f"{mini_key}={_nearest_mini_batch_size(rollouts, 1, plan.mini_batch_size)}"
-    for micro in range(plan.micro_batch_size, 0, -1):
-        a_pass = micro * plan.dp_size
-        if rollouts % a_pass == 0:
-            mini = _nearest_mini_batch_size(rollouts, a_pass, plan.mini_batch_size)
-            smaller = f" {role}.ppo_micro_batch_size_per_gpu={micro}" if micro < plan.micro_batch_size else ""
-            return f"{mini_key}={mini}{smaller}"
+    if rollouts % plan.dp_size == 0:
+        micro = max(n for n in divisors(rollouts // plan.dp_size) if n <= plan.micro_batch_size)
+        mini = _nearest_mini_batch_size(rollouts, micro * plan.dp_size, plan.mini_batch_size)
+        smaller = f" {role}.ppo_micro_batch_size_per_gpu={micro}" if micro < plan.micro_batch_size else ""
+        return f"{mini_key}={mini}{smaller}"
     a_pass = plan.rollouts_per_pass
     mini = max(round(plan.mini_batch_size / a_pass), 1) * a_pass
     prompts_per_mini = mini // gcd(mini, plan.n)
@@ -184,7 +186,7 @@ def _fix(plan: BatchPlan, role: str) -> str:
 
 def _nearest_mini_batch_size(rollouts: int, a_pass: int, wanted: int) -> int:
     """Return the multiple of ``a_pass`` dividing ``rollouts`` that is nearest to ``wanted``, the smaller of two."""
-    sizes = [size for size in range(a_pass, rollouts + 1, a_pass) if rollouts % size == 0]
+    sizes = [a_pass * n for n in divisors(rollouts // a_pass)]
     return min(sizes, key=lambda size: (abs(size - wanted), size))
 
 

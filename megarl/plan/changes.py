@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
@@ -9,9 +10,10 @@ from typing import Any, cast
 
 from megarl.config.megatron_rules import the_model_fits_its_axes
 from megarl.config.model_shape import ModelShape
+from megarl.config.passes import actor_update
 from megarl.config.rules import ppo_model_problems, ppo_problems
 from megarl.config.schema import MegatronConfig, PPOConfig
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
 
@@ -24,6 +26,9 @@ _REF_FIELDS = frozenset(field.name for field in fields(MegatronConfig))
 _OF_CRITIC = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": "critic.ppo_micro_batch_size_per_gpu",
     f"{ACTOR}.log_prob_micro_batch_size_per_gpu": "critic.forward_micro_batch_size_per_gpu",
+    f"{ACTOR}.use_dynamic_bsz": "critic.use_dynamic_bsz",
+    f"{ACTOR}.ppo_max_token_len_per_gpu": "critic.ppo_max_token_len_per_gpu",
+    f"{ACTOR}.log_prob_max_token_len_per_gpu": "critic.forward_max_token_len_per_gpu",
 }
 
 
@@ -110,6 +115,10 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
         if plan.critic_batch and critics > micro and critics != models.actor.ppo_micro_batch_size_per_gpu:
             sizes["critic.ppo_micro_batch_size_per_gpu"] = micro
         wanted.append(Change(sizes, "smaller matrix products"))
+    update = actor_update(c)
+    tokens = update.value if update.max_tokens is not None else 0
+    while (tokens := tokens // 2) >= update.least_value:
+        wanted.append(Change({update.key: tokens}, "smaller matrix products"))
     full = {"granularity": "full", "method": "uniform", "num_layers": 1}
     recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
     wanted.append(Change(recompute, "a third more work in updates"))
@@ -162,5 +171,7 @@ def is_valid(c: PPOConfig, shape: ModelShape, critic: ModelShape | None) -> bool
 
 
 def device_with_memory(device: Device, memory_gib: float | None) -> Device:
-    """Return ``device`` with another size of memory, as given in GiB."""
+    """Return ``device`` with another size of memory, as given in GiB. Raises ConfigError where that is none."""
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise ConfigError([Problem("--gpu-memory", memory_gib, "must be above 0", "--gpu-memory=80")])
     return device if memory_gib is None else replace(device, memory_bytes=int(memory_gib * 2**30))

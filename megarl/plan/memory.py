@@ -7,7 +7,7 @@ rest, a few GiB, is assumed: ``ASSUMED`` says what and why.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megarl.config.model_shape import ModelShape
@@ -50,11 +50,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Phase:
-    """What rank ``rank`` holds in a phase: the one with most on its device."""
+    """What rank ``rank`` holds in a phase: the one with most on its device.
+
+    most_host_bytes: of any rank in this phase, which may be another one.
+    """
 
     name: str
     rank: int
     items: tuple[Item, ...]
+    most_host_bytes: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -114,11 +118,13 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
 def phases_of(roles: Sequence[Role], engine: Engine, device: Device, ranks: Iterable[int]) -> tuple[Phase, ...]:
     """Return every phase of a step as the rank with most on its device sees it."""
     worst: dict[str, Phase] = {}
+    most_on_host: dict[str, int] = {}
     for rank in ranks:
         for phase in _phases_of_rank(roles, engine, device, rank):
+            most_on_host[phase.name] = max(phase.host_bytes, most_on_host.get(phase.name, 0))
             if phase.name not in worst or phase.device_bytes > worst[phase.name].device_bytes:
                 worst[phase.name] = phase
-    return tuple(worst.values())
+    return tuple(replace(phase, most_host_bytes=most_on_host[phase.name]) for phase in worst.values())
 
 
 def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank: int) -> Iterator[Phase]:
@@ -152,7 +158,7 @@ def _runtime(device: Device) -> Item:
 def _engine_items(engine: Engine, awake: bool) -> Iterator[Item]:
     if awake or not engine.frees_memory:
         yield Item("engine weights", engine.weights_bytes)
-        yield Item("engine KV cache and work", engine.memory_bytes - engine.weights_bytes)
+        yield Item("engine KV cache and work", max(0, engine.memory_bytes - engine.weights_bytes))
     else:
         yield Item("sleeping engine", SLEEPING_ENGINE_BYTES, engine.weights_bytes)
 

@@ -52,7 +52,8 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
         layers = " ".join(
             f"{size} x {len(list(stages))}" for size, stages in groupby(len(stage) for stage in topology.layers)
         )
-        lines.append(f"  layers a stage: {layers}; stages wait {topology.bubble:.1%} of an update")
+        waits = f"; stages wait {topology.bubble:.1%} of an update" if topology.bubble else ""
+        lines.append(f"  layers a stage: {layers}{waits}")
     if topology.kv_copies > 1:
         lines.append(f"  every key-value head is on {topology.kv_copies} ranks")
     if topology.experts_per_rank:
@@ -152,6 +153,19 @@ def advice_text(found: Sequence[Advice], plan: RunPlan, tried: int) -> str:
     lines.append(f"assumed: {step_time.ASSUMED}")
     lines += [f"assumed: {line}" for line in memory.ASSUMED]
     return "\n".join(lines)
+
+
+def advice_json(found: Sequence[Advice], plan: RunPlan, tried: int) -> dict[str, Any]:
+    """Return the same as plain values; sizes in bytes, times in seconds."""
+    return {
+        "device": asdict(plan.device),
+        "num_ranks": plan.num_ranks,
+        "tried": tried,
+        "layouts": [
+            {"values": dict(a.change.values), "seconds": asdict(a.time), "room_bytes": a.room_bytes} for a in found
+        ],
+        "assumed": [step_time.ASSUMED, *memory.ASSUMED],
+    }
 
 
 def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[str]) -> dict[str, Any]:

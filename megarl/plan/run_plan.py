@@ -11,6 +11,7 @@ from megarl.checkpoint.files import plan_files
 from megarl.config.model_shape import ModelShape
 from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig
+from megarl.errors import ConfigError, Problem
 from megarl.model.name_map import hf_shapes
 from megarl.plan.batch import BatchPlan
 from megarl.plan.devices import Device
@@ -19,6 +20,8 @@ from megarl.plan.publish import Traffic, publish_traffic
 from megarl.plan.roles import DTYPE_BYTES, Role, roles_of
 from megarl.plan.static import StaticBytes
 from megarl.plan.topology import Topology, topology_of
+
+MAX_RANKS = 16_384
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class RunPlan:
 
     @property
     def host_bytes_per_node(self) -> int:
-        """Host memory that the ranks of a node need together, in the phase with most of it."""
-        return max(phase.host_bytes for phase in self.phases) * self.ranks_per_node
+        """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
+        return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
 
 
 def plan_run(
@@ -84,8 +87,14 @@ def plan_run(
     *,
     with_traffic: bool = True,
 ) -> RunPlan:
-    """Return the plan of a checked config. with_traffic: plan publications too, which takes longest."""
+    """Return the plan of a checked config. with_traffic: plan publications too, which takes longest.
+
+    Raises ConfigError for more ranks than any cluster has.
+    """
     ranks, per_node = num_ranks(c), c.trainer.n_gpus_per_node
+    if ranks > MAX_RANKS:
+        key, allowed = "trainer.nnodes x trainer.n_gpus_per_node", f"a plan is made for up to {MAX_RANKS:,} ranks"
+        raise ConfigError([Problem(key, f"{c.trainer.nnodes} x {per_node}", allowed, "fewer nodes")])
     roles = roles_of(c, shape, critic_shape, batch, critic_batch)
     engine, engine_tp = engine_of(c, shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
     b = DTYPE_BYTES[c.actor_rollout_ref.model.dtype]

@@ -13,7 +13,7 @@ from functools import cache
 
 from megarl.config.model_shape import ModelShape
 from megarl.model.name_map import megatron_shards
-from megarl.parallel.layout import Coordinates, Layout, split_layers
+from megarl.parallel.layout import Coordinates, Layout, layers_of_chunks
 
 FP32_BYTES = 4
 # Where a parameter stands among those of its layer, in the order in which megatron's modules register them; experts
@@ -58,8 +58,8 @@ class StaticBytes:
 
 
 @cache
-def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> tuple[Parameter, ...]:
-    """Return the parameters of any rank of a pipeline stage in the order in which megatron registers them.
+def chunk_parameters(shape: ModelShape, layout: Layout, stage: int) -> tuple[tuple[Parameter, ...], ...]:
+    """Return the parameters of each model chunk of any rank of a pipeline stage, as megatron registers them in order.
 
     Layers of a kind are alike: one of each is looked up, and stands with its name for all of its kind.
     """
@@ -72,15 +72,19 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> tuple[Par
             is_expert=".experts." in shard.name,
             own_bucket=shared and shard.name in ("embedding.word_embeddings.weight", "output_layer.weight"),
         )
-        for shard in megatron_shards(sample, layout, layout.rank(Coordinates(tp=0, dp=0, pp=stage)))
+        for shard in megatron_shards(sample, replace(layout, vpp=1), layout.rank(Coordinates(tp=0, dp=0, pp=stage)))
     ]
     parts: dict[tuple[int, int], list[Parameter]] = {}
     for parameter in sorted(parameters, key=lambda p: _place(p.name)):
         parts.setdefault(_place(parameter.name)[:2], []).append(parameter)
-    layers = split_layers(shape.num_layers, layout.pp)[stage]
-    kinds = [parts[1, 2 * stage + shape.has_experts(layer)] for layer in layers]
+    chunks = [
+        [p for layer in layers for p in parts[1, 2 * stage + shape.has_experts(layer)]]
+        for layers in layers_of_chunks(shape.num_layers, layout, stage)
+    ]
     first, last = ([p for at, part in parts.items() if at[0] == end for p in part] for end in (0, 2))
-    return (*first, *(p for kind in kinds for p in kind), *last)
+    chunks[0] = first + chunks[0]
+    chunks[-1] += last
+    return tuple(map(tuple, chunks))
 
 
 def _place(name: str) -> tuple[int, int, int, int]:
@@ -116,7 +120,7 @@ def static_bytes(
     """
     stage = layout.coordinates(rank).pp
     if not trained:
-        return StaticBytes(sum(p.numel for p in stage_parameters(shape, layout, stage)) * dtype_bytes)
+        return StaticBytes(sum(p.numel for c in chunk_parameters(shape, layout, stage) for p in c) * dtype_bytes)
     dense, experts = (_buffer(shape, layout, stage, is_expert, distributed_optimizer) for is_expert in (False, True))
     stepped = dense.stepped_numel[_dense_replica(layout, rank)]
     stepped += experts.stepped_numel[layout.expert_coordinates(rank).edp]
@@ -137,7 +141,7 @@ def _dense_replica(layout: Layout, rank: int) -> int:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """Megatron's gradient buffer of some parameters. numel: with padding. stepped_numel: what each replica steps."""
+    """Megatron's gradient buffers of some parameters. numel: with padding. stepped_numel: what each replica steps."""
 
     numel: int
     stepped_numel: tuple[int, ...]
@@ -145,14 +149,14 @@ class _Buffer:
 
 @cache
 def _buffer(shape: ModelShape, layout: Layout, stage: int, is_expert: bool, distributed: bool) -> _Buffer:
-    """Return the buffer of a stage's experts, or of all the rest."""
+    """Return the buffers of a stage's experts, or of all the rest: one for each chunk, taken together."""
     replicas = layout.edp if is_expert else layout.dp * layout.cp
-    parameters = [p for p in stage_parameters(shape, layout, stage) if p.is_expert == is_expert]
+    chunks = [[p for p in chunk if p.is_expert == is_expert] for chunk in chunk_parameters(shape, layout, stage)]
     if not distributed:
-        numel = sum(p.numel for p in parameters)
+        numel = sum(p.numel for chunk in chunks for p in chunk)
         return _Buffer(numel, (numel,) * replicas)
     numel, stepped = 0, [0] * replicas
-    for bucket in _buckets(parameters):
+    for bucket in (bucket for chunk in chunks for bucket in _buckets(chunk)):
         ranges, end = [], 0
         for parameter in bucket:
             start = _round_up(end, _PARAMETER_ALIGNMENT)

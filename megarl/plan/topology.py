@@ -23,7 +23,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Topology:
-    """The axes of one role on its nodes. layers: of every stage. bubble: share of an update that stages wait.
+    """The axes of one role on its nodes. layers: of every stage.
+
+    bubble: share of an update that stages wait, 0 where nothing is trained.
 
     kv_copies: of every key-value head, more than 1 where TP exceeds their number.
     """
@@ -51,7 +53,7 @@ def topology_of(role: Role, ranks_per_node: int) -> Topology:
         role.name,
         tuple(axes),
         split_layers(shape.num_layers, layout.pp),
-        bubble_share(layout, role.num_micro_batches),
+        bubble_share(layout, role.num_micro_batches) if role.trained else 0.0,
         max(1, layout.tp // shape.num_kv_heads),
         shape.num_experts // layout.ep,
     )

@@ -118,10 +118,10 @@ def _round(run: Run, actor: Actor, ref: Policy, critic: Critic) -> Round:
 def held(role: Model) -> Held:
     """Measure what a role holds, looking for it where Megatron keeps it."""
     optimizer: Any = role.optimizer if isinstance(role, Actor | Critic) else None
-    weights = list(role.module.parameters())
+    weights: list[Tensor] = list(role.own_parameters())
     if optimizer is None:
         return Held(_num_bytes(weights, ()), 0, 0)
-    buffers = [*optimizer.ddp.buffers, *optimizer.ddp.expert_parallel_buffers]
+    buffers = [buffer for ddp in optimizer.chunks for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     weights += [bucket.param_data for buffer in buffers for bucket in buffer.buckets if bucket.param_data is not None]
     gradients = [bucket.grad_data for buffer in buffers for bucket in buffer.buckets]
     state = [parameter for group in optimizer.inner.param_groups for parameter in group["params"]]

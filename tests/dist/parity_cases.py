@@ -40,10 +40,11 @@ class Setup:
     packed: bool = True
     dtype: torch.dtype = torch.float32
     micro_batch_size: int = 2
+    device: str = "cpu"
 
     def spec(self) -> ModelSpec:
         """Return what megarl builds."""
-        device = torch.device("cpu")
+        device = torch.device(self.device)
         return ModelSpec(read_model_shape(self.folder), self.layout, self.dtype, device, self.packed)
 
     def model(self) -> Policy:
@@ -187,7 +188,7 @@ def pieces(model: Policy, tensors: Mapping[str, Tensor]) -> list[Piece]:
     for shard in megatron_shards(model.spec.shape, model.spec.layout, model.rank):
         parts = tensors[shard.name].detach().split([segment.length for segment in shard.segments], shard.dim)
         for segment, part in zip(shard.segments, parts, strict=True):
-            found.append(Piece(segment.tensor, shard.dim, segment.start, segment.stop, part.clone()))
+            found.append(Piece(segment.tensor, shard.dim, segment.start, segment.stop, part.cpu().clone()))
     return found
 
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RecomputeConfig
-from megarl.data.batch import pack
 from megarl.model.attention import describe_packing
 from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
@@ -70,9 +69,8 @@ def _train(
 def _saved_bytes(actor: Actor, batch: Batch) -> int:
     """Measure the model's own forward pass in training mode, without a loss."""
     spec = actor.spec
-    multiple = spec.layout.tp if spec.layout.sequence_parallel else 1
-    micro = pack(batch, list(range(len(batch))), packed=spec.packed, multiple=multiple)
-    packing = describe_packing(list(micro.lengths), spec.device) if micro.lengths else None
+    micro, cp_rank = actor.pack(batch, range(len(batch))), actor.groups.place.cp
+    packing = describe_packing(list(micro.lengths), spec.device, spec.layout.cp, cp_rank) if micro.lengths else None
     actor.module.train()
     with actor.groups.active():
         return saved_activation_bytes(

@@ -40,9 +40,9 @@ def held_and_planned(
 
 
 def _held(actor: Actor) -> StaticBytes:
-    ddp: Any = actor.optimizer.ddp
-    parameters = list(ddp.parameters())
-    gradients = [buffer.grad_data for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+    chunks: Any = actor.optimizer.chunks
+    parameters = list(actor.own_parameters())
+    gradients = [buffer.grad_data for ddp in chunks for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     return StaticBytes(
         _storage_bytes(parameters), _storage_bytes(gradients), _storage_bytes(_optimizer_tensors(actor, parameters))
     )

@@ -44,6 +44,8 @@ LAYOUTS = {
     "tp2_pp1+sp": Layout(2, tp=2, sequence_parallel=True),
     "tp2_pp2+sp": Layout(4, tp=2, pp=2, sequence_parallel=True),
     "pp2_dp2": Layout(4, pp=2),
+    "pp2_vpp2": Layout(2, pp=2, vpp=2),
+    "tp2_cp2+sp": Layout(4, tp=2, cp=2, sequence_parallel=True),
 }
 
 
@@ -60,7 +62,7 @@ class Expected:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model with a value head that isn't zero."""
     path = tmp_path_factory.mktemp("critic")
-    save_tiny_model(MODEL, path)
+    save_tiny_model(MODEL, path, num_hidden_layers=4)
     tensors = load_file(path / "model.safetensors")
     tensors["score.weight"] = torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.2
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

@@ -43,13 +43,14 @@ POLICY_LOSS = PolicyLossSpec(
     temperature=1.0,
 )
 TP2_PP2, DP2 = Layout(4, tp=2, pp=2, sequence_parallel=True), Layout(2)
+PP2_VPP2 = Layout(2, pp=2, vpp=2)
 NOTHING = Held(0, 0, 0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("offload")
-    save_tiny_model("qwen2-tied", path)  # an embedding on two stages, and biases
+    save_tiny_model("qwen2-tied", path, num_hidden_layers=4)  # an embedding on two stages, and biases
     return path
 
 
@@ -71,7 +72,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "replicated_optimizer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [TP2_PP2, DP2], ids=["tp2_pp2+sp", "dp2"])
+@pytest.mark.parametrize("layout", [TP2_PP2, DP2, PP2_VPP2], ids=["tp2_pp2+sp", "dp2", "pp2_vpp2"])
 def test_roles_that_leave_their_device_between_uses_say_and_learn_the_same_to_the_bit(
     ranks: RankPool, folder: Path, batch: Batch, layout: Layout, dtype: str, distributed: bool
 ) -> None:

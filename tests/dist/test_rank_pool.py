@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tests.dist.ranks import RankPool, RanksFailed
+from megarl.verify.pool import RankPool, RanksFailed
+from tests.dist.ranks import cpu_pool
 
 AT_ONCE_S = 30  # on a busy machine; the timeout of a case is 120 s
 
@@ -21,7 +22,7 @@ AT_ONCE_S = 30  # on a busy machine; the timeout of a case is 120 s
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Yield a small pool to break, so that the shared one needn't be started again."""
-    pool = RankPool(tmp_path_factory.mktemp("fragile"), size=2)
+    pool = cpu_pool(tmp_path_factory.mktemp("fragile"), size=2)
     yield pool
     pool.stop()
 

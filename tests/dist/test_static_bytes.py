@@ -26,8 +26,12 @@ LAYOUTS = {
     "tp2_pp2+sp": Layout(4, tp=2, pp=2, sequence_parallel=True),
     "tp2_dp2+sp": Layout(4, tp=2, sequence_parallel=True),
     "pp2_dp2": Layout(4, pp=2),
+    "pp2_vpp2": Layout(2, pp=2, vpp=2),
+    "cp2_dp2": Layout(4, cp=2),
+    "pp2_vpp2_dp2": Layout(4, pp=2, vpp=2),
 }
 MODELS = ("qwen3-tied", "qwen2-untied")
+QUICK = ("qwen3-tied", "qwen3_moe-untied")  # the others take the same code
 EXPERT_LAYOUTS = {
     "tp2+sp": Layout(2, tp=2, sequence_parallel=True),
     "ep2": Layout(2, ep=2),
@@ -35,6 +39,7 @@ EXPERT_LAYOUTS = {
     "pp2_ep2": Layout(4, pp=2, ep=2),
     "tp2_ep2_etp1+sp": Layout(4, tp=2, ep=2, etp=1, sequence_parallel=True),
     "tp2_ep2_etp2+sp": Layout(4, tp=2, ep=2, sequence_parallel=True),
+    "pp2_vpp2_ep2": Layout(4, pp=2, vpp=2, ep=2),
 }
 CASES = [
     *((model, name, layout) for model in MODELS for name, layout in LAYOUTS.items()),
@@ -45,12 +50,16 @@ CASES = [
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "own_optimizer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("model", "layout"), [(model, layout) for model, _, layout in CASES], ids=[f"{m}-{name}" for m, name, _ in CASES]
+    ("model", "layout"),
+    [
+        pytest.param(model, layout, id=f"{model}-{name}", marks=() if model in QUICK else pytest.mark.long)
+        for model, name, layout in CASES
+    ],
 )
 def test_every_rank_holds_the_planned_bytes(
     ranks: RankPool, tmp_path: Path, model: str, layout: Layout, dtype: torch.dtype, distributed: bool
 ) -> None:
-    save_tiny_model(model, tmp_path)
+    save_tiny_model(model, tmp_path, num_hidden_layers=2 * layout.vpp)  # pp x vpp is at most that
     batch = sequences_to_batch([[5, 6, 7, 8], [9, 1, 2, 3]], [[False, True, True, True]] * 2)
     optimizer = replace(OPTIMIZER, use_distributed_optimizer=distributed)
     for held, planned in ranks.run(

@@ -60,8 +60,8 @@ def save_tiny_model(name: str, folder: Path, **sizes: int) -> None:
     """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: over ours."""
     family, kind = name.split("-")
     config_type, fields = (FAMILIES | MOE_FAMILIES)[family]
-    layers = 5 if name == FIVE_LAYERS else 2
-    config = config_type(**SIZES | fields | sizes, num_hidden_layers=layers, tie_word_embeddings=kind == "tied")
+    layers = {"num_hidden_layers": 5 if name == FIVE_LAYERS else 2}
+    config = config_type(**SIZES | fields | layers | sizes, tie_word_embeddings=kind == "tied")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter_name, parameter in model.named_parameters():

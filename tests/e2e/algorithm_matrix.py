@@ -69,6 +69,10 @@ def algorithms() -> dict[str, tuple[str, ...]]:
     rejection = f"{CORRECTION}.rejections=[{{criterion:geometric,low:0.5,high:2.0}}]"
     cases["correction by keys"] = (*grpo, f"{CORRECTION}.level=sequence", f"{CORRECTION}.cap=2", rejection)
     cases["correction bypass"] = (*grpo, f"{CORRECTION}.bypass=true")
+    # The critic's sizes are the actor's. 16 rollouts of up to 22 tokens need several micro-batches.
+    tokens = ("actor_rollout_ref.actor.use_dynamic_bsz=true", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=64")
+    default = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16"
+    cases["dynamic batches"] = ("algorithm.adv_estimator=gae", *KL["in_loss"], *tokens, default)
     cases["critic warm-up"] = ("algorithm.adv_estimator=gae", *KL["none"], "critic.warmup_steps=1")
     return cases
 
@@ -94,8 +98,9 @@ def main(out: Path) -> None:
                 config = checked.config
                 folder = Path("matrix") / name
                 folder.mkdir(parents=True)
-                ranks = Ranks(group, role_layouts(config), config.actor_rollout_ref.rollout.tensor_model_parallel_size)
                 inputs = read_ppo_inputs(checked)
+                layouts = role_layouts(config, inputs.shape, inputs.critic_shape)
+                ranks = Ranks(group, layouts, config.actor_rollout_ref.rollout.tensor_model_parallel_size)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
                     train(Run(config, ranks, inputs, pool, tracker, folder, kl_controller(config)))
                 lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -71,6 +71,33 @@ THROUGH_OBJECTS = [
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.output_layer", ""),
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.rotary_pos_emb", ""),
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.decoder", ""),
+    *(
+        ("megarl/model/name_map.py", _CORE + module, name, "")
+        for module, name in (
+            ("models.gpt", "GPTModel.embedding"),
+            ("models.common.embeddings.language_model_embedding", "LanguageModelEmbedding.word_embeddings"),
+            ("transformer.transformer_block", "TransformerBlock.layers"),
+            ("transformer.transformer_block", "TransformerBlock.final_layernorm"),
+            ("transformer.transformer_layer", "TransformerLayer.input_layernorm"),
+            ("transformer.transformer_layer", "TransformerLayer.pre_mlp_layernorm"),
+            ("transformer.transformer_layer", "TransformerLayer.self_attention"),
+            ("transformer.transformer_layer", "TransformerLayer.mlp"),
+            ("transformer.attention", "SelfAttention.linear_qkv"),
+            ("transformer.attention", "SelfAttention.linear_proj"),
+            ("transformer.attention", "SelfAttention.q_layernorm"),
+            ("transformer.attention", "SelfAttention.k_layernorm"),
+            ("transformer.mlp", "MLP.linear_fc1"),
+            ("transformer.mlp", "MLP.linear_fc2"),
+            ("transformer.moe.moe_layer", "MoELayer.router"),
+            ("transformer.moe.moe_layer", "MoELayer.experts"),
+            ("transformer.moe.moe_layer", "MoELayer.shared_experts"),
+            ("transformer.moe.router", "TopKRouter.weight"),
+            ("transformer.moe.experts", "SequentialMLP.local_experts"),
+            ("transformer.moe.experts", "TEGroupedMLP.linear_fc1"),
+            ("transformer.moe.experts", "TEGroupedMLP.linear_fc2"),
+            ("transformer.moe.shared_experts", "SharedExpertMLP.gate_weight"),
+        )
+    ),
 ]
 
 
@@ -91,7 +118,10 @@ def megarl_uses() -> list[Use]:
         file = path.relative_to(REPOSITORY).as_posix()
         if not any(file.startswith(folder) for folder in LEFT_OUT):
             found += uses(path.read_text(encoding="utf-8"), file)
-    return [*found, *(Use(file, module, name, frozenset(words.split())) for file, module, name, words in THROUGH_OBJECTS)]
+    return [
+        *found,
+        *(Use(file, module, name, frozenset(words.split())) for file, module, name, words in THROUGH_OBJECTS),
+    ]
 
 
 def uses(source: str, file: str) -> list[Use]:
@@ -102,7 +132,7 @@ def uses(source: str, file: str) -> list[Use]:
     found = [Use(f"{file}", module, name) for module, name in imported.values()]
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(value=ast.Name(id=owner), attr=attribute) if owner in imported:
+            case ast.Attribute(value=ast.Name(id=owner), attr=attribute) if owner in imported and attribute[0] != "_":
                 found.append(Use(f"{file}:{node.lineno}", *_below(imported[owner], attribute)))
             case ast.Call(func=function):
                 where = f"{file}:{node.lineno}"
@@ -144,7 +174,9 @@ def _subclasses(
     for node in tree.body:
         match node:
             case ast.ClassDef(bases=[ast.Name(id=base)], decorator_list=[_, *_]) if base in imported:
-                fields = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+                fields = [
+                    n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                ]
                 found[node.name] = (imported[base], frozenset(fields))
     return found
 

@@ -20,6 +20,7 @@ LAYERS = (
     {"model", "checkpoint"},
     {"train", "rollout", "reward", "plan"},
     {"controller", "doctor"},
+    {"verify"},
     {"main_ppo", "main_sft"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}

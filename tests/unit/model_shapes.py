@@ -63,9 +63,10 @@ def layouts_of(draw: st.DrawFn, shape: ModelShape) -> Layout:
     """Draw a layout that ``shape`` can be trained on, of 12 ranks at most."""
     tp = draw(st.sampled_from([1, 2, 4]))
     pp = draw(st.integers(1, min(3, shape.num_layers)))
+    vpp = draw(st.integers(1, min(3, shape.num_layers // pp))) if pp > 1 else 1
     dp = draw(st.integers(1, max(1, 8 // (tp * pp))))
     if not shape.num_experts:
-        return Layout(tp * pp * dp, tp, pp)
+        return Layout(tp * pp * dp, tp, pp, vpp=vpp)
     splits = [(ep, etp) for ep in (1, 2, 4) for etp in (1, 2, 4) if tp * dp % (ep * etp) == 0]
     ep, etp = draw(st.sampled_from(splits))
-    return Layout(tp * pp * dp, tp, pp, ep=ep, etp=etp)
+    return Layout(tp * pp * dp, tp, pp, ep=ep, etp=etp, vpp=vpp)

@@ -33,6 +33,8 @@ TURNED_ON: dict[str, dict[str, object]] = {
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
     f"{ROLLOUT}.val_kwargs.n": SAMPLES,
 }
+TOKENS = {f"{ACTOR}.use_dynamic_bsz": True}
+BY_TOKENS = ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu")
 TURNED_OFF: dict[str, object] = {
     f"{ACTOR}.use_kl_loss": False,
     f"{ACTOR}.policy_loss": "gpg",
@@ -74,15 +76,29 @@ def test_a_default_is_that_of_the_main_config(effect: Effect) -> None:
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.key)
 def test_a_setting_changed_where_it_does_nothing_is_an_error_and_where_it_acts_is_none(effect: Effect) -> None:
     changed = {effect.key: _other_than(effect.default)}
-    idle = ppo_config(**(TURNED_OFF | changed))
+    counts_rollouts = "micro_batch_size" in effect.key
+    idle = ppo_config(**(TURNED_OFF | changed | (TOKENS if counts_rollouts else {})))
     assert effect.fix in _said_of(effect, idle)
     loss = effect.fix.removeprefix(f"{ACTOR}.policy_loss=") if "policy_loss=" in effect.fix else "ppo_clip"
-    on = {f"{ACTOR}.policy_loss": loss, **TURNED_ON.get(effect.key, {})}
+    on = {f"{ACTOR}.policy_loss": loss, **TURNED_ON.get(effect.key, TOKENS if effect.key.endswith(BY_TOKENS) else {})}
     assert _said_of(effect, ppo_config(**(on | changed))) == []
 
 
 def test_a_default_is_never_an_error_wherever_it_does_nothing() -> None:
     assert list(settings_have_an_effect(ppo_config(**{f"{ACTOR}.use_kl_loss": False}))) == []
+
+
+def test_a_size_that_stands_for_another_pass_s_has_an_effect_there() -> None:
+    rollouts_of_the_reference = {
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": 4,
+        f"{ACTOR}.use_dynamic_bsz": True,
+        "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": False,
+    }
+    assert list(settings_have_an_effect(ppo_config(**rollouts_of_the_reference))) == []
+    own = {"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 2}
+    (problem,) = settings_have_an_effect(ppo_config(**(rollouts_of_the_reference | own)))
+    assert problem.key == f"{ACTOR}.ppo_micro_batch_size_per_gpu"
+    assert problem.fix == f"{problem.key}=16, or {ACTOR}.use_dynamic_bsz=false"
 
 
 def test_a_loss_of_the_users_own_may_read_every_setting() -> None:

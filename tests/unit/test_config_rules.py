@@ -146,6 +146,16 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
     ({"trainer.logger": ["consol"]}, ["trainer.logger"], "must be among console, tensorboard"),
     ({f"{ROLLOUT}.{TP}": 3}, [f"{ROLLOUT}.{TP}"], "must divide the 8 ranks"),
+    (
+        {f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": 1535},
+        [f"{ACTOR}.ppo_max_token_len_per_gpu"],
+        "data.max_prompt_length + data.max_response_length = 1536 needs at least 1536",
+    ),
+    (
+        {f"{REF}.log_prob_use_dynamic_bsz": True, f"{MODELS}.model.use_remove_padding": False},
+        [f"{MODELS}.model.use_remove_padding"],
+        "must be true where use_dynamic_bsz is",
+    ),
     ({"data.train_file_weights": [1.0, 2.0]}, ["data.train_file_weights"], "for each of the 1 data.train_files"),
     ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
     ({"reward.name": "gsm8k", "reward.path": "r.py"}, ["reward.name"], "contradicts reward.path = 'r.py'"),

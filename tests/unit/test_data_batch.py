@@ -116,6 +116,28 @@ def test_every_sequence_is_laid_out_whole_and_the_sizes_are_multiples(case: Case
         assert micro.tokens.shape[0] == len(ids) and micro.tokens.shape[1] < max(map(len, ids)) + multiple
 
 
+@settings(max_examples=300, deadline=None)
+@given(sequences(), st.booleans(), st.integers(1, 3), st.integers(2, 4))
+def test_one_context_rank_predicts_each_masked_token_from_the_token_before_it(
+    case: Case, packed: bool, multiple: int, cp: int
+) -> None:
+    ids, masks, rows = case
+    batch = sequences_to_batch(ids, masks)
+    shares = [pack(batch, rows, packed=packed, multiple=multiple, cp=cp, cp_rank=rank) for rank in range(cp)]
+    whole = pack(batch, rows, packed=packed)
+    own = [share.predict_N >= 0 for share in shares]
+    assert (torch.stack(own).sum(0) == 1).all()
+    for share, own_N in zip(shares, own, strict=True):
+        for name in ("targets_N", "row_N", "column_N"):
+            assert getattr(share, name).equal(getattr(whole, name))
+        before = [ids[r][c - 1] for r, c in zip(share.row_N.tolist(), share.column_N.tolist(), strict=True)]
+        assert share.tokens.flatten()[share.predict_N[own_N]].tolist() == torch.tensor(before)[own_N].tolist()
+        assert share.positions.flatten()[share.predict_N].eq(share.column_N - 1)[own_N].all()
+        assert share.tokens.shape == shares[0].tokens.shape and share.tokens.shape[1] % multiple == 0
+    held = torch.cat([share.tokens.flatten() for share in shares])
+    assert sorted(held[held > 0].tolist()) == sorted(token for line in ids for token in line)
+
+
 def test_a_column_of_the_batch_is_read_where_tokens_are_predicted() -> None:
     batch = sequences_to_batch([[5, 6, 7], [8, 9]], [[False, False, True], [False, True]])
     values_BS = torch.arange(6.0).reshape(2, 3)

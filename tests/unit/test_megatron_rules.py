@@ -10,14 +10,12 @@ from megarl.config import megatron_rules
 from megarl.config.megatron_rules import (
     a_tensor_split_fits,
     an_optimizer_on_the_host_is_split_and_stays,
-    axes_are_built,
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
     overridden_fields_exist_and_are_free,
     recomputation_is_complete,
     the_model_fits_its_axes,
 )
-from megarl.config.rules import ppo_start_problems
 from megarl.config.schema import TrainedMegatronConfig
 from megarl.config.transformer_fields import OURS, transformer_fields
 from megarl.errors import Problem
@@ -54,8 +52,6 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
     (axes_divide_the_ranks, lambda: (_megatron(**{TP: 2, EP: 8}), 8), [f"m.{TP} x m.{EP}"], "divide the 8 ranks"),
     (axes_divide_the_ranks, lambda: (_megatron(**{EP: 4, ETP: 4}), 8), [f"m.{ETP} x m.{EP}"], "divide the 8 ranks"),
     (chunks_take_turns_on_a_pipeline, lambda: (_megatron(**{VPP: 2}),), [f"m.{VPP}"], f"where m.{PP} is 1"),
-    (axes_are_built, lambda: (_megatron(**{CP: 2}),), [f"m.{CP}"], "isn't built yet"),
-    (axes_are_built, lambda: (_megatron(**{PP: 2, VPP: 2}),), [f"m.{VPP}"], "isn't built yet"),
     (
         recomputation_is_complete,
         lambda: (_megatron(**{"recompute.granularity": "full", "recompute.method": "block"}).recompute,),
@@ -192,16 +188,6 @@ def test_the_stages_that_the_rule_counts_are_those_of_the_layout() -> None:
 
 
 _EMPTY, _RUNS = _megatron(), _full("uniform", 1).recompute
-
-
-def test_no_role_of_a_run_that_starts_has_an_axis_that_is_not_built() -> None:
-    gae = {"algorithm.adv_estimator": "gae", "actor_rollout_ref.rollout.n": 1}
-    asked = {f"{role}.megatron.{CP}": 2 for role in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")}
-    problems = ppo_start_problems(ppo_config(**gae, **asked))
-    assert [p.key for p in problems] == list(asked)
-    without = {**gae, "actor_rollout_ref.actor.use_kl_loss": False, "algorithm.adv_estimator": "remax"}
-    assert [p.key for p in ppo_start_problems(ppo_config(**without, **asked))] == [f"{ACTOR}.{CP}"]
-    assert ppo_start_problems(ppo_config()) == []
 
 
 def test_a_field_of_megatrons_own_may_be_overridden() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megarl.config.schema import MegatronConfig
 from megarl.errors import ConfigError
-from megarl.parallel.layout import Coordinates, Layout, layout_of, split_layers
+from megarl.parallel.layout import Coordinates, Layout, layers_of_chunks, layout_of, split_layers
 
 layouts = st.builds(
     lambda tp, pp, dp, cp: Layout(tp * pp * dp * cp, tp, pp, cp=cp),
@@ -136,6 +136,13 @@ def test_stages_take_all_layers_in_order_and_the_outer_stages_no_more_than_other
 def test_layers_that_do_not_divide_go_to_the_middle_stages() -> None:
     assert split_layers(10, 4) == (range(2), range(2, 5), range(5, 8), range(8, 10))
     assert split_layers(5, 2) == (range(3), range(3, 5))
+
+
+def test_the_chunks_of_a_stage_stand_as_far_apart_as_there_are_stages() -> None:
+    layout = Layout(2, pp=2, vpp=2)
+    assert layers_of_chunks(8, layout, 0) == (range(2), range(4, 6))
+    assert layers_of_chunks(8, layout, 1) == (range(2, 4), range(6, 8))
+    assert layers_of_chunks(8, Layout(2, pp=2), 1) == (range(4, 8),)
 
 
 def test_more_stages_than_layers_is_an_error_that_names_the_key() -> None:

@@ -1,0 +1,45 @@
+"""A world of ranks that processes enter and leave, one after the other, without being started again."""
+
+from __future__ import annotations
+
+import gc
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import FileStore  # type: ignore[attr-defined] # torch doesn't list it
+
+from megarl.parallel.platform import Platform
+
+
+def enter_world(platform: Platform, rank: int, world_size: int, store: Path, timeout_s: float) -> None:
+    """Join a fresh world of exactly ``world_size`` ranks on this machine.
+
+    store: a file that isn't there yet, through which the ranks find each other. timeout_s: of each collective.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    platform.set_device(rank)
+    torch.manual_seed(0)  # what is drawn doesn't depend on the worlds before
+    dist.init_process_group(
+        platform.backend,
+        store=FileStore(str(store), world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    # A rank that leaves while another is still connecting to it would leave that one waiting.
+    dist.barrier()
+
+
+def leave_world() -> None:
+    """Leave nothing of the world behind, if there is one."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Models are cyclic garbage and hold their groups, whose threads would wake up a hundred times a second for good.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,140 @@
+"""Prove on this machine that the layout doesn't change the mathematics: ``python -m megarl.verify``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarl.config.command_line import FlagParser
+from megarl.config.compose import errors_reported
+from megarl.errors import Absent, ConfigError, Problem
+from megarl.parallel.environment import apply_environment
+from megarl.verify.figures import Row, Tolerances
+from megarl.verify.layouts import Layouts, check_names, chosen, layouts_of
+from megarl.verify.subject import Subject, subjects
+
+HELP = """\
+usage: python -m megarl.verify [--layouts all|quick|NAME,...] [--max-ranks N] [--model FOLDER] [--no-engine]
+                               [--out FILE]
+
+  --layouts WHAT           all that the rules allow (the default), quick: few that use every axis between them, or names
+                           with commas between them, such as tp2xpp2+sp
+  --max-ranks N            ranks of the largest layout, each a process; default 8. On CUDA at most the GPUs there are
+  --model FOLDER           a Hugging Face folder with weights, in place of tiny random models
+  --no-engine              start no vLLM
+  --out FILE               where the page goes; default docs/parity.md, or stdout where there is no folder docs
+  --logprob-tolerance X    largest absolute difference of a log-prob in float32; default 2e-5
+  --bf16-tolerance X       largest mean difference in bfloat16, times Hugging Face's own; default 2
+  --training-tolerance X   largest relative difference of losses and gradient norms; default 1e-5
+  --timeout SECONDS        for one layout; default 600
+
+Exit code 0 where everything is within tolerance, 1 where something isn't, 2 for a mistake in the command."""
+DEFAULT_PAGE = Path("docs/parity.md")
+OVER_TOLERANCE = 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the arguments, verify, and write the page. Return the exit code. Raises MegarlError."""
+    flags = _flags(arguments)
+    if flags.help:
+        print(HELP)
+        return 0
+    models = subjects(flags.model)
+    check_names(flags.layouts, [layouts_of(model.shape, flags.max_ranks) for model in models], flags.max_ranks)
+    if flags.out is not None and not Path(flags.out).absolute().parent.is_dir():
+        raise ConfigError([Problem("--out", flags.out, "must be in a folder that is there")])
+    return _verify(flags, models, arguments)
+
+
+def _flags(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = FlagParser()
+    parser.add_argument("--layouts", default="all")
+    parser.add_argument("--max-ranks", type=int, default=8)
+    parser.add_argument("--model")
+    parser.add_argument("--engine", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out")
+    parser.add_argument("--logprob-tolerance", type=float, default=2e-5)
+    parser.add_argument("--bf16-tolerance", type=float, default=2.0)
+    parser.add_argument("--training-tolerance", type=float, default=1e-5)
+    parser.add_argument("--timeout", type=float, default=600.0)
+    parser.add_argument("--help", "-h", action="store_true")
+    flags = parser.parse_args(list(arguments))
+    problems = [
+        Problem(name, value, f"must be {allowed}")
+        for name, value, is_right, allowed in [
+            ("--max-ranks", flags.max_ranks, flags.max_ranks >= 1, "at least 1"),
+            ("--logprob-tolerance", flags.logprob_tolerance, flags.logprob_tolerance >= 0, "at least 0"),
+            ("--bf16-tolerance", flags.bf16_tolerance, flags.bf16_tolerance >= 0, "at least 0"),
+            ("--training-tolerance", flags.training_tolerance, flags.training_tolerance >= 0, "at least 0"),
+            ("--timeout", flags.timeout, flags.timeout > 0, "greater than 0"),
+        ]
+        if not is_right
+    ]
+    if not flags.layouts:
+        problems.append(Problem("--layouts", Absent(), "must be all, quick, or names with commas between them"))
+    if problems:
+        raise ConfigError(problems)
+    return flags
+
+
+def _verify(flags: argparse.Namespace, models: Sequence[Subject], arguments: Sequence[str]) -> int:
+    apply_environment()
+    import torch
+
+    from megarl.parallel.platform import install_platform
+
+    platform, max_ranks = install_platform(), flags.max_ranks
+    device = f"a CPU of {os.cpu_count()} cores over gloo"
+    if platform.name == "cuda":
+        max_ranks = min(max_ranks, torch.cuda.device_count())
+        device = f"{torch.cuda.get_device_name(0)} over nccl"
+    from megarl.verify.page import Page, failures, line_of
+    from megarl.verify.suite import Suite, engine_is_installed, verify
+
+    with_engine = flags.engine and engine_is_installed()
+    layouts: dict[Subject, Layouts] = {m: chosen(layouts_of(m.shape, max_ranks), flags.layouts) for m in models}
+    count = sum(map(len, layouts.values()))
+    print(
+        f"{count} layouts of {len(models)} models, on up to {max_ranks} ranks, {device}"
+        f"{'' if max_ranks == flags.max_ranks else f' (of {flags.max_ranks} asked for: there are no more GPUs)'}"
+        f"{'' if with_engine or not flags.engine else '; vLLM is not installed: no engine is started'}",
+        flush=True,
+    )
+    done: list[Row] = []
+
+    def report(row: Row) -> None:
+        done.append(row)
+        print(line_of(row, len(done), count), flush=True)
+
+    tolerances = Tolerances(flags.logprob_tolerance, flags.bf16_tolerance, flags.training_tolerance)
+    with tempfile.TemporaryDirectory(prefix="megarl_verify_") as scratch:
+        rows, references = verify(Suite(layouts, tolerances, with_engine, Path(scratch), flags.timeout), report)
+    _write(Page(_command(arguments), device, tolerances, models, references, rows).text(), flags.out)
+    for sentence in failures(rows):
+        print(sentence, file=sys.stderr)
+    return 0 if all(row.passes for row in rows) else OVER_TOLERANCE
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return what was typed, without the folders of this machine."""
+    shown = ["=".join(Path(part).name or part for part in argument.split("=")) for argument in arguments]
+    return shlex.join(["python", "-m", "megarl.verify", *shown])
+
+
+def _write(text: str, out: str | None) -> None:
+    if out is None and not DEFAULT_PAGE.parent.is_dir():
+        print(text)
+        return
+    path = Path(out) if out is not None else DEFAULT_PAGE
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    with errors_reported():
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,208 @@
+"""Sequences that context-parallel ranks share: every layout against Hugging Face's eager float32 model and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
+
+import pytest
+import torch
+
+from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.parallel.layout import Layout
+from megarl.train.work import PolicyLossSpec
+from tests.dist import hf_reference
+from tests.dist.parity_cases import Examined, Job, Setup, Trained, examine, train
+from tests.dist.ranks import RankPool
+from tests.dist.test_parity import (
+    JOBS,
+    LOOKING,
+    OPTIMIZER,
+    TELLING,
+    TEMPERATURE,
+    TOLERANCE,
+    TRAINING_TOLERANCE,
+    Reference,
+    assert_pieces_are,
+    make_reference,
+    summed,
+)
+from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
+
+DENSE_LAYOUTS = {
+    "cp2": Layout(2, cp=2),
+    "cp4": Layout(4, cp=4),
+    "tp2xcp2": Layout(4, tp=2, cp=2),
+    "tp2xcp2+sp": Layout(4, tp=2, cp=2, sequence_parallel=True),
+    "cp2xpp2": Layout(4, cp=2, pp=2),
+    "cp2xdp2": Layout(4, cp=2),
+}
+EXPERT_LAYOUTS = {
+    "cp2": Layout(2, cp=2),
+    "cp2xep2": Layout(2, cp=2, ep=2),
+    "cp2xdp2xep2": Layout(4, cp=2, ep=2),
+    "tp2xcp2xep2+sp": Layout(4, tp=2, cp=2, ep=2, sequence_parallel=True),
+    "tp2xcp2xep4xetp1+sp": Layout(4, tp=2, cp=2, ep=4, etp=1, sequence_parallel=True),
+}
+LAYOUTS = DENSE_LAYOUTS | EXPERT_LAYOUTS
+MODELS = (*TELLING, "llama-tied")
+PAIRS = [
+    pytest.param(model, layout, id=f"{model}-{layout}", marks=[] if is_quick else pytest.mark.long)
+    for models, layouts in ((MODELS, DENSE_LAYOUTS), (MOE_MODELS, EXPERT_LAYOUTS))
+    for model in models
+    for layout in layouts
+    for is_quick in [model in (*TELLING, MOE_MODELS[0])]
+]
+EVERY_PAIR = pytest.mark.parametrize(("model", "layout"), PAIRS)
+PACKING = pytest.mark.parametrize("packing", ["packed", "padded"])
+# Losses in which what a token counts depends on all tokens of its sequence, wherever they are.
+SEQUENCE_LOSSES = {
+    "gspo": Job(
+        PolicyLossSpec(
+            PolicyLossSettings(clip_low=0.05, clip_high=0.05, clip_c=3.0),
+            loss_agg_mode="seq-mean-token-mean",
+            kl_coef=None,
+            kl_type="low_var_kl",
+            temperature=TEMPERATURE,
+            name="gspo",
+            entropy_coef=0.01,
+        ),
+        OPTIMIZER,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """Return the maker of references by model."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def make(model: str) -> Reference:
+        save_tiny_model(model, folder / model)
+        return make_reference(folder / model)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def hf_training(reference: Callable[[str], Reference]) -> Callable[[str, str], hf_reference.Training]:
+    """Return the runner of training jobs with Hugging Face and torch, by model and job."""
+
+    @cache
+    def run(model: str, job: str) -> hf_reference.Training:
+        found, asked = reference(model), JOBS[job]
+        return hf_reference.train(found.folder, found.batch, asked.loss, asked.optimizer, asked.steps)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def examined(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[[str, str], list[dict[str, Examined]]]:
+    """Return the examiner by model and layout: its answers by rank and packing."""
+
+    @cache
+    def run(model: str, layout: str) -> list[dict[str, Examined]]:
+        setup, world_size = Setup(reference(model).folder, LAYOUTS[layout]), LAYOUTS[layout].world_size
+        return ranks.run(examine, setup, reference(model).batch, LOOKING, TEMPERATURE, world_size=world_size)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[[str, str], list[dict[str, Trained]]]:
+    """Return the runner of all JOBS by model and layout: its answers by rank and job."""
+
+    @cache
+    def run(model: str, layout: str) -> list[dict[str, Trained]]:
+        setup, world_size = Setup(reference(model).folder, LAYOUTS[layout]), LAYOUTS[layout].world_size
+        return ranks.run(train, setup, reference(model).batch, JOBS, world_size=world_size)
+
+    return run
+
+
+@PACKING
+@EVERY_PAIR
+def test_logits_and_log_probs_equal_hugging_faces(
+    examined: Callable[[str, str], list[dict[str, Examined]]],
+    reference: Callable[[str], Reference],
+    model: str,
+    layout: str,
+    packing: str,
+) -> None:
+    answers = [found[packing].scored for found in examined(model, layout)]
+    reporting = tuple(rank for rank, answer in enumerate(answers) if answer is not None)
+    assert reporting == LAYOUTS[layout].output_ranks()
+    scored = [answer for answer in answers if answer is not None]
+    logits_BSV, logprobs_BS = (torch.cat([getattr(s, name) for s in scored]) for name in ("logits_BSV", "logprobs_BS"))
+    torch.testing.assert_close(logits_BSV, reference(model).logits_BSV, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(logprobs_BS, reference(model).logprobs_BS, rtol=0, atol=TOLERANCE)
+
+
+@PACKING
+@EVERY_PAIR
+def test_loss_gradients_and_their_norm_equal_hugging_faces(
+    examined: Callable[[str, str], list[dict[str, Examined]]],
+    hf_training: Callable[[str, str], hf_reference.Training],
+    model: str,
+    layout: str,
+    packing: str,
+) -> None:
+    """A loss that Megatron's schedule multiplies by the context ranks, or that is a mean of theirs, is off by twice."""
+    answers, expected = [found[packing] for found in examined(model, layout)], hf_training(model, "sft")
+    assert_pieces_are(
+        list(chain.from_iterable(found.gradients for found in answers)), expected.first_gradients, TOLERANCE
+    )
+    (step,) = summed([[found.metrics] for found in answers], LAYOUTS[layout])
+    assert step["loss"] == pytest.approx(expected.losses[0], rel=TRAINING_TOLERANCE)
+    norms = [found.metrics["grad_norm"] for found in answers]
+    assert norms == pytest.approx([expected.grad_norms[0]] * len(norms), rel=TRAINING_TOLERANCE)
+
+
+@pytest.mark.parametrize("job", JOBS)
+@EVERY_PAIR
+def test_three_optimizer_steps_equal_hugging_face_with_adamw(
+    trained: Callable[[str, str], list[dict[str, Trained]]],
+    hf_training: Callable[[str, str], hf_reference.Training],
+    model: str,
+    layout: str,
+    job: str,
+) -> None:
+    found, expected = [rank[job] for rank in trained(model, layout)], hf_training(model, job)
+    steps = summed([rank.metrics for rank in found], LAYOUTS[layout])
+    assert [s["loss"] for s in steps] == pytest.approx(expected.losses, rel=TRAINING_TOLERANCE, abs=1e-6)
+    assert [s["grad_norm"] for s in steps] == pytest.approx(expected.grad_norms, rel=TRAINING_TOLERANCE)
+    assert_pieces_are([piece for rank in found for piece in rank.weights], expected.weights, TRAINING_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["cp2", "cp4", "cp2xdp2"])
+def test_a_loss_of_whole_sequences_sees_them_whole(
+    ranks: RankPool, reference: Callable[[str], Reference], layout: str
+) -> None:
+    """Every metric of three steps is that of one rank, each counted once."""
+    found = reference(TELLING[0])
+
+    def run(layout: Layout) -> list[dict[str, float]]:
+        setup = Setup(found.folder, layout)
+        answers = ranks.run(train, setup, found.batch, SEQUENCE_LOSSES, world_size=layout.world_size)
+        return summed([rank["gspo"].metrics for rank in answers], layout)
+
+    alone = run(Layout(1))
+    assert alone[1]["clip_fraction"] > 0, "no sequence tests the clip"
+    for step, expected in zip(run(LAYOUTS[layout]), alone, strict=True):
+        assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=TRAINING_TOLERANCE)
+
+
+def test_bf16_training_stays_near_that_on_one_rank(ranks: RankPool, reference: Callable[[str], Reference]) -> None:
+    found, jobs = reference(TELLING[0]), {"sft": JOBS["sft"]}
+
+    def run(layout: Layout) -> list[dict[str, float]]:
+        setup = Setup(found.folder, layout, dtype=torch.bfloat16)
+        answers = ranks.run(train, setup, found.batch, jobs, world_size=layout.world_size)
+        return summed([rank["sft"].metrics for rank in answers], layout)
+
+    for step, expected in zip(run(LAYOUTS["tp2xcp2+sp"]), run(Layout(1)), strict=True):
+        assert [step[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [expected[name] for name in ("loss", "grad_norm")], rel=2e-2
+        )

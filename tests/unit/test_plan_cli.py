@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+MICRO = f"{ACTOR}.ppo_micro_batch_size_per_gpu"
+GRPO = (
+    "algorithm.adv_estimator=grpo",
+    f"{ROLLOUT}.n=8",
+    f"{ACTOR}.use_kl_loss=true",
+    f"{ACTOR}.ppo_mini_batch_size=256",
+)
+EXPERTS = "actor_rollout_ref.model.path=Qwen/Qwen3-30B-A3B", *GRPO
+DENSE = (
+    "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct",
+    *GRPO,
+    f"{MICRO}=4",
+    f"{ROLLOUT}.gpu_memory_utilization=0.4",
+)
+TOO_MANY = "trainer.nnodes=4096", "data.train_batch_size=32768", f"{ACTOR}.ppo_mini_batch_size=262144"
+FITS, DOES_NOT_FIT, MISTAKE = 0, 1, 2
+
+# Runs the command as `python -m` does, and at its end says what of the heavy packages it loaded.
+COMMAND = """
+import atexit, runpy, sys
+heavy = {"torch", "ray", "megatron", "vllm", "transformers"}
+atexit.register(lambda: print("loaded:", *sorted(heavy & set(sys.modules)), file=sys.stderr))
+sys.argv[0] = "megarl.plan"
+runpy.run_module("megarl.plan", run_name="__main__", alter_sys=True)
+"""
+
+
+def _plan(*arguments: str) -> tuple[int, str, str]:
+    """Return the command's exit code and what it printed to stdout and to stderr, having loaded nothing heavy."""
+    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True)
+    *errors, loaded = done.stderr.splitlines()
+    assert loaded == "loaded:"
+    return done.returncode, done.stdout, "\n".join(errors)
+
+
+def _typed(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
+def test_a_run_that_fits_says_so_and_json_has_the_same_numbers() -> None:
+    code, text, errors = _plan(*DENSE, "--device=h200")
+    assert (code, errors) == (FITS, "")
+    assert "  fits: " in text and "does not fit" not in text
+    json_code, printed, _ = _plan(*DENSE, "--device=h200", "--json")
+    plan = json.loads(printed)
+    assert json_code == FITS and plan["verdict"]["fits"] and plan["verdict"]["changes"] is None
+    lines = [line.split() for line in text.splitlines()]
+    gib = 2**30
+    for phase in plan["memory"]:
+        assert sum(item["device_bytes"] for item in phase["items"]) == phase["device_bytes"]
+        free = plan["device"]["memory_bytes"] - phase["device_bytes"]
+        row = [*phase["phase"].split(), *(f"{n / gib:.1f}" for n in (phase["device_bytes"], free, phase["host_bytes"]))]
+        assert any(line[: len(row)] == row for line in lines), row
+    assert f"fits: {plan['verdict']['room_bytes'] / gib:.1f} GiB are left" in text
+    assert plan["verdict"]["room_bytes"] == min(
+        plan["device"]["memory_bytes"] - phase["device_bytes"] for phase in plan["memory"]
+    )
+    assert f"{plan['engine']['num_cached_tokens']:,} tokens a replica" in text
+    assert f"{plan['checkpoint']['num_bytes'] / 1e9:.1f} GB in {plan['checkpoint']['num_files']} files" in text
+    assert f"host memory a node: {plan['host_bytes_per_node'] / gib:.0f} GiB" in text
+    assert f"keeps {plan['publish']['kept_bytes'] / 1e9:.2f};" in text
+
+
+@pytest.mark.parametrize(
+    "run",
+    [DENSE, (*DENSE[:1], "algorithm.adv_estimator=gae", f"{ACTOR}.ppo_mini_batch_size=256", f"{MICRO}=4")],
+    ids=["grpo", "gae"],
+)
+def test_a_run_that_does_not_fit_names_changes_after_which_it_does(run: tuple[str, ...]) -> None:
+    code, text, errors = _plan(*run)
+    assert (code, errors) == (DOES_NOT_FIT, "")
+    assert "does not fit: " in text
+    json_code, printed, _ = _plan(*run, "--json")
+    changes = json.loads(printed)["verdict"]["changes"]
+    assert json_code == DOES_NOT_FIT and len(changes) == 3
+    for change in changes:
+        overrides = _typed(change["values"])
+        assert f"    {' '.join(overrides)}   (costs {change['cost']})" in text
+        assert _plan(*run, *overrides)[0] == FITS, overrides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((*DENSE, f"{ACTOR}.ppo_mini_batch_size=63"), f"{ACTOR}.ppo_mini_batch_size = 63"),
+        ((*DENSE, f"{ACTOR}.ppo_mini_batch_sise=64"), f"{ACTOR}.ppo_mini_batch_sise"),
+        ((*DENSE, "actor_rollout_ref.model.path=nobody/has-this"), "model.path = 'nobody/has-this'"),
+        ((*DENSE, "--device=H1000"), "--device = 'H1000'"),
+        ((*DENSE, "--gpu-memory=-1"), "--gpu-memory = -1.0"),
+        ((*DENSE, "--gpu-memory=nan"), "--gpu-memory = nan"),
+        ((*DENSE, "--gpu-memory=much"), "--gpu-memory"),
+        ((*DENSE, "--gpus=0"), "--gpus = 0"),
+        ((*DENSE, "--gpus=12"), "--gpus = 12"),
+        ((*DENSE, "--gpus=8", "trainer.n_gpus_per_node=many"), "trainer.n_gpus_per_node = 'many'"),
+        ((*DENSE, *TOO_MANY), "trainer.nnodes x trainer.n_gpus_per_node = '4096 x 8'"),
+        ((*DENSE, "--advize"), "--advize"),
+    ],
+)
+def test_a_mistake_is_one_error_without_a_traceback(arguments: tuple[str, ...], named: str) -> None:
+    code, text, errors = _plan(*arguments)
+    assert (code, text) == (MISTAKE, "")
+    assert named in errors and "Traceback" not in errors
+
+
+def test_so_many_gpus_stand_in_nodes_of_the_size_given() -> None:
+    for gpus, node in ((4, 4), (32, 8)):
+        plan = json.loads(_plan(*DENSE, f"--gpus={gpus}", "--json", f"{MICRO}=1")[1])
+        assert (plan["num_ranks"], plan["ranks_per_node"]) == (gpus, node)
+
+
+def test_advice_names_layouts_that_fit_when_they_are_planned() -> None:
+    devices = "--gpus=32", "--gpu-memory=80"
+    code, printed, errors = _plan(*EXPERTS, f"{MICRO}=1", *devices, "--advise", "--json")
+    advice = json.loads(printed)
+    assert (code, errors) == (FITS, "")
+    assert advice["num_ranks"] == 32 and advice["tried"] > 1000
+    layouts = advice["layouts"]
+    assert len(layouts) == 5
+    seconds = [sum(layout["seconds"].values()) for layout in layouts]
+    assert seconds == pytest.approx(sorted(seconds), abs=0.1)
+    for layout in layouts:
+        code, printed, _ = _plan(*EXPERTS, *_typed({MICRO: 1} | layout["values"]), *devices, "--json")
+        plan = json.loads(printed)
+        assert code == FITS and plan["verdict"]["room_bytes"] == layout["room_bytes"]
+
+
+def test_no_layout_at_all_is_said_and_counts_as_not_fitting() -> None:
+    code, text, _ = _plan(*DENSE, "--gpus=1", "--gpu-memory=10", "--advise")
+    assert code == DOES_NOT_FIT
+    assert text.startswith("none of ") and text.endswith(" layouts fits 1 x H100 of 10.0 GiB\n")

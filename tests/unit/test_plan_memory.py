@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.config.model_shape import ModelShape, parse_model_shape
+from megarl.config.schema import RecomputeConfig
+from megarl.parallel.layout import Layout, split_layers
+from megarl.plan.devices import device
+from megarl.plan.memory import (
+    PROCESS_HOST_BYTES,
+    SLEEPING_ENGINE_BYTES,
+    Engine,
+    Phase,
+    num_in_flight,
+    phases_of,
+)
+from megarl.plan.model_facts.shipped import shipped_config
+from megarl.plan.roles import Role
+from megarl.plan.run_plan import examined_ranks
+from megarl.plan.static import static_bytes
+from tests.unit.model_shapes import layouts_of, model_shapes
+
+GIB = 2**30
+H100, CPU = device("H100"), device("cpu", 4)
+ENGINE = Engine(2 * GIB, 5 * GIB, 10 * GIB, 1000, frees_memory=True)
+FULL = RecomputeConfig("full", "uniform", 1)
+SELECTIVE = RecomputeConfig("selective", None, None)
+
+PHASES = ["generate", "log-prob", "actor update", "publish"]
+
+
+def _shape(name: str) -> ModelShape:
+    facts = shipped_config(name)
+    assert facts is not None
+    return parse_model_shape(facts, name)
+
+
+DENSE, EXPERTS = _shape("Qwen/Qwen2.5-7B-Instruct"), _shape("Qwen/Qwen3-30B-A3B")
+
+
+def _actor(
+    layout: Layout,
+    shape: ModelShape = DENSE,
+    *,
+    param_offload: bool = False,
+    grad_offload: bool = False,
+    optimizer_offload: bool = False,
+    optimizer_on_host: bool = False,
+    recompute: RecomputeConfig | None = None,
+    num_micro_batches: int = 8,
+) -> Role:
+    return Role(
+        "actor",
+        shape,
+        layout,
+        2,
+        4096,
+        8192,
+        num_micro_batches,
+        param_offload,
+        grad_offload,
+        optimizer_offload,
+        optimizer_on_host,
+        distributed_optimizer=True,
+        recompute=recompute,
+    )
+
+
+def _ref(layout: Layout, *, param_offload: bool = False) -> Role:
+    return Role("ref", DENSE, layout, 2, 4096, 4096, 1, param_offload, trained=False)
+
+
+def _critic(layout: Layout) -> Role:
+    return replace(_actor(layout), name="critic", shape=DENSE.with_value_head())
+
+
+def _phases(*roles: Role, engine: Engine = ENGINE) -> dict[str, Phase]:
+    phases = phases_of(roles, engine, H100, range(roles[0].layout.world_size))
+    assert len({phase.name for phase in phases}) == len(phases)
+    return {phase.name: phase for phase in phases}
+
+
+def _bytes(phase: Phase, name: str) -> tuple[int, int]:
+    """Return what a phase has of something on the device and on the host."""
+    found = [(item.device_bytes, item.host_bytes) for item in phase.items if item.name == name]
+    assert len(found) <= 1
+    return found[0] if found else (0, 0)
+
+
+def _where(name: str, *roles: Role) -> dict[str, tuple[int, int]]:
+    return {phase: _bytes(held, name) for phase, held in _phases(*roles).items()}
+
+
+def test_without_offload_a_model_is_on_the_device_in_every_phase_and_the_host_has_the_process_and_the_engine() -> None:
+    role = _actor(Layout(4, tp=2))
+    static = role.static(0)
+    for name, size in (
+        ("actor parameters", static.parameters),
+        ("actor gradients", static.gradients),
+        ("actor optimizer state", static.optimizer),
+    ):
+        assert _where(name, role) == dict.fromkeys(PHASES, (size, 0))
+    host = {name: phase.host_bytes for name, phase in _phases(role).items()}
+    asleep = PROCESS_HOST_BYTES + ENGINE.weights_bytes
+    assert host == {
+        "generate": PROCESS_HOST_BYTES,
+        "log-prob": asleep,
+        "actor update": asleep,
+        "publish": PROCESS_HOST_BYTES,
+    }
+
+
+def test_parameters_that_leave_come_back_for_every_use_and_keep_their_place_on_the_host() -> None:
+    role = _actor(Layout(4, tp=2), param_offload=True)
+    size = role.static(0).parameters
+    used = (size, size)
+    assert _where("actor parameters", role) == {
+        "generate": (0, size),
+        "log-prob": used,
+        "actor update": used,
+        "publish": used,
+    }
+
+
+def test_gradients_that_are_freed_are_nowhere_between_updates() -> None:
+    role = _actor(Layout(4, tp=2), grad_offload=True)
+    gone = (0, 0)
+    assert _where("actor gradients", role) == {
+        "generate": gone,
+        "log-prob": gone,
+        "actor update": (role.static(0).gradients, 0),
+        "publish": gone,
+    }
+
+
+def test_optimizer_state_that_leaves_comes_back_for_updates_alone() -> None:
+    role = _actor(Layout(4, tp=2), optimizer_offload=True)
+    size = role.static(0).optimizer
+    away = (0, size)
+    assert _where("actor optimizer state", role) == {
+        "generate": away,
+        "log-prob": away,
+        "actor update": (size, size),
+        "publish": away,
+    }
+
+
+def test_an_optimizer_on_the_host_never_comes_to_the_device() -> None:
+    role = _actor(Layout(4, tp=2), optimizer_on_host=True)
+    assert _where("actor optimizer state", role) == dict.fromkeys(PHASES, (0, role.static(0).optimizer))
+
+
+def test_each_offload_moves_what_it_names_and_nothing_else() -> None:
+    layout = Layout(4, tp=2)
+    names = {"param_offload": "parameters", "grad_offload": "gradients", "optimizer_offload": "optimizer state"}
+    for moved in names:
+        for kept in names.values():
+            if kept != names[moved]:
+                name = f"actor {kept}"
+                assert _where(name, _actor(layout, **{moved: True})) == _where(name, _actor(layout))  # type: ignore[arg-type]
+
+
+def test_the_engine_is_awake_where_it_generates_and_is_published_to() -> None:
+    phases = _phases(_actor(Layout(4)), _ref(Layout(4)), _critic(Layout(4)))
+    for name, phase in phases.items():
+        awake = _bytes(phase, "engine weights")[0] + _bytes(phase, "engine KV cache and work")[0]
+        assert awake == (ENGINE.memory_bytes if name in ("generate", "publish") else 0)
+        asleep = (0, 0) if awake else (SLEEPING_ENGINE_BYTES, ENGINE.weights_bytes)
+        assert _bytes(phase, "sleeping engine") == asleep
+
+
+def test_an_engine_that_keeps_its_memory_never_sleeps() -> None:
+    for phase in _phases(_actor(Layout(4)), engine=replace(ENGINE, frees_memory=False)).values():
+        engine = _bytes(phase, "engine weights")[0] + _bytes(phase, "engine KV cache and work")[0]
+        assert engine == ENGINE.memory_bytes
+        assert _bytes(phase, "sleeping engine") == (0, 0)
+
+
+def test_an_engine_whose_weights_exceed_its_memory_counts_them_whole() -> None:
+    generate = _phases(_actor(Layout(4)), engine=Engine(9 * GIB, -5 * GIB, 7 * GIB, 1000, True))["generate"]
+    assert _bytes(generate, "engine weights") == (9 * GIB, 0)
+    assert all(item.device_bytes >= 0 and item.host_bytes >= 0 for item in generate.items)
+
+
+def test_reference_and_critic_have_phases_and_memory_only_where_the_run_has_them() -> None:
+    layout = Layout(4)
+    alone = _phases(_actor(layout))
+    assert list(alone) == PHASES
+    with_all = _phases(_actor(layout), _ref(layout), _critic(layout))
+    assert list(with_all) == [
+        "generate",
+        "log-prob",
+        "ref log-prob",
+        "values",
+        "critic update",
+        "actor update",
+        "publish",
+    ]
+    extra = _ref(layout).static(0).total + _critic(layout).static(0).total
+    for name in PHASES:
+        assert with_all[name].device_bytes == alone[name].device_bytes + extra
+
+
+def test_a_reference_that_leaves_is_on_the_device_while_it_scores_and_a_critic_never_holds_logits() -> None:
+    layout = Layout(4)
+    roles = _actor(layout), _ref(layout, param_offload=True), _critic(layout)
+    size = roles[1].static(0).parameters
+    for name, at in _where("ref parameters", *roles).items():
+        assert at == ((size, size) if name == "ref log-prob" else (0, size))
+    phases = _phases(*roles)
+    assert [name for name, phase in phases.items() if _bytes(phase, "logits")[0]] == ["log-prob", "ref log-prob"]
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 8), st.integers(1, 20))
+def test_a_stage_keeps_as_many_micro_batches_as_1f1b_has_forwards_ahead_of_backwards(pp: int, micro: int) -> None:
+    role = _actor(Layout(pp, pp=pp), num_micro_batches=micro)
+    for stage in range(pp):
+        warm_up = min(micro, pp - stage - 1)
+        kept = most = 0
+        for forward in range(micro):
+            kept += 1
+            most = max(most, kept)
+            kept -= forward >= warm_up  # from then on a backward pass follows every forward pass
+        assert num_in_flight(role, stage) == most
+
+
+def test_interleaved_stages_keep_more_than_their_share_of_plain_ones_and_never_more_than_there_are() -> None:
+    for micro in (4, 8, 64):
+        for stage in range(4):
+            plain = num_in_flight(_actor(Layout(4, pp=4), num_micro_batches=micro), stage)
+            turns = num_in_flight(_actor(Layout(4, pp=4, vpp=2), num_micro_batches=micro), stage)
+            assert plain <= turns <= micro
+
+
+RANKS = [
+    Layout(8, tp=2, pp=2),
+    Layout(8, pp=4),
+    Layout(8, tp=8),
+    Layout(16, tp=2, pp=4, sequence_parallel=True),
+    Layout(64, tp=4, pp=4, ep=4, etp=1, sequence_parallel=True),
+    Layout(72, pp=3),
+    Layout(128, pp=4, cp=2),
+]
+
+
+@pytest.mark.parametrize("layout", RANKS, ids=str)
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_ranks_that_are_examined_hold_the_most_of_all_ranks(layout: Layout, offload: bool) -> None:
+    shape = EXPERTS if layout.ep > 1 else DENSE
+    actor = _actor(layout, shape, optimizer_offload=offload, param_offload=offload)
+    critic = _critic(Layout(layout.world_size, tp=2))
+    roles = (actor, critic, replace(actor, name="ref", trained=False))
+    engine = replace(ENGINE, weights_bytes=GIB)
+    examined = phases_of(roles, engine, H100, examined_ranks(roles, layout.world_size))
+    for rank in range(layout.world_size):
+        for phase, most in zip(phases_of(roles, engine, H100, [rank]), examined, strict=True):
+            assert phase.name == most.name
+            assert phase.device_bytes <= most.device_bytes
+            assert phase.host_bytes <= most.most_host_bytes
+    every = phases_of(roles, engine, H100, range(layout.world_size))
+    assert [p.device_bytes for p in every] == [p.device_bytes for p in examined]
+
+
+def _static(shape: ModelShape, layout: Layout, rank: int = 0) -> int:
+    return static_bytes(shape, layout, rank, dtype_bytes=2, trained=False).parameters
+
+
+@pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_more_tensor_parallel_ranks_never_hold_more_parameters_nor_does_more_of_any_axis(
+    shape: ModelShape, pp: int
+) -> None:
+    by_tp = [_static(shape, Layout(32, tp=tp, pp=pp)) for tp in (1, 2, 4)]
+    assert by_tp == sorted(by_tp, reverse=True) and by_tp[0] > 1.9 * by_tp[1]
+    if shape.num_experts:
+        by_ep = [_static(shape, Layout(32, pp=pp, ep=ep)) for ep in (1, 2, 4, 8)]
+        assert by_ep == sorted(by_ep, reverse=True)
+    sizes = [_static(shape, Layout(32, pp=pp), rank) for rank in range(0, 32, 32 // pp)]
+    if pp > 1:
+        assert max(sizes) < _static(shape, Layout(32, pp=pp // 2))
+
+
+def _update(role: Role) -> int:
+    return max(p.device_bytes for p in phases_of([role], ENGINE, H100, range(role.layout.world_size)) if "up" in p.name)
+
+
+@pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("layout", [Layout(8), Layout(8, pp=2), Layout(8, tp=4, sequence_parallel=True)], ids=str)
+def test_recomputing_never_needs_more_memory_and_the_whole_layer_less_than_a_part(
+    shape: ModelShape, layout: Layout
+) -> None:
+    kept, selective, full = (_update(_actor(layout, shape, recompute=r)) for r in (None, SELECTIVE, FULL))
+    assert full < selective <= kept
+    layers = min(map(len, split_layers(shape.num_layers, layout.pp)))
+    blocks = [_update(_actor(layout, shape, recompute=RecomputeConfig("full", "block", n))) for n in range(1, layers)]
+    assert blocks == sorted(blocks, reverse=True) and blocks[0] <= kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from([H100, CPU]))
+def test_no_phase_of_any_model_and_layout_has_less_than_nothing_of_anything(data: st.DataObject, place: object) -> None:
+    shape = data.draw(model_shapes())
+    layout = data.draw(layouts_of(shape))
+    flags = {name: data.draw(st.booleans()) for name in ("param_offload", "grad_offload", "optimizer_offload")}
+    role = _actor(layout, shape, **flags)  # type: ignore[arg-type]
+    for phase in phases_of([role], ENGINE, H100 if place is H100 else CPU, range(layout.world_size)):
+        assert all(item.device_bytes >= 0 and item.host_bytes >= 0 for item in phase.items)
+        assert phase.device_bytes == sum(item.device_bytes for item in phase.items) > 0

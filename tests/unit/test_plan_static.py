@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.config.model_shape import ModelShape, parse_model_shape
+from megarl.controller.check import check_ppo
+from megarl.controller.planning import planned
+from megarl.model.name_map import hf_shapes, megatron_shards
+from megarl.parallel.layout import Layout
+from megarl.plan.devices import device
+from megarl.plan.model_facts.shipped import shipped_config
+from megarl.plan.static import StaticBytes, static_bytes
+from tests.unit.composed_configs import composed_values
+from tests.unit.model_shapes import layouts_of, model_shapes
+
+BF16, FP32 = 2, 4
+MAIN_WEIGHT_AND_MOMENTS = 3 * FP32
+# Measured: a second.
+SECONDS_A_PLAN_MAY_TAKE = 30
+
+
+def _shape(name: str) -> ModelShape:
+    facts = shipped_config(name)
+    assert facts is not None
+    return parse_model_shape(facts, name)
+
+
+CASES = [
+    ("Qwen/Qwen2.5-7B-Instruct", Layout(8)),
+    ("Qwen/Qwen2.5-7B-Instruct", Layout(32, tp=4, pp=4)),
+    ("Qwen/Qwen2.5-7B-Instruct", Layout(24, tp=2, pp=3, cp=2)),
+    ("Qwen/Qwen3-30B-A3B", Layout(32, ep=8, etp=1)),
+    ("Qwen/Qwen3-30B-A3B", Layout(64, tp=4, pp=4, ep=2)),
+    ("Qwen/Qwen3-30B-A3B", Layout(48, tp=2, pp=3, ep=8, etp=1)),
+    ("Qwen/Qwen3-235B-A22B", Layout(1024, tp=4, pp=8, ep=8, etp=1)),
+]
+REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight")
+
+
+def _copies(shape: ModelShape, layout: Layout, *, of_replicas: bool) -> int:
+    """Return the elements of all ranks' parameters, with data-parallel copies where ``of_replicas``."""
+    total = 0
+    for name, size in hf_shapes(shape).items():
+        if ".experts." in name:
+            copies = layout.edp if of_replicas else 1
+        else:
+            copies = layout.tp if name.endswith(REPLICATED) else 1
+            copies *= layout.dp * layout.cp if of_replicas else 1
+        total += math.prod(size) * copies
+    return total
+
+
+def _all(shape: ModelShape, layout: Layout, *, trained: bool, distributed: bool = True) -> list[StaticBytes]:
+    return [
+        static_bytes(shape, layout, rank, dtype_bytes=BF16, trained=trained, distributed_optimizer=distributed)
+        for rank in range(layout.world_size)
+    ]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_ranks_together_hold_as_many_copies_of_every_tensor_as_the_layout_makes(name: str, layout: Layout) -> None:
+    shape = _shape(name)
+    held = _all(shape, layout, trained=False)
+    assert sum(rank.total for rank in held) == BF16 * _copies(shape, layout, of_replicas=True)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_shares_of_the_distributed_optimizer_add_up_to_every_parameter_once(name: str, layout: Layout) -> None:
+    shape = _shape(name)
+    stepped = sum(rank.optimizer for rank in _all(shape, layout, trained=True))
+    assert stepped == MAIN_WEIGHT_AND_MOMENTS * _copies(shape, layout, of_replicas=False)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_an_optimizer_that_is_not_distributed_steps_every_copy_and_pads_nothing(name: str, layout: Layout) -> None:
+    shape = _shape(name)
+    copies = _copies(shape, layout, of_replicas=True)
+    held = _all(shape, layout, trained=True, distributed=False)
+    assert sum(rank.parameters for rank in held) == BF16 * copies
+    assert sum(rank.gradients for rank in held) == FP32 * copies
+    assert sum(rank.optimizer for rank in held) == MAIN_WEIGHT_AND_MOMENTS * copies
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_padding_for_the_distributed_optimizer_is_a_trifle_and_the_same_for_gradients(
+    name: str, layout: Layout
+) -> None:
+    shape = _shape(name)
+    plain, padded = (_all(shape, layout, trained=True, distributed=distributed) for distributed in (False, True))
+    for without, with_padding in zip(plain, padded, strict=True):
+        assert without.parameters <= with_padding.parameters <= 1.0001 * without.parameters
+        assert with_padding.gradients * BF16 == with_padding.parameters * FP32
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_rank_holds_what_the_name_map_gives_it_whatever_the_model_and_layout(data: st.DataObject) -> None:
+    shape = data.draw(model_shapes())
+    if shape.num_experts and shape.family != "MixtralForCausalLM":
+        dense = tuple(i for i in range(shape.num_layers) if data.draw(st.booleans()))
+        shape = replace(shape, dense_layers=dense)
+    layout = data.draw(layouts_of(shape))
+    for rank in range(layout.world_size):
+        numel = sum(math.prod(shard.shape) for shard in megatron_shards(shape, layout, rank))
+        assert static_bytes(shape, layout, rank, dtype_bytes=FP32, trained=False).total == FP32 * numel
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from([BF16, FP32]))
+def test_shares_of_any_model_add_up_over_replicas(data: st.DataObject, dtype_bytes: int) -> None:
+    shape = data.draw(model_shapes())
+    layout = data.draw(layouts_of(shape))
+    plain, shared = (
+        [
+            static_bytes(shape, layout, r, dtype_bytes=dtype_bytes, trained=True, distributed_optimizer=distributed)
+            for r in range(layout.world_size)
+        ]
+        for distributed in (False, True)
+    )
+    if not shape.num_experts:
+        assert sum(r.optimizer for r in plain) == layout.dp * sum(r.optimizer for r in shared)
+    states = MAIN_WEIGHT_AND_MOMENTS if dtype_bytes == BF16 else 2 * FP32
+    assert all(r.optimizer * dtype_bytes == r.parameters * states for r in plain)
+    assert all(s.optimizer <= p.optimizer and s.gradients >= p.gradients for s, p in zip(shared, plain, strict=True))
+
+
+def test_a_plan_of_1024_ranks_of_the_largest_model_takes_seconds() -> None:
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    values = composed_values(
+        "ppo_megatron_trainer",
+        **{
+            "actor_rollout_ref.model.path": "Qwen/Qwen3-235B-A22B",
+            "trainer.nnodes": 128,
+            "algorithm.adv_estimator": "gae",
+            f"{actor}.use_kl_loss": True,
+            f"{actor}.ppo_mini_batch_size": 1024,
+            f"{actor}.ppo_micro_batch_size_per_gpu": 1,
+            f"{actor}.megatron.tensor_model_parallel_size": 4,
+            f"{actor}.megatron.pipeline_model_parallel_size": 8,
+            f"{actor}.megatron.expert_model_parallel_size": 8,
+            f"{actor}.megatron.expert_tensor_parallel_size": 1,
+            f"{rollout}.tensor_model_parallel_size": 8,
+        },
+    )
+    start = time.process_time()
+    plan = planned(check_ppo(values, files_may_be_missing=True), device("H100"))
+    taken_s = time.process_time() - start
+    assert plan.num_ranks == 1024 and [role.name for role in plan.roles] == ["actor", "ref", "critic"]
+    assert taken_s < SECONDS_A_PLAN_MAY_TAKE
