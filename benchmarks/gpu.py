@@ -43,6 +43,9 @@ def main() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     size = SIZES[options.size]
     result = measure(size, 1, 1, options.repetitions, bare=options.compare)
+    from megarl.parallel.world import leave_world
+
+    leave_world()
     flops = update_flops(size)
     print(
         f"{device.name}, {result['dtype']}, {result['tokens']:,} tokens an update, peak {result['peak_bytes']:,} bytes"

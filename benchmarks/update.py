@@ -205,9 +205,10 @@ class BareLoop:
 
 
 def measure(size: Size, tp: int, pp: int, repetitions: int, *, bare: bool = True) -> dict[str, Any]:
-    """Let both loops take turns on this rank; return seconds of each repetition, and what they computed.
+    """Let both loops take turns on this rank; return seconds of each repetition, and what was measured on what.
 
-    Raises SystemExit where they disagree on loss or gradient norm: they wouldn't do the same work.
+    The rank is still in its world afterwards. Raises SystemExit where the loops disagree on loss or gradient norm: they
+    wouldn't do the same work.
     """
     from megarl.controller.rank import join_ranks
 
@@ -263,8 +264,6 @@ def measure(size: Size, tp: int, pp: int, repetitions: int, *, bare: bool = True
             raise SystemExit(f"loss and gradient norm are {mine} in megarl and {theirs} in the bare loop")
     tokens = int(batch.lengths_B.sum())
     peak = torch.cuda.max_memory_allocated() if platform.name == "cuda" else 0
-    dist.barrier()
-    dist.destroy_process_group()
     seconds = {"times_s": times, "cpu_times_s": cpu_times}
     return {"tokens": tokens, "device": str(device), "dtype": str(dtype), "peak_bytes": peak, **seconds}
 
@@ -353,6 +352,9 @@ def main() -> None:
         result = measure(SIZES[options.size], *LAYOUTS[options.rank_of], options.repetitions)
         if os.environ["RANK"] == "0":
             print(RESULT + json.dumps(result), flush=True)
+        from megarl.parallel.world import leave_world
+
+        leave_world()
         return
     results = {}
     for name in options.layouts:

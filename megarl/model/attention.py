@@ -58,7 +58,7 @@ class PackedSequences(PackedSeqParams):
 
 
 def describe_packing(lengths: list[int], device: torch.device, cp: int = 1, cp_rank: int = 0) -> PackedSequences:
-    """Return the description of sequences of ``lengths`` tokens laid end to end, as the ``cp_rank``-th of ``cp`` sees it.
+    """Return the description of sequences of ``lengths`` tokens laid end to end, for one of ``cp`` context ranks.
 
     Every part of a sequence that the rank holds is a stretch of queries, which looks at the sequence up to its end.
     """
@@ -161,8 +161,7 @@ class CausalAttention(MegatronModule):
         size = len(place_S) // num_parts(cp)
         ends = [(part + 1) * size for part in parts(cp, cp_rank)]
         out = [
-            self._sdpa(q, key[:, :, :end], value[:, :, :end])
-            for q, end in zip(query.split(size, 2), ends, strict=True)
+            self._sdpa(q, key[:, :, :end], value[:, :, :end]) for q, end in zip(query.split(size, 2), ends, strict=True)
         ]
         return torch.cat(out, 2).permute(2, 0, 1, 3)
 

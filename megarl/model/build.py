@@ -149,9 +149,7 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     """Return a chunk's layers: Transformer Engine's where importable, else local with our norm and attention."""
     if transformer_engine_present():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
-    )
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:  # often the same object several times
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

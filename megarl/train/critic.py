@@ -50,7 +50,11 @@ class Critic(Model):
         assert batch.values_BS is not None and batch.returns_BS is not None
         old_BS, returns_BS = batch.values_BS, batch.returns_BS
         weights_B = token_weights_B(
-            spec.loss_agg_mode, batch.mask_BS.sum(-1), step.total_tokens, step.total_rollouts, max_tokens=spec.max_tokens
+            spec.loss_agg_mode,
+            batch.mask_BS.sum(-1),
+            step.total_tokens,
+            step.total_rollouts,
+            max_tokens=spec.max_tokens,
         )
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

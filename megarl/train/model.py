@@ -140,8 +140,8 @@ class Model:
     ) -> list[R]:
         """Run Megatron's pipeline schedule over micro-batches; return what ``loss`` told of each, on the last stage.
 
-        Every rank of the layout's data-parallel rank must be given the same rows. Where chunks take turns, micro-batches
-        without rows make up for those that the last turn lacks: ``loss`` sees them too.
+        Every rank of the layout's data-parallel rank must be given the same rows. Where chunks take turns, the schedule
+        needs a multiple of the stages: micro-batches without rows make up for what is missing, and ``loss`` sees them.
         """
         layout = self.spec.layout
         missing = -len(micro_batches) % layout.pp if layout.vpp > 1 else 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarl.config.model_shape import read_model_shape
 from megarl.controller.ranks import Ranks, RoleLayout
+from megarl.data.zigzag import num_parts
 from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
 from megarl.plan.balance import TokenBudget, pass_cost
@@ -86,7 +87,7 @@ def _learn(
     spec = ModelSpec(shape, layout, torch.float32, torch.device("cpu"))
     actor = Actor(spec, SafetensorsSource(folder, shape), optimizer)
     cost = pass_cost(active_parameters(shape), shape.num_layers * shape.num_heads * shape.head_dim)
-    budget = None if cut.max_tokens is None else TokenBudget(cut.max_tokens, cost)
+    budget = None if cut.max_tokens is None else TokenBudget(cut.max_tokens, cost, 1, num_parts(layout.cp))
     ranks = Ranks(EveryRank(actor), {"actor": RoleLayout(layout, cut.micro_batch_size, budget, budget)})
     spread = budget.over(batch.lengths_B.tolist()) if budget else None
     plan = plan_update(len(batch), cut.mini_batch_size, cut.micro_batch_size, layout.dp, 1, 5, spread)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.model.attention import describe_packing
 from megarl.parallel.layout import Layout
 from megarl.train.work import PolicyLossSpec
 from tests.dist import hf_reference
@@ -192,6 +193,18 @@ def test_a_loss_of_whole_sequences_sees_them_whole(
     assert alone[1]["clip_fraction"] > 0, "no sequence tests the clip"
     for step, expected in zip(run(LAYOUTS[layout]), alone, strict=True):
         assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=TRAINING_TOLERANCE)
+
+
+@pytest.mark.parametrize(("cp", "cp_rank"), [(1, 0), (2, 0), (2, 1), (4, 2)])
+def test_the_variable_length_kernel_is_told_of_the_same_queries_and_keys_as_sdpa(cp: int, cp_rank: int) -> None:
+    packing = describe_packing([16, 8, 24, 8], torch.device("cpu"), cp, cp_rank)
+    assert packing.stretches is not None
+    queries_at, keys_at = (list(pairwise(bounds.tolist())) for bounds in packing.stretches.bounds)
+    key_T = packing.stretches.key_T.tolist()
+    told = [(list(range(*q)), key_T[slice(*k)]) for q, k in zip(queries_at, keys_at, strict=True)]
+    blocks = [zip(block.query_BL.tolist(), block.key_BK.tolist(), strict=True) for block in packing.blocks]
+    assert sorted(told) == sorted(chain.from_iterable(blocks))
+    assert packing.stretches.longest == (max(len(q) for q, _ in told), max(len(k) for _, k in told))
 
 
 def test_bf16_training_stays_near_that_on_one_rank(ranks: RankPool, reference: Callable[[str], Reference]) -> None:

@@ -42,7 +42,12 @@ LOSS = PolicyLossSpec(
     max_tokens=20,
 )
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-LAYOUTS = {"dp2": Layout(2), "pp2xdp2": Layout(4, pp=2), "tp2+spxdp2": Layout(4, tp=2, sequence_parallel=True)}
+LAYOUTS = {
+    "dp2": Layout(2),
+    "pp2xdp2": Layout(4, pp=2),
+    "tp2+spxdp2": Layout(4, tp=2, sequence_parallel=True),
+    "cp2xdp2": Layout(4, cp=2),
+}
 # Three optimizer steps of six rollouts.
 STATIC = Cut(mini_batch_size=6, micro_batch_size=3)
 CUTS = {"static": STATIC, "tight": replace(STATIC, max_tokens=20), "loose": replace(STATIC, max_tokens=40)}

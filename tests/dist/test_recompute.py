@@ -66,7 +66,14 @@ def batch() -> Batch:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [("one_rank", "float32"), ("tp2+sp", "bfloat16"), ("dp2", "bfloat16"), ("tp2_pp2+sp", "float32"), ("pp2_vpp2", "float32"), ("cp2", "float32")],
+    [
+        ("one_rank", "float32"),
+        ("tp2+sp", "bfloat16"),
+        ("dp2", "bfloat16"),
+        ("tp2_pp2+sp", "float32"),
+        ("pp2_vpp2", "float32"),
+        ("cp2", "float32"),
+    ],
 )
 def test_recomputing_changes_neither_losses_nor_weights_and_keeps_less(
     ranks: RankPool, folder: Path, batch: Batch, layout: str, dtype: str, packed: bool

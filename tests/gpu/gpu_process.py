@@ -57,9 +57,9 @@ def main(call: Path, result: Path, *options: str) -> None:
     join_ranks()
     function, args = pickle.loads(call.read_bytes())
     result.write_bytes(pickle.dumps(function(*args)))
-    import torch
+    from megarl.parallel.world import leave_world
 
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":
