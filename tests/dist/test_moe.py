@@ -51,7 +51,7 @@ PAIRS = [
     pytest.param(model, layout, id=f"{model}-{layout}", marks=[] if is_quick else pytest.mark.long)
     for model in MOE_MODELS
     for layout in LAYOUTS
-    for is_quick in [model == TELLING or layout in ("one_rank", "tp2xep2xetp2", "pp2xep2")]
+    for is_quick in [layout in (("tp2xep2xetp1xdp2", "pp2xep2", "ep2") if model == TELLING else ("tp2xep2xetp2",))]
 ]
 EVERY_PAIR = pytest.mark.parametrize(("model", "layout"), PAIRS)
 PACKING = pytest.mark.parametrize("packing", ["packed", "padded"])

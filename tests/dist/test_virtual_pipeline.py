@@ -47,8 +47,13 @@ EXPERT_LAYOUTS = {
 LAYOUTS = DENSE_LAYOUTS | EXPERT_LAYOUTS
 MOE_MODEL = "qwen2_moe-tied"  # a dense layer, then layers of experts
 NUM_LAYERS = 8
+QUICK = [*product(TELLING[1:], ["pp2xvpp2", "tp2xpp2xvpp2+sp", "cp2xpp2xvpp2"]), (MOE_MODEL, "pp2xvpp2xep2")]
 PAIRS = pytest.mark.parametrize(
-    ("model", "layout"), [*product(TELLING, DENSE_LAYOUTS), *product([MOE_MODEL], EXPERT_LAYOUTS)]
+    ("model", "layout"),
+    [
+        pytest.param(*pair, id="-".join(pair), marks=() if pair in QUICK else pytest.mark.long)
+        for pair in [*product(TELLING, DENSE_LAYOUTS), *product([MOE_MODEL], EXPERT_LAYOUTS)]
+    ],
 )
 PACKING = pytest.mark.parametrize("packing", ["packed", "padded"])
 

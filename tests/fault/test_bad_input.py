@@ -74,7 +74,9 @@ MISTAKES = {
         ("data.overlong_prompts=error", "data.max_prompt_length=4"),
         ("DataError", "train.parquet, row group 0, row 0", "data.max_prompt_length = 4", "fix:"),
     ),
-    "a reward file that isn't there": Mistake(("reward.path=nowhere.py",), ("ConfigError", "reward.path = 'nowhere.py'", "fix:")),
+    "a reward file that isn't there": Mistake(
+        ("reward.path=nowhere.py",), ("ConfigError", "reward.path = 'nowhere.py'", "fix:")
+    ),
 }
 
 

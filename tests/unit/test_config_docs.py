@@ -47,7 +47,7 @@ def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference(), "run: python -m megarl.config.docs > docs/config.md"
 
 
-@pytest.mark.parametrize("part, config_name", [(1, "ppo_megatron_trainer"), (3, "sft_trainer")])
+@pytest.mark.parametrize(("part", "config_name"), [(1, "ppo_megatron_trainer"), (3, "sft_trainer")])
 def test_each_key_of_the_yaml_files_has_a_row(part: int, config_name: str) -> None:
     page = reference().split("\n## ")[part]
     rows = [(section, name) for section, name in keys_on_the_page(page) if not section.endswith("[]")]
