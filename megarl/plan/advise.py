@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -44,6 +45,9 @@ _OFF = _in_megatron(
 )
 
 
+LEAST_UTILIZATION = 0.3  # of a device, for an engine that still has a cache worth speaking of
+
+
 @dataclass(frozen=True)
 class Advice:
     """A layout that fits."""
@@ -75,12 +79,27 @@ def advise(
             except ConfigError:  # its batches don't come out even
                 break
             tried += 1
+            if smaller := _smaller_engine(candidate, plan):
+                values |= smaller
+                candidate = changed(c, values)
+                plan = again(candidate)
             if plan.fits:
                 kept = {key: value for key, value in values.items() if value_of(c, key) != value}
                 found.append(Advice(Change(kept, ""), _time(candidate, plan), plan.room_bytes))
     # Of equal times the one with fewer settings to change.
     found.sort(key=lambda advice: (round(advice.time.total, 1), len(advice.change.values), -advice.room_bytes))
     return found[:count], tried
+
+
+def _smaller_engine(c: PPOConfig, plan: RunPlan) -> dict[str, object]:
+    """Return how much less the engine has to take where it alone is what doesn't fit; empty where that is no way."""
+    over = {phase.name: phase.device_bytes - plan.device.memory_bytes for phase in plan.phases}
+    awake = max(over.pop("generate"), over.pop("publish"))
+    if awake <= 0 or max(over.values()) > 0:
+        return {}
+    share = c.actor_rollout_ref.rollout.gpu_memory_utilization - awake / plan.device.memory_bytes
+    rounded = math.floor(share * 20) / 20
+    return {f"{ROLLOUT}.gpu_memory_utilization": rounded} if rounded >= LEAST_UTILIZATION else {}
 
 
 def _layouts(c: PPOConfig, shape: ModelShape) -> Iterator[dict[str, object]]:
@@ -90,7 +109,8 @@ def _layouts(c: PPOConfig, shape: ModelShape) -> Iterator[dict[str, object]]:
     stages = [n for n in (1, 2, 4, 8, 16) if ranks % n == 0 and n <= shape.num_layers]
     experts = [n for n in (1, 4, 8, 16, 32) if ranks % n == 0] if shape.num_experts else [1]
     micros = sorted({1, 2, 4, c.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu})
-    for tp, pp, ep, micro, engine_tp in product(within, stages, experts, micros, within):
+    engines = [n for n in (1, 2, 4, 8, 16) if ranks % n == 0]
+    for tp, pp, ep, micro, engine_tp in product(within, stages, experts, micros, engines):
         for etp in (None, 1) if shape.num_experts and tp > 1 else (None,):
             axes = {
                 "tensor_model_parallel_size": tp,

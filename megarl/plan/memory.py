@@ -137,6 +137,7 @@ def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank:
         items = [_runtime(device), *held, *_engine_items(engine, awake), *used]
         return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
 
+    yield _loading(roles, device, rank)
     yield phase("generate", awake=True)
     yield phase("log-prob", *_scoring(actor, rank, fused), busy="actor")
     if ref:
@@ -147,6 +148,16 @@ def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank:
     yield phase("actor update", *_updating(actor, rank, fused), busy="actor", update=True)
     buckets = min(PUBLISH_BUCKETS_BYTES, 3 * engine.weights_bytes)
     yield phase("publish", Item("send and receive buckets", buckets), busy="actor", awake=True)
+
+
+def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:
+    """Return the moment of the start when most is there: roles are built one after the other, the engine after them."""
+    moments = []
+    for i, role in enumerate(roles):
+        before = [item for earlier in roles[:i] for item in _held(earlier, rank, is_used=False, is_updated=False)]
+        items = (_runtime(device), *before, *_held(role, rank, is_used=True, is_updated=True))
+        moments.append(Phase("load", rank, tuple(item for item in items if item.device_bytes or item.host_bytes)))
+    return max(moments, key=lambda moment: moment.device_bytes)
 
 
 def _runtime(device: Device) -> Item:

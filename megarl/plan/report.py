@@ -15,13 +15,14 @@ from megarl.plan.run_plan import RunPlan
 from megarl.plan.topology import Axis, Topology
 
 _GB = 1e9
+_MAX_NODES = 8  # that are listed
 
 
 def plan_text(plan: RunPlan, changes: Sequence[Change] | None = None, notes: Sequence[str] = ()) -> str:
     """Return the whole plan. changes: what would make a run fit that doesn't; None where nobody asked."""
     parts = [
         ("Batch", _batch_lines(plan)),
-        ("Layout", [line for topology in plan.topologies for line in _layout_lines(topology, plan)]),
+        ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
         (_memory_title(plan), _memory_lines(plan)),
         ("Publish, checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
         ("Verdict", _verdict_lines(plan, changes)),
@@ -58,6 +59,24 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
         lines.append(f"  every key-value head is on {topology.kv_copies} ranks")
     if topology.experts_per_rank:
         lines.append(f"  {topology.experts_per_rank} experts a rank and layer")
+    return lines
+
+
+def _node_lines(plan: RunPlan) -> list[str]:
+    """Return which ranks, and which of the actor's stages, are on which node; of many nodes the first and last."""
+    size, actor = plan.ranks_per_node, plan.roles[0]
+    nodes = range(plan.num_ranks // size)
+    if len(nodes) == 1:
+        return []
+    lines = []
+    for node in nodes:
+        if len(nodes) > _MAX_NODES and node == _MAX_NODES - 1:
+            lines.append("...")
+        if len(nodes) <= _MAX_NODES or node < _MAX_NODES - 1 or node == nodes[-1]:
+            ranks = range(node * size, (node + 1) * size)
+            stages = sorted({actor.stage(rank) for rank in ranks})
+            where = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
+            lines.append(f"node {node}: ranks {ranks[0]} to {ranks[-1]}, the actor's {where}")
     return lines
 
 

@@ -79,7 +79,9 @@ def _critic(layout: Layout) -> Role:
 
 
 def _phases(*roles: Role, engine: Engine = ENGINE) -> dict[str, Phase]:
-    phases = phases_of(roles, engine, H100, range(roles[0].layout.world_size))
+    """Return the phases of a step."""
+    start, *phases = phases_of(roles, engine, H100, range(roles[0].layout.world_size))
+    assert start.name == "load"
     assert len({phase.name for phase in phases}) == len(phases)
     return {phase.name: phase for phase in phases}
 
@@ -93,6 +95,20 @@ def _bytes(phase: Phase, name: str) -> tuple[int, int]:
 
 def _where(name: str, *roles: Role) -> dict[str, tuple[int, int]]:
     return {phase: _bytes(held, name) for phase, held in _phases(*roles).items()}
+
+
+def test_at_the_start_models_are_built_one_after_the_other_and_the_engine_after_them() -> None:
+    layout = Layout(4, tp=2)
+    actor, ref = _actor(layout, param_offload=True, grad_offload=True), _ref(layout)
+    [start, *_] = phases_of([actor, ref], ENGINE, H100, range(4))
+    whole = actor.static(0)
+    assert _bytes(start, "actor parameters") == (whole.parameters, whole.parameters)
+    assert _bytes(start, "actor gradients") == (whole.gradients, 0)
+    assert _bytes(start, "ref parameters") == (0, 0)  # the fullest moment is before it
+    assert not any("engine" in item.name for item in start.items)
+    [start, *_] = phases_of([_actor(layout), ref], ENGINE, H100, range(4))
+    assert _bytes(start, "ref parameters") == (ref.static(0).parameters, 0)
+    assert _bytes(start, "actor optimizer state") == (whole.optimizer, 0)
 
 
 def test_without_offload_a_model_is_on_the_device_in_every_phase_and_the_host_has_the_process_and_the_engine() -> None:
