@@ -88,8 +88,14 @@ def _assert_same(found: Learnt, expected: Learnt) -> None:
     torch.testing.assert_close(found.after_BS, expected.after_BS, rtol=0, atol=RELATIVE * 10)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=() if name == "pp2xdp2" or mode == MODES[0] else pytest.mark.long)
+        for name in LAYOUTS
+        for mode in MODES
+    ],
+)
 def test_three_updates_by_tokens_equal_those_by_count(
     ranks: RankPool, folder: Path, batch: Batch, name: str, mode: str
 ) -> None:

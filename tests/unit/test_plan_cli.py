@@ -120,6 +120,7 @@ def test_so_many_gpus_stand_in_nodes_of_the_size_given() -> None:
         assert (plan["num_ranks"], plan["ranks_per_node"]) == (gpus, node)
 
 
+@pytest.mark.long
 def test_advice_names_layouts_that_fit_when_they_are_planned() -> None:
     devices = "--gpus=32", "--gpu-memory=80"
     code, printed, errors = _plan(*EXPERTS, f"{MICRO}=1", *devices, "--advise", "--json")

@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -137,11 +138,12 @@ def _plan_or_error(values: Mapping[str, Any], place: str) -> RunPlan | ConfigErr
         return error
 
 
-def test_every_config_ends_in_a_plan_or_in_an_error_of_the_users_own_keys(record_property: Any) -> None:
+@pytest.mark.parametrize("count", [NUM_CONFIGS // 5, pytest.param(NUM_CONFIGS, marks=pytest.mark.long)])
+def test_every_config_ends_in_a_plan_or_in_an_error_of_the_users_own_keys(count: int, record_property: Any) -> None:
     outcomes: dict[str, int] = {}
     slowest: tuple[float, dict[str, Any]] = (0.0, {})
 
-    @settings(max_examples=NUM_CONFIGS, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes(), st.sampled_from([*DEVICES, "cpu"]))
     def every_config(drawn: dict[str, Any], place: str) -> None:
         nonlocal slowest
@@ -157,5 +159,6 @@ def test_every_config_ends_in_a_plan_or_in_an_error_of_the_users_own_keys(record
     record_property("outcomes", outcomes)
     record_property("slowest_s", slowest)
     # Every kind of outcome is really among them.
-    assert outcomes.keys() == {"fits", "does not fit", "ConfigError", "ModelFolderError"}, outcomes
-    assert outcomes["fits"] + outcomes["does not fit"] > NUM_CONFIGS // 10, outcomes
+    kinds = {"fits", "does not fit", "ConfigError", "ModelFolderError"}
+    assert outcomes.keys() <= kinds and (outcomes.keys() == kinds or count < NUM_CONFIGS), outcomes
+    assert outcomes["fits"] + outcomes["does not fit"] > count // 10, outcomes
