@@ -71,8 +71,17 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "replicated_optimizer"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [TP2_PP2, DP2, PP2_VPP2], ids=["tp2_pp2+sp", "dp2", "pp2_vpp2"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        pytest.param(TP2_PP2, "float32", id="tp2_pp2+sp-float32", marks=pytest.mark.long),
+        pytest.param(TP2_PP2, "bfloat16", id="tp2_pp2+sp-bfloat16", marks=pytest.mark.long),
+        pytest.param(DP2, "float32", id="dp2-float32"),
+        pytest.param(DP2, "bfloat16", id="dp2-bfloat16"),
+        pytest.param(PP2_VPP2, "float32", id="pp2_vpp2-float32"),
+        pytest.param(PP2_VPP2, "bfloat16", id="pp2_vpp2-bfloat16"),
+    ],
+)
 def test_roles_that_leave_their_device_between_uses_say_and_learn_the_same_to_the_bit(
     ranks: RankPool, folder: Path, batch: Batch, layout: Layout, dtype: str, distributed: bool
 ) -> None:

@@ -63,7 +63,7 @@ def batch() -> Batch:
     return sequences_to_batch(tokens, [[i >= 2 for i in range(length)] for length in LENGTHS])
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["packed", "padded"])
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
