@@ -16,18 +16,21 @@ from megarl.train.work import PolicyLossSpec
 from tests.dist import hf_reference
 from tests.dist.parity_cases import Examined, Job, Setup, Trained, examine, train
 from tests.dist.ranks import RankPool
-from tests.dist.test_parity import (
-    JOBS,
-    LOOKING,
+from tests.dist.parity import (
     OPTIMIZER,
-    TELLING,
+    LOOKING,
     TEMPERATURE,
-    TOLERANCE,
-    TRAINING_TOLERANCE,
-    Reference,
-    assert_pieces_are,
     make_reference,
+    JOBS,
+    TOLERANCE,
     summed,
+    TELLING,
+    assert_scored_as,
+    Reference,
+    TRAINING_TOLERANCE,
+    assert_first_step_is,
+    assert_trained_as,
+    assert_pieces_are,
 )
 from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
 
@@ -75,55 +78,6 @@ SEQUENCE_LOSSES = {
 }
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
-    """Return the maker of references by model."""
-    folder = tmp_path_factory.mktemp("models")
-
-    @cache
-    def make(model: str) -> Reference:
-        save_tiny_model(model, folder / model)
-        return make_reference(folder / model)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def hf_training(reference: Callable[[str], Reference]) -> Callable[[str, str], hf_reference.Training]:
-    """Return the runner of training jobs with Hugging Face and torch, by model and job."""
-
-    @cache
-    def run(model: str, job: str) -> hf_reference.Training:
-        found, asked = reference(model), JOBS[job]
-        return hf_reference.train(found.folder, found.batch, asked.loss, asked.optimizer, asked.steps)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def examined(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[[str, str], list[dict[str, Examined]]]:
-    """Return the examiner by model and layout: its answers by rank and packing."""
-
-    @cache
-    def run(model: str, layout: str) -> list[dict[str, Examined]]:
-        setup, world_size = Setup(reference(model).folder, LAYOUTS[layout]), LAYOUTS[layout].world_size
-        return ranks.run(examine, setup, reference(model).batch, LOOKING, TEMPERATURE, world_size=world_size)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[[str, str], list[dict[str, Trained]]]:
-    """Return the runner of all JOBS by model and layout: its answers by rank and job."""
-
-    @cache
-    def run(model: str, layout: str) -> list[dict[str, Trained]]:
-        setup, world_size = Setup(reference(model).folder, LAYOUTS[layout]), LAYOUTS[layout].world_size
-        return ranks.run(train, setup, reference(model).batch, JOBS, world_size=world_size)
-
-    return run
-
-
 @PACKING
 @EVERY_PAIR
 def test_logits_and_log_probs_equal_hugging_faces(
@@ -134,12 +88,7 @@ def test_logits_and_log_probs_equal_hugging_faces(
     packing: str,
 ) -> None:
     answers = [found[packing].scored for found in examined(model, layout)]
-    reporting = tuple(rank for rank, answer in enumerate(answers) if answer is not None)
-    assert reporting == LAYOUTS[layout].output_ranks()
-    scored = [answer for answer in answers if answer is not None]
-    logits_BSV, logprobs_BS = (torch.cat([getattr(s, name) for s in scored]) for name in ("logits_BSV", "logprobs_BS"))
-    torch.testing.assert_close(logits_BSV, reference(model).logits_BSV, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(logprobs_BS, reference(model).logprobs_BS, rtol=0, atol=TOLERANCE)
+    assert_scored_as(answers, reference(model), LAYOUTS[layout])
 
 
 @PACKING
@@ -152,14 +101,8 @@ def test_loss_gradients_and_their_norm_equal_hugging_faces(
     packing: str,
 ) -> None:
     """A loss that Megatron's schedule multiplies by the context ranks, or that is a mean of theirs, is off by twice."""
-    answers, expected = [found[packing] for found in examined(model, layout)], hf_training(model, "sft")
-    assert_pieces_are(
-        list(chain.from_iterable(found.gradients for found in answers)), expected.first_gradients, TOLERANCE
-    )
-    (step,) = summed([[found.metrics] for found in answers], LAYOUTS[layout])
-    assert step["loss"] == pytest.approx(expected.losses[0], rel=TRAINING_TOLERANCE)
-    norms = [found.metrics["grad_norm"] for found in answers]
-    assert norms == pytest.approx([expected.grad_norms[0]] * len(norms), rel=TRAINING_TOLERANCE)
+    answers = [found[packing] for found in examined(model, layout)]
+    assert_first_step_is(answers, hf_training(model, "sft"), LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -171,11 +114,7 @@ def test_three_optimizer_steps_equal_hugging_face_with_adamw(
     layout: str,
     job: str,
 ) -> None:
-    found, expected = [rank[job] for rank in trained(model, layout)], hf_training(model, job)
-    steps = summed([rank.metrics for rank in found], LAYOUTS[layout])
-    assert [s["loss"] for s in steps] == pytest.approx(expected.losses, rel=TRAINING_TOLERANCE, abs=1e-6)
-    assert [s["grad_norm"] for s in steps] == pytest.approx(expected.grad_norms, rel=TRAINING_TOLERANCE)
-    assert_pieces_are([piece for rank in found for piece in rank.weights], expected.weights, TRAINING_TOLERANCE)
+    assert_trained_as([rank[job] for rank in trained(model, layout)], hf_training(model, job), LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", ["cp2", "cp4", "cp2xdp2"])

@@ -14,16 +14,19 @@ from megarl.parallel.layout import Layout
 from tests.dist import hf_reference
 from tests.dist.parity_cases import Examined, Setup, Trained, examine, train
 from tests.dist.ranks import RankPool
-from tests.dist.test_parity import (
-    JOBS,
+from tests.dist.parity import (
     LOOKING,
     TEMPERATURE,
-    TOLERANCE,
-    TRAINING_TOLERANCE,
-    Reference,
-    assert_pieces_are,
     make_reference,
+    JOBS,
+    TOLERANCE,
     summed,
+    assert_scored_as,
+    Reference,
+    TRAINING_TOLERANCE,
+    assert_first_step_is,
+    assert_trained_as,
+    assert_pieces_are,
 )
 from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
 
@@ -57,56 +60,6 @@ EVERY_PAIR = pytest.mark.parametrize(("model", "layout"), PAIRS)
 PACKING = pytest.mark.parametrize("packing", ["packed", "padded"])
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
-    """Return the maker of references by model."""
-    folder = tmp_path_factory.mktemp("models")
-
-    @cache
-    def make(model: str) -> Reference:
-        save_tiny_model(model, folder / model)
-        return make_reference(folder / model)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def hf_training(reference: Callable[[str], Reference]) -> Callable[[str, str], hf_reference.Training]:
-    """Return the runner of training jobs with Hugging Face and torch, by model and job."""
-
-    @cache
-    def run(model: str, job: str) -> hf_reference.Training:
-        found, asked = reference(model), JOBS[job]
-        return hf_reference.train(found.folder, found.batch, asked.loss, asked.optimizer, asked.steps)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def examined(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[[str, str], list[dict[str, Examined]]]:
-    """Return the examiner by model and layout: its answers by rank and packing."""
-
-    @cache
-    def run(model: str, layout: str) -> list[dict[str, Examined]]:
-        setup = Setup(reference(model).folder, LAYOUTS[layout])
-        batch, world_size = reference(model).batch, LAYOUTS[layout].world_size
-        return ranks.run(examine, setup, batch, LOOKING, TEMPERATURE, world_size=world_size)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained(ranks: RankPool, reference: Callable[[str], Reference]) -> Callable[[str, str], list[dict[str, Trained]]]:
-    """Return the runner of the TRAINING jobs by model and layout: its answers by rank and job."""
-
-    @cache
-    def run(model: str, layout: str) -> list[dict[str, Trained]]:
-        setup = Setup(reference(model).folder, LAYOUTS[layout])
-        return ranks.run(train, setup, reference(model).batch, TRAINING, world_size=LAYOUTS[layout].world_size)
-
-    return run
-
-
 @PACKING
 @EVERY_PAIR
 def test_logits_and_log_probs_equal_hugging_faces(
@@ -116,11 +69,8 @@ def test_logits_and_log_probs_equal_hugging_faces(
     layout: str,
     packing: str,
 ) -> None:
-    answers = [examined(model, layout)[rank][packing].scored for rank in LAYOUTS[layout].output_ranks()]
-    scored = [answer for answer in answers if answer is not None]
-    logits_BSV, logprobs_BS = (torch.cat([getattr(s, name) for s in scored]) for name in ("logits_BSV", "logprobs_BS"))
-    torch.testing.assert_close(logits_BSV, reference(model).logits_BSV, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(logprobs_BS, reference(model).logprobs_BS, rtol=0, atol=TOLERANCE)
+    answers = [found[packing].scored for found in examined(model, layout)]
+    assert_scored_as(answers, reference(model), LAYOUTS[layout])
 
 
 @PACKING
@@ -133,10 +83,8 @@ def test_the_gradient_of_every_parameter_and_their_norm_equal_hugging_faces(
     packing: str,
 ) -> None:
     """Experts see the tokens of all ranks, and their gradients are summed over fewer of them than others' are."""
-    answers, expected = [found[packing] for found in examined(model, layout)], hf_training(model, "sft")
-    assert_pieces_are([piece for found in answers for piece in found.gradients], expected.first_gradients, TOLERANCE)
-    norms = [found.metrics["grad_norm"] for found in answers]
-    assert norms == pytest.approx([expected.grad_norms[0]] * len(norms), rel=TRAINING_TOLERANCE)
+    answers = [found[packing] for found in examined(model, layout)]
+    assert_first_step_is(answers, hf_training(model, "sft"), LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("job", TRAINING)
@@ -148,11 +96,7 @@ def test_three_optimizer_steps_equal_hugging_face_with_adamw(
     layout: str,
     job: str,
 ) -> None:
-    found, expected = [rank[job] for rank in trained(model, layout)], hf_training(model, job)
-    steps = summed([rank.metrics for rank in found], LAYOUTS[layout])
-    assert [s["loss"] for s in steps] == pytest.approx(expected.losses, rel=TRAINING_TOLERANCE, abs=1e-6)
-    assert [s["grad_norm"] for s in steps] == pytest.approx(expected.grad_norms, rel=TRAINING_TOLERANCE)
-    assert_pieces_are([piece for rank in found for piece in rank.weights], expected.weights, TRAINING_TOLERANCE)
+    assert_trained_as([rank[job] for rank in trained(model, layout)], hf_training(model, job), LAYOUTS[layout])
 
 
 def _export(setup: Setup, out: Path) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from megarl.parallel.environment import platform_name
 from megarl.parallel.layout import Layout
 from tests.dist import hf_reference
+from tests.dist.parity import JOBS, TEMPERATURE, Reference, assert_pieces_are, make_reference
 from tests.dist.parity_cases import Setup, train
 from tests.dist.publish_case import PROMPTS
-from tests.dist.test_parity import JOBS, TEMPERATURE, Reference, assert_pieces_are, make_reference
 from tests.dist.tiny_models import save_tiny_model
 from tests.gpu.gpu_cases import (
     all_logprobs,
