@@ -8,6 +8,7 @@ from math import prod
 from megarl.config.divisors import divisors
 from megarl.config.layers import layers_of_stages
 from megarl.config.model_shape import ModelShape
+from megarl.config.router_losses import router_losses_are_whole
 from megarl.config.schema import MegatronConfig, RecomputeConfig, TrainedMegatronConfig
 from megarl.config.transformer_fields import OURS, transformer_fields
 from megarl.errors import Problem, nearest
@@ -74,6 +75,23 @@ def an_optimizer_on_the_host_is_split_and_stays(key: str, megatron: TrainedMegat
         yield Problem(name, True, allowed, f"{name}=false")
 
 
+def a_precision_aware_optimizer_has_its_place(key: str, megatron: TrainedMegatronConfig, dtype: str) -> Problems:
+    """Transformer Engine's Adam steps a share of bfloat16 parameters on the device. dtype: of the model."""
+    name = f"{key}.use_precision_aware_optimizer"
+    if not megatron.use_precision_aware_optimizer:
+        for moment in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(megatron, moment) != "float32":
+                yield Problem(f"{key}.{moment}", getattr(megatron, moment), f"has an effect only where {name}=true")
+        return
+    if not megatron.use_distributed_optimizer:
+        allowed = f"must be true where {name} is true: megatron has it only for the distributed optimizer"
+        yield Problem(f"{key}.use_distributed_optimizer", False, allowed, f"{key}.use_distributed_optimizer=true")
+    if megatron.optimizer_on_host:
+        yield Problem(f"{key}.optimizer_on_host", True, f"contradicts {name}=true, which steps on the device")
+    if dtype != "bfloat16":
+        yield Problem(name, True, f"has an effect only on a bfloat16 model; this one is {dtype}", f"{name}=false")
+
+
 def overridden_fields_exist_and_are_free(key: str, megatron: MegatronConfig) -> Problems:
     """override_transformer_config names fields that megatron has and that megarl doesn't decide."""
     overrides = megatron.override_transformer_config
@@ -92,6 +110,7 @@ def overridden_fields_exist_and_are_free(key: str, megatron: MegatronConfig) -> 
         elif name not in fields:
             hint = nearest(name, fields)
             yield Problem(path, value, "is no field of the installed megatron-core's TransformerConfig", hint)
+    yield from router_losses_are_whole(f"{key}.override_transformer_config", overrides)
 
 
 def the_model_fits_its_axes(key: str, shape: ModelShape, megatron: MegatronConfig) -> Problems:
@@ -145,6 +164,10 @@ def _experts_fit(key: str, shape: ModelShape, megatron: MegatronConfig) -> Probl
         for axis, size in ((name, ep), (f"{key}.expert_tensor_parallel_size", etp or 1)):
             if size > 1:
                 yield Problem(axis, size, "has no effect: the model has no experts", f"{axis}=1")
+        for field, value in megatron.override_transformer_config.items():
+            if field.startswith("moe_") and field not in OURS:
+                path = f"{key}.override_transformer_config.{field}"
+                yield Problem(path, value, "has no effect: the model has no experts", "leave it out")
         return
     if shape.num_experts % ep:
         yield Problem(name, ep, f"must divide the model's {shape.num_experts} experts")

@@ -9,6 +9,7 @@ from megarl.config.algorithm_rules import ALGORITHM_RULES, needs_critic, needs_r
 from megarl.config.effects import settings_have_an_effect
 from megarl.config.megatron_rules import (
     RANKS,
+    a_precision_aware_optimizer_has_its_place,
     a_tensor_split_fits,
     an_optimizer_on_the_host_is_split_and_stays,
     axes_divide_the_ranks,
@@ -161,14 +162,15 @@ def num_ranks(config: PPOConfig | SFTConfig) -> int:
     return config.trainer.nnodes * config.trainer.n_gpus_per_node
 
 
-def axes_make_sense(key: str, megatron: MegatronConfig, ranks: int) -> Problems:
-    """Every rule of one model's axes that needs no model."""
+def axes_make_sense(key: str, megatron: MegatronConfig, ranks: int, dtype: str) -> Problems:
+    """Every rule of one model's axes that needs no model but its ``dtype``."""
     yield from axes_divide_the_ranks(key, megatron, ranks)
     yield from chunks_take_turns_on_a_pipeline(key, megatron)
     yield from overridden_fields_exist_and_are_free(key, megatron)
     if isinstance(megatron, TrainedMegatronConfig):
         yield from recomputation_is_complete(key, megatron.recompute)
         yield from an_optimizer_on_the_host_is_split_and_stays(key, megatron)
+        yield from a_precision_aware_optimizer_has_its_place(key, megatron, dtype)
 
 
 def ppo_problems(c: PPOConfig) -> list[Problem]:
@@ -180,14 +182,14 @@ def ppo_problems(c: PPOConfig) -> list[Problem]:
     problems += the_last_learning_rate_is_reached(
         "actor_rollout_ref.actor.", models.actor.optim, models.actor.lr_scheduler
     )
-    problems += axes_make_sense("actor_rollout_ref.actor.megatron", models.actor.megatron, ranks)
+    problems += axes_make_sense("actor_rollout_ref.actor.megatron", models.actor.megatron, ranks, models.model.dtype)
     if needs_reference(c):
-        problems += axes_make_sense("actor_rollout_ref.ref.megatron", models.ref.megatron, ranks)
+        problems += axes_make_sense("actor_rollout_ref.ref.megatron", models.ref.megatron, ranks, models.model.dtype)
     if needs_critic(c):
         problems += a_model_is_named("critic.model", c.critic.model)
         problems += betas_are_two_fractions("critic.optim", c.critic.optim)
         problems += the_last_learning_rate_is_reached("critic.", c.critic.optim, c.critic.lr_scheduler)
-        problems += axes_make_sense("critic.megatron", c.critic.megatron, ranks)
+        problems += axes_make_sense("critic.megatron", c.critic.megatron, ranks, models.model.dtype)
     problems += sinks_are_known(c.trainer.logger)
     return problems
 
@@ -235,7 +237,7 @@ def sft_problems(c: SFTConfig) -> list[Problem]:
         *a_model_is_named("model", c.model),
         *betas_are_two_fractions("optim", c.optim),
         *the_last_learning_rate_is_reached("", c.optim, c.lr_scheduler),
-        *axes_make_sense("megatron", c.megatron, num_ranks(c)),
+        *axes_make_sense("megatron", c.megatron, num_ranks(c), c.model.dtype),
         *sinks_are_known(c.trainer.logger),
     ]
 

@@ -17,6 +17,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 # Names of the registries in megarl.algorithm, which can't be asked here: they import torch. A test compares them.
 POLICY_LOSSES = ("ppo_clip", "gspo", "geo_mean", "cispo", "sapo", "gpg", "clip_cov", "kl_cov")
@@ -128,6 +129,11 @@ class TrainedMegatronConfig(MegatronConfig):
     grad_offload: bool = key("free the gradient buffers between updates")
     optimizer_offload: bool = key("keep optimizer state in host memory between updates")
     optimizer_on_host: bool = key("Adam steps on the host, where main parameters and moments stay")
+    use_precision_aware_optimizer: bool = key(
+        "Transformer Engine's Adam, which keeps of a main parameter only the 16 bits that the bfloat16 one lacks"
+    )
+    exp_avg_dtype: str = key("of the first moment where use_precision_aware_optimizer", choices=MOMENT_DTYPES)
+    exp_avg_sq_dtype: str = key("of the second moment where use_precision_aware_optimizer", choices=MOMENT_DTYPES)
     recompute: RecomputeConfig = key("activations to compute again instead of keeping them")
 
 

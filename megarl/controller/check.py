@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from megarl.config.rules import (
     sft_problems,
     without_followers,
 )
-from megarl.config.schema import FSDP_STRATEGIES, ActorConfig, CriticConfig, DpPPOConfig, PPOConfig, SFTConfig
+from megarl.config.schema import (
+    FSDP_STRATEGIES,
+    ActorConfig,
+    CriticConfig,
+    DpPPOConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainedMegatronConfig,
+)
 from megarl.controller.start import resolve_model_folder
 from megarl.data.parquet import check_footer
 from megarl.data.prompts import prompt_columns
@@ -137,6 +146,11 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
                 found.problems += critic_model_problems(config, critic.shape, model.shape.vocab_size)
     num_prompts = _check_data_files(config, found, notes if files_may_be_missing else None)
     _check_reward(config, found)
+    trained = {"actor_rollout_ref.actor.megatron": config.actor_rollout_ref.actor.megatron}
+    if needs_critic(config):
+        trained["critic.megatron"] = config.critic.megatron
+    if not files_may_be_missing:
+        found.problems += _optimizers_are_installed(trained)
     found.problems = without_followers(found.problems)
     found.finish()
     assert batch is not None and model is not None
@@ -158,6 +172,7 @@ def check_sft(values: Mapping[str, Any]) -> CheckedSFT:
         with found.of("model.path", path):
             model = _model(path, None)
             found.problems += sft_model_problems(config, model.shape)
+    found.problems += _optimizers_are_installed({"megatron": config.megatron})
     columns = {config.data.messages_key: f"data.messages_key = {config.data.messages_key!r}"}
     for file in (*config.data.train_files, *config.data.val_files):
         with found.of("data.train_files or data.val_files", file):
@@ -244,6 +259,15 @@ def _model(path: str, notes: list[str] | None) -> Model:
             f"{folder} has no tokenizer: none of {', '.join(tokenizer)}; copy it from the base model"
         )
     return Model(shape, folder)
+
+
+def _optimizers_are_installed(trained: Mapping[str, TrainedMegatronConfig]) -> Iterator[Problem]:
+    """Yield which roles, by the key of their axes, ask for an optimizer that isn't here."""
+    for key, megatron in trained.items():
+        if megatron.use_precision_aware_optimizer and find_spec("transformer_engine") is None:
+            name = f"{key}.use_precision_aware_optimizer"
+            allowed = "is Transformer Engine's Adam, which isn't installed"
+            yield Problem(name, True, allowed, f"pip install 'megarl[gpu]' where there are GPUs, or {name}=false")
 
 
 def _check_reward(config: PPOConfig, found: _Findings) -> None:

@@ -17,7 +17,7 @@ from megarl.controller.worker_group import WorkerGroup
 from megarl.parallel.layout import Layout
 from megarl.plan.balance import TokenBudget, spread_rows
 from megarl.plan.batch import MiniBatch, Rows, micro_batches, split_rows
-from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
+from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec, is_whole
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
 
@@ -160,9 +160,9 @@ def _shares(batch: Batch, plan: Sequence[MiniBatch], dp_size: int) -> list[tuple
 
 
 def _merge(shares: Sequence[Metrics]) -> Metrics:
-    """Add up the data-parallel ranks' shares; grad_norm and lr are the same on all."""
+    """Add up the data-parallel ranks' shares."""
     merged: Metrics = defaultdict(float)
     for share in shares:
         for name, value in share.items():
-            merged[name] = value if name in ("grad_norm", "lr") else merged[name] + value
+            merged[name] = value if is_whole(name) else merged[name] + value
     return dict(merged)

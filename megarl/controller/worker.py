@@ -189,6 +189,9 @@ def _optimizer_spec(
         grad_offload=megatron.grad_offload,
         optimizer_offload=megatron.optimizer_offload,
         optimizer_on_host=megatron.optimizer_on_host,
+        moment_dtypes=(getattr(torch, megatron.exp_avg_dtype), getattr(torch, megatron.exp_avg_sq_dtype))
+        if megatron.use_precision_aware_optimizer
+        else None,
     )
 
 

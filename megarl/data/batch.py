@@ -21,14 +21,16 @@ from megarl.types import Batch, Rollout
 class MicroBatch:
     """Sequences laid out for one forward pass of one context rank.
 
-    tokens, positions: [1, L] packed, or [rows, L / rows] padded on the right. lengths: of the packed sequences over all
-    context ranks, with each one's padding, and those of the alignment padding at the end included; empty where padded.
-    predict_N: the flat positions whose next token is trained on, -1 where another context rank has it; targets_N: that
-    token; row_N, column_N: where it stands in the Batch.
+    tokens, positions: [1, L] packed, or [rows, L / rows] padded on the right. sequences: alike, which of the rows a
+    token belongs to, from 1; 0 for padding. lengths: of the packed sequences over all context ranks, with each one's
+    padding, and those of the alignment padding at the end included; empty where padded. predict_N: the flat positions
+    whose next token is trained on, -1 where another context rank has it; targets_N: that token; row_N, column_N: where
+    it stands in the Batch.
     """
 
     tokens: Tensor
     positions: Tensor
+    sequences: Tensor
     lengths: tuple[int, ...]
     predict_N: Tensor
     targets_N: Tensor
@@ -56,11 +58,13 @@ def pack(
     size = _round_up(sum(room) or 1, multiple) if packed else max(len(rows), 1) * width
     tokens_T = torch.zeros(size, dtype=torch.int64)
     positions_T = torch.zeros(size, dtype=torch.int64)
+    sequences_T = torch.zeros(size, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
     predict, targets, row_index, column_index = [none], [none], [none], [none]
-    for row, length, start in zip(rows, lengths, starts, strict=True):
+    for number, (row, length, start) in enumerate(zip(rows, lengths, starts, strict=True), start=1):
         tokens_T[start : start + length] = batch.tokens_BS[row, :length]
         positions_T[start : start + length] = torch.arange(length)
+        sequences_T[start : start + length] = number
         columns = batch.mask_BS[row, :length].nonzero()[:, 0]
         predict.append(start + columns - 1)
         targets.append(batch.tokens_BS[row, columns])
@@ -74,6 +78,7 @@ def pack(
     return MicroBatch(
         tokens=tokens_T[held_L].view(shape),
         positions=positions_T[held_L].view(shape),
+        sequences=sequences_T[held_L].view(shape),
         lengths=(*room, *tail) if packed else (),
         predict_N=place_T[torch.cat(predict)],
         targets_N=torch.cat(targets),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,18 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.config.model_shape import ModelShape, Rope
+from megarl.config.router_losses import ROUTER_LOSS_FIELDS, RouterLosses, router_losses
 from megarl.config.schema import RecomputeConfig
 from megarl.errors import ModelFolderError
 from megarl.model.attention import CausalAttention, RMSNorm
 from megarl.model.name_map import entries, local_experts, megatron_shards
+from megarl.model.router import Router, tell_routers
 from megarl.model.value_head import ValueHead
 from megarl.model.weights import TensorSource, fill
 from megarl.parallel.groups import ParallelGroups
@@ -51,6 +55,8 @@ def transformer_config(
     data-parallel ranks; our losses are already normalised by the whole mini-batch. Megatron's own initialisation stays
     on though the weights are overwritten: it is what marks parameters as tensor-parallel, and the gradient norm
     leaves out the unmarked ones of tp ranks other than 0.
+
+    The router's losses among ``overrides`` aren't told: Megatron's own depend on the layout.
 
     Chunks that take turns on two stages exchange activations and gradients with the same peer in both directions at
     once. Megatron's default way pairs them wrongly without a word: logits are right and gradients are garbage. So the
@@ -93,7 +99,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **_recompute_fields(recompute),
-        **(_expert_fields(shape, layout) | dict(overrides or {})),  # a run may choose how its router computes
+        # A run may choose how its router computes.
+        **(_expert_fields(shape, layout) | _without_losses(overrides or {})),
     )
 
 
@@ -124,6 +131,10 @@ def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
     }
 
 
+def _without_losses(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name not in ROUTER_LOSS_FIELDS}
+
+
 def _recompute_fields(recompute: RecomputeConfig | None) -> dict[str, Any]:
     if recompute is None or recompute.granularity is None:
         return {}
@@ -145,8 +156,22 @@ def _stage_layout(num_layers: int, num_stages: int) -> list[list[str]] | None:
     return stages
 
 
-def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return a chunk's layers: Transformer Engine's where importable, else local with our norm and attention."""
+def _block_spec(config: TransformerConfig, vp_stage: int | None, losses: RouterLosses) -> TransformerBlockSubmodules:
+    """Return a chunk's layers, with our router.
+
+    megatron-core 0.19 describes a layer of experts by a partial where 0.16 has a ModuleSpec.
+    """
+    block = _layers_spec(config, vp_stage)
+    for layer in block.layer_specs:
+        mlp = layer.submodules.mlp
+        experts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        if isinstance(experts, MoESubmodules):
+            experts.router = partial(Router, losses)
+    return block
+
+
+def _layers_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return Transformer Engine's layers where importable, else local ones with our norm and attention."""
     if transformer_engine_present():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
@@ -179,23 +204,30 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """Build the model chunks of this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
-    A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), and the last one of the last stage
+    A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), of a model with experts also what
+    ``tell_routers`` says as padding_mask; and the last one of the last stage
     returns this rank's slice of the logits [B, S / cp, V / tp], or values [B, S / cp, 1] where the shape has a value
     head.
     """
     config = transformer_config(shape, groups.layout, dtype, recompute=recompute, overrides=overrides)
-    return [_build_chunk(shape, groups, config, device, chunk) for chunk in range(groups.layout.vpp)]
+    losses = router_losses(overrides or {})
+    return [_build_chunk(shape, groups, config, losses, device, chunk) for chunk in range(groups.layout.vpp)]
 
 
 def _build_chunk(
-    shape: ModelShape, groups: ParallelGroups, config: TransformerConfig, device: torch.device, chunk: int
+    shape: ModelShape,
+    groups: ParallelGroups,
+    config: TransformerConfig,
+    losses: RouterLosses,
+    device: torch.device,
+    chunk: int,
 ) -> torch.nn.Module:
     layout = groups.layout
     vp_stage = chunk if layout.vpp > 1 else None
     is_last = groups.is_last_stage and chunk == layout.vpp - 1
     model = GPTModel(
         config,
-        _block_spec(config, vp_stage),
+        _block_spec(config, vp_stage, losses),
         vocab_size=shape.padded_vocab(layout.tp),
         max_sequence_length=shape.max_positions,
         pre_process=groups.is_first_stage and chunk == 0,
@@ -208,6 +240,7 @@ def _build_chunk(
     if shape.value_head and is_last:
         model.output_layer = ValueHead(config)
     _mark_experts(model)
+    tell_routers(model)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
     return _HalfPrecision(config, module) if config.bf16 else module

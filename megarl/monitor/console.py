@@ -23,6 +23,7 @@ HEADLINE = (
     "actor/kl",
     "actor/entropy",
     "actor/grad_norm",
+    "actor/moe/load_max",
     "critic/value_loss",
     "response/mean_tokens",
     "rollout_train/logprob_diff_max",

@@ -37,6 +37,7 @@ class Role:
     grad_offload: bool = False
     optimizer_offload: bool = False
     optimizer_on_host: bool = False
+    adam_bytes: int | None = None
     distributed_optimizer: bool = False
     recompute: RecomputeConfig | None = None
     trained: bool = True
@@ -59,6 +60,7 @@ class Role:
             trained=self.trained,
             distributed_optimizer=self.distributed_optimizer,
             optimizer_on_host=self.optimizer_on_host,
+            adam_bytes=self.adam_bytes,
         )
 
 
@@ -107,6 +109,14 @@ def _waiting(megatron: TrainedMegatronConfig) -> dict[str, Any]:
         "grad_offload": megatron.grad_offload,
         "optimizer_offload": megatron.optimizer_offload,
         "optimizer_on_host": megatron.optimizer_on_host,
+        "adam_bytes": _adam_bytes(megatron),
         "distributed_optimizer": megatron.use_distributed_optimizer,
         "recompute": megatron.recompute,
     }
+
+
+def _adam_bytes(megatron: TrainedMegatronConfig) -> int | None:
+    """Return what Transformer Engine's Adam keeps of a parameter: 16 bits of it, and the moments."""
+    if not megatron.use_precision_aware_optimizer:
+        return None
+    return DTYPE_BYTES["bfloat16"] + DTYPE_BYTES[megatron.exp_avg_dtype] + DTYPE_BYTES[megatron.exp_avg_sq_dtype]

@@ -112,10 +112,12 @@ def static_bytes(
     trained: bool,
     distributed_optimizer: bool = False,
     optimizer_on_host: bool = False,
+    adam_bytes: int | None = None,
 ) -> StaticBytes:
     """Return what ``rank`` holds of a role.
 
-    dtype_bytes: of a parameter; below 4, and on the host, Adam steps float32 copies. Adam's step counters, 4 bytes a
+    dtype_bytes: of a parameter; below 4, and on the host, Adam steps float32 copies. adam_bytes: that Adam keeps of one
+    parameter, where it isn't all float32. Adam's step counters, 4 bytes a
     parameter where torch's own AdamW is used, are left out.
     """
     stage = layout.coordinates(rank).pp
@@ -125,7 +127,7 @@ def static_bytes(
     stepped = dense.stepped_numel[_dense_replica(layout, rank)]
     stepped += experts.stepped_numel[layout.expert_coordinates(rank).edp]
     has_copies = dtype_bytes < FP32_BYTES or optimizer_on_host
-    state_bytes = 2 * FP32_BYTES + (FP32_BYTES if has_copies else 0)
+    state_bytes = adam_bytes or 2 * FP32_BYTES + (FP32_BYTES if has_copies else 0)
     return StaticBytes(
         parameters=(dense.numel + experts.numel) * dtype_bytes,
         gradients=(dense.numel + experts.numel) * FP32_BYTES,

@@ -30,7 +30,7 @@ class Actor(Policy):
         """Take optimizer steps on rollouts; return the metrics of each, this data-parallel rank's share of each sum.
 
         ``batch`` needs old_logprobs_BS and advantages_BS, and ref_logprobs_BS where ``loss.kl_coef`` isn't None.
-        Metrics but grad_norm and lr are sums normalised by the whole mini-batch: over data-parallel ranks they add up.
+        Those that aren't whole are sums normalised by the whole mini-batch: over data-parallel ranks they add up.
         """
         with self.optimizer.resident():
             return [self.optimizer.train(batch, step, self._policy_loss(batch, step, loss)) for step in steps]

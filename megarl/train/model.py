@@ -213,7 +213,10 @@ class Model:
         micro: MicroBatch = next(data)
         device, cp, cp_rank = self.spec.device, self.spec.layout.cp, self.groups.place.cp
         packing = describe_packing(list(micro.lengths), device, cp, cp_rank) if micro.lengths else None
-        output = module(micro.tokens.to(device), micro.positions.to(device), None, packed_seq_params=packing)
+        sequences = micro.sequences.to(device) if self.spec.shape.num_experts else None
+        output = module(
+            micro.tokens.to(device), micro.positions.to(device), None, packed_seq_params=packing, padding_mask=sequences
+        )
         return output, partial(_with_token_count, loss, micro)
 
 

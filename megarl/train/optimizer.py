@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megarl.errors import WorkerError
+from megarl.model.router import Sequences, routers, routing_metrics
 from megarl.train.host_adam import adam_on_host
 from megarl.train.model import Loss, Model
 from megarl.train.offload import Offload
@@ -31,6 +32,8 @@ class OptimizerSpec:
     ``warmup_steps`` of linear warm-up, down to ``min_lr`` at ``total_steps``. Steps are optimizer steps.
     grad_offload: free the gradient buffers between updates. optimizer_offload: keep main parameters and moments in host
     memory between updates. optimizer_on_host: keep them there always, and step there; needs the distributed optimizer.
+    moment_dtypes: of Transformer Engine's Adam, which the distributed optimizer takes then for a bfloat16 model; it
+    keeps only the bits of a main parameter that the model's doesn't have. None: all state in float32.
     """
 
     lr: float
@@ -46,6 +49,7 @@ class OptimizerSpec:
     grad_offload: bool = False
     optimizer_offload: bool = False
     optimizer_on_host: bool = False
+    moment_dtypes: tuple[torch.dtype, torch.dtype] | None = None
 
 
 class Optimizer:
@@ -90,10 +94,14 @@ class Optimizer:
     def train(self, batch: Batch, step: OptimizerStep, loss: Loss[dict[str, Tensor]]) -> Metrics:
         """Take one optimizer step on the sum of ``loss`` over micro-batches and data-parallel ranks.
 
-        Return the sum of what ``loss`` told over this rank's micro-batches, with grad_norm (before clipping) and lr.
+        Return the sum of what ``loss`` told over this rank's micro-batches, with grad_norm (before clipping), lr and,
+        where there are experts, how tokens were routed.
         Raises WorkerError where the gradient isn't finite: the weights in memory are lost then, saved ones aren't.
         """
         self.model.set_training(True)
+        sequences = Sequences(step.total_rollouts, max(map(len, step.micro_batches), default=0))
+        for router in routers(self.chunks):
+            router.start(sequences)
         with self.resident():
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
@@ -109,7 +117,9 @@ class Optimizer:
                 f"the gradient norm is {grad_norm}: the update destroyed the weights in memory. Lower optim.lr, raise "
                 "lr_scheduler.warmup_steps, or look for non-finite rewards and log-probs in metrics.jsonl"
             )
-        return metrics | {"grad_norm": float(grad_norm), "lr": lr}
+        shape, device = self.model.spec.shape, self.model.spec.device
+        routing = routing_metrics(self.chunks, shape, device) if shape.num_experts else {}
+        return metrics | {"grad_norm": float(grad_norm), "lr": lr} | routing
 
 
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,11 +167,26 @@ def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:
         params_dtype=model.spec.dtype,
         use_distributed_optimizer=spec.use_distributed_optimizer,
         optimizer_cpu_offload=spec.optimizer_on_host,
+        **_precision_fields(spec),
     )
+    if spec.moment_dtypes is not None:
+        return config
     # Adam then holds main parameters itself, and finds gradients where they are. Megatron derives it from
     # use_precision_aware_optimizer, but fails where there is no Transformer Engine whose version it could ask for.
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = spec.optimizer_on_host
     return config
+
+
+def _precision_fields(spec: OptimizerSpec) -> dict[str, Any]:
+    if spec.moment_dtypes is None:
+        return {}
+    exp_avg, exp_avg_sq = spec.moment_dtypes
+    return {
+        "use_precision_aware_optimizer": True,
+        "store_param_remainders": True,
+        "exp_avg_dtype": exp_avg,
+        "exp_avg_sq_dtype": exp_avg_sq,
+    }
 
 
 def _scheduler(optimizer: object, spec: OptimizerSpec) -> OptimizerParamScheduler:

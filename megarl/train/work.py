@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from megarl.algorithm.policy_loss import PolicyLossSettings
 
 Metrics = dict[str, float]
+"""Numbers by name; a rank's are its share of sums over data-parallel ranks, but for those that all ranks know whole."""
+
+
+def is_whole(metric: str) -> bool:
+    """Whether every rank has the whole number, not a share of it."""
+    return metric in ("grad_norm", "lr") or metric.startswith("moe/")
 
 
 @dataclass(frozen=True)

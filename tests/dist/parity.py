@@ -15,7 +15,7 @@ from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.train.optimizer import OptimizerSpec
-from megarl.train.work import Metrics, PolicyLossSpec
+from megarl.train.work import Metrics, PolicyLossSpec, is_whole
 from megarl.types import Batch
 from tests.dist import hf_reference
 from tests.dist.parity_cases import Examined, Job, Piece, Scored, Trained
@@ -110,10 +110,10 @@ def _mask(length: int) -> list[bool]:
 
 
 def summed(results: Sequence[Sequence[Metrics]], layout: Layout) -> list[Metrics]:
-    """Add up the shares of the ranks that report; gradient norm and learning rate are the same on all."""
+    """Add up the shares of the ranks that report."""
     shares = [results[rank] for rank in layout.output_ranks()]
     return [
-        {name: value if name in ("grad_norm", "lr") else sum(s[name] for s in step) for name, value in step[0].items()}
+        {name: value if is_whole(name) else sum(s[name] for s in step) for name, value in step[0].items()}
         for step in zip(*shares, strict=True)
     ]
 

@@ -6,7 +6,7 @@ Shape suffixes: B rollouts, S sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megarl.config.model_shape import read_model_shape
+from megarl.config.schema import RecomputeConfig
 from megarl.model.build import unwrap
 from megarl.model.name_map import megatron_shards
 from megarl.model.weights import SafetensorsSource
@@ -41,11 +42,20 @@ class Setup:
     dtype: torch.dtype = torch.float32
     micro_batch_size: int = 2
     device: str = "cpu"
+    recompute: RecomputeConfig | None = None
+    transformer_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def spec(self) -> ModelSpec:
         """Return what megarl builds."""
-        device = torch.device(self.device)
-        return ModelSpec(read_model_shape(self.folder), self.layout, self.dtype, device, self.packed)
+        return ModelSpec(
+            read_model_shape(self.folder),
+            self.layout,
+            self.dtype,
+            torch.device(self.device),
+            self.packed,
+            recompute=self.recompute,
+            transformer_fields=self.transformer_fields,
+        )
 
     def model(self) -> Policy:
         """Build a model that only scores."""

@@ -17,6 +17,7 @@ _BLOCK = _CORE + "transformer.transformer_block"
 _LAYER = _CORE + "transformer.transformer_layer"
 _ATTENTION = _CORE + "transformer.attention"
 _CONFIG = _CORE + "transformer.transformer_config"
+_MOE = _CORE + "transformer.moe."
 _MODULE = _CORE + "transformer.module"
 _SCHEDULES = _CORE + "pipeline_parallel.schedules"
 _OPTIMIZER = _CORE + "optimizer.optimizer"
@@ -29,7 +30,7 @@ THROUGH_OBJECTS = [
     ("megarl/train/model.py", _SCHEDULES, "forward_backward_no_pipelining", _RUN),
     ("megarl/train/model.py", _SCHEDULES, "forward_backward_pipelining_without_interleaving", _RUN),
     ("megarl/train/model.py", _SCHEDULES, "forward_backward_pipelining_with_interleaving", _RUN),
-    ("megarl/train/model.py", _CORE + "models.gpt", "GPTModel.forward", "packed_seq_params"),
+    ("megarl/train/model.py", _CORE + "models.gpt", "GPTModel.forward", "packed_seq_params padding_mask"),
     ("megarl/train/optimizer.py", _CONFIG, "TransformerConfig", "no_sync_func finalize_model_grads_func"),
     ("megarl/train/optimizer.py", _CORE + "distributed", "DistributedDataParallel.no_sync", ""),
     ("megarl/train/optimizer.py", _CORE + "distributed", "DistributedDataParallel.zero_grad_buffer", ""),
@@ -65,7 +66,18 @@ THROUGH_OBJECTS = [
     ("megarl/parallel/groups.py", _RNG, "CudaRNGStatesTracker.set_states", "states"),
     ("megarl/model/build.py", _MODULE, "Float16Module.forward", "fp32_output"),
     ("megarl/model/build.py", _BLOCK, "TransformerBlockSubmodules", "layer_specs layer_norm"),
-    ("megarl/model/build.py", _LAYER, "TransformerLayerSubmodules", "input_layernorm pre_mlp_layernorm self_attention"),
+    (
+        "megarl/model/build.py",
+        _LAYER,
+        "TransformerLayerSubmodules",
+        "input_layernorm pre_mlp_layernorm self_attention mlp",
+    ),
+    ("megarl/model/build.py", _MOE + "moe_layer", "MoESubmodules", "router"),
+    ("megarl/model/router.py", _MOE + "moe_layer", "MoELayer.forward", "padding_mask"),
+    *(
+        ("megarl/model/router.py", _MOE + "router", f"TopKRouter.{name}", "")
+        for name in ("routing", "topk", "score_function", "layer_number", "tp_group", "cp_group", "tp_cp_group")
+    ),
     ("megarl/model/build.py", _ATTENTION, "SelfAttentionSubmodules", "core_attention q_layernorm k_layernorm"),
     ("megarl/model/build.py", _LAYER, "TransformerLayer.layer_number", ""),
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.output_layer", ""),
@@ -132,6 +144,8 @@ def uses(source: str, file: str) -> list[Use]:
     found = [Use(f"{file}", module, name) for module, name in imported.values()]
     for node in ast.walk(tree):
         match node:
+            case ast.Attribute(attr="apply"):  # which torch gives to every autograd function
+                continue
             case ast.Attribute(value=ast.Name(id=owner), attr=attribute) if owner in imported and attribute[0] != "_":
                 found.append(Use(f"{file}:{node.lineno}", *_below(imported[owner], attribute)))
             case ast.Call(func=function):
@@ -143,7 +157,9 @@ def uses(source: str, file: str) -> list[Use]:
                     case ast.Name(id=called) if called in subclasses:
                         base, own = subclasses[called]
                         found.append(Use(where, *base, keywords - own))
-                    case ast.Attribute(value=ast.Name(id=owner), attr=attribute) if owner in imported:
+                    case ast.Attribute(value=ast.Name(id=owner), attr=str(attribute)) if (
+                        owner in imported and attribute != "apply"
+                    ):
                         found.append(Use(where, *_below(imported[owner], attribute), keywords))
     return found
 

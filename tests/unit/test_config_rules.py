@@ -226,6 +226,8 @@ SOUND: list[Changes] = [
     {f"{ACTOR}.megatron.{PP}": 2, f"{ACTOR}.megatron.{VPP}": 2, f"{ACTOR}.megatron.{CP}": 2},
     {f"{ACTOR}.megatron.{EP}": 8, f"{REF}.megatron.{EP}": 1},
     {OVERRIDES: {"apply_rope_fusion": False}},
+    {OVERRIDES: {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.001}},
+    {f"{ACTOR}.megatron.use_precision_aware_optimizer": True, f"{ACTOR}.megatron.exp_avg_dtype": "bfloat16"},
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from megarl.config import megatron_rules
 from megarl.config.megatron_rules import (
+    a_precision_aware_optimizer_has_its_place,
     a_tensor_split_fits,
     an_optimizer_on_the_host_is_split_and_stays,
     axes_divide_the_ranks,
@@ -30,6 +31,8 @@ VPP, EP, ETP = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
+PRECISE = "use_precision_aware_optimizer"
+BALANCING, BALANCE = "moe_router_load_balancing_type", "moe_aux_loss_coeff"
 DENSE, MOE = model_shape(), replace(model_shape("Qwen3MoeForCausalLM"), num_layers=8)
 EIGHT_LAYERS, FIVE_LAYERS = replace(DENSE, num_layers=8), replace(DENSE, num_layers=5)
 
@@ -75,6 +78,60 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
         lambda: (_megatron(optimizer_on_host=True, optimizer_offload=True),),
         ["m.optimizer_offload"],
         "contradicts m.optimizer_on_host=true",
+    ),
+    (
+        a_precision_aware_optimizer_has_its_place,
+        lambda: (_megatron(exp_avg_dtype="bfloat16"), "bfloat16"),
+        ["m.exp_avg_dtype"],
+        "has an effect only where m.use_precision_aware_optimizer=true",
+    ),
+    (
+        a_precision_aware_optimizer_has_its_place,
+        lambda: (_megatron(**{PRECISE: True, "use_distributed_optimizer": False}), "bfloat16"),
+        ["m.use_distributed_optimizer"],
+        "must be true where m.use_precision_aware_optimizer is true",
+    ),
+    (
+        a_precision_aware_optimizer_has_its_place,
+        lambda: (_megatron(**{PRECISE: True, "optimizer_on_host": True}), "bfloat16"),
+        ["m.optimizer_on_host"],
+        "contradicts m.use_precision_aware_optimizer=true",
+    ),
+    (
+        a_precision_aware_optimizer_has_its_place,
+        lambda: (_megatron(**{PRECISE: True}), "float32"),
+        [f"m.{PRECISE}"],
+        "has an effect only on a bfloat16 model",
+    ),
+    (
+        overridden_fields_exist_and_are_free,
+        lambda: (_megatron(override_transformer_config={BALANCING: "aux_loss", BALANCE: 0.01}),),
+        [f"m.override_transformer_config.{BALANCING}"],
+        "must be none or seq_aux_loss",
+    ),
+    (
+        overridden_fields_exist_and_are_free,
+        lambda: (_megatron(override_transformer_config={BALANCE: 0.01}),),
+        [f"m.override_transformer_config.{BALANCE}"],
+        f"has no effect where {BALANCING} is none",
+    ),
+    (
+        overridden_fields_exist_and_are_free,
+        lambda: (_megatron(override_transformer_config={BALANCING: "seq_aux_loss"}),),
+        [f"m.override_transformer_config.{BALANCING}"],
+        f"has no effect where {BALANCE} is 0",
+    ),
+    (
+        overridden_fields_exist_and_are_free,
+        lambda: (_megatron(override_transformer_config={"moe_z_loss_coeff": -1.0}),),
+        ["m.override_transformer_config.moe_z_loss_coeff"],
+        "must be a number, and not negative",
+    ),
+    (
+        the_model_fits_its_axes,
+        lambda: (DENSE, _megatron(override_transformer_config={"moe_z_loss_coeff": 0.001})),
+        ["m.override_transformer_config.moe_z_loss_coeff"],
+        "the model has no experts",
     ),
     (
         overridden_fields_exist_and_are_free,
