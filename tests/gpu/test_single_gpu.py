@@ -33,9 +33,15 @@ from tests.gpu.gpu_process import run_alone
 pytestmark = pytest.mark.skipif(platform_name() != "cuda", reason="needs an NVIDIA GPU, and this machine shows none")
 
 DEVICE = "cuda:0"
-MODEL = "qwen3-untied"
+MODELS = ("qwen3-untied", "qwen3_moe-untied")
 # Head sizes of 8 or 16, as the models of other tests have, are none that fused kernels are made for.
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "moe_intermediate_size": 256,
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,11 @@ ALL = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Return the model and what Hugging Face says of its batch in float32."""
+@pytest.fixture(scope="module", params=MODELS)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Return a model and what Hugging Face says of its batch in float32."""
     folder = tmp_path_factory.mktemp("model")
-    save_tiny_model(MODEL, folder, **SIZES)
+    save_tiny_model(request.param, folder, **SIZES)
     return make_reference(folder)
 
 
@@ -135,6 +141,20 @@ def test_training_begins_as_hugging_faces_and_lowers_the_loss(
     losses = [step["loss"] for step in found.metrics]
     assert losses == sorted(losses, reverse=True)
     assert found.main_dtypes == {torch.float32}
+
+
+@pytest.mark.skipif(not HAS_TE, reason="needs Transformer Engine, which isn't installed")
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_precision_aware_optimizer_trains_as_the_one_with_float32_state(
+    tmp_path: Path, reference: Reference, moment_dtype: torch.dtype
+) -> None:
+    plain = replace(JOBS["sft"], optimizer=replace(JOBS["sft"].optimizer, lr=LR))
+    precise = replace(plain, optimizer=replace(plain.optimizer, moment_dtypes=(moment_dtype, moment_dtype)))
+    setup = Setup(reference.folder, Layout(1), dtype=torch.bfloat16, device=DEVICE)
+    found = run_alone(tmp_path, train, setup, reference.batch, {"plain": plain, "precise": precise}, te=True)
+    for name in ("loss", "grad_norm"):
+        expected = [step[name] for step in found["plain"].metrics]
+        assert [step[name] for step in found["precise"].metrics] == pytest.approx(expected, rel=FIRST_STEP_TOLERANCE)
 
 
 def test_a_published_engine_answers_as_a_vllm_started_on_the_same_weights(tmp_path: Path, reference: Reference) -> None:

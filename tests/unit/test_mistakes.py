@@ -297,6 +297,19 @@ MISTAKES = {
     "a function of no file": _of(
         *("reward.path=null", "reward.function=score"), says="has an effect only where reward.path names a file"
     ),
+    "a balancing loss that the layout would change": _of(
+        MOE, f"+{OVERRIDES}.moe_aux_loss_coeff=0.01", f"+{OVERRIDES}.moe_router_load_balancing_type=aux_loss",
+        says="the layout would change the loss",
+    ),
+    "a balancing loss of no experts": _of(
+        f"+{OVERRIDES}.moe_z_loss_coeff=0.01", says="has no effect: the model has no experts"
+    ),
+    "an optimizer of Transformer Engine's without it": _of(
+        f"{AXES}.use_precision_aware_optimizer=true", says="isn't installed"
+    ),
+    "moments of 16 bits in an optimizer that has none": _of(
+        f"{AXES}.exp_avg_dtype=bfloat16", says="has an effect only where"
+    ),
 }  # fmt: skip
 
 # What the fix says of a name that is nearly right.

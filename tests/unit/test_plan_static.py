@@ -153,3 +153,20 @@ def test_a_plan_of_1024_ranks_of_the_largest_model_takes_seconds() -> None:
     taken_s = time.process_time() - start
     assert plan.num_ranks == 1024 and [role.name for role in plan.roles] == ["actor", "ref", "critic"]
     assert taken_s < SECONDS_A_PLAN_MAY_TAKE
+
+
+def test_transformer_engines_adam_keeps_half_a_main_parameter_and_moments_of_the_size_asked_for() -> None:
+    run = {
+        "actor_rollout_ref.model.path": "Qwen/Qwen2.5-7B-Instruct",
+        "actor_rollout_ref.actor.use_kl_loss": True,
+        "algorithm.adv_estimator": "grpo",
+        "actor_rollout_ref.rollout.n": 4,
+    }
+    precise = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bfloat16"}
+    kept = []
+    for settings_of_adam in ({}, precise, precise | {"exp_avg_sq_dtype": "bfloat16"}):
+        changes = {f"actor_rollout_ref.actor.megatron.{name}": value for name, value in settings_of_adam.items()}
+        values = composed_values("ppo_megatron_trainer", **run, **changes)
+        checked = check_ppo(values, files_may_be_missing=True)
+        kept.append(planned(checked, device("h100", 8)).roles[0].static(0).optimizer)
+    assert [size * 12 / kept[0] for size in kept] == [3 * FP32, BF16 + BF16 + FP32, 3 * BF16]
