@@ -202,6 +202,11 @@ def pieces(model: Policy, tensors: Mapping[str, Tensor]) -> list[Piece]:
     return found
 
 
+def export(setup: Setup, out: Path) -> None:
+    """Load a model, and write it as a Hugging Face folder."""
+    setup.model().export(out, setup.folder)
+
+
 def train(setup: Setup, batch: Batch, jobs: Mapping[str, Job]) -> dict[str, Trained]:
     """Do every job, each from the weights of the folder."""
     return {name: _train(setup, batch, job) for name, job in jobs.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from itertools import chain, pairwise
 
 import pytest
@@ -14,25 +13,21 @@ from megarl.model.attention import describe_packing
 from megarl.parallel.layout import Layout
 from megarl.train.work import PolicyLossSpec
 from tests.dist import hf_reference
-from tests.dist.parity_cases import Examined, Job, Setup, Trained, examine, train
-from tests.dist.ranks import RankPool
 from tests.dist.parity import (
-    OPTIMIZER,
-    LOOKING,
-    TEMPERATURE,
-    make_reference,
     JOBS,
-    TOLERANCE,
-    summed,
+    OPTIMIZER,
     TELLING,
-    assert_scored_as,
-    Reference,
+    TEMPERATURE,
     TRAINING_TOLERANCE,
+    Reference,
     assert_first_step_is,
+    assert_scored_as,
     assert_trained_as,
-    assert_pieces_are,
+    summed,
 )
-from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
+from tests.dist.parity_cases import Examined, Job, Setup, Trained, train
+from tests.dist.ranks import RankPool
+from tests.dist.tiny_models import MOE_MODELS
 
 DENSE_LAYOUTS = {
     "cp2": Layout(2, cp=2),

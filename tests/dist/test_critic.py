@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForTokenClassification
 from megarl.config.model_shape import read_model_shape
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.optimizer import OptimizerSpec
 from megarl.train.work import ValueLossSpec
 from megarl.types import Batch
+from tests.dist import parity
 from tests.dist.critic_cases import Judged, judge, learn_and_export
 from tests.dist.ranks import RankPool
 from tests.dist.tiny_models import FAMILIES, save_tiny_model
@@ -25,18 +25,7 @@ from tests.dist.tiny_models import FAMILIES, save_tiny_model
 MODEL = "qwen3-tied"  # a critic has no output layer, so there is nothing to tie
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
 CLIP_RANGE, STEPS = 0.3, 3
-OPTIMIZER = OptimizerSpec(
-    lr=1e-3,
-    min_lr=0.0,
-    weight_decay=0.0,
-    betas=(0.9, 0.95),
-    eps=1e-5,
-    clip_grad=1.0,
-    schedule="constant",
-    warmup_steps=0,
-    total_steps=10,
-    use_distributed_optimizer=True,
-)
+OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3, weight_decay=0.0)
 LAYOUTS = {
     "one_rank": Layout(1),
     "tp1_pp2": Layout(2, pp=2),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,19 @@ from safetensors.torch import load_file
 
 from megarl.parallel.layout import Layout
 from tests.dist import hf_reference
-from tests.dist.parity_cases import Examined, Setup, Trained, examine, train
-from tests.dist.ranks import RankPool
 from tests.dist.parity import (
+    JOBS,
     LOOKING,
     TEMPERATURE,
-    make_reference,
-    JOBS,
     TOLERANCE,
-    summed,
-    assert_scored_as,
     Reference,
-    TRAINING_TOLERANCE,
     assert_first_step_is,
+    assert_scored_as,
     assert_trained_as,
-    assert_pieces_are,
 )
-from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
+from tests.dist.parity_cases import Examined, Setup, Trained, examine, export
+from tests.dist.ranks import RankPool
+from tests.dist.tiny_models import MOE_MODELS
 
 LAYOUTS = {
     "one_rank": Layout(1),
@@ -99,18 +94,13 @@ def test_three_optimizer_steps_equal_hugging_face_with_adamw(
     assert_trained_as([rank[job] for rank in trained(model, layout)], hf_training(model, job), LAYOUTS[layout])
 
 
-def _export(setup: Setup, out: Path) -> None:
-    """Load a model, and write it as a Hugging Face folder."""
-    setup.model().export(out, setup.folder)
-
-
 @pytest.mark.parametrize("layout", EXPORTED_FROM)
 @pytest.mark.parametrize("model", MOE_MODELS)
 def test_export_writes_what_was_loaded_bit_for_bit(
     ranks: RankPool, reference: Callable[[str], Reference], tmp_path: Path, model: str, layout: str
 ) -> None:
     folder, out = reference(model).folder, tmp_path / "exported"
-    ranks.run(_export, Setup(folder, LAYOUTS[layout]), out)
+    ranks.run(export, Setup(folder, LAYOUTS[layout]), out)
     loaded, exported = (load_file(f / "model.safetensors") for f in (folder, out))
     assert exported.keys() == loaded.keys()
     assert [name for name in loaded if not exported[name].equal(loaded[name])] == []

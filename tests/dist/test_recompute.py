@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,25 +11,14 @@ import torch
 from megarl.config.schema import RecomputeConfig
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.optimizer import OptimizerSpec
 from megarl.types import Batch
+from tests.dist import parity
 from tests.dist.ranks import RankPool
 from tests.dist.recompute_cases import Recomputed, train_with
 from tests.dist.tiny_models import FIVE_LAYERS, VOCAB_SIZE, save_tiny_model
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
-OPTIMIZER = OptimizerSpec(
-    lr=1e-3,
-    min_lr=0.0,
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-    eps=1e-5,
-    clip_grad=1.0,
-    schedule="constant",
-    warmup_steps=0,
-    total_steps=10,
-    use_distributed_optimizer=True,
-)
+OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3)
 EVERYTHING_KEPT = "everything kept"
 CHOICES = {
     EVERYTHING_KEPT: None,

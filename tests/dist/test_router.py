@@ -6,7 +6,7 @@ Shape suffixes: B rollouts, S sequence, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any

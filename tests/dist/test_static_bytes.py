@@ -10,9 +10,9 @@ import torch
 
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
+from tests.dist.parity import OPTIMIZER
 from tests.dist.ranks import RankPool
 from tests.dist.static_cases import held_and_planned
-from tests.dist.test_critic import OPTIMIZER
 from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
 
 LAYOUTS = {

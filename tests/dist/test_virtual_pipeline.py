@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,25 +13,20 @@ from safetensors.torch import load_file
 
 from megarl.parallel.layout import Layout
 from tests.dist import hf_reference
-from tests.dist.parity_cases import Examined, Setup, Trained, examine, train
-from tests.dist.ranks import RankPool
 from tests.dist.parity import (
-    LOOKING,
-    TEMPERATURE,
-    make_reference,
     JOBS,
-    TOLERANCE,
     MICRO_BATCH_SIZES,
-    summed,
     TELLING,
-    assert_scored_as,
-    Reference,
     TRAINING_TOLERANCE,
+    Reference,
     assert_first_step_is,
-    assert_trained_as,
     assert_pieces_are,
+    assert_scored_as,
+    assert_trained_as,
+    summed,
 )
-from tests.dist.tiny_models import save_tiny_model
+from tests.dist.parity_cases import Examined, Setup, Trained, export, train
+from tests.dist.ranks import RankPool
 
 DENSE_LAYOUTS = {
     "pp2xvpp2": Layout(2, pp=2, vpp=2),
@@ -145,18 +139,13 @@ def test_bf16_training_stays_near_that_on_one_rank(ranks: RankPool, reference: C
         )
 
 
-def _export(setup: Setup, out: Path) -> None:
-    """Load a model, and write it as a Hugging Face folder."""
-    setup.model().export(out, setup.folder)
-
-
 @pytest.mark.parametrize("layout", ["pp2xvpp4", "tp2xpp2xvpp2+sp"])
 @pytest.mark.parametrize("model", TELLING)
 def test_export_writes_what_was_loaded_bit_for_bit(
     ranks: RankPool, reference: Callable[[str], Reference], tmp_path: Path, model: str, layout: str
 ) -> None:
     folder, out = reference(model).folder, tmp_path / "exported"
-    ranks.run(_export, Setup(folder, LAYOUTS[layout]), out, world_size=LAYOUTS[layout].world_size)
+    ranks.run(export, Setup(folder, LAYOUTS[layout]), out, world_size=LAYOUTS[layout].world_size)
     loaded, exported = (load_file(f / "model.safetensors") for f in (folder, out))
     assert exported.keys() == loaded.keys()
     assert [name for name in loaded if not exported[name].equal(loaded[name])] == []
