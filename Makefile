@@ -12,6 +12,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/py312_' .venv/lib
 
+# Two files at a time: ranks wait for each other a lot. Tests of a file share what is slow to start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: quickstart test test-all check
 .DELETE_ON_ERROR:
 
@@ -19,10 +22,10 @@ quickstart: .venv/.cpu
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not long" $(TESTS)
+	$(PYTEST) -m "not long" $(TESTS)
 
 test-all: .venv/.dev
-	$(BIN)/python -m pytest --ignore=tests/gpu tests
+	$(PYTEST) --ignore=tests/gpu tests
 
 check: .venv/.dev
 	$(BIN)/ruff check .

