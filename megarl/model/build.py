@@ -20,6 +20,7 @@ from megarl.config.model_shape import ModelShape, Rope
 from megarl.config.schema import RecomputeConfig
 from megarl.errors import ModelFolderError
 from megarl.model.attention import CausalAttention, RMSNorm
+from megarl.model.language_head import LanguageHead
 from megarl.model.name_map import entries, local_experts, megatron_shards
 from megarl.model.value_head import ValueHead
 from megarl.model.weights import TensorSource, fill
@@ -176,19 +177,25 @@ def build_model(
     *,
     recompute: RecomputeConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
+    fused_head: bool = False,
 ) -> list[torch.nn.Module]:
     """Build the model chunks of this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
     A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), and the last one of the last stage
     returns this rank's slice of the logits [B, S / cp, V / tp], or values [B, S / cp, 1] where the shape has a value
-    head.
+    head. fused_head: hidden states [B, S / cp, H] in place of logits, which are these times ``output_weight``.
     """
     config = transformer_config(shape, groups.layout, dtype, recompute=recompute, overrides=overrides)
-    return [_build_chunk(shape, groups, config, device, chunk) for chunk in range(groups.layout.vpp)]
+    return [_build_chunk(shape, groups, config, device, chunk, fused_head) for chunk in range(groups.layout.vpp)]
 
 
 def _build_chunk(
-    shape: ModelShape, groups: ParallelGroups, config: TransformerConfig, device: torch.device, chunk: int
+    shape: ModelShape,
+    groups: ParallelGroups,
+    config: TransformerConfig,
+    device: torch.device,
+    chunk: int,
+    fused_head: bool,
 ) -> torch.nn.Module:
     layout = groups.layout
     vp_stage = chunk if layout.vpp > 1 else None
@@ -207,6 +214,8 @@ def _build_chunk(
     )
     if shape.value_head and is_last:
         model.output_layer = ValueHead(config)
+    elif fused_head and is_last:
+        model.output_layer = LanguageHead(config, model.output_layer.weight)
     _mark_experts(model)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
@@ -247,6 +256,13 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     while not isinstance(inner, GPTModel):
         inner = inner.module
     return inner
+
+
+def output_weight(model: torch.nn.Module) -> Tensor:
+    """Return this rank's slice [V / tp, H] of the last chunk's output layer, which may be the embedding's."""
+    inner = unwrap(model)
+    weight: Tensor | None = inner.output_layer.weight
+    return inner.shared_embedding_or_output_weight() if weight is None else weight
 
 
 def named_parameters(
