@@ -146,7 +146,7 @@ def main() -> None:
             f"torch {importlib.metadata.version('torch')}, one thread, medians of "
             f"{arguments.repetitions}:",
             "",
-            "| positions that count | kept for the backward pass | most at a time | forward and backward, CPU | ratio |",
+            "| positions that count | kept for the backward pass | most at a time | CPU, both passes | ratio |",
             "|---|---|---|---|---|",
         ]
         for share in SHARES:
