@@ -71,6 +71,7 @@ class ModelConfig:
     init: str = key("weights from the folder, or drawn from config.json alone", choices=("pretrained", "random"))
     dtype: str = key("of weights and activations; bfloat16 keeps float32 main weights", choices=("bfloat16", "float32"))
     use_remove_padding: bool = key("pack sequences end to end, so that no padding token is computed")
+    use_fused_kernels: bool = key("compute logits with their log-probs block by block, keep none, compute them twice")
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ def _model_spec(shape: ModelShape, model: ModelConfig, megatron: MegatronConfig,
         device,
         packed=model.use_remove_padding,
         param_offload=megatron.param_offload,
+        fused_head=model.use_fused_kernels,
         recompute=megatron.recompute if isinstance(megatron, TrainedMegatronConfig) else None,
         transformer_fields=megatron.override_transformer_config,
     )

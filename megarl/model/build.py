@@ -23,6 +23,7 @@ from megarl.config.router_losses import ROUTER_LOSS_FIELDS, RouterLosses, router
 from megarl.config.schema import RecomputeConfig
 from megarl.errors import ModelFolderError
 from megarl.model.attention import CausalAttention, RMSNorm
+from megarl.model.language_head import LanguageHead
 from megarl.model.name_map import entries, local_experts, megatron_shards
 from megarl.model.router import Router, tell_routers
 from megarl.model.value_head import ValueHead
@@ -201,17 +202,22 @@ def build_model(
     *,
     recompute: RecomputeConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
+    fused_head: bool = False,
 ) -> list[torch.nn.Module]:
     """Build the model chunks of this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
-    A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), of a model with experts also what
-    ``tell_routers`` says as padding_mask; and the last one of the last stage
-    returns this rank's slice of the logits [B, S / cp, V / tp], or values [B, S / cp, 1] where the shape has a value
-    head.
+    A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), and of a model with experts what
+    ``tell_routers`` says as padding_mask. The last one of the last stage returns this rank's slice of the logits
+    [B, S / cp, V / tp], or values [B, S / cp, 1] where the shape has a value head. fused_head: hidden states
+    [B, S / cp, H] in place of logits, which are these times ``output_weight``.
     """
     config = transformer_config(shape, groups.layout, dtype, recompute=recompute, overrides=overrides)
     losses = router_losses(overrides or {})
-    return [_build_chunk(shape, groups, config, losses, device, chunk) for chunk in range(groups.layout.vpp)]
+    chunks = [_build_chunk(shape, groups, config, losses, device, chunk) for chunk in range(groups.layout.vpp)]
+    if fused_head and groups.is_last_stage and not shape.value_head:
+        last = unwrap(chunks[-1])
+        last.output_layer = LanguageHead(config, last.output_layer.weight)
+    return chunks
 
 
 def _build_chunk(
@@ -280,6 +286,13 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     while not isinstance(inner, GPTModel):
         inner = inner.module
     return inner
+
+
+def output_weight(model: torch.nn.Module) -> Tensor:
+    """Return this rank's slice [V / tp, H] of the last chunk's output layer, which may be the embedding's."""
+    inner = unwrap(model)
+    weight: Tensor | None = inner.output_layer.weight
+    return inner.shared_embedding_or_output_weight() if weight is None else weight
 
 
 def named_parameters(

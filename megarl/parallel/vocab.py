@@ -21,91 +21,125 @@ CHUNK_BYTES = 64 << 20  # of one chunk of float32 logits
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """How to read this rank's columns. first: their first token id; real: how many are no padding."""
+class VocabSlice:
+    """How to read columns of logits. first: the token id of the first; real: how many are no padding."""
 
     first: int
     real: int
     temperature: float
-    chunk: int
 
-    def chunks(self, count: int) -> Iterator[slice]:
-        """Yield the tokens of one chunk after the other."""
-        return (slice(start, start + self.chunk) for start in range(0, count, self.chunk))
+    @staticmethod
+    def of_rank(width: int, group: dist.ProcessGroup, vocab_size: int, temperature: float) -> VocabSlice:
+        """Return this rank's ``width`` columns of a vocabulary of ``vocab_size`` real tokens."""
+        first = dist.get_rank(group) * width
+        return VocabSlice(first, max(0, min(width, vocab_size - first)), temperature)
 
-    def scaled(self, logits_LV: Tensor, rows_C: Tensor) -> Tensor:
-        """Return float32 logits [C, V] of some rows, divided by the temperature: a copy, free to be overwritten."""
-        chosen_CV = logits_LV[rows_C].float()
-        return chosen_CV if self.temperature == 1.0 else chosen_CV.div_(self.temperature)
-
-    def shifted(self, logits_LV: Tensor, rows_C: Tensor, top_C: Tensor) -> Tensor:
-        """Return z - top [C, V], a copy."""
-        return self.scaled(logits_LV, rows_C).sub_(top_C[:, None])
+    def scaled(self, copied_CV: Tensor) -> Tensor:
+        """Return float32 logits [C, V] divided by the temperature. copied_CV: a copy, free to be overwritten."""
+        logits_CV = copied_CV.float()
+        return logits_CV if self.temperature == 1.0 else logits_CV.div_(self.temperature)
 
     def without_padding(self, values_CV: Tensor) -> Tensor:
         """Set padding to 0, in place: garbage times 0 must stay 0."""
         values_CV[:, self.real :] = 0.0
         return values_CV
 
-    def mine(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the column of each target, and whether it is this rank's."""
+    def of_targets(self, values_CV: Tensor, targets_C: Tensor) -> Tensor:
+        """Return the value [C] in the column of each target, 0 where that is not among these."""
+        index_C, mine_C = self._columns(values_CV, targets_C)
+        return values_CV.gather(-1, index_C[:, None])[:, 0].masked_fill(~mine_C, 0.0)
+
+    def sums(self, shifted_CV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sum_v exp z_v and sum_v z_v exp z_v, both [C]; overwrites ``shifted_CV``, which is z."""
+        exp_CV = self.without_padding(shifted_CV.exp())
+        weighted_CV = self.without_padding(shifted_CV).mul_(exp_CV)
+        return exp_CV.sum(-1), weighted_CV.sum(-1)
+
+    def gradient(
+        self,
+        shifted_CV: Tensor,
+        targets_C: Tensor,
+        total_C: Tensor,
+        entropy_C: Tensor,
+        grad_logprobs_C: Tensor,
+        grad_entropy_C: Tensor | None,
+    ) -> Tensor:
+        """Return the float32 gradient [C, V] of the logits before the temperature; overwrites ``shifted_CV``.
+
+        shifted_CV: z - top. total_C: sum_v exp(z_v - top). grad_entropy_C: None where it is 0.
+        """
+        exp_CV = self.without_padding(shifted_CV.exp_() if grad_entropy_C is None else shifted_CV.exp())
+        index_C, mine_C = self._columns(exp_CV, targets_C)
+        probs_CV = exp_CV.div_(total_C[:, None])
+        # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
+        by_entropy_CV = None
+        if grad_entropy_C is not None:
+            log_probs_CV = self.without_padding(shifted_CV).sub_(total_C[:, None].log())
+            by_entropy_CV = log_probs_CV.add_(entropy_C[:, None]).mul_(probs_CV).mul_(grad_entropy_C[:, None])
+        grad_CV = probs_CV.mul_(-grad_logprobs_C[:, None])
+        grad_CV.scatter_add_(-1, index_C[:, None], (grad_logprobs_C * mine_C)[:, None])
+        if by_entropy_CV is not None:
+            grad_CV -= by_entropy_CV
+        return grad_CV if self.temperature == 1.0 else grad_CV.div_(self.temperature)
+
+    def _columns(self, values_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a column that exists for each target, and whether it is the target's."""
         local_C = targets_C - self.first
-        return local_C.clamp(min=0), (local_C >= 0) & (local_C < self.real)
+        return local_C.clamp(min=0, max=values_CV.shape[-1] - 1), (local_C >= 0) & (local_C < self.real)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_LV: Tensor, rows_N: Tensor, targets_N: Tensor, group: dist.ProcessGroup, columns: _Slice
+        ctx: Any,
+        logits_LV: Tensor,
+        rows_N: Tensor,
+        targets_N: Tensor,
+        group: dist.ProcessGroup,
+        columns: VocabSlice,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         top_N = logits_LV.new_full(targets_N.shape, float("-inf"), dtype=torch.float32)
         sums_3N = top_N.new_zeros((3, len(top_N)))
-        for part in columns.chunks(len(rows_N)) if columns.real else ():
-            top_N[part] = columns.scaled(logits_LV, rows_N[part])[:, : columns.real].amax(-1)
+        for part in _chunks(len(rows_N), chunk) if columns.real else ():
+            top_N[part] = columns.scaled(logits_LV[rows_N[part]])[:, : columns.real].amax(-1)
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
-        for part in columns.chunks(len(rows_N)):
-            shifted_CV = columns.shifted(logits_LV, rows_N[part], top_N[part])
-            exp_CV = columns.without_padding(shifted_CV.exp())
-            index_C, mine_C = columns.mine(targets_N[part])
-            index_C = index_C.clamp(max=shifted_CV.shape[-1] - 1)
-            target_C = shifted_CV.gather(-1, index_C[:, None])[:, 0].masked_fill(~mine_C, 0.0)
-            weighted_CV = columns.without_padding(shifted_CV).mul_(exp_CV)
-            sums_3N[:, part] = torch.stack([exp_CV.sum(-1), weighted_CV.sum(-1), target_C])
+        for part in _chunks(len(rows_N), chunk):
+            shifted_CV = columns.scaled(logits_LV[rows_N[part]]).sub_(top_N[part, None])
+            target_C = columns.of_targets(shifted_CV, targets_N[part])
+            sums_3N[:, part] = torch.stack([*columns.sums(shifted_CV), target_C])
         dist.all_reduce(sums_3N, group=group)
         total_N, weighted_N, target_N = sums_3N
 
         log_total_N = total_N.log()
         entropy_N = log_total_N - weighted_N / total_N
-        ctx.columns = columns
+        ctx.columns, ctx.chunk = columns, chunk
         ctx.save_for_backward(logits_LV, rows_N, targets_N, top_N, total_N, entropy_N)
         return target_N - log_total_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         grad_logprobs_N, grad_entropy_N = grads
-        columns: _Slice = ctx.columns
+        columns: VocabSlice = ctx.columns
         logits_LV, rows_N, targets_N, top_N, total_N, entropy_N = ctx.saved_tensors
         with_entropy = bool(torch.any(grad_entropy_N != 0))
         grad_LV = torch.zeros_like(logits_LV)
-        for part in columns.chunks(len(rows_N)):
-            shifted_CV = columns.shifted(logits_LV, rows_N[part], top_N[part])
-            exp_CV = columns.without_padding(shifted_CV.exp() if with_entropy else shifted_CV.exp_())
-            index_C, mine_C = columns.mine(targets_N[part])
-            index_C = index_C.clamp(max=exp_CV.shape[-1] - 1)
-            probs_CV = exp_CV.div_(total_N[part, None])
-            # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
-            by_entropy_CV = None
-            if with_entropy:
-                log_probs_CV = columns.without_padding(shifted_CV) - total_N[part, None].log()
-                by_entropy_CV = probs_CV * (log_probs_CV + entropy_N[part, None]) * grad_entropy_N[part, None]
-            grad_CV = probs_CV.mul_(-grad_logprobs_N[part, None])
-            grad_CV.scatter_add_(-1, index_C[:, None], (grad_logprobs_N[part] * mine_C)[:, None])
-            if by_entropy_CV is not None:
-                grad_CV -= by_entropy_CV
-            if columns.temperature != 1.0:
-                grad_CV /= columns.temperature
+        for part in _chunks(len(rows_N), ctx.chunk):
+            grad_CV = columns.gradient(
+                columns.scaled(logits_LV[rows_N[part]]).sub_(top_N[part, None]),
+                targets_N[part],
+                total_N[part],
+                entropy_N[part],
+                grad_logprobs_N[part],
+                grad_entropy_N[part] if with_entropy else None,
+            )
             grad_LV[rows_N[part]] = grad_CV.to(grad_LV.dtype)
-        return grad_LV, None, None, None, None
+        return grad_LV, None, None, None, None, None
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    """Yield the tokens of one chunk after the other."""
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def vocab_parallel_logprobs(
@@ -127,10 +161,8 @@ def vocab_parallel_logprobs(
     log p_t = z_t - log sum_v exp z_v;  H = log sum_v exp z_v - sum_v p_v z_v. Two all-reduces: N and 3 N floats.
     """
     width = logits_LV.shape[-1]
-    first = dist.get_rank(group) * width
-    real = max(0, min(width, vocab_size - first))
-    columns = _Slice(first, real, temperature, max(1, chunk_bytes // (4 * width)))
+    columns = VocabSlice.of_rank(width, group, vocab_size, temperature)
     if rows_N is None:
         rows_N = torch.arange(len(targets_N), device=logits_LV.device)
     apply: Callable[..., tuple[Tensor, Tensor]] = _VocabParallelLogProbs.apply
-    return apply(logits_LV, rows_N, targets_N, group, columns)
+    return apply(logits_LV, rows_N, targets_N, group, columns, max(1, chunk_bytes // (4 * width)))

@@ -21,7 +21,8 @@ _FP32, _INT64 = 4, 8
 class Pass:
     """What runs: a model on a layout, ``tokens`` a micro-batch, in a dtype, with which kernels.
 
-    tokens: of all sequences of a micro-batch on one data-parallel rank. fused: CUDA's kernels.
+    tokens: of all sequences of a micro-batch on one data-parallel rank. fused: CUDA's kernels. fused_head: log-probs
+    that compute the logits themselves.
     """
 
     shape: ModelShape
@@ -29,6 +30,7 @@ class Pass:
     tokens: int
     dtype_bytes: int
     fused: bool
+    fused_head: bool = False
 
     @property
     def hidden(self) -> int:
@@ -143,11 +145,13 @@ def stage_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None = None) -
 
 def head_bytes(p: Pass) -> int:
     """Return what the last norm, the output layer and the log-probs keep."""
-    per_token = _norm_bytes(p, p.hidden, 1) + p.dtype_bytes * p.hidden
+    norm, b = _norm_bytes(p, p.hidden, 1), p.dtype_bytes
     if p.shape.value_head:
-        return p.local_tokens * (per_token + p.dtype_bytes)
+        return p.local_tokens * (norm + b * p.hidden + b)
     log_probs = 2 * _INT64 + 5 * _FP32
-    return p.local_tokens * (per_token + p.dtype_bytes * p.vocab + log_probs)
+    if p.fused_head:  # it keeps its hidden states gathered
+        return p.local_tokens * (norm + b * p.shape.hidden_size + log_probs)
+    return p.local_tokens * (norm + b * p.hidden + b * p.vocab + log_probs)
 
 
 def recomputed_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None) -> int:

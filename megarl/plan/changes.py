@@ -18,6 +18,7 @@ from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
 
 ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model"
 MEGATRON = f"{ACTOR}.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
 MAX_COMBINED = 3
@@ -119,6 +120,7 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
     tokens = update.value if update.max_tokens is not None else 0
     while (tokens := tokens // 2) >= update.least_value:
         wanted.append(Change({update.key: tokens}, "smaller matrix products"))
+    wanted.append(Change({f"{MODEL}.use_fused_kernels": True}, "logits computed twice in updates"))
     full = {"granularity": "full", "method": "uniform", "num_layers": 1}
     recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
     wanted.append(Change(recompute, "a third more work in updates"))

@@ -210,14 +210,24 @@ def _updating(role: Role, rank: int, fused: bool) -> Iterator[Item]:
     yield Item("one layer computed again", recomputed_bytes(p, stage, role.recompute))
     work = _layer_work_bytes(p)
     if stage == role.layout.pp - 1 and not role.shape.value_head:
-        work = max(work, _logits_bytes(p))  # of their gradient
+        work = max(work, _logits_bytes(p) + _head_gradient_bytes(p))
     yield Item("backward pass at work", work)
 
 
 def _logits_bytes(p: Pass) -> int:
-    """Return the bytes of a micro-batch's logits, with what their log-probs need of float32 at a time."""
+    """Return the bytes of a micro-batch's logits, or of their gradient, with what their log-probs need at a time."""
     numel = p.local_tokens * p.vocab
-    return numel * p.dtype_bytes + min(LOGPROB_CHUNKS_BYTES, 4 * 4 * numel)
+    work = min(LOGPROB_CHUNKS_BYTES, 4 * 4 * numel)
+    if p.fused_head:  # no logits, but the hidden states of the tokens that count
+        return work + p.local_tokens * p.shape.hidden_size * p.dtype_bytes
+    return work + numel * p.dtype_bytes
+
+
+def _head_gradient_bytes(p: Pass) -> int:
+    """Return what a fused head holds of gradients beside its blocks: of its weight, and of hidden states in float32."""
+    if not p.fused_head:
+        return 0
+    return p.shape.hidden_size * (p.vocab * p.dtype_bytes + p.local_tokens * 4)
 
 
 def num_in_flight(role: Role, stage: int) -> float:

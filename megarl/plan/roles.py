@@ -23,7 +23,8 @@ class Role:
     """One model of a run. megatron: its section of the config, of a trained model where ``trained``.
 
     update_tokens, score_tokens: of the longest micro-batch on one data-parallel rank, in an update and in a pass that
-    only scores. num_micro_batches: of one optimizer step, 1 where nothing is trained.
+    only scores. num_micro_batches: of one optimizer step, 1 where nothing is trained. fused_head: its log-probs
+    compute the logits themselves.
     """
 
     name: str
@@ -41,10 +42,11 @@ class Role:
     distributed_optimizer: bool = False
     recompute: RecomputeConfig | None = None
     trained: bool = True
+    fused_head: bool = False
 
     def pass_of(self, tokens: int, fused: bool) -> Pass:
         """Return a forward pass over ``tokens`` tokens."""
-        return Pass(self.shape, self.layout, tokens, self.dtype_bytes, fused)
+        return Pass(self.shape, self.layout, tokens, self.dtype_bytes, fused, self.fused_head)
 
     def stage(self, rank: int) -> int:
         """Return the pipeline stage of a rank."""
@@ -69,7 +71,7 @@ def roles_of(
 ) -> tuple[Role, ...]:
     """Return the actor, then the reference and the critic where the run has them."""
     models, ranks = c.actor_rollout_ref, num_ranks(c)
-    dtype_bytes = DTYPE_BYTES[models.model.dtype]
+    dtype_bytes, fused_head = DTYPE_BYTES[models.model.dtype], models.model.use_fused_kernels
     roles = [
         Role(
             "actor",
@@ -79,13 +81,27 @@ def roles_of(
             actor_update(c).most_tokens,
             actor_scoring(c).most_tokens,
             batch.num_accumulation_steps,
+            fused_head=fused_head,
             **_waiting(models.actor.megatron),
         )
     ]
     if needs_reference(c):
         ref, layout = models.ref.megatron, layout_of(models.ref.megatron, ranks)
         tokens = ref_scoring(c).most_tokens
-        roles.append(Role("ref", shape, layout, dtype_bytes, tokens, tokens, 1, ref.param_offload, trained=False))
+        roles.append(
+            Role(
+                "ref",
+                shape,
+                layout,
+                dtype_bytes,
+                tokens,
+                tokens,
+                1,
+                ref.param_offload,
+                trained=False,
+                fused_head=fused_head,
+            )
+        )
     if needs_critic(c):
         assert critic_shape is not None and critic_batch is not None
         roles.append(

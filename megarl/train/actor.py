@@ -55,8 +55,8 @@ class Actor(Policy):
             spec.loss_agg_mode, num_tokens_B, step.total_tokens, step.total_rollouts, max_tokens=spec.max_tokens
         )
 
-        def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            scores, device = self.score(micro, logits, spec.temperature), logits.device
+        def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            scores, device = self.score(micro, output, spec.temperature), output.device
             weights_N, old_N = weights_B[micro.row_N].to(device), micro.column(old_BS).to(device)
             inputs = PolicyLossInputs(
                 scores.logprobs_N,
@@ -91,8 +91,8 @@ class Actor(Policy):
     def _sft_loss(self, step: OptimizerStep) -> Loss[dict[str, Tensor]]:
         """Return the loss of a micro-batch: minus the log-probs of its masked tokens over those of the mini-batch."""
 
-        def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = self.score(micro, logits, temperature=1.0)
+        def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            scores = self.score(micro, output, temperature=1.0)
             total = -scores.logprobs_N.sum() / step.total_tokens
             return total, detached({"loss": total, "entropy": scores.entropy_N.sum() / step.total_tokens})
 

@@ -36,7 +36,8 @@ from megarl.types import Batch
 
 R = TypeVar("R")
 
-# Turns a micro-batch and the last stage's output [.., L, width] into a loss and whatever the caller wants to keep.
+# Turns a micro-batch and the last stage's output [.., L, width], be it logits, values or hidden states, into a loss and
+# whatever the caller wants to keep.
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, R]]
 
 
@@ -45,7 +46,8 @@ class ModelSpec:
     """What a role's model is.
 
     packed: compute no padding tokens. param_offload: keep parameters in host memory between uses. recompute: None
-    keeps all activations. transformer_fields: of Megatron's TransformerConfig, over ours.
+    keeps all activations. fused_head: compute logits together with their log-probs, and keep none.
+    transformer_fields: of Megatron's TransformerConfig, over ours.
     """
 
     shape: ModelShape
@@ -55,6 +57,7 @@ class ModelSpec:
     packed: bool = True
     param_offload: bool = False
     recompute: RecomputeConfig | None = None
+    fused_head: bool = False
     transformer_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +92,7 @@ class Model:
                 spec.device,
                 recompute=spec.recompute,
                 overrides=spec.transformer_fields,
+                fused_head=spec.fused_head,
             )
             load_weights(self.chunks, spec.shape, spec.layout, self.rank, source)
 

@@ -1,18 +1,20 @@
 """A model that gives probabilities to tokens: the reference as it stands, the actor with an optimizer on top.
 
-Shape suffixes: B rollouts, S sequence, N predicted tokens that count, M those of this context rank, V this rank's
-slice of the vocabulary.
+Shape suffixes: B rollouts, S sequence, N predicted tokens that count, M those of this context rank, L positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megarl.data.batch import MicroBatch
+from megarl.model.build import output_weight
+from megarl.parallel.fused_vocab import fused_vocab_parallel_logprobs
 from megarl.parallel.vocab import vocab_parallel_logprobs
 from megarl.train.model import Model
 from megarl.types import Batch
@@ -35,18 +37,24 @@ class Policy(Model):
         They are of softmax(logits / temperature), the distribution that the engine samples from.
         """
         return self.score_tokens(
-            batch, micro_batches, lambda micro, logits: self.score(micro, logits, temperature).logprobs_N
+            batch, micro_batches, lambda micro, output: self.score(micro, output, temperature).logprobs_N
         )
 
-    def score(self, micro: MicroBatch, logits: Tensor, temperature: float) -> TokenScores:
-        """Return log-probs and entropies of the tokens that count from this rank's slice of the logits [.., L, V]."""
-        is_own_N = micro.predict_N >= 0
-        logprobs_M, entropy_M = vocab_parallel_logprobs(
-            logits.flatten(0, -2),
-            micro.targets_N[is_own_N].to(logits.device),
+    def score(self, micro: MicroBatch, output: Tensor, temperature: float) -> TokenScores:
+        """Return log-probs and entropies of the tokens that count from the last stage's output [.., L, width].
+
+        It is this rank's slice of the logits, or hidden states where the head is fused.
+        """
+        is_own_N, output_L = micro.predict_N >= 0, output.flatten(0, -2)
+        if self.spec.fused_head:
+            compute = partial(fused_vocab_parallel_logprobs, output_L, output_weight(self.chunks[-1]))
+        else:
+            compute = partial(vocab_parallel_logprobs, output_L)
+        logprobs_M, entropy_M = compute(
+            micro.targets_N[is_own_N].to(output.device),
             group=mpu.get_tensor_model_parallel_group(),
             vocab_size=self.spec.shape.vocab_size,
-            rows_N=micro.predict_N[is_own_N].to(logits.device),
+            rows_N=micro.predict_N[is_own_N].to(output.device),
             temperature=temperature,
         )
         return TokenScores(*self.of_all_tokens(micro, logprobs_M, entropy_M))

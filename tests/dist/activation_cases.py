@@ -20,21 +20,22 @@ from tests.dist.saved_bytes import saved_activation_bytes
 
 
 def kept_and_planned(
-    folder: Path, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig, batch: Batch
+    folder: Path, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig, batch: Batch, fused_head: bool = False
 ) -> tuple[int, int]:
     """Score the whole batch as one micro-batch; return the bytes kept, and what the plan says."""
     shape, device = read_model_shape(folder), torch.device("cpu")
-    policy = Policy(ModelSpec(shape, layout, dtype, device, recompute=recompute), RandomSource(shape, 0))
+    spec = ModelSpec(shape, layout, dtype, device, recompute=recompute, fused_head=fused_head)
+    policy = Policy(spec, RandomSource(shape, 0))
     multiple = layout.tp if layout.sequence_parallel else 1
     micro = pack(batch, list(range(len(batch))), packed=True, multiple=multiple)
 
     def forward() -> object:
         packing = describe_packing(list(micro.lengths), device)
-        logits = policy.module(micro.tokens, micro.positions, None, packed_seq_params=packing)
-        return policy.score(micro, logits, 1.0)
+        output = policy.module(micro.tokens, micro.positions, None, packed_seq_params=packing)
+        return policy.score(micro, output, 1.0)
 
     policy.module.train()
     with policy.groups.active():
         kept = saved_activation_bytes(forward, policy.module.parameters())
-    planned = Pass(shape, layout, micro.tokens.numel(), dtype.itemsize, fused=False)
+    planned = Pass(shape, layout, micro.tokens.numel(), dtype.itemsize, fused=False, fused_head=fused_head)
     return kept, stage_bytes(planned, 0, recompute)

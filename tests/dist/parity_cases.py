@@ -43,6 +43,7 @@ class Setup:
     micro_batch_size: int = 2
     device: str = "cpu"
     recompute: RecomputeConfig | None = None
+    fused_head: bool = False
     transformer_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def spec(self) -> ModelSpec:
@@ -54,6 +55,7 @@ class Setup:
             torch.device(self.device),
             self.packed,
             recompute=self.recompute,
+            fused_head=self.fused_head,
             transformer_fields=self.transformer_fields,
         )
 
@@ -142,8 +144,8 @@ def _examine(setup: Setup, batch: Batch, optimizer: OptimizerSpec, temperature: 
     actor = setup.actor(optimizer)
     rows, micros = setup.share(batch)
     scored = _score(actor, rows, micros, temperature)
-    (metrics,) = actor.update_sft(rows, [_step(batch, micros)])
-    return Examined(scored, pieces(actor, _gradients(actor)), metrics)
+    (metrics,) = actor.update_sft(rows, [step_on(batch, micros)])
+    return Examined(scored, pieces(actor, gradients_of(actor)), metrics)
 
 
 def _score(actor: Actor, batch: Batch, micros: Micros, temperature: float) -> Scored | None:
@@ -179,13 +181,13 @@ def _place_logits(actor: Actor, batch: Batch, micros: Micros, shards: list[Tenso
     return logits_BSV
 
 
-def _step(batch: Batch, micros: Micros) -> OptimizerStep:
+def step_on(batch: Batch, micros: Micros) -> OptimizerStep:
     """Return a step on the whole of ``batch``, of which ``micros`` are this rank's share."""
     tokens_B = batch.mask_BS.sum(-1)
     return OptimizerStep(micros, int(tokens_B.sum()), int((tokens_B > 0).sum()))
 
 
-def _gradients(actor: Actor) -> dict[str, Tensor]:
+def gradients_of(actor: Actor) -> dict[str, Tensor]:
     """Return the gradients by the name map's names: whole only without the distributed optimizer."""
     parameters: Any = actor.own_parameters()
     by_address = {parameter.data_ptr(): parameter.main_grad for parameter in parameters}
@@ -216,7 +218,7 @@ def _train(setup: Setup, batch: Batch, job: Job) -> Trained:
     setup = replace(setup, packed=job.packed, micro_batch_size=job.micro_batch_size)
     actor = setup.actor(job.optimizer)
     rows, micros = setup.share(batch)
-    steps = [_step(batch, micros)] * job.steps
+    steps = [step_on(batch, micros)] * job.steps
     metrics = actor.update_sft(rows, steps) if job.loss is None else actor.update(rows, steps, job.loss)
     dtypes = {parameter.dtype for group in actor.optimizer.inner.param_groups for parameter in group["params"]}
     return Trained(metrics, pieces(actor, actor.parameters()), dtypes)
@@ -229,7 +231,7 @@ def take_turns(setups: Mapping[str, Setup], batch: Batch, optimizer: OptimizerSp
     for _ in range(3):
         for role, model in models.items():
             rows, micros = setups[role].share(batch)
-            metrics = model.update_sft(rows, [_step(batch, micros)]) if isinstance(model, Actor) else []
+            metrics = model.update_sft(rows, [step_on(batch, micros)]) if isinstance(model, Actor) else []
             logprobs_BS = model.logprobs(rows, micros, 1.0)
             turns[role].append(Turn(metrics, None if logprobs_BS is None else logprobs_BS.tolist()))
     return turns

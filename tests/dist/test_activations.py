@@ -88,6 +88,31 @@ def test_a_micro_batch_keeps_the_planned_bytes(
         assert planned == pytest.approx(kept, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("recompute", [RECOMPUTE["nothing"], RECOMPUTE["uniform_1"]], ids=["nothing", "uniform_1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=() if name == "tp2+sp" else pytest.mark.long)
+        for name, layout in LAYOUTS.items()
+    ],
+)
+def test_a_fused_head_keeps_the_planned_bytes_which_no_vocabulary_makes_more(
+    ranks: RankPool, tmp_path: Path, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig
+) -> None:
+    kept_by_vocabulary = []
+    for vocab_size in (500, 5000):
+        config = {"architectures": ["Qwen3ForCausalLM"], **SIZES, "vocab_size": vocab_size}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        answers = ranks.run(
+            kept_and_planned, tmp_path, layout, dtype, recompute, _batch(), True, world_size=layout.world_size
+        )
+        for kept, planned in answers:
+            assert planned == pytest.approx(kept, rel=TOLERANCE)
+        kept_by_vocabulary.append([kept for kept, _ in answers])
+    assert kept_by_vocabulary[0] == kept_by_vocabulary[1]
+
+
 def _batch() -> Batch:
     lengths = (40, 56, 64)
     return sequences_to_batch([list(range(1, n + 1)) for n in lengths], [[False] + [True] * (n - 1) for n in lengths])

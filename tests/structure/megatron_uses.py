@@ -81,6 +81,7 @@ THROUGH_OBJECTS = [
     ("megarl/model/build.py", _ATTENTION, "SelfAttentionSubmodules", "core_attention q_layernorm k_layernorm"),
     ("megarl/model/build.py", _LAYER, "TransformerLayer.layer_number", ""),
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.output_layer", ""),
+    ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.shared_embedding_or_output_weight", ""),
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.rotary_pos_emb", ""),
     ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.decoder", ""),
     *(

@@ -89,6 +89,13 @@ def test_a_mini_batch_filled_by_tokens_need_not_divide_by_ranks() -> None:
     assert (plan.num_mini_batches, plan.dp_size, plan.max_tokens) == (2, 8, 1000)
 
 
+def test_fused_kernels_are_of_actor_and_reference_since_a_critic_has_no_logits() -> None:
+    changes = {"actor_rollout_ref.model.use_fused_kernels": True, "algorithm.adv_estimator": "gae"}
+    values = composed_values("ppo_megatron_trainer", "experiment=qwen2.5_7b_8", **changes)
+    roles = planned(check_ppo(values, files_may_be_missing=True), DEVICES["H100"]).roles
+    assert {role.name: role.fused_head for role in roles} == {"actor": True, "ref": True, "critic": False}
+
+
 def test_where_tokens_are_counted_a_smaller_budget_is_what_may_save_memory() -> None:
     changes = {f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_micro_batch_size_per_gpu": 16}
     values = composed_values("ppo_megatron_trainer", "experiment=qwen2.5_7b_8", **changes)

@@ -317,6 +317,23 @@ def test_recomputing_never_needs_more_memory_and_the_whole_layer_less_than_a_par
     assert blocks == sorted(blocks, reverse=True) and blocks[0] <= kept
 
 
+def test_a_fused_head_holds_hidden_states_where_there_were_logits_and_its_gradients_beside_its_blocks() -> None:
+    layout = Layout(4, tp=4)
+    plain = _actor(layout, num_micro_batches=1)
+    fused = replace(plain, fused_head=True)
+    logits, hidden = 2 * DENSE.padded_vocab(4) // 4, 2 * DENSE.hidden_size
+    before, after = (_bytes(_phases(role)["log-prob"], "logits")[0] for role in (plain, fused))
+    assert before - after == plain.score_tokens * (logits - hidden)
+    name = "activations of 1 micro-batch"
+    before, after = (_bytes(_phases(role)["actor update"], name)[0] for role in (plain, fused))
+    assert before - after == plain.update_tokens * logits
+    assert _update(fused) < _update(plain)
+    small, large = (replace(plain, shape=replace(DENSE, vocab_size=v), fused_head=True) for v in (150_000, 300_000))
+    weight = 2 * DENSE.hidden_size * (large.pass_of(1, True).vocab - small.pass_of(1, True).vocab)
+    work = [_bytes(_phases(role)["actor update"], "backward pass at work")[0] for role in (small, large)]
+    assert work[1] - work[0] == weight  # its gradient
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from([H100, CPU]))
 def test_no_phase_of_any_model_and_layout_has_less_than_nothing_of_anything(data: st.DataObject, place: object) -> None:

@@ -1,0 +1,75 @@
+"""Computing logits together with their log-probs changes no log-prob, metric or gradient but by rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+
+from megarl.parallel.layout import Layout
+from tests.dist.fused_head_cases import Answer, with_and_without
+from tests.dist.parity import LOOKING, SEQUENCE_SUM_NORM, TELLING, TEMPERATURE, Reference
+from tests.dist.parity_cases import Setup
+from tests.dist.ranks import RankPool
+
+TIED, UNTIED = TELLING
+MODEL_SIZES = {"num_hidden_layers": 4}
+LAYOUTS = {
+    "one_rank": Layout(1),
+    "tp2": Layout(2, tp=2),
+    "tp2+sp": Layout(2, tp=2, sequence_parallel=True),
+    "pp2": Layout(2, pp=2),
+    "cp2": Layout(2, cp=2),
+    "pp2xvpp2": Layout(2, pp=2, vpp=2),
+    "tp2xpp2+sp": Layout(4, tp=2, pp=2, sequence_parallel=True),
+    "tp2xdp2": Layout(4, tp=2),
+}
+QUICK = {(UNTIED, "tp2+sp"), (TIED, "pp2")}
+TOLERANCE = 2e-6
+BF16_TOLERANCE = 3e-2
+
+
+def _assert_alike(fused: Answer, plain: Answer, tolerance: float) -> None:
+    """Compare everything with a fused head to the same without, to ``tolerance`` of each tensor's largest value."""
+    assert (fused.logprobs_BS is None) == (plain.logprobs_BS is None)
+    if fused.logprobs_BS is not None and plain.logprobs_BS is not None:
+        assert plain.logprobs_BS.any()
+        atol = tolerance * float(plain.logprobs_BS.abs().max())
+        torch.testing.assert_close(fused.logprobs_BS, plain.logprobs_BS, rtol=0, atol=atol)
+    # Some metrics are sums in which tokens of both signs cancel.
+    assert fused.metrics == pytest.approx(plain.metrics, rel=tolerance, abs=tolerance)
+    assert plain.gradients
+    for one, other in zip(fused.gradients, plain.gradients, strict=True):
+        assert (one.name, one.start, one.stop) == (other.name, other.start, other.stop)
+        assert other.name is None or other.values.any()
+        atol = tolerance * float(other.values.abs().max())
+        torch.testing.assert_close(one.values, other.values, rtol=0, atol=atol, msg=lambda m, n=one.name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(*pair, id="-".join(pair), marks=() if pair in QUICK else pytest.mark.long)
+        for pair in product(TELLING, LAYOUTS)
+    ],
+)
+def test_log_probs_metrics_and_every_gradient_are_those_without_it(
+    ranks: RankPool, reference: Callable[[str], Reference], model: str, layout: str, packed: bool
+) -> None:
+    """One row a micro-batch, so that one of them has no token that counts. The loss has entropy and KL in it."""
+    setup = Setup(reference(model).folder, LAYOUTS[layout], packed, micro_batch_size=1)
+    asked = reference(model).batch, LOOKING, SEQUENCE_SUM_NORM, TEMPERATURE
+    for fused, plain in ranks.run(with_and_without, setup, *asked, world_size=LAYOUTS[layout].world_size):
+        _assert_alike(fused, plain, TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["one_rank", "tp2+sp", "pp2"])
+def test_in_bf16_it_stays_near(ranks: RankPool, reference: Callable[[str], Reference], layout: str) -> None:
+    setup = Setup(reference(TIED).folder, LAYOUTS[layout], dtype=torch.bfloat16)
+    asked = reference(TIED).batch, LOOKING, None, TEMPERATURE
+    for fused, plain in ranks.run(with_and_without, setup, *asked, world_size=LAYOUTS[layout].world_size):
+        _assert_alike(fused, plain, BF16_TOLERANCE)
