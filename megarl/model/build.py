@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -231,18 +232,21 @@ def _build_chunk(
     layout = groups.layout
     vp_stage = chunk if layout.vpp > 1 else None
     is_last = groups.is_last_stage and chunk == layout.vpp - 1
-    model = GPTModel(
-        config,
-        _block_spec(config, vp_stage, losses),
-        vocab_size=shape.padded_vocab(layout.tp),
-        max_sequence_length=shape.max_positions,
-        pre_process=groups.is_first_stage and chunk == 0,
-        post_process=is_last,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
-        rotary_base=int(shape.rope.theta),
-        vp_stage=vp_stage,
-    )
+    with warnings.catch_warnings():
+        # Said of every expert that isn't split, though nothing follows from it.
+        warnings.filterwarnings("ignore", "`sequence_parallel` is set to `True`, but tensor model parallel size is 1")
+        model = GPTModel(
+            config,
+            _block_spec(config, vp_stage, losses),
+            vocab_size=shape.padded_vocab(layout.tp),
+            max_sequence_length=shape.max_positions,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=is_last,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_base=int(shape.rope.theta),
+            vp_stage=vp_stage,
+        )
     if shape.value_head and is_last:
         model.output_layer = ValueHead(config)
     _mark_experts(model)
