@@ -103,8 +103,6 @@ def saved_bytes(actor: Actor, batch: Batch, rows: Rows) -> int:
     """Return the bytes that the forward pass of one micro-batch keeps for its backward pass, parameters left out."""
     import torch
 
-    from megarl.model.attention import describe_packing
-
     resident = {parameter.untyped_storage()._cdata for parameter in actor.own_parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
@@ -115,13 +113,11 @@ def saved_bytes(actor: Actor, batch: Batch, rows: Rows) -> int:
         return tensor
 
     micro = actor.pack(batch, rows)
-    packing = describe_packing(list(micro.lengths), actor.spec.device) if micro.lengths else None
     actor.set_training(True)
     with actor.resident(), actor.groups.active(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = actor.module(micro.tokens, micro.positions, None, packed_seq_params=packing)
-        scores = actor.score(micro, output, 1.0)
+        scores = actor.score(micro, actor.forward(actor.module, micro), 1.0)
         total = sum(storage.nbytes() for storage in saved.values())
-    del output, scores
+    del scores
     return total
 
 

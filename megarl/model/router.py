@@ -68,11 +68,13 @@ class Router(TopKRouter):
         # Once a micro-batch: a layer that is computed again has no gradient the first time.
         if not (self.training and torch.is_grad_enabled()):
             return weights_TE, chosen_TE
-        logits_TE = logits.flatten(0, 1).float()
+        has_losses = self.losses != RouterLosses()
+        with torch.set_grad_enabled(has_losses):
+            logits_TE = logits.flatten(0, 1).float()
+            scores_TE = _scores(logits_TE, self.score_function)
         sequence_T = self._own_sequence_T(len(logits_TE))
-        scores_TE = _scores(logits_TE, self.score_function)
         terms_2 = logits_TE.new_zeros(2)
-        if self.losses != RouterLosses():
+        if has_losses:
             terms_2 = self._loss_terms(logits_TE, scores_TE, sequence_T)
             loss = self.losses.load_balance * terms_2[0] + self.losses.z * terms_2[1]
             weights_TE = MoEAuxLossAutoScaler.apply(weights_TE, loss)

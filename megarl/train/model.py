@@ -212,16 +212,20 @@ class Model:
             scores_BS[micro.row_N, micro.column_N] = scores_N.cpu()
         return scores_BS
 
-    def _forward_step(self, loss: Loss[R], data: Any, module: torch.nn.Module) -> tuple[Tensor, Any]:
-        """Run this stage on the next micro-batch and say how to turn its output into a loss, as Megatron wants it."""
-        micro: MicroBatch = next(data)
+    def forward(self, chunk: torch.nn.Module, micro: MicroBatch) -> Tensor:
+        """Return what a chunk of this stage makes of a micro-batch, and of the activations it was handed."""
         device, cp, cp_rank = self.spec.device, self.spec.layout.cp, self.groups.place.cp
         packing = describe_packing(list(micro.lengths), device, cp, cp_rank) if micro.lengths else None
         sequences = micro.sequences.to(device) if self.spec.shape.num_experts else None
-        output = module(
+        output: Tensor = chunk(
             micro.tokens.to(device), micro.positions.to(device), None, packed_seq_params=packing, padding_mask=sequences
         )
-        return output, partial(_with_token_count, loss, micro)
+        return output
+
+    def _forward_step(self, loss: Loss[R], data: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        """Run this stage on the next micro-batch and say how to turn its output into a loss, as Megatron wants it."""
+        micro: MicroBatch = next(data)
+        return self.forward(chunk, micro), partial(_with_token_count, loss, micro)
 
 
 def _with_token_count(loss: Loss[R], micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, R]:

@@ -9,7 +9,6 @@ import torch
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RecomputeConfig
 from megarl.data.batch import pack
-from megarl.model.attention import describe_packing
 from megarl.model.weights import RandomSource
 from megarl.parallel.layout import Layout
 from megarl.plan.activations import Pass, stage_bytes
@@ -29,13 +28,10 @@ def kept_and_planned(
     multiple = layout.tp if layout.sequence_parallel else 1
     micro = pack(batch, list(range(len(batch))), packed=True, multiple=multiple)
 
-    def forward() -> object:
-        packing = describe_packing(list(micro.lengths), device)
-        output = policy.module(micro.tokens, micro.positions, None, packed_seq_params=packing)
-        return policy.score(micro, output, 1.0)
-
     policy.module.train()
     with policy.groups.active():
-        kept = saved_activation_bytes(forward, policy.module.parameters())
+        kept = saved_activation_bytes(
+            lambda: policy.score(micro, policy.forward(policy.module, micro), 1.0), policy.module.parameters()
+        )
     planned = Pass(shape, layout, micro.tokens.numel(), dtype.itemsize, fused=False, fused_head=fused_head)
     return kept, stage_bytes(planned, 0, recompute)

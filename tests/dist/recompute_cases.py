@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RecomputeConfig
-from megarl.model.attention import describe_packing
 from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
 from megarl.plan.batch import micro_batches
@@ -68,12 +67,7 @@ def _train(
 
 def _saved_bytes(actor: Actor, batch: Batch) -> int:
     """Measure the model's own forward pass in training mode, without a loss."""
-    spec = actor.spec
-    micro, cp_rank = actor.pack(batch, range(len(batch))), actor.groups.place.cp
-    packing = describe_packing(list(micro.lengths), spec.device, spec.layout.cp, cp_rank) if micro.lengths else None
+    micro = actor.pack(batch, range(len(batch)))
     actor.module.train()
     with actor.groups.active():
-        return saved_activation_bytes(
-            lambda: actor.module(micro.tokens, micro.positions, None, packed_seq_params=packing),
-            actor.module.parameters(),
-        )
+        return saved_activation_bytes(lambda: actor.forward(actor.module, micro), actor.module.parameters())
