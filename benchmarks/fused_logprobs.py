@@ -17,17 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from page import write_measured
 from torch import Tensor
 
 from megarl.parallel.fused_vocab import fused_vocab_parallel_logprobs
 from megarl.parallel.vocab import vocab_parallel_logprobs
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-BEGIN, END = "<!-- measured fused log-probs: begin -->", "<!-- measured fused log-probs: end -->"
 VOCAB_SIZE = 151_936
 SHARES = (1.0, 0.5)
 
@@ -155,8 +153,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if arguments.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        write_measured("fused log-probs", text)
 
 
 if __name__ == "__main__":

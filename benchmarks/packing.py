@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from page import write_measured
+
 from megarl.plan.balance import Cost, TokenBudget, pass_cost
 from megarl.plan.batch import Rows, micro_batches, plan_update, split_rows
 
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from megarl.train.actor import Actor
     from megarl.types import Batch
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-BEGIN, END = "<!-- measured packing: begin -->", "<!-- measured packing: end -->"
 MICRO_BATCH_SIZE, NUM_RANKS = 8, 8
 
 
@@ -224,8 +224,7 @@ def main() -> None:
     text = table(measure(ways, actors, batch, arguments.repetitions), lengths)
     print(text)
     if arguments.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        write_measured("packing", text)
 
 
 if __name__ == "__main__":
