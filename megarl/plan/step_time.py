@@ -74,6 +74,8 @@ def step_time(
             passes = 4 if role.recompute is not None and role.recompute.granularity == "full" else 3
             waits = 1 - bubble_share(role.layout, role.num_micro_batches)
             update += epochs * _pass_seconds(role, tokens, device, ranks_per_node, passes) / waits
+            if role.fused_head:  # its backward pass computes the logits again
+                update += epochs * _flops_seconds(role.shape.hidden_size * role.shape.vocab_size, tokens, device, ranks)
         static = role.static(0)
         carried = 2 * static.parameters * role.param_offload + 2 * static.optimizer * role.optimizer_offload
         carried += epochs * static.parameters * 3 * role.optimizer_on_host  # gradients to the host, parameters back
@@ -90,18 +92,18 @@ def step_time(
     waves = -(-sequences // at_once)
     latency = DECODE_STEP_S if device.name != CPU else 10 * DECODE_STEP_S
     generate = waves * max_response * (read + latency * (1 + 0.1 * (engine_tp - 1)))
-    generate += _flops_seconds(actor.shape, num_rollouts * max_prompt, device, ranks)
+    generate += _flops_seconds(active_parameters(actor.shape), num_rollouts * max_prompt, device, ranks)
     return StepTime(generate, score, update, move)
 
 
-def _flops_seconds(shape: ModelShape, tokens: int, device: Device, ranks: int) -> float:
-    return 2 * active_parameters(shape) * tokens / (ranks * TRAINING_EFFICIENCY * device.bf16_flops_per_s)
+def _flops_seconds(parameters: int, tokens: int, device: Device, ranks: int) -> float:
+    return 2 * parameters * tokens / (ranks * TRAINING_EFFICIENCY * device.bf16_flops_per_s)
 
 
 def _pass_seconds(role: Role, tokens: int, device: Device, ranks_per_node: int, passes: int) -> float:
     """Return the seconds of as many forward passes as ``passes``, with what ranks exchange in them."""
     layout, shape = role.layout, role.shape
-    seconds = passes * _flops_seconds(shape, tokens, device, layout.world_size)
+    seconds = passes * _flops_seconds(active_parameters(shape), tokens, device, layout.world_size)
     mine = tokens / (layout.dp * layout.cp) * shape.num_layers / layout.pp
     row = shape.hidden_size * role.dtype_bytes
     tensor_link = device.link_bytes_per_s if layout.tp <= ranks_per_node else device.inter_node_bytes_per_s

@@ -109,7 +109,7 @@ def _assert_same(one: Lived, other: Lived) -> None:
         assert found.values.equal(expected.values), found.name
 
 
-def test_a_worker_trains_evaluates_and_exports_the_same_whether_or_not_it_offloads(
+def test_a_worker_trains_evaluates_and_exports_the_same_whether_or_not_it_offloads_or_fuses_its_head(
     ranks: RankPool, folder: Path, batch: Batch, tmp_path: Path
 ) -> None:
     changes: dict[str, object] = {
@@ -120,12 +120,18 @@ def test_a_worker_trains_evaluates_and_exports_the_same_whether_or_not_it_offloa
         "lr_scheduler.warmup_steps": 0,
     }
     offload = dict.fromkeys(("megatron.param_offload", "megatron.grad_offload", "megatron.optimizer_offload"), True)
+    fused = {"model.use_fused_kernels": True}
     configs = {
-        "kept": build_config(SFTConfig, composed_values("sft_trainer", **changes)),
-        "offloaded": build_config(SFTConfig, composed_values("sft_trainer", **changes, **offload)),
+        name: build_config(SFTConfig, composed_values("sft_trainer", **changes, **own))
+        for name, own in {"kept": {}, "offloaded": offload, "fused": fused}.items()
     }
-    for answer in ranks.run(work, folder, configs, tmp_path, batch):
+    answers = ranks.run(work, folder, configs, tmp_path, batch)
+    for answer in answers:
         assert answer["offloaded"] == answer["kept"]
+        for step, same_step in zip(answer["fused"], answer["kept"], strict=True):
+            for metrics, expected in zip(step, same_step, strict=True):
+                assert metrics == pytest.approx(expected, rel=2e-2)
+    assert any(answer["fused"] != answer["kept"] for answer in answers), "logits were kept"
     kept, offloaded, start = (
         load_file(path / "model.safetensors") for path in (tmp_path / "kept", tmp_path / "offloaded", folder)
     )
