@@ -37,7 +37,7 @@ from megarl.controller.settings import (
 )
 from megarl.controller.start import worker_group
 from megarl.data.batch import rollouts_to_batch
-from megarl.errors import PublishError, RewardError
+from megarl.errors import PublishError
 from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
@@ -122,7 +122,7 @@ class Run:
             lengths_B = torch.tensor([len(r.token_ids) for group in groups for r in group])
             limit, buffer = self.config.data.max_response_length, config.overlong_buffer
             penalties_B = overlong_penalty(lengths_B, limit, buffer.len, buffer.penalty_factor)
-        results = self._function_results(prompts, groups) if self.rewards else ()
+        results = self._function_results(prompts, groups) if self.rewards is not None else ()
         model_B = self._model_scores(prompts, groups) if needs_reward_model(self.config) else None
         return Rewards(results, penalties_B, model_B, config.model.coef)
 
@@ -140,16 +140,9 @@ class Run:
         return tuple(self.rewards.score(requests))
 
     def _model_scores(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
-        """Return the reward model's scores [B] of all rollouts. Raises RewardError where one is no finite number."""
+        """Return the reward model's scores [B] of all rollouts."""
         with self.stopwatch.timed("reward_model"):
-            scores_B = self.ranks.reward_scores(rollouts_to_batch([p.token_ids for p in prompts], groups))
-        if not scores_B.isfinite().all():
-            raise RewardError(
-                f"the reward model at {self.config.reward.model.path} scored {int((~scores_B.isfinite()).sum())} of "
-                f"{len(scores_B)} rollouts with no finite number. fix: actor_rollout_ref.model.dtype=float32, or "
-                "another reward model"
-            )
-        return scores_B
+            return self.ranks.reward_scores(rollouts_to_batch([p.token_ids for p in prompts], groups))
 
     def score_baseline(self, prompts: Sequence[Prompt], greedy: Sequence[Group]) -> Tensor | None:
         """Return for every rollout [B] the reward of its prompt's greedy one; None where there are none."""

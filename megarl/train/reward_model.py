@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megarl.data.batch import MicroBatch
+from megarl.errors import WorkerError
 from megarl.model.weights import TensorSource
 from megarl.train.model import Model, ModelSpec
 from megarl.types import Batch
@@ -24,13 +25,22 @@ class RewardModel(Model):
         super().__init__(spec, source)
 
     def scores(self, batch: Batch, micro_batches: Sequence[Sequence[int]]) -> Tensor | None:
-        """Return the scores of the rollouts, as float32 [B], on the ranks that report results, else None."""
+        """Return the scores of the rollouts, as float32 [B], on the ranks that report results, else None.
+
+        Raises WorkerError where one is no finite number.
+        """
         results = self.score_micro_batches(batch, micro_batches, self._scores)
         if not self.groups.is_output_rank:
             return None
         scores_B = torch.zeros(len(batch))
         for micro, scores_R in results:
             scores_B[micro.row_R] = scores_R
+        if not scores_B.isfinite().all():
+            bad = int((~scores_B.isfinite()).sum())
+            raise WorkerError(
+                f"the reward model gave {bad} of {len(batch)} rollouts a score that is no finite number. Check its "
+                "weights in transformers, or set actor_rollout_ref.model.dtype=float32"
+            )
         return scores_B
 
     def _scores(self, micro: MicroBatch, output: Tensor) -> Tensor:

@@ -30,5 +30,5 @@ def score(folder: Path, layout: Layout, batch: Batch) -> dict[bool, Tensor | Non
     answers = {}
     for packed in (True, False):
         spec = ModelSpec(shape, layout, torch.float32, torch.device("cpu"), packed, param_offload=True)
-        answers[packed] = RewardModel(spec, source).scores(rows, micro_batches(range(count), 3))
+        answers[packed] = RewardModel(spec, source).scores(rows, micro_batches(range(count), 2))
     return answers

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.types import Batch
-from tests.dist.ranks import RankPool
+from megarl.verify.pool import RankPool, RanksFailed
 from tests.dist.reward_model_cases import score
 from tests.dist.tiny_models import save_tiny_classifier
 
 MODELS = ("llama-untied", "qwen2-untied", "qwen3-tied", "qwen3_moe-untied")
-LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4, 1, 11, 8, 13)  # micro-batches of 3
+LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4, 1, 11, 8, 13)
 LAYOUTS = {
     "one_rank": Layout(1),
     "tp2+sp": Layout(2, tp=2, sequence_parallel=True),
@@ -58,6 +59,16 @@ def test_a_rollout_s_score_is_what_transformers_makes_of_it_alone(
         torch.testing.assert_close(scores_B, expected_B, rtol=0, atol=2e-5)
     silent = set(range(layout.world_size)) - set(layout.output_ranks())
     assert all(answers[rank] == {True: None, False: None} for rank in silent)
+
+
+def test_a_score_that_is_no_finite_number_ends_the_run(ranks: RankPool, tmp_path: Path, batch: Batch) -> None:
+    save_tiny_classifier("llama-untied", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["score.weight"][0, 0] = torch.inf
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RanksFailed, match="the reward model gave 12 of 12 rollouts a score that is no finite number"):
+        ranks.run(score, tmp_path, Layout(1), batch, world_size=1)
 
 
 @torch.no_grad()

@@ -18,17 +18,19 @@ from tests.tiny_task import NUM_RANKS
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, COEF = 3, 0.5
 # Axes of its own: the actor is split over tensor-parallel ranks.
-JUDGE = (
-    "reward.model.path=judge",
-    "reward.model.megatron.tensor_model_parallel_size=1",
-    "reward.model.megatron.pipeline_model_parallel_size=2",
-    "reward.model.megatron.param_offload=true",
-)
+JUDGE = ("reward.model.path=judge", "reward.model.megatron.tensor_model_parallel_size=1")
 RUNS = {
-    "function and model": (*JUDGE, f"reward.model.coef={COEF}"),
-    # Its critic starts from the reward model.
+    "function and model": (
+        *JUDGE,
+        f"reward.model.coef={COEF}",
+        "reward.model.megatron.pipeline_model_parallel_size=2",
+        "reward.model.megatron.param_offload=true",
+    ),
+    # On two data-parallel ranks, by a budget of tokens. Its critic starts from the reward model.
     "model alone": (
         *JUDGE,
+        "reward.model.use_dynamic_bsz=true",
+        "reward.model.forward_max_token_len_per_gpu=64",
         "reward.path=null",
         "algorithm.adv_estimator=gae",
         "critic.model={path: judge, init: pretrained}",
@@ -102,7 +104,7 @@ def test_metrics_tell_the_model_s_part_from_the_function_s(done: Done) -> None:
 
 
 def test_the_plan_knows_the_reward_model(done: Done) -> None:
-    assert "reward model: PP 2 on 2 ranks" in done.plan
+    assert any(f"reward model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP"))
 
 
 def _mean(values: list[float]) -> float:
