@@ -39,7 +39,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
     # Before there is a run folder: they may refuse the user's reward function.
-    with open_rewards(config.reward) as rewards:
+    with open_rewards(config) as rewards:
         run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
         (run_dir / "plan.txt").write_text(plan + "\n")
         print(f"run folder: {run_dir}\n{plan}", flush=True)
@@ -52,6 +52,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
             checked.critic.here() if checked.critic else None,
             inputs.critic_optimizer_steps(),
             algorithm_file,
+            checked.reward_model.here() if checked.reward_model else None,
         )
         with open_run(config, inputs, ranks, rewards, run_dir, values) as run:
             before, after = train(run)

@@ -42,6 +42,16 @@ def needs_reference(c: PPOConfig) -> bool:
     return c.actor_rollout_ref.actor.use_kl_loss or c.algorithm.use_kl_in_reward
 
 
+def needs_reward_model(c: PPOConfig) -> bool:
+    """Whether a model scores rollouts."""
+    return c.reward.model.path is not None
+
+
+def needs_reward_function(c: PPOConfig) -> bool:
+    """Whether a function scores rollouts: one that is named, or without a reward model those of the data."""
+    return c.reward.name is not None or c.reward.path is not None or not needs_reward_model(c)
+
+
 def needs_critic(c: PPOConfig) -> bool:
     """Whether the run trains a critic."""
     return estimator_needs(c).values
@@ -136,6 +146,13 @@ def the_critic_is_there_where_it_is_needed(c: PPOConfig) -> Problems:
     if c.critic.enable and not needs_critic(c):
         allowed = f"{name} reads no values: the critic would be trained for nothing"
         yield Problem("critic.enable", True, allowed, "critic.enable=null, or algorithm.adv_estimator=gae")
+
+
+def a_reward_model_weighs_something(c: PPOConfig) -> Problems:
+    """A reward model that is kept has a say."""
+    if needs_reward_model(c) and c.reward.model.coef == 0:
+        allowed = "must not be 0: the reward model would be kept for nothing"
+        yield Problem("reward.model.coef", c.reward.model.coef, allowed, "reward.model.path=null")
 
 
 def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
@@ -247,6 +264,7 @@ ALGORITHM_RULES = (
     grpo_has_a_kl_term_or_says_not,
     a_kl_term_weighs_something,
     the_critic_is_there_where_it_is_needed,
+    a_reward_model_weighs_something,
     estimator_settings_have_an_effect,
     the_kl_controller_has_an_effect,
     dynamic_sampling_has_groups,

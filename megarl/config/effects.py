@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.passes import actor_scoring, actor_update, ref_scoring
+from megarl.config.algorithm_rules import needs_reward_function, needs_reward_model
+from megarl.config.passes import REWARD_MODEL, actor_scoring, actor_update, ref_scoring, reward_scoring
 from megarl.config.schema import POLICY_LOSSES, PPOConfig
 from megarl.errors import Problem
 
@@ -41,7 +42,7 @@ def _of_passes(key: str, default: int | None, by: str, dynamic: bool) -> Effect:
     """``key`` is the size of some pass, by tokens where ``dynamic``. by: what says whether tokens are counted."""
 
     def decides(c: PPOConfig) -> bool:
-        return key in (actor_update(c).key, actor_scoring(c).key, ref_scoring(c).key)
+        return key in (size(c).key for size in (actor_update, actor_scoring, ref_scoring, reward_scoring))
 
     wanted, null = str(dynamic).lower(), "null" if default is None else default
     return Effect(key, default, decides, f"{by} is {wanted}", f"{key}={null}, or {by}={wanted}")
@@ -68,6 +69,11 @@ _OVERLONG = (
     "reward.overlong_buffer.enable is true",
     "reward.overlong_buffer.enable=true",
 )
+_FUNCTION = (
+    needs_reward_function,
+    "a function scores: reward.name or reward.path is set, or reward.model.path isn't",
+    "reward.name=NAME or reward.path=FILE.py",
+)
 _SAMPLES = (
     lambda c: c.actor_rollout_ref.rollout.val_kwargs.temperature > 0,
     f"{ROLLOUT}.val_kwargs.temperature is above 0",
@@ -83,6 +89,8 @@ EFFECTS: tuple[Effect, ...] = (
     _of_passes(f"{ACTOR}.ppo_max_token_len_per_gpu", 16384, f"{ACTOR}.use_dynamic_bsz", True),
     _of_passes(f"{ACTOR}.log_prob_max_token_len_per_gpu", None, f"{ACTOR}.log_prob_use_dynamic_bsz", True),
     _of_passes(f"{REF}.log_prob_max_token_len_per_gpu", None, f"{REF}.log_prob_use_dynamic_bsz", True),
+    _of_passes(f"{REWARD_MODEL}.micro_batch_size_per_gpu", None, f"{REWARD_MODEL}.use_dynamic_bsz", False),
+    _of_passes(f"{REWARD_MODEL}.forward_max_token_len_per_gpu", None, f"{REWARD_MODEL}.use_dynamic_bsz", True),
     Effect(
         f"{ACTOR}.clip_ratio",
         0.2,
@@ -116,6 +124,10 @@ EFFECTS: tuple[Effect, ...] = (
         "reward.path names a file",
         "reward.path=FILE.py",
     ),
+    Effect("reward.num_workers", 1, *_FUNCTION),
+    Effect("reward.timeout_s", 10.0, *_FUNCTION),
+    Effect("reward.score_on_failure", 0.0, *_FUNCTION),
+    Effect("reward.model.coef", 1.0, needs_reward_model, "reward.model.path names a model", "reward.model.path=FOLDER"),
     Effect(f"{ROLLOUT}.val_kwargs.top_p", 1.0, *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.top_k", None, *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.n", 1, *_SAMPLES),

@@ -18,8 +18,9 @@ FAMILIES = (
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",
 )
-# What transformers calls a family's language model, and its model with a number a token, as a critic is.
-_LANGUAGE_MODEL, _CRITIC = "ForCausalLM", "ForTokenClassification"
+# What transformers calls a family's language model, and its models with a number a token, as a critic is, or a number
+# for a whole text, as a reward model is.
+_LANGUAGE_MODEL, _CRITIC, _REWARD_MODEL = "ForCausalLM", "ForTokenClassification", "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rope:
 class ModelShape:
     """Everything about an architecture that decides parameters and mathematics.
 
-    value_head: one number a token in place of logits, as a critic has.
+    value_head: one number a token in place of logits, as a critic and a reward model have.
 
     num_experts: of every layer but ``dense_layers``; 0 in a dense model, where nothing else about experts means
     anything. A token takes ``experts_per_token`` of them, weighted by its router's ``router_score``, which are divided
@@ -73,7 +74,7 @@ class ModelShape:
     dense_layers: tuple[int, ...] = ()
 
     def with_value_head(self) -> ModelShape:
-        """Return the critic's shape: no output layer, so nothing to tie the embedding to."""
+        """Return a critic's or reward model's shape: no output layer, so nothing to tie the embedding to."""
         return replace(self, value_head=True, tied=False)
 
     def critic_fields(self) -> dict[str, Any]:
@@ -119,10 +120,11 @@ def read_model_shape(folder: str | Path) -> ModelShape:
 def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
     """Turn the fields of a config.json into a ModelShape; ``source`` names it in errors.
 
-    A token classification model of a supported family is a critic, if it has one label.
+    A token classification model of a supported family is a critic, if it has one label, and a sequence classification
+    model a reward model.
     """
     architecture = (config.get("architectures") or ["(none)"])[0]
-    family = architecture.replace(_CRITIC, _LANGUAGE_MODEL)
+    family = architecture.replace(_CRITIC, _LANGUAGE_MODEL).replace(_REWARD_MODEL, _LANGUAGE_MODEL)
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelFolderError(
@@ -131,7 +133,8 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
         )
     has_value_head = architecture != family
     if has_value_head and len(config.get("id2label") or "01") != 1:  # transformers has two labels unless told
-        raise ModelFolderError(f"{source}: {architecture} must have one label to be a critic, see id2label")
+        role = "critic" if architecture.endswith(_CRITIC) else "reward model"
+        raise ModelFolderError(f"{source}: {architecture} must have one label to be a {role}, see id2label")
     _refuse_unsupported(family, config, source)
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.config.algorithm_rules import needs_critic, needs_reference, needs_reward_model
 from megarl.config.schema import MegatronConfig, PPOConfig
 
 ACTOR, REF, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"
+REWARD_MODEL = "reward.model"
 
 # Keys with their values, the first that isn't null decides.
 _Keys = tuple[tuple[str, int | None], ...]
@@ -108,6 +109,15 @@ def critic_scoring(c: PPOConfig) -> PassSize:
     return _pass_size(c, c.critic.megatron, c.critic.use_dynamic_bsz, sizes, tokens)
 
 
+def reward_scoring(c: PPOConfig) -> PassSize:
+    """Return the sizes of the reward model's pass."""
+    model = c.reward.model
+    by_tokens = _actor_scores_by_tokens(c) if model.use_dynamic_bsz is None else model.use_dynamic_bsz
+    size = (f"{REWARD_MODEL}.micro_batch_size_per_gpu", model.micro_batch_size_per_gpu)
+    tokens = (f"{REWARD_MODEL}.forward_max_token_len_per_gpu", model.forward_max_token_len_per_gpu)
+    return _pass_size(c, model.megatron, by_tokens, (size, *_scored_rollouts(c)), (tokens, *_scored_tokens(c)))
+
+
 def passes_of(c: PPOConfig) -> tuple[PassSize, ...]:
     """Return every kind of pass of the run."""
     passes = [actor_update(c), actor_scoring(c)]
@@ -115,6 +125,8 @@ def passes_of(c: PPOConfig) -> tuple[PassSize, ...]:
         passes.append(ref_scoring(c))
     if needs_critic(c):
         passes += [critic_update(c), critic_scoring(c)]
+    if needs_reward_model(c):
+        passes.append(reward_scoring(c))
     return tuple(passes)
 
 

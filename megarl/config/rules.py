@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from megarl.config.algorithm_rules import ALGORITHM_RULES, needs_critic, needs_reference
+from megarl.config.algorithm_rules import ALGORITHM_RULES, needs_critic, needs_reference, needs_reward_model
 from megarl.config.effects import settings_have_an_effect
 from megarl.config.megatron_rules import (
     RANKS,
@@ -46,10 +46,17 @@ def a_model_is_named(key: str, model: ModelConfig | CriticModelConfig) -> Proble
 
 
 def a_policy_has_an_output_layer(key: str, path: str | None, shape: ModelShape) -> Problems:
-    """The model that gives log-probs isn't a critic."""
+    """The model that gives log-probs is neither a critic nor a reward model."""
     if shape.value_head:
-        allowed = "is a critic, with a value head in place of the output layer; must be a language model"
-        yield Problem(f"{key}.path", path, allowed, f"critic.model.path={path}, if that is meant")
+        allowed = "has a value head in place of the output layer, as a critic or reward model; must be a language model"
+        yield Problem(f"{key}.path", path, allowed, f"critic.model.path={path} or reward.model.path={path}, if meant")
+
+
+def the_actors_tokens_are_known(key: str, path: str | None, shape: ModelShape, vocab_size: int) -> Problems:
+    """A model that reads rollouts has every token of the actor's ``vocab_size``."""
+    if shape.vocab_size < vocab_size:
+        allowed = f"its vocabulary of {shape.vocab_size} doesn't hold the actor's {vocab_size} tokens"
+        yield Problem(key, path, allowed, "take a model of the same family")
 
 
 def stop_tokens_are_in_the_vocabulary(token_ids: tuple[int, ...], shape: ModelShape) -> Problems:
@@ -190,6 +197,8 @@ def ppo_problems(c: PPOConfig) -> list[Problem]:
         problems += betas_are_two_fractions("critic.optim", c.critic.optim)
         problems += the_last_learning_rate_is_reached("critic.", c.critic.optim, c.critic.lr_scheduler)
         problems += axes_make_sense("critic.megatron", c.critic.megatron, ranks, models.model.dtype)
+    if needs_reward_model(c):
+        problems += axes_make_sense("reward.model.megatron", c.reward.model.megatron, ranks, models.model.dtype)
     problems += sinks_are_known(c.trainer.logger)
     return problems
 
@@ -225,9 +234,22 @@ def ppo_model_problems(c: PPOConfig, shape: ModelShape) -> list[Problem]:
 def critic_model_problems(c: PPOConfig, shape: ModelShape, vocab_size: int) -> list[Problem]:
     """Evaluate the rules between the config and the critic's config.json. vocab_size: of the actor's model."""
     problems = [*the_model_fits_its_axes("critic.megatron", shape, c.critic.megatron)]
-    if shape.vocab_size < vocab_size:
-        allowed = f"its vocabulary of {shape.vocab_size} doesn't hold the actor's {vocab_size} tokens"
-        problems.append(Problem("critic.model.path", c.critic.model.path, allowed, "take a model of the same family"))
+    problems += the_actors_tokens_are_known("critic.model.path", c.critic.model.path, shape, vocab_size)
+    return problems
+
+
+def reward_model_problems(c: PPOConfig, shape: ModelShape, vocab_size: int) -> list[Problem]:
+    """Evaluate the rules between the config and the reward model's config.json. vocab_size: of the actor's model."""
+    key, path = "reward.model.path", c.reward.model.path
+    problems = [*the_model_fits_its_axes("reward.model.megatron", shape, c.reward.model.megatron)]
+    if not shape.value_head:
+        allowed = "is a language model, which scores nothing; must be a *ForSequenceClassification model with one label"
+        problems.append(Problem(key, path, allowed, "give a folder whose config.json and weights have a value head"))
+    problems += the_actors_tokens_are_known(key, path, shape, vocab_size)
+    tokens = c.data.max_prompt_length + c.data.max_response_length
+    if tokens > shape.max_positions:
+        allowed = f"its max_position_embeddings = {shape.max_positions} don't hold the longest rollout, {tokens} tokens"
+        problems.append(Problem(key, path, allowed, "shorten data.max_prompt_length or data.max_response_length"))
     return problems
 
 
@@ -253,13 +275,13 @@ def sft_model_problems(c: SFTConfig, shape: ModelShape) -> list[Problem]:
 
 
 def without_followers(problems: Iterable[Problem]) -> list[Problem]:
-    """Leave out what is said of the reference's or critic's axes where the same is said of the actor's: they follow."""
+    """Leave out what is said of other roles' axes where the same is said of the actor's: they follow."""
     kept = list(problems)
     said = {(p.key, str(p.value), p.allowed) for p in kept}
 
     def is_repeated(problem: Problem) -> bool:
         key, allowed = problem.key, problem.allowed
-        for follower in ("actor_rollout_ref.ref.megatron.", "critic.megatron."):
+        for follower in ("actor_rollout_ref.ref.megatron.", "critic.megatron.", "reward.model.megatron."):
             key = key.replace(follower, _ACTOR_AXES)
             allowed = allowed.replace(follower, _ACTOR_AXES)
         return key != problem.key and (key, str(problem.value), allowed) in said

@@ -298,16 +298,45 @@ class OverlongBufferConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """Rewards, computed in processes of their own."""
+class RewardModelConfig:
+    """The reward model, on Megatron. dtype and packing are the actor's model's."""
 
-    name: str | None = key("a registered reward for all rows; null: each row's by its data_source")
+    path: str | None = key(
+        "a Hugging Face folder or name of a *ForSequenceClassification model with one label; null: no reward model"
+    )
+    coef: float = key("what its scores are multiplied by before they are added to a reward function's")
+    micro_batch_size_per_gpu: int | None = key(
+        "rollouts of a pass for scores; null: as the actor's log-prob pass", low=1
+    )
+    use_dynamic_bsz: bool | None = key(
+        "fill micro-batches up to a number of tokens; null: as the actor's log-prob pass"
+    )
+    forward_max_token_len_per_gpu: int | None = key(
+        "those tokens, on one device; null: as the actor's log-prob pass", low=1
+    )
+    megatron: MegatronConfig = key("axes; the actor's unless given")
+
+
+@dataclass(frozen=True)
+class RewardFunctionConfig:
+    """Reward functions, called in processes of their own."""
+
+    name: str | None = key(
+        "a registered reward for all rows; null: each row's by its data_source, or none beside a reward model"
+    )
     path: str | None = key("python file with a reward function of yours")
     function: str = key("its name in that file")
     num_workers: int = key("processes", low=1)
     timeout_s: float = key("seconds a reward may take", above=0.0)
     overlong_buffer: OverlongBufferConfig = key("soft penalty of long responses (DAPO)")
     score_on_failure: float = key("reward of a rollout whose reward function raised, hung or returned no number")
+
+
+@dataclass(frozen=True)
+class RewardConfig(RewardFunctionConfig):
+    """Rewards: a function's, a model's, or both added up."""
+
+    model: RewardModelConfig = key("reward model")
 
 
 @dataclass(frozen=True)
@@ -461,7 +490,7 @@ class DpPPOConfig:
     data: DataConfig = key("data")
     actor_rollout_ref: DpActorRolloutRefConfig = key("models")
     critic: DpCriticConfig = key("critic")
-    reward: RewardConfig = key("reward")
+    reward: RewardFunctionConfig = key("reward")
     algorithm: AlgorithmConfig = key("algorithm")
     trainer: TrainerConfig = key("trainer")
 

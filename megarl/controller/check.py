@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megarl.config.rules import (
     num_ranks,
     ppo_model_problems,
     ppo_problems,
+    reward_model_problems,
     schedule_problems,
     sft_model_problems,
     sft_problems,
@@ -35,6 +36,7 @@ from megarl.config.schema import (
     SFTConfig,
     TrainedMegatronConfig,
 )
+from megarl.config.tokenizer_file import differing_token
 from megarl.controller.start import resolve_model_folder
 from megarl.data.parquet import check_footer
 from megarl.data.prompts import prompt_columns
@@ -44,7 +46,7 @@ from megarl.plan.batch import BatchPlan, plan_batch
 from megarl.plan.model_facts.shipped import shipped_config
 from megarl.reward.registry import load_reward
 
-_MODEL, _CRITIC = "actor_rollout_ref.model.path", "critic.model.path"
+_MODEL, _CRITIC, _REWARD = "actor_rollout_ref.model.path", "critic.model.path", "reward.model.path"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Model:
 
 @dataclass(frozen=True)
 class CheckedPPO:
-    """An RL run without a known mistake. critic and critic_batch: None without one.
+    """An RL run without a known mistake. critic and critic_batch, reward_model: None without one.
 
     num_prompts: rows of the training files, before too long ones are left out; None where they aren't here. notes: what
     couldn't be checked on this machine.
@@ -75,6 +77,7 @@ class CheckedPPO:
     critic_batch: BatchPlan | None
     num_prompts: int | None
     notes: tuple[str, ...] = ()
+    reward_model: Model | None = None
 
     @property
     def num_steps(self) -> int | None:
@@ -129,7 +132,7 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
     config = _built(values)
     found, notes = _Findings(), list[str]()
     found.problems += ppo_problems(config)
-    batch = critic_plan = model = critic = None
+    batch = critic_plan = model = critic = reward_model = None
     with found.of("actor_rollout_ref.actor.ppo_mini_batch_size", config.actor_rollout_ref.actor.ppo_mini_batch_size):
         batch = actor_batch(config)
     if needs_critic(config):
@@ -144,6 +147,12 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
             critic = _model(path, notes if files_may_be_missing else None)
             if model:
                 found.problems += critic_model_problems(config, critic.shape, model.shape.vocab_size)
+    if (path := config.reward.model.path) is not None:
+        with found.of(_REWARD, path):
+            reward_model = _reward_model(path, notes if files_may_be_missing else None)
+            if model:
+                found.problems += reward_model_problems(config, reward_model.shape, model.shape.vocab_size)
+                found.problems += _a_token_means_the_same(model, reward_model, path)
     num_prompts = _check_data_files(config, found, notes if files_may_be_missing else None)
     _check_reward(config, found)
     trained = {"actor_rollout_ref.actor.megatron": config.actor_rollout_ref.actor.megatron}
@@ -154,7 +163,7 @@ def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) 
     found.problems = without_followers(found.problems)
     found.finish()
     assert batch is not None and model is not None
-    checked = CheckedPPO(config, model, critic, batch, critic_plan, num_prompts, tuple(notes))
+    checked = CheckedPPO(config, model, critic, batch, critic_plan, num_prompts, tuple(notes), reward_model)
     found.problems += _schedule_problems(checked)
     found.finish()
     return checked
@@ -240,7 +249,7 @@ def _at(values: object, *path: str) -> object:
     return values
 
 
-def _model(path: str, notes: list[str] | None) -> Model:
+def _model(path: str, notes: list[str] | None, *, needs_tokenizer: bool = True) -> Model:
     """Return a model. notes: where given, an absent folder is noted and its shipped facts are taken."""
     try:
         folder = resolve_model_folder(path)
@@ -254,11 +263,26 @@ def _model(path: str, notes: list[str] | None) -> Model:
         return Model(parse_model_shape(facts, path), None)
     shape = read_model_shape(folder)
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((Path(folder) / name).is_file() for name in tokenizer):
+    if needs_tokenizer and not any((Path(folder) / name).is_file() for name in tokenizer):
         raise ModelFolderError(
             f"{folder} has no tokenizer: none of {', '.join(tokenizer)}; copy it from the base model"
         )
     return Model(shape, folder)
+
+
+def _reward_model(path: str, notes: list[str] | None) -> Model:
+    """Return a reward model, likewise; the shipped facts of a language model stand for those of one made from it."""
+    model = _model(path, notes, needs_tokenizer=False)
+    return model if model.folder is not None else replace(model, shape=model.shape.with_value_head())
+
+
+def _a_token_means_the_same(actor: Model, reward_model: Model, path: str) -> Iterator[Problem]:
+    """Yield what the reward model would misread: it is given the actor's tokens as numbers."""
+    if actor.folder is None or reward_model.folder is None:
+        return
+    if difference := differing_token(actor.folder, reward_model.folder):
+        allowed = f"has another vocabulary than the actor: {difference}; it is given the actor's tokens as they are"
+        yield Problem(_REWARD, path, allowed, "take a reward model made from a model of the actor's family")
 
 
 def _optimizers_are_installed(trained: Mapping[str, TrainedMegatronConfig]) -> Iterator[Problem]:

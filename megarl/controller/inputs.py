@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from megarl.config.algorithm_rules import needs_reward_function
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.rules import require, schedule_problems
 from megarl.config.schema import ModelConfig, PPOConfig
@@ -29,7 +30,8 @@ Overlong = Literal["filter", "error"]
 class PPOInputs:
     """Of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
 
-    critic_plan: the critic's share of the batch arithmetic, None without one. shape, critic_shape: of the models.
+    critic_plan: the critic's share of the batch arithmetic, None without one. shape, critic_shape, reward_shape: of the
+    models.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +44,7 @@ class PPOInputs:
     num_overlong: int
     shape: ModelShape
     critic_shape: ModelShape | None
+    reward_shape: ModelShape | None = None
 
     def actor_optimizer_steps(self, config: PPOConfig) -> int:
         """Return the optimizer steps of the actor in the whole run."""
@@ -70,6 +73,8 @@ def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
     data, actor, trainer = config.data, config.actor_rollout_ref.actor, config.trainer
     plan, critic_plan, model_folder = checked.batch, checked.critic_batch, checked.model.here()
     _check_weights(config.actor_rollout_ref.model, model_folder)
+    if checked.reward_model:
+        SafetensorsSource(checked.reward_model.here(), checked.reward_model.shape, may_lack_value_head=False)
     tokenizer = load_tokenizer(model_folder)
     train, val = (
         load_prompts(
@@ -83,7 +88,7 @@ def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
     )
     val_order = Order(len(val.prompts), len(val.prompts), data.val_shuffle, trainer.seed)
     val_prompts = tuple(val.prompts[i] for i in val_order.batch(0)[: data.max_val_prompts])
-    if not config.reward.name and not config.reward.path:
+    if needs_reward_function(config) and not config.reward.name and not config.reward.path:
         require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
     order: Order | MixedOrder
     if data.train_file_weights:
@@ -104,6 +109,7 @@ def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
         num_overlong,
         checked.model.shape,
         checked.critic.shape if checked.critic else None,
+        checked.reward_model.shape if checked.reward_model else None,
     )
     # Once more, now that too long prompts are left out.
     steps = inputs.actor_optimizer_steps(config)

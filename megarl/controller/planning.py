@@ -18,14 +18,17 @@ ROLLOUT_MEMORY = "actor_rollout_ref.rollout.gpu_memory_utilization"
 def planned(checked: CheckedPPO, device: Device) -> RunPlan:
     """Return the plan of a run."""
     critic = checked.critic.shape if checked.critic else None
-    return plan_run(checked.config, checked.model.shape, critic, checked.batch, checked.critic_batch, device)
+    reward = checked.reward_model.shape if checked.reward_model else None
+    batches = checked.batch, checked.critic_batch
+    return plan_run(checked.config, checked.model.shape, critic, *batches, device, reward_shape=reward)
 
 
 def plan_of(checked: CheckedPPO, config: PPOConfig, device: Device) -> RunPlan:
     """Return the plan of another config of the same models. Raises ConfigError where its batches are uneven."""
     critic = checked.critic.shape if checked.critic else None
+    reward = checked.reward_model.shape if checked.reward_model else None
     batches = actor_batch(config), critic_batch(config) if critic else None
-    return plan_run(config, checked.model.shape, critic, *batches, device, with_traffic=False)
+    return plan_run(config, checked.model.shape, critic, *batches, device, reward_shape=reward, with_traffic=False)
 
 
 def fitting_plan(checked: CheckedPPO) -> str:

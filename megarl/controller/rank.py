@@ -27,6 +27,7 @@ class RunSpec:
     critic_folder: str | None = None
     critic_optimizer_steps: int = 0
     algorithm_file: str | None = None
+    reward_model_folder: str | None = None
 
 
 def join_ranks() -> Platform:

@@ -73,14 +73,18 @@ class Ranks:
 
     def logprobs(self, role: str, batch: Batch, temperature: float) -> Tensor:
         """Return the log-probs [B, S] of the masked tokens under a role's model."""
-        return self._score_tokens("logprobs", role, batch, lambda local, micros: (role, local, micros, temperature))
+        return self._score("logprobs", role, batch, lambda local, micros: (role, local, micros, temperature))
 
     def values(self, batch: Batch) -> Tensor:
         """Return the critic's values [B, S] at the masked tokens."""
-        return self._score_tokens("values", "critic", batch, lambda local, micros: (local, micros))
+        return self._score("values", "critic", batch, lambda local, micros: (local, micros))
 
-    def _score_tokens(self, method: str, role: str, batch: Batch, arguments: Callable[..., tuple[Any, ...]]) -> Tensor:
-        """Split rows over a role's data-parallel ranks, let each score its tokens, and put the rows together again."""
+    def reward_scores(self, batch: Batch) -> Tensor:
+        """Return the reward model's scores [B] of the rollouts."""
+        return self._score("reward_scores", "reward model", batch, lambda local, micros: (local, micros))
+
+    def _score(self, method: str, role: str, batch: Batch, arguments: Callable[..., tuple[Any, ...]]) -> Tensor:
+        """Split rows over a role's data-parallel ranks, let each score its own, and put them together again."""
         layout = self.roles[role].layout
         # Every data-parallel rank runs as many micro-batches, so that their pipelines stay in step.
         shares = [_local(micros) for micros in self.roles[role].forward_parts(batch.lengths_B.tolist())]

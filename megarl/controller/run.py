@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.algorithm.rollout_correction import correct_rollouts
 from megarl.algorithm.token_rewards import penalize_rewards
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import PPOConfig, RewardConfig
+from megarl.config.algorithm_rules import needs_reward_function, needs_reward_model
+from megarl.config.schema import PPOConfig
 from megarl.controller.inputs import PPOInputs
 from megarl.controller.rank import RunSpec
 from megarl.controller.ranks import Ranks
@@ -44,7 +45,7 @@ from megarl.plan.batch import BatchPlan, Spread
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
 from megarl.train.work import Metrics
-from megarl.types import Batch, GenerationRequest, Prompt, RewardRequest, Rollout, Sampling
+from megarl.types import Batch, GenerationRequest, Prompt, RewardRequest, RewardResult, Rollout, Sampling
 
 Group = tuple[Rollout, ...]
 
@@ -56,12 +57,12 @@ _NUM_CHECKED_PROMPTS, _NUM_CHECKED_TOKENS = 8, 16
 
 @dataclass
 class Run:
-    """An RL run after start-up."""
+    """An RL run after start-up. rewards: None where only a reward model scores."""
 
     config: PPOConfig
     ranks: Ranks
     inputs: PPOInputs
-    rewards: RewardPool
+    rewards: RewardPool | None
     tracker: Tracker
     run_dir: Path
     kl_controller: KLController
@@ -116,6 +117,18 @@ class Run:
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Rewards:
         """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured."""
+        config, penalties_B = self.config.reward, torch.zeros(sum(map(len, groups)))
+        if config.overlong_buffer.enable:
+            lengths_B = torch.tensor([len(r.token_ids) for group in groups for r in group])
+            limit, buffer = self.config.data.max_response_length, config.overlong_buffer
+            penalties_B = overlong_penalty(lengths_B, limit, buffer.len, buffer.penalty_factor)
+        results = self._function_results(prompts, groups) if self.rewards is not None else ()
+        model_B = self._model_scores(prompts, groups) if needs_reward_model(self.config) else None
+        return Rewards(results, penalties_B, model_B, config.model.coef)
+
+    def _function_results(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> tuple[RewardResult, ...]:
+        """Return what the reward function says of all rollouts."""
+        assert self.rewards is not None
         texts = iter(self.texts(groups))
         requests = [
             RewardRequest(
@@ -124,13 +137,12 @@ class Run:
             for p, group in zip(prompts, groups, strict=True)
             for r in group
         ]
-        buffer = self.config.reward.overlong_buffer
-        penalties_B = torch.zeros(len(requests))
-        if buffer.enable:
-            lengths_B = torch.tensor([len(r.token_ids) for group in groups for r in group])
-            limit = self.config.data.max_response_length
-            penalties_B = overlong_penalty(lengths_B, limit, buffer.len, buffer.penalty_factor)
-        return Rewards(tuple(self.rewards.score(requests)), penalties_B)
+        return tuple(self.rewards.score(requests))
+
+    def _model_scores(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
+        """Return the reward model's scores [B] of all rollouts."""
+        with self.stopwatch.timed("reward_model"):
+            return self.ranks.reward_scores(rollouts_to_batch([p.token_ids for p in prompts], groups))
 
     def score_baseline(self, prompts: Sequence[Prompt], greedy: Sequence[Group]) -> Tensor | None:
         """Return for every rollout [B] the reward of its prompt's greedy one; None where there are none."""
@@ -224,7 +236,7 @@ class Run:
         rewards = self.score(self.inputs.val_prompts, groups)
         rows = self._sampled_rows(self.inputs.val_prompts, groups, rewards)
         lengths = [len(r.token_ids) for group in groups for r in group]
-        mean = sum(r.score for r in rewards.results) / len(rewards.results)  # without penalties of length
+        mean = sum(rewards.unpenalized) / len(rewards.unpenalized)
         return Evaluation(step, mean, sum(lengths) / len(lengths), len(lengths), rows)
 
     def check_publish(self) -> None:
@@ -282,8 +294,11 @@ class Run:
         return (*rollout.stop_token_ids, *own)
 
 
-def open_rewards(reward: RewardConfig) -> RewardPool:
-    """Start the reward processes. Raises RewardError if the function can't be loaded."""
+def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]:
+    """Start the reward processes, if a function scores. Raises RewardError if it can't be loaded."""
+    if not needs_reward_function(config):
+        return nullcontext()
+    reward = config.reward
     spec = RewardSpec(reward.name, reward.path, reward.function)
     return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure)
 
@@ -293,7 +308,7 @@ def open_run(
     config: PPOConfig,
     inputs: PPOInputs,
     ranks: RunSpec,
-    rewards: RewardPool,
+    rewards: RewardPool | None,
     run_dir: Path,
     values: Mapping[str, Any],
 ) -> Iterator[Run]:
@@ -310,7 +325,7 @@ def open_run(
             config,
             Ranks(
                 group,
-                role_layouts(config, inputs.shape, inputs.critic_shape),
+                role_layouts(config, inputs.shape, inputs.critic_shape, inputs.reward_shape),
                 config.actor_rollout_ref.rollout.tensor_model_parallel_size,
             ),
             inputs,

@@ -16,9 +16,17 @@ from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_cont
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, presets
 from megarl.algorithm.user_file import user_errors_named
-from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.config.algorithm_rules import needs_critic, needs_reference, needs_reward_model
 from megarl.config.model_shape import ModelShape
-from megarl.config.passes import PassSize, actor_scoring, actor_update, critic_scoring, critic_update, ref_scoring
+from megarl.config.passes import (
+    PassSize,
+    actor_scoring,
+    actor_update,
+    critic_scoring,
+    critic_update,
+    ref_scoring,
+    reward_scoring,
+)
 from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.ranks import RoleLayout
@@ -129,14 +137,19 @@ def val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def role_layouts(config: PPOConfig, actor: ModelShape, critic: ModelShape | None = None) -> dict[str, RoleLayout]:
-    """Return the layout and the micro-batches of every role of the run. actor, critic: the models' shapes."""
+def role_layouts(
+    config: PPOConfig, actor: ModelShape, critic: ModelShape | None = None, reward_model: ModelShape | None = None
+) -> dict[str, RoleLayout]:
+    """Return the layout and the micro-batches of every role of the run, by the shapes of the models."""
     roles = {"actor": _role_layout(config, actor, actor_scoring(config), actor_update(config))}
     if needs_reference(config):
         roles["ref"] = _role_layout(config, actor, ref_scoring(config))
     if needs_critic(config):
         assert critic is not None
         roles["critic"] = _role_layout(config, critic.with_value_head(), critic_scoring(config), critic_update(config))
+    if needs_reward_model(config):
+        assert reward_model is not None
+        roles["reward model"] = _role_layout(config, reward_model, reward_scoring(config))
     return roles
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megarl.algorithm.user_file import load_user_file
 from megarl.checkpoint.trainer_state import TrainerState, write_trainer_state
 from megarl.checkpoint.whole_folder import whole_folder
-from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.config.algorithm_rules import needs_critic, needs_reference, needs_reward_model
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import (
     LRSchedulerConfig,
@@ -38,6 +38,7 @@ from megarl.train.critic import Critic
 from megarl.train.model import ModelSpec
 from megarl.train.optimizer import OptimizerSpec
 from megarl.train.policy import Policy
+from megarl.train.reward_model import RewardModel
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 
@@ -54,6 +55,7 @@ class Worker:
         self.shape = read_model_shape(run.model_folder)
         self.ref: Policy | None = None
         self.critic: Critic | None = None
+        self.reward_model: RewardModel | None = None
         self.engine: RolloutEngine | None = None
         self.publisher: Publisher | None = None
         if isinstance(run.config, PPOConfig):
@@ -75,6 +77,8 @@ class Worker:
             self.ref = Policy(_model_spec(self.shape, models.model, models.ref.megatron, self.device), source)
         if needs_critic(config):
             self.critic = self._build_critic(config, run)
+        if needs_reward_model(config):
+            self.reward_model = self._build_reward_model(config, run)
         self.engine = _build_engine(config, run.model_folder)
         self.publisher = Publisher(self.actor, self.engine, models.rollout.tensor_model_parallel_size)
 
@@ -87,6 +91,12 @@ class Worker:
         source = RandomSource(shape, config.trainer.seed) if random else SafetensorsSource(run.critic_folder, shape)
         steps = run.critic_optimizer_steps
         return Critic(spec, source, _optimizer_spec(critic.optim, critic.lr_scheduler, critic.megatron, steps))
+
+    def _build_reward_model(self, config: PPOConfig, run: RunSpec) -> RewardModel:
+        assert run.reward_model_folder is not None
+        shape = read_model_shape(run.reward_model_folder)
+        spec = _model_spec(shape, config.actor_rollout_ref.model, config.reward.model.megatron, self.device)
+        return RewardModel(spec, SafetensorsSource(run.reward_model_folder, shape, may_lack_value_head=False))
 
     def _build_sft(self, config: SFTConfig, run: RunSpec) -> None:
         spec = _model_spec(self.shape, config.model, config.megatron, self.device)
@@ -126,6 +136,11 @@ class Worker:
         """Return the critic's values of this data-parallel rank's rows, on the rank that reports them."""
         assert self.critic is not None
         return self.critic.values(batch, micro_batches)
+
+    def reward_scores(self, batch: Batch, micro_batches: Micros) -> Tensor | None:
+        """Return the reward model's scores of this data-parallel rank's rows, on the rank that reports them."""
+        assert self.reward_model is not None
+        return self.reward_model.scores(batch, micro_batches)
 
     def update_critic(self, batch: Batch, steps: Sequence[OptimizerStep], loss: ValueLossSpec) -> list[Metrics]:
         """Take the optimizer steps of a value update."""

@@ -1,7 +1,7 @@
 """From rollouts to a Batch, and from rows of a Batch to the packed micro-batches that the model sees.
 
 Shape suffixes: B rollouts, S sequence, T positions that the model computes, L those of them that one context rank does,
-N predicted tokens that count.
+N predicted tokens that count, R rows of a micro-batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MicroBatch:
     token belongs to, from 1; 0 for padding. lengths: of the packed sequences over all context ranks, with each one's
     padding, and those of the alignment padding at the end included; empty where padded. predict_N: the flat positions
     whose next token is trained on, -1 where another context rank has it; targets_N: that token; row_N, column_N: where
-    it stands in the Batch.
+    it stands in the Batch. row_R: the rows; last_R: the flat position of each one's last token, -1 likewise.
     """
 
     tokens: Tensor
@@ -36,6 +36,8 @@ class MicroBatch:
     targets_N: Tensor
     row_N: Tensor
     column_N: Tensor
+    row_R: Tensor
+    last_R: Tensor
 
     def column(self, values_BS: Tensor) -> Tensor:
         """Return the values [N] of a per-token column of the Batch."""
@@ -84,6 +86,8 @@ def pack(
         targets_N=torch.cat(targets),
         row_N=torch.cat(row_index),
         column_N=torch.cat(column_index),
+        row_R=torch.tensor(rows, dtype=torch.int64),
+        last_R=place_T[[start + length - 1 for start, length in zip(starts, lengths, strict=True)]],
     )
 
 

@@ -58,8 +58,8 @@ _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _EMBEDDING = "model.embed_tokens.weight"
 _MEGATRON = "decoder.layers.{i}."
-VALUE_HEAD = "score.weight"  # as transformers' token classification models name it
-VALUE_HEAD_BIAS = "score.bias"  # which they have and megarl's critic has not
+VALUE_HEAD = "score.weight"  # as transformers' classification models name it
+VALUE_HEAD_BIAS = "score.bias"  # which those of tokens have and megarl's critic has not
 
 
 @lru_cache(maxsize=64)

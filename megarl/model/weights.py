@@ -33,17 +33,19 @@ class TensorSource(Protocol):
 class SafetensorsSource:
     """Reads ranges from ``model.safetensors`` or the files of ``model.safetensors.index.json``.
 
-    A value head that the folder lacks is zero: a critic that starts from a language model values every state at 0.
+    A value head that the folder lacks is zero where it ``may_lack_value_head``: a critic that starts from a language
+    model values every state at 0.
     Experts may be apart or fused. Raises ModelFolderError where files or tensors are missing, truncated or of the wrong
     shape, or a tensor that has no place in megarl's model isn't zero.
     """
 
-    def __init__(self, folder: str | Path, shape: ModelShape) -> None:
+    def __init__(self, folder: str | Path, shape: ModelShape, *, may_lack_value_head: bool = True) -> None:
         self.folder = Path(folder).expanduser()
         self._file_of = self._index()
         self._open: dict[Path, safe_open] = {}
         expected = hf_shapes(shape)
-        self._fresh = {n: expected.pop(n) for n in (VALUE_HEAD,) if n in expected and n not in self._file_of}
+        fresh = (VALUE_HEAD,) if may_lack_value_head else ()
+        self._fresh = {n: expected.pop(n) for n in fresh if n in expected and n not in self._file_of}
         self._fused = fused_parts(expected, shape.num_experts, self._file_of)
         in_files = {n: s for n, s in expected.items() if n not in self._fused}
         self._check(in_files | {part.name: part.shape for part in self._fused.values()})

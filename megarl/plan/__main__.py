@@ -18,7 +18,7 @@ from megarl.controller.check import CheckedPPO, check_ppo
 from megarl.controller.planning import plan_of, planned
 from megarl.errors import ConfigError, Problem
 from megarl.plan.advise import advise
-from megarl.plan.changes import device_with_memory, fitting_changes
+from megarl.plan.changes import device_with_memory, fitting_changes, shapes_of_others
 from megarl.plan.devices import Device, device
 from megarl.plan.report import advice_json, advice_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
@@ -77,9 +77,8 @@ def _advise(checked: CheckedPPO, place: Device, as_json: bool) -> None:
     def again(c: PPOConfig) -> RunPlan:
         return plan_of(checked, c, place)
 
-    critic = checked.critic.shape if checked.critic else None
-    found, tried = advise(checked.config, checked.model.shape, again, critic)
     plan = again(checked.config)
+    found, tried = advise(checked.config, checked.model.shape, again, shapes_of_others(plan))
     print(json.dumps(advice_json(found, plan, tried), indent=1) if as_json else advice_text(found, plan, tried))
     if not found:
         sys.exit(DOES_NOT_FIT)

@@ -61,18 +61,21 @@ def advise(
     c: PPOConfig,
     shape: ModelShape,
     again: Callable[[PPOConfig], RunPlan],
-    critic: ModelShape | None = None,
+    others: Mapping[str, ModelShape],
     count: int = 5,
 ) -> tuple[list[Advice], int]:
-    """Return the ``count`` fastest layouts that fit, and how many were tried. again: plans a config."""
+    """Return the ``count`` fastest layouts that fit, and how many were tried.
+
+    again: plans a config. others: the shapes of models beside the actor's, by the key of their axes.
+    """
     found: list[Advice] = []
     tried = 0
     for layout in _layouts(c, shape):
-        if not is_valid(changed(c, layout | _OFF), shape, critic):
+        if not is_valid(changed(c, layout | _OFF), shape, others):
             continue
         for offload, recompute in product(_OFFLOADS, _RECOMPUTE):
             values = layout | _OFF | _in_megatron(offload | recompute)
-            if not is_valid(candidate := changed(c, values), shape, critic):
+            if not is_valid(candidate := changed(c, values), shape, others):
                 continue
             try:
                 plan = again(candidate)

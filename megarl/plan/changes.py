@@ -23,7 +23,7 @@ MEGATRON = f"{ACTOR}.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
 MAX_COMBINED = 3
 
-_REF_FIELDS = frozenset(field.name for field in fields(MegatronConfig))
+_FROZEN_FIELDS = frozenset(field.name for field in fields(MegatronConfig))
 _OF_CRITIC = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": "critic.ppo_micro_batch_size_per_gpu",
     f"{ACTOR}.log_prob_micro_batch_size_per_gpu": "critic.forward_micro_batch_size_per_gpu",
@@ -70,8 +70,9 @@ def _followers(key: str) -> Iterator[str]:
     if key.startswith(f"{MEGATRON}."):
         name = key.removeprefix(f"{MEGATRON}.")
         yield f"critic.megatron.{name}"
-        if name in _REF_FIELDS:
+        if name in _FROZEN_FIELDS:
             yield f"actor_rollout_ref.ref.megatron.{name}"
+            yield f"reward.model.megatron.{name}"
     elif key in _OF_CRITIC:
         yield _OF_CRITIC[key]
 
@@ -144,7 +145,7 @@ def fitting_changes(
 ) -> list[Change]:
     """Return the cheapest ``count`` changes, alone or together, after which the run fits. again: plans a config."""
     singles = list(single_changes(c, plan))
-    critic = next((role.shape for role in plan.roles if role.name == "critic"), None)
+    others = shapes_of_others(plan)
     found: list[Change] = []
     for size in range(1, MAX_COMBINED + 1):
         for parts in combinations(singles, size):
@@ -153,7 +154,7 @@ def fitting_changes(
                 continue  # two values of one key
             if any(set(known.values) <= set(values) for known in found):
                 continue  # more than needed, or more of the same
-            if not is_valid(candidate := changed(c, values), shape, critic):
+            if not is_valid(candidate := changed(c, values), shape, others):
                 continue
             try:
                 fits = again(candidate).fits
@@ -166,10 +167,18 @@ def fitting_changes(
     return found
 
 
-def is_valid(c: PPOConfig, shape: ModelShape, critic: ModelShape | None) -> bool:
-    """Return whether a config breaks no rule of its own nor of its models. critic: of a run that has one."""
+def shapes_of_others(plan: RunPlan) -> dict[str, ModelShape]:
+    """Return the shapes of models beside the actor's by the key of their axes."""
+    keys = {"critic": "critic.megatron", "reward model": "reward.model.megatron"}
+    return {keys[role.name]: role.shape for role in plan.roles if role.name in keys}
+
+
+def is_valid(c: PPOConfig, shape: ModelShape, others: Mapping[str, ModelShape]) -> bool:
+    """Return whether a config breaks no rule of its own nor of its models. others: see ``shapes_of_others``."""
     problems = [*ppo_problems(c), *ppo_model_problems(c, shape)]
-    return not problems and not (critic and any(the_model_fits_its_axes("critic.megatron", critic, c.critic.megatron)))
+    return not problems and not any(
+        any(the_model_fits_its_axes(key, other, value_of(c, key))) for key, other in others.items()
+    )
 
 
 def device_with_memory(device: Device, memory_gib: float | None) -> Device:

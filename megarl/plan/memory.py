@@ -131,6 +131,7 @@ def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank:
     fused = device.name != CPU
     by_name = {role.name: role for role in roles}
     actor, ref, critic = by_name["actor"], by_name.get("ref"), by_name.get("critic")
+    reward_model = by_name.get("reward model")
 
     def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: bool = False) -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
@@ -139,6 +140,8 @@ def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank:
 
     yield _loading(roles, device, rank)
     yield phase("generate", awake=True)
+    if reward_model:
+        yield phase("reward model", *_scoring(reward_model, rank, fused), busy="reward model")
     yield phase("log-prob", *_scoring(actor, rank, fused), busy="actor")
     if ref:
         yield phase("ref log-prob", *_scoring(ref, rank, fused), busy="ref")

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.config.algorithm_rules import needs_critic, needs_reference, needs_reward_model
 from megarl.config.model_shape import ModelShape
-from megarl.config.passes import actor_scoring, actor_update, critic_scoring, critic_update, ref_scoring
+from megarl.config.passes import (
+    actor_scoring,
+    actor_update,
+    critic_scoring,
+    critic_update,
+    ref_scoring,
+    reward_scoring,
+)
 from megarl.config.rules import num_ranks
 from megarl.config.schema import PPOConfig, RecomputeConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout, layout_of
@@ -67,9 +74,14 @@ class Role:
 
 
 def roles_of(
-    c: PPOConfig, shape: ModelShape, critic_shape: ModelShape | None, batch: BatchPlan, critic_batch: BatchPlan | None
+    c: PPOConfig,
+    shape: ModelShape,
+    critic_shape: ModelShape | None,
+    batch: BatchPlan,
+    critic_batch: BatchPlan | None,
+    reward_shape: ModelShape | None = None,
 ) -> tuple[Role, ...]:
-    """Return the actor, then the reference and the critic where the run has them."""
+    """Return the actor, then the reference, the critic and the reward model where the run has them."""
     models, ranks = c.actor_rollout_ref, num_ranks(c)
     dtype_bytes, fused_head = DTYPE_BYTES[models.model.dtype], models.model.use_fused_kernels
     roles = [
@@ -114,6 +126,23 @@ def roles_of(
                 critic_scoring(c).most_tokens,
                 critic_batch.num_accumulation_steps,
                 **_waiting(c.critic.megatron),
+            )
+        )
+    if needs_reward_model(c):
+        assert reward_shape is not None
+        judge, tokens = c.reward.model.megatron, reward_scoring(c).most_tokens
+        layout = layout_of(judge, ranks)
+        roles.append(
+            Role(
+                "reward model",
+                reward_shape,
+                layout,
+                dtype_bytes,
+                tokens,
+                tokens,
+                1,
+                judge.param_offload,
+                trained=False,
             )
         )
     return tuple(roles)

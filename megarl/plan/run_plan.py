@@ -85,6 +85,7 @@ def plan_run(
     critic_batch: BatchPlan | None,
     device: Device,
     *,
+    reward_shape: ModelShape | None = None,
     with_traffic: bool = True,
 ) -> RunPlan:
     """Return the plan of a checked config. with_traffic: plan publications too, which takes longest.
@@ -95,7 +96,7 @@ def plan_run(
     if ranks > MAX_RANKS:
         key, allowed = "trainer.nnodes x trainer.n_gpus_per_node", f"a plan is made for up to {MAX_RANKS:,} ranks"
         raise ConfigError([Problem(key, f"{c.trainer.nnodes} x {per_node}", allowed, "fewer nodes")])
-    roles = roles_of(c, shape, critic_shape, batch, critic_batch)
+    roles = roles_of(c, shape, critic_shape, batch, critic_batch, reward_shape)
     engine, engine_tp = engine_of(c, shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
     b = DTYPE_BYTES[c.actor_rollout_ref.model.dtype]
     sequence = c.data.max_prompt_length + c.data.max_response_length

@@ -111,7 +111,8 @@ def score_by_data_source(
 def _by_name(name: str, key: str) -> RewardFunction:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
-    hint = nearest(name, _FUNCTIONS) or "for your own function, set reward.path to its .py file"
+    own = "for your own function, set reward.path to its .py file; for a reward model, reward.model.path to its folder"
+    hint = nearest(name, _FUNCTIONS) or own
     raise RewardError(f"{key} = {name!r}: no such reward function. allowed: {', '.join(sorted(_FUNCTIONS))}. {hint}")
 
 

@@ -42,7 +42,7 @@ class Critic(Model):
     def _values(self, micro: MicroBatch, output: Tensor) -> Tensor:
         """Return the values [N] from the value head's output [.., L, 1]."""
         own_M = micro.predict_N[micro.predict_N >= 0].to(output.device)
-        (values_N,) = self.of_all_tokens(micro, output.flatten()[own_M].float())
+        (values_N,) = self.of_all_ranks(micro.predict_N, output.flatten()[own_M].float())
         return values_N
 
     def _value_loss(self, batch: Batch, step: OptimizerStep, spec: ValueLossSpec) -> Loss[dict[str, Tensor]]:

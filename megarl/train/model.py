@@ -1,6 +1,7 @@
 """A Megatron model in its own process groups, and the pipelined pass over micro-batches that every role shares.
 
-Shape suffixes: B rollouts, S sequence, N predicted tokens of a micro-batch that count, M those of one context rank.
+Shape suffixes: B rollouts, S sequence, N predicted tokens of a micro-batch that count, P places of any kind in it, M
+those of them that one context rank has.
 """
 
 from __future__ import annotations
@@ -175,18 +176,20 @@ class Model:
             cp_rank=self.groups.place.cp,
         )
 
-    def of_all_tokens(self, micro: MicroBatch, *scores: Tensor) -> tuple[Tensor, ...]:
-        """Return scores [N] of all predicted tokens on every context rank, each given [M] for this rank's own.
+    def of_all_ranks(self, place_P: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+        """Return scores [P] of all places on every context rank, each given [M] for those that this rank has.
+
+        place_P: flat positions, -1 where another context rank has it.
 
         So every context rank knows the whole loss, whose gradient goes back to this rank's tokens only: over context
         ranks, gradients add up as they do over data-parallel ones.
         """
         if self.spec.layout.cp == 1:
             return scores
-        own_M = (micro.predict_N >= 0).nonzero()[:, 0].to(scores[0].device)
-        all_N = [scores[0].new_zeros(len(micro.predict_N)).index_put((own_M,), score_M) for score_M in scores]
+        own_M = (place_P >= 0).nonzero()[:, 0].to(scores[0].device)
+        all_P = [scores[0].new_zeros(len(place_P)).index_put((own_M,), score_M) for score_M in scores]
         group = mpu.get_context_parallel_group()
-        together: Tensor = reduce_from_tensor_model_parallel_region(torch.stack(all_N), group=group)
+        together: Tensor = reduce_from_tensor_model_parallel_region(torch.stack(all_P), group=group)
         return together.unbind()
 
     def score_tokens(
@@ -197,20 +200,27 @@ class Model:
         score: turns a micro-batch and the last stage's output into the numbers [N] of its predicted tokens, of all
         context ranks.
         """
-
-        def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, tuple[MicroBatch, Tensor]]:
-            scores_N = score(micro, output)
-            return scores_N.sum(), (micro, scores_N)
-
-        self.set_training(False)
-        with torch.no_grad():
-            results = self.run(batch, micro_batches, keep, forward_only=True)
+        results = self.score_micro_batches(batch, micro_batches, score)
         if not self.groups.is_output_rank:
             return None
         scores_BS = torch.zeros(batch.tokens_BS.shape)
         for micro, scores_N in results:
-            scores_BS[micro.row_N, micro.column_N] = scores_N.cpu()
+            scores_BS[micro.row_N, micro.column_N] = scores_N
         return scores_BS
+
+    def score_micro_batches(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], score: Callable[[MicroBatch, Tensor], Tensor]
+    ) -> list[tuple[MicroBatch, Tensor]]:
+        """Return each micro-batch with what ``score`` makes of it, on the host; only the last stage has any."""
+
+        def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, tuple[MicroBatch, Tensor]]:
+            scores = score(micro, output)
+            return scores.sum(), (micro, scores)
+
+        self.set_training(False)
+        with torch.no_grad():
+            results = self.run(batch, micro_batches, keep, forward_only=True)
+        return [(micro, scores.cpu()) for micro, scores in results]
 
     def forward(self, chunk: torch.nn.Module, micro: MicroBatch) -> Tensor:
         """Return what a chunk of this stage makes of a micro-batch, and of the activations it was handed."""

@@ -57,4 +57,4 @@ class Policy(Model):
             rows_N=micro.predict_N[is_own_N].to(output.device),
             temperature=temperature,
         )
-        return TokenScores(*self.of_all_tokens(micro, logprobs_M, entropy_M))
+        return TokenScores(*self.of_all_ranks(micro.predict_N, logprobs_M, entropy_M))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -58,12 +59,21 @@ MOE_MODELS = ("qwen3_moe-untied", "mixtral-untied", "qwen2_moe-tied")
 
 def save_tiny_model(name: str, folder: Path, **sizes: int) -> None:
     """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: over ours."""
+    _save(AutoModelForCausalLM, name, folder, sizes)
+
+
+def save_tiny_classifier(name: str, folder: Path, **sizes: int) -> None:
+    """Write a sequence classification model of one label, likewise: a reward model."""
+    _save(AutoModelForSequenceClassification, name, folder, sizes | {"num_labels": 1})
+
+
+def _save(auto: Any, name: str, folder: Path, sizes: dict[str, int]) -> None:
     family, kind = name.split("-")
     config_type, fields = (FAMILIES | MOE_FAMILIES)[family]
     layers = {"num_hidden_layers": 5 if name == FIVE_LAYERS else 2}
     config = config_type(**SIZES | fields | layers | sizes, tie_word_embeddings=kind == "tied")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto.from_config(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # Hugging Face starts norms at one and biases at zero
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -63,14 +64,15 @@ def test_a_recipe_wins_over_the_main_config_and_the_command_line_over_both() -> 
     assert values["data"]["prompt_key"] == "prompt"
 
 
-@pytest.mark.parametrize("role", ["ref", "critic"])
-def test_a_role_takes_the_actors_axes_unless_it_has_its_own(role: str) -> None:
-    prefix = "actor_rollout_ref.ref" if role == "ref" else "critic"
+@pytest.mark.parametrize("prefix", ["actor_rollout_ref.ref", "critic", "reward.model"])
+def test_a_role_takes_the_actors_axes_unless_it_has_its_own(prefix: str) -> None:
     actors = {"actor_rollout_ref.actor.megatron.tensor_model_parallel_size": 4}
     own = {f"{prefix}.megatron.tensor_model_parallel_size": 2}
     for changes, expected in ((actors, 4), (actors | own, 2)):
         values = composed_values("ppo_megatron_trainer", **changes)
-        section = values["actor_rollout_ref"]["ref"] if role == "ref" else values["critic"]
+        section: Any = values
+        for name in prefix.split("."):
+            section = section[name]
         assert section["megatron"]["tensor_model_parallel_size"] == expected
 
 

@@ -15,6 +15,8 @@ ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 OVERLONG = {"reward.overlong_buffer.enable": True}
 FILTER = {"algorithm.filter_groups.enable": True}
 SAMPLES = {f"{ROLLOUT}.val_kwargs.temperature": 1.0}
+MODEL_ALONE: dict[str, object] = {"reward.model.path": "judge"}
+FUNCTION_TOO = MODEL_ALONE | {"reward.name": "gsm8k"}
 
 # What turns a setting on; what a loss reads is turned on by the loss.
 TURNED_ON: dict[str, dict[str, object]] = {
@@ -29,12 +31,16 @@ TURNED_ON: dict[str, dict[str, object]] = {
     "reward.overlong_buffer.len": OVERLONG,
     "reward.overlong_buffer.penalty_factor": OVERLONG,
     "reward.function": {"reward.path": "r.py"},
+    "reward.num_workers": FUNCTION_TOO,
+    "reward.timeout_s": FUNCTION_TOO,
+    "reward.score_on_failure": FUNCTION_TOO,
+    "reward.model.coef": MODEL_ALONE,
     f"{ROLLOUT}.val_kwargs.top_p": SAMPLES,
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
     f"{ROLLOUT}.val_kwargs.n": SAMPLES,
 }
 TOKENS = {f"{ACTOR}.use_dynamic_bsz": True}
-BY_TOKENS = ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu")
+BY_TOKENS = ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu", "forward_max_token_len_per_gpu")
 TURNED_OFF: dict[str, object] = {
     f"{ACTOR}.use_kl_loss": False,
     f"{ACTOR}.policy_loss": "gpg",
@@ -57,7 +63,7 @@ def _value(values: Any, key: str) -> Any:
 def _other_than(default: object) -> object:
     """Return another value of the same type, within any range there is."""
     if isinstance(default, float):
-        return default / 2
+        return default / 2 or 1.0
     if isinstance(default, int):
         return default * 2
     return 1 if default is None else "k3"
@@ -77,7 +83,8 @@ def test_a_default_is_that_of_the_main_config(effect: Effect) -> None:
 def test_a_setting_changed_where_it_does_nothing_is_an_error_and_where_it_acts_is_none(effect: Effect) -> None:
     changed = {effect.key: _other_than(effect.default)}
     counts_rollouts = "micro_batch_size" in effect.key
-    idle = ppo_config(**(TURNED_OFF | changed | (TOKENS if counts_rollouts else {})))
+    of_function = MODEL_ALONE if TURNED_ON.get(effect.key) is FUNCTION_TOO else {}
+    idle = ppo_config(**(TURNED_OFF | changed | of_function | (TOKENS if counts_rollouts else {})))
     assert effect.fix in _said_of(effect, idle)
     loss = effect.fix.removeprefix(f"{ACTOR}.policy_loss=") if "policy_loss=" in effect.fix else "ppo_clip"
     on = {f"{ACTOR}.policy_loss": loss, **TURNED_ON.get(effect.key, TOKENS if effect.key.endswith(BY_TOKENS) else {})}

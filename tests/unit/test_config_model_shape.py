@@ -189,6 +189,21 @@ def test_a_classifier_of_several_labels_is_no_critic(fields: dict[str, Any]) -> 
     assert "Qwen3ForTokenClassification must have one label to be a critic, see id2label" in text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sequence_classification_model_of_one_label_is_a_reward_model(family: str) -> None:
+    fields = {**EXPERTS, "num_local_experts": 8, "tie_word_embeddings": True}
+    language_model = parse_model_shape(_config(family, **fields), "")
+    architecture = family.replace("ForCausalLM", "ForSequenceClassification")
+    saved = _config(architecture, **fields, id2label={"0": "LABEL_0"})
+    assert parse_model_shape(saved, "") == language_model.with_value_head()
+
+
+@pytest.mark.parametrize("fields", [{}, {"id2label": {"0": "no", "1": "yes"}}])
+def test_a_classifier_of_several_labels_is_no_reward_model(fields: dict[str, Any]) -> None:
+    text = _error(_config("LlamaForSequenceClassification", **fields))
+    assert "LlamaForSequenceClassification must have one label to be a reward model, see id2label" in text
+
+
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,

@@ -10,6 +10,7 @@ from megarl.config.passes import (
     passes_of,
     rank_tokens,
     ref_scoring,
+    reward_scoring,
 )
 from megarl.config.rules import ppo_problems
 from megarl.controller.check import actor_batch, check_ppo
@@ -57,6 +58,24 @@ def test_scoring_alone_may_count_tokens_or_rollouts() -> None:
     assert [tokens for _, tokens in _bounds(**counted)] == [1000, 1000, None, 1000, 1000]
 
 
+def test_a_reward_model_scores_as_the_actor_does_unless_told() -> None:
+    def bounds(**changes: object) -> tuple[int, int | None]:
+        size = reward_scoring(ppo_config(**changes))
+        return size.micro_batch_size, size.max_tokens
+
+    own = {f"{ACTOR}.log_prob_micro_batch_size_per_gpu": 8}
+    assert (bounds(), bounds(**own), bounds(**BY_TOKENS)) == ((16, None), (8, None), (3, 1000))
+    assert bounds(**own, **{"reward.model.micro_batch_size_per_gpu": 2}) == (2, None)
+    assert bounds(**BY_TOKENS, **{"reward.model.forward_max_token_len_per_gpu": 600}) == (2, 600)
+    counted = {"reward.model.use_dynamic_bsz": False, "reward.model.micro_batch_size_per_gpu": 4}
+    assert bounds(**BY_TOKENS, **counted) == (4, None)
+
+
+def test_a_run_has_the_passes_of_its_roles() -> None:
+    assert len(passes_of(ppo_config(**{f"{ACTOR}.use_kl_loss": False}))) == 2
+    assert len(passes_of(ppo_config(**{"reward.model.path": "judge"}))) == 4
+
+
 def test_the_longest_micro_batch_is_that_of_the_budget_or_of_the_longest_rollouts() -> None:
     assert {p.most_tokens for p in passes_of(ppo_config(**BY_TOKENS))} == {1000}
     assert {p.most_tokens for p in passes_of(ppo_config(**DATA))} == {16 * 300}
@@ -94,6 +113,23 @@ def test_fused_kernels_are_of_actor_and_reference_since_a_critic_has_no_logits()
     values = composed_values("ppo_megatron_trainer", "experiment=qwen2.5_7b_8", **changes)
     roles = planned(check_ppo(values, files_may_be_missing=True), DEVICES["H100"]).roles
     assert {role.name: role.fused_head for role in roles} == {"actor": True, "ref": True, "critic": False}
+
+
+def test_a_plan_has_the_reward_model_that_would_be_made_from_a_model_whose_sizes_are_known() -> None:
+    changes = {
+        "reward.model.path": "Qwen/Qwen2.5-7B-Instruct",
+        "reward.model.megatron.pipeline_model_parallel_size": 2,
+        "actor_rollout_ref.model.use_fused_kernels": True,
+    }
+    values = composed_values("ppo_megatron_trainer", "experiment=qwen2.5_7b_8", **changes)
+    checked = check_ppo(values, files_may_be_missing=True)
+    plan = planned(checked, DEVICES["H100"])
+    judge = next(role for role in plan.roles if role.name == "reward model")
+    assert (judge.shape.value_head, judge.trained, judge.fused_head, judge.layout.pp) == (True, False, False, 2)
+    assert judge.layout.tp == plan.roles[0].layout.tp
+    assert "reward model" in [phase.name for phase in plan.phases]
+    wider = changed(checked.config, {f"{ACTOR}.megatron.tensor_model_parallel_size": 8})
+    assert wider.reward.model.megatron.tensor_model_parallel_size == 8
 
 
 def test_where_tokens_are_counted_a_smaller_budget_is_what_may_save_memory() -> None:

@@ -15,11 +15,13 @@ from megarl.algorithm.policy_loss import policy_losses
 from megarl.algorithm.rollout_correction import criteria, presets
 from megarl.config import algorithm_rules, effects, rules, schema
 from megarl.config.algorithm_rules import ESTIMATORS
+from megarl.config.model_shape import ModelShape
 from megarl.config.rules import (
     critic_model_problems,
     ppo_model_problems,
     ppo_problems,
     require,
+    reward_model_problems,
     schedule_problems,
     sft_model_problems,
     sft_problems,
@@ -43,6 +45,8 @@ REJECTION = {"criterion": "token", "low": 0, "high": 2}
 
 GAE: Changes = {"algorithm.adv_estimator": "gae", f"{ROLLOUT}.n": 1, f"{ACTOR}.use_kl_loss": False}
 RLOO: Changes = {"algorithm.adv_estimator": "rloo", f"{ACTOR}.use_kl_loss": False}
+
+JUDGE: Changes = {"reward.model.path": "judge"}
 
 # Any python file does here: what it registers is seen when it is loaded.
 OWN: Changes = {"algorithm.path": __file__, "algorithm.adv_estimator": "mine"}
@@ -144,6 +148,15 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({**GAE, "critic.model.path": ""}, ["critic.model.path"], "must name a Hugging Face folder"),
     ({**GAE, "critic.optim.beta": []}, ["critic.optim.beta"], "two numbers"),
     ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
+    ({**JUDGE, f"reward.model.megatron.{PP}": 3}, [f"reward.model.megatron.{PP}"], "must divide the 8 ranks"),
+    ({**JUDGE, "reward.model.coef": 0.0}, ["reward.model.coef"], "the reward model would be kept for nothing"),
+    ({"reward.model.coef": 2.0}, ["reward.model.coef"], "only where reward.model.path names a model"),
+    ({**JUDGE, "reward.num_workers": 4}, ["reward.num_workers"], "only where a function scores"),
+    (
+        {**JUDGE, "reward.model.use_dynamic_bsz": True, "reward.model.forward_max_token_len_per_gpu": 1535},
+        ["reward.model.forward_max_token_len_per_gpu"],
+        "needs at least 1536",
+    ),
     ({"trainer.logger": ["consol"]}, ["trainer.logger"], "must be among console, tensorboard"),
     ({f"{ROLLOUT}.{TP}": 3}, [f"{ROLLOUT}.{TP}"], "must divide the 8 ranks"),
     (
@@ -209,6 +222,9 @@ SOUND: list[Changes] = [
     {"trainer.logger": []},
     {"reward.path": "r.py"},
     {"reward.name": "gsm8k"},
+    JUDGE,
+    {**JUDGE, "reward.model.coef": -0.5, "reward.name": "gsm8k", "reward.num_workers": 4},
+    {**JUDGE, f"{ACTOR}.megatron.{TP}": 8, f"reward.model.megatron.{TP}": 1, f"reward.model.megatron.{PP}": 8},
     {"critic.enable": False},
     {"algorithm.filter_groups.enable": True},
     {"reward.overlong_buffer.enable": True, "reward.overlong_buffer.len": 512},
@@ -364,6 +380,25 @@ def test_a_critic_fits_its_own_axes_and_knows_the_actors_tokens() -> None:
     config = ppo_config(**GAE, **{f"critic.megatron.{PP}": 4})
     [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=10)))
     assert problem.key == f"critic.megatron.{PP}"
+
+
+def test_a_reward_model_fits_its_own_axes_and_reads_whole_rollouts_of_the_actors_tokens() -> None:
+    judge, sound = model_shape().with_value_head(), {**SHORT, **JUDGE}
+
+    def problem(shape: ModelShape, vocab_size: int = 10, **changes: object) -> tuple[str, str]:
+        config = ppo_config(**(sound | changes))
+        [found] = _problems(lambda: require(reward_model_problems(config, shape, vocab_size)))
+        return found.key, found.allowed
+
+    require(reward_model_problems(ppo_config(**sound), judge, vocab_size=10))
+    assert problem(judge, **{f"reward.model.megatron.{PP}": 4})[0] == f"reward.model.megatron.{PP}"
+    for shape, vocab_size, said in (
+        (judge, 11, "its vocabulary of 10 doesn't hold the actor's 11 tokens"),
+        (model_shape(), 10, "is a language model, which scores nothing"),
+        (replace(judge, max_positions=31), 10, "= 31 don't hold the longest rollout, 32 tokens"),
+    ):
+        key, allowed = problem(shape, vocab_size)
+        assert key == "reward.model.path" and said in allowed
 
 
 def test_an_sft_model_fits_its_axes_and_its_longest_chat() -> None:

@@ -86,7 +86,8 @@ def test_no_rows_at_all_are_padding_that_predicts_nothing(packed: bool, multiple
     assert micro.tokens.tolist() == micro.positions.tolist() == [[0] * multiple]
     assert micro.lengths == ((multiple,) if packed else ())
     assert all(len(t) == 0 for t in (micro.predict_N, micro.targets_N, micro.row_N, micro.column_N))
-    assert micro.predict_N.dtype == torch.int64
+    assert len(micro.row_R) == len(micro.last_R) == 0
+    assert {t.dtype for t in (micro.predict_N, micro.row_R, micro.last_R)} == {torch.int64}
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,6 +101,8 @@ def test_every_masked_token_is_predicted_once_from_the_token_before_it(case: Cas
     assert micro.targets_N.tolist() == [ids[r][c] for r, c in predicted]
     assert tokens[micro.predict_N].tolist() == [ids[r][c - 1] for r, c in predicted]
     assert micro.positions.flatten()[micro.predict_N].tolist() == [c - 1 for _, c in predicted]
+    assert micro.row_R.tolist() == rows
+    assert tokens[micro.last_R].tolist() == [ids[row][-1] for row in rows]
 
 
 @settings(max_examples=300, deadline=None)
@@ -134,6 +137,12 @@ def test_one_context_rank_predicts_each_masked_token_from_the_token_before_it(
         assert share.tokens.flatten()[share.predict_N[own_N]].tolist() == torch.tensor(before)[own_N].tolist()
         assert share.positions.flatten()[share.predict_N].eq(share.column_N - 1)[own_N].all()
         assert share.tokens.shape == shares[0].tokens.shape and share.tokens.shape[1] % multiple == 0
+    last = [share.last_R >= 0 for share in shares]
+    assert (torch.stack(last).sum(0) == 1).all()
+    for share, own_R in zip(shares, last, strict=True):
+        assert share.row_R.tolist() == rows
+        ends = torch.tensor([ids[row][-1] for row in rows])
+        assert share.tokens.flatten()[share.last_R[own_R]].equal(ends[own_R])
     held = torch.cat([share.tokens.flatten() for share in shares])
     assert sorted(held[held > 0].tolist()) == sorted(token for line in ids for token in line)
 

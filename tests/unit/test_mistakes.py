@@ -21,6 +21,7 @@ MAIN = "ppo_megatron_trainer"
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 REF, ALGORITHM = "actor_rollout_ref.ref", "algorithm"
 CORRECTION, RANKS = "algorithm.rollout_correction", "trainer.n_gpus_per_node"
+JUDGE = "reward.model.path"
 AXES, REF_AXES = f"{ACTOR}.megatron", f"{REF}.megatron"
 RECOMPUTE, OVERRIDES = f"{AXES}.recompute", f"{AXES}.override_transformer_config"
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -124,7 +125,9 @@ MISTAKES = {
     ),
     "VPP without PP": _axes_of(f"{AXES}.{VPP}=2", says=f"has no effect where {AXES}.{PP} is 1", axis=VPP),
     "VPP of one": Mistake(
-        (f"{AXES}.{VPP}=1",), (f"{AXES}.{VPP}", f"{REF_AXES}.{VPP}", f"critic.megatron.{VPP}"), "at least 2, or null"
+        (f"{AXES}.{VPP}=1",),
+        (f"{AXES}.{VPP}", f"{REF_AXES}.{VPP}", f"critic.megatron.{VPP}", f"reward.model.megatron.{VPP}"),
+        "at least 2, or null",
     ),
     "a backend that isn't built": _of(f"{ACTOR}.strategy=fsdp", says="isn't built yet; megatron is"),
     "an engine that isn't built": _of(f"{ROLLOUT}.name=sglang", says="isn't built yet"),
@@ -274,7 +277,18 @@ MISTAKES = {
     "an unsupported architecture": _in_file(
         f"{MODEL}.path=gpt2", says="architecture 'GPT2LMHeadModel' is not supported", error=ModelFolderError
     ),
-    "a critic for an actor": _of(f"{MODEL}.path=critic", says="is a critic, with a value head"),
+    "a critic for an actor": _of(f"{MODEL}.path=critic", says="has a value head in place of the output layer"),
+    "a reward model for an actor": _of(f"{MODEL}.path=judge", says="as a critic or reward model"),
+    "a language model that judges": _of(f"{JUDGE}=model", says="is a language model, which scores nothing"),
+    "a reward model of several labels": _in_file(
+        f"{JUDGE}=labels", says="must have one label to be a reward model", error=ModelFolderError
+    ),
+    "a reward model of fewer tokens": _of(f"{JUDGE}=few_judge", says="its vocabulary of 7 doesn't hold"),
+    "a reward model of other tokens": _of(f"{JUDGE}=other_judge", says="another vocabulary than the actor: token 0"),
+    "a reward model of short texts": _of(f"{JUDGE}=short_judge", says="don't hold the longest rollout, 22 tokens"),
+    "a reward model that weighs nothing": _of(
+        f"{JUDGE}=judge", "reward.model.coef=0", says="would be kept for nothing", keys=["reward.model.coef"]
+    ),
     "no data": _of("data.train_files=[]", says="must name at least one parquet file"),
     "data that is null": _of("data.train_files=null", says="must be a list"),
     "data that isn't there": _in_file("data.train_files=[a.parquet]", says="a.parquet does not exist", error=DataError),
@@ -338,6 +352,13 @@ def _write_files(folder: Path) -> None:
     _copy_model(folder, "deep", num_hidden_layers=4)
     _copy_model(folder, "few_tokens", vocab_size=7)
     _copy_model(folder, "critic", architectures=["Qwen3ForTokenClassification"], id2label={"0": "value"})
+    judge: dict[str, Any] = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    _copy_model(folder, "judge", **judge)
+    _copy_model(folder, "labels", **judge | {"id2label": {"0": "no", "1": "yes"}})
+    _copy_model(folder, "few_judge", **judge, vocab_size=7)
+    _copy_model(folder, "short_judge", **judge | {"max_position_embeddings": 21})
+    _copy_model(folder, "other_judge", **judge)
+    _rename_token(folder / "other_judge" / "tokenizer.json")
     _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"])
     (folder / "bare").mkdir()
     shutil.copy(folder / "model" / "config.json", folder / "bare")
@@ -351,6 +372,14 @@ def _copy_model(folder: Path, name: str, **fields: Any) -> None:
     copy = Path(shutil.copytree(folder / "model", folder / name))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | fields))
+
+
+def _rename_token(tokenizer: Path) -> None:
+    """Call the tokenizer's first token by another name."""
+    content = json.loads(tokenizer.read_text())
+    for token in content["added_tokens"]:
+        token["content"] = "another" if token["id"] == 0 else token["content"]
+    tokenizer.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,12 @@ def test_a_critic_that_starts_from_a_language_model_has_a_value_head_of_zeros(tm
     assert SafetensorsSource(tmp_path, shape).read(VALUE_HEAD, 0, 0, 1).tolist() == [[1.0] * 6]
 
 
+def test_a_reward_model_has_a_value_head_of_its_own(tmp_path: Path) -> None:
+    _single_file(tmp_path, _tensors())
+    with pytest.raises(ModelFolderError, match=f"first '{VALUE_HEAD}'"):
+        SafetensorsSource(tmp_path, SHAPE.with_value_head(), may_lack_value_head=False)
+
+
 def test_a_critics_bias_is_refused_unless_it_is_zero_since_megarls_value_head_has_none(tmp_path: Path) -> None:
     shape = SHAPE.with_value_head()
     critic = {**_tensors(), VALUE_HEAD: torch.ones(1, 6)}

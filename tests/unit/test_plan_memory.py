@@ -231,6 +231,17 @@ def test_a_reference_that_leaves_is_on_the_device_while_it_scores_and_a_critic_n
     assert [name for name, phase in phases.items() if _bytes(phase, "logits")[0]] == ["log-prob", "ref log-prob"]
 
 
+def test_a_reward_model_scores_right_after_generation_and_is_away_else() -> None:
+    layout = Layout(4)
+    judge = replace(_ref(layout, param_offload=True), name="reward model", shape=DENSE.with_value_head())
+    phases = _phases(_actor(layout), judge)
+    assert list(phases)[:3] == ["generate", "reward model", "log-prob"]
+    size = judge.static(0).parameters
+    for name, at in _where("reward model parameters", _actor(layout), judge).items():
+        assert at == ((size, size) if name == "reward model" else (0, size))
+    assert _bytes(phases["reward model"], "logits") == (0, 0)
+
+
 @settings(max_examples=300)
 @given(st.integers(1, 8), st.integers(1, 20))
 def test_a_stage_keeps_as_many_micro_batches_as_1f1b_has_forwards_ahead_of_backwards(pp: int, micro: int) -> None:

@@ -36,6 +36,7 @@ SENSIBLE: dict[str, list[Any]] = {
     "actor_rollout_ref.model.path": [*shipped_names(), *["nobody/has-this"] * 5],
     "actor_rollout_ref.model.dtype": ["bfloat16", "float32"],
     "critic.model.path": [*shipped_names()[:3], "Qwen/Qwen2.5-7B-Instruct"],
+    "reward.model.path": [None, *shipped_names()[:3]],
     "trainer.nnodes": [1, 2, 4, 16, 128],
     "trainer.n_gpus_per_node": [1, 4, 8],
     "data.train_batch_size": [64, 256, 1024],
@@ -66,6 +67,7 @@ SENSIBLE: dict[str, list[Any]] = {
     f"{AXES}.recompute.num_layers": [None, 1, 4],
     "critic.megatron.tensor_model_parallel_size": SIZES,
     f"{REF}.megatron.pipeline_model_parallel_size": SIZES,
+    "reward.model.megatron.pipeline_model_parallel_size": SIZES,
     "algorithm.adv_estimator": ["grpo", "gae", "rloo"],
 }
 NONSENSE = [None, "", "abc", "???!", -1, 0, 3, 7, 1.5, 1e30, float("nan"), float("inf"), True, [], [1], {}, {"a": 1}]

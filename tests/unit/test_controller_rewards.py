@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megarl.controller.report import Rewards
+from megarl.types import RewardResult
+
+
+def _results(*scores: float) -> tuple[RewardResult, ...]:
+    return tuple(RewardResult(score, "ok") for score in scores)
+
+
+def test_a_reward_is_the_function_s_and_coef_times_the_model_s_and_the_penalty_of_length() -> None:
+    rewards = Rewards(_results(1.0, 0.0), torch.tensor([0.0, -0.5]), torch.tensor([2.0, -4.0]), 0.25)
+    assert rewards.unpenalized == (1.5, -1.0)
+    assert rewards.scores_B.tolist() == [1.5, -1.5]
+    metrics = rewards.metrics()
+    assert (metrics["reward/mean"], metrics["reward/model_mean"], metrics["reward/function_mean"]) == (0.0, -1.0, 0.5)
+
+
+def test_each_may_score_alone() -> None:
+    none = torch.zeros(2)
+    function = Rewards(_results(1.0, 0.0), none)
+    assert function.scores_B.tolist() == [1.0, 0.0] and "reward/model_mean" not in function.metrics()
+    model = Rewards((), none, torch.tensor([3.0, 1.0]), 2.0)
+    assert model.scores_B.tolist() == [6.0, 2.0]
+    assert model.metrics()["reward/model_mean"] == 2.0 and "reward/function_mean" not in model.metrics()
+
+
+@pytest.mark.parametrize("has_function", [True, False])
+@pytest.mark.parametrize("has_model", [True, False])
+def test_fresh_groups_bring_all_of_their_rewards(has_function: bool, has_model: bool) -> None:
+    def rewards(*scores: float) -> Rewards:
+        results = _results(*scores) if has_function else ()
+        model_B = 10 * torch.tensor(scores) if has_model else None
+        return Rewards(results, -torch.tensor(scores) / 10, model_B)
+
+    before = rewards(0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    after = before.with_groups([2, 0], rewards(6.0, 7.0, 8.0, 9.0), n=2)
+    expected = rewards(8.0, 9.0, 2.0, 3.0, 6.0, 7.0)
+    assert after.results == expected.results
+    assert after.penalties_B.equal(expected.penalties_B)
+    assert after.model_B is expected.model_B or after.model_B.equal(expected.model_B)
