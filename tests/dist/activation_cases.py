@@ -12,7 +12,7 @@ from megarl.data.batch import pack
 from megarl.model.attention import describe_packing
 from megarl.model.weights import RandomSource
 from megarl.parallel.layout import Layout
-from megarl.plan.activations import Pass, stage_bytes
+from megarl.plan.activations import Pass, chunk_bytes
 from megarl.train.model import ModelSpec
 from megarl.train.policy import Policy
 from megarl.types import Batch
@@ -30,11 +30,12 @@ def kept_and_planned(
 
     def forward() -> object:
         packing = describe_packing(list(micro.lengths), device)
-        logits = policy.module(micro.tokens, micro.positions, None, packed_seq_params=packing)
+        sequences = micro.sequences if shape.num_experts else None
+        logits = policy.module(micro.tokens, micro.positions, None, packed_seq_params=packing, padding_mask=sequences)
         return policy.score(micro, logits, 1.0)
 
     policy.module.train()
     with policy.groups.active():
         kept = saved_activation_bytes(forward, policy.module.parameters())
     planned = Pass(shape, layout, micro.tokens.numel(), dtype.itemsize, fused=False)
-    return kept, stage_bytes(planned, 0, recompute)
+    return kept, chunk_bytes(planned, 0, 0, recompute)

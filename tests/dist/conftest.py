@@ -32,9 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="module")
-def reference(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Reference]:
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
     """Return the maker of references by model. MODEL_SIZES of the test module: over the tiny models' own."""
     folder, sizes = tmp_path_factory.mktemp("models"), getattr(request.module, "MODEL_SIZES", {})
 
