@@ -136,16 +136,25 @@ def _scores(logits_TE: Tensor, function: str) -> Tensor:
 
 
 def tell_routers(model: torch.nn.Module) -> None:
-    """Have every layer of experts hand its router what it is given as a padding mask: the sequences of positions.
+    """Have the routers of a chunk know what it is given as a padding mask: the sequences of positions.
 
     Megatron passes a mask along with hidden states, also where a layer is computed again, but keeps only whether its
-    entries are zero.
+    entries are zero. With recompute.method=block it leaves it out of the layers that are not computed again: those have
+    what the chunk was given.
     """
 
+    own = list(routers([model]))
+
+    def remember(chunk: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
+        for router in own:
+            router.sequences_BS = keywords.get("padding_mask")
+
     def hand_over(layer: MoELayer, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        layer.router.sequences_BS = keywords["padding_mask"]
+        if keywords["padding_mask"] is not None:
+            layer.router.sequences_BS = keywords["padding_mask"]
         return inputs, keywords | {"padding_mask": None}
 
+    model.register_forward_pre_hook(remember, with_kwargs=True)
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.register_forward_pre_hook(hand_over, with_kwargs=True)

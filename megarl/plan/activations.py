@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RecomputeConfig
-from megarl.parallel.layout import Layout, split_layers
+from megarl.parallel.layout import Layout, layers_of_chunks
 
 _FP32, _INT64 = 4, 8
 
@@ -122,25 +122,40 @@ def _experts_bytes(p: Pass) -> int:
     return router + experts + shared
 
 
-def stage_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None = None) -> int:
-    """Return what pipeline stage ``stage`` keeps of one micro-batch, from its embedding to its log-probs."""
-    layers = split_layers(p.shape.num_layers, p.layout.pp)[stage]
-    granularity = recompute.granularity if recompute else None
-    if recompute is not None and granularity == "full":
-        assert recompute.num_layers is not None
-        checkpoint = p.local_tokens * p.dtype_bytes * p.hidden
-        if recompute.method == "uniform":
-            kept = -(-len(layers) // recompute.num_layers) * checkpoint
-        else:
-            again = min(recompute.num_layers, len(layers))
-            kept = again * checkpoint + sum(layer_bytes(p, i) for i in layers[again:])
+def chunk_bytes(p: Pass, stage: int, chunk: int, recompute: RecomputeConfig | None = None) -> int:
+    """Return what model chunk ``chunk`` of pipeline stage ``stage`` keeps of one micro-batch.
+
+    The first chunk of the first stage has the embedding, the last one of the last stage the head and the log-probs.
+    Any other has sent its output to the next stage, and Megatron keeps it until the backward pass.
+    """
+    layers = layers_of_chunks(p.shape.num_layers, p.layout, stage)[chunk]
+    if recompute is not None and recompute.granularity == "full":
+        again = _computed_again(layers, recompute)
+        kept = len(again) * _hidden_bytes(p) + sum(layer_bytes(p, i) for i in layers[sum(map(len, again)) :])
     else:
-        kept = sum(layer_bytes(p, i, selective=granularity == "selective") for i in layers)
-    if stage == 0:
+        selective = recompute is not None and recompute.granularity == "selective"
+        kept = sum(layer_bytes(p, i, selective=selective) for i in layers)
+    if stage == 0 and chunk == 0:
         kept += p.local_tokens * 2 * _INT64
-    if stage == p.layout.pp - 1:
-        kept += head_bytes(p)
-    return kept
+    return kept + (_head_of(p, stage, chunk) or _hidden_bytes(p))
+
+
+def _computed_again(layers: range, recompute: RecomputeConfig) -> list[range]:
+    """Return the first of ``layers`` in the groups that are computed again from what goes into them."""
+    assert recompute.num_layers is not None
+    if recompute.method == "block":
+        return [layers[i : i + 1] for i in range(min(recompute.num_layers, len(layers)))]
+    return [layers[i : i + recompute.num_layers] for i in range(0, len(layers), recompute.num_layers)]
+
+
+def _hidden_bytes(p: Pass) -> int:
+    """Return the bytes of what passes from layer to layer."""
+    return p.local_tokens * p.dtype_bytes * p.hidden
+
+
+def _head_of(p: Pass, stage: int, chunk: int) -> int:
+    """Return what a chunk keeps after its layers: 0 but in the last one of the last stage."""
+    return head_bytes(p) if stage == p.layout.pp - 1 and chunk == p.layout.vpp - 1 else 0
 
 
 def head_bytes(p: Pass) -> int:
@@ -154,15 +169,21 @@ def head_bytes(p: Pass) -> int:
     return p.local_tokens * (norm + b * p.hidden + b * p.vocab + log_probs)
 
 
-def recomputed_bytes(p: Pass, stage: int, recompute: RecomputeConfig | None) -> int:
-    """Return what the backward pass holds for a moment of the layers that it computes again."""
+def recomputed_bytes(p: Pass, stage: int, chunk: int, recompute: RecomputeConfig | None) -> int:
+    """Return how far the backward pass of a chunk exceeds what the chunk kept, at most, by what it computes again.
+
+    It goes through the head and the layers from the end, and what it has passed is gone.
+    """
     if recompute is None or recompute.granularity is None:
         return 0
-    layers = split_layers(p.shape.num_layers, p.layout.pp)[stage]
+    gone, most = _head_of(p, stage, chunk), 0
     if recompute.granularity == "selective":
-        return p.local_tokens * (_attention_bytes(p, False) - _attention_bytes(p, True))
-    assert recompute.num_layers is not None
-    if recompute.method == "block":  # the first layers come last, when what the others kept is gone
-        again = layers[: recompute.num_layers]
-        return max(0, max(layer_bytes(p, i) for i in again) - sum(layer_bytes(p, i) for i in layers[len(again) :]))
-    return sum(sorted((layer_bytes(p, i) for i in layers), reverse=True)[: recompute.num_layers])
+        return max(0, p.local_tokens * (_attention_bytes(p, False) - _attention_bytes(p, True)) - gone)
+    layers = layers_of_chunks(p.shape.num_layers, p.layout, stage)[chunk]
+    again = _computed_again(layers, recompute)
+    gone += sum(layer_bytes(p, i) for i in layers[sum(map(len, again)) :])
+    shared = _hidden_bytes(p) if p.fused or p.dtype_bytes == _FP32 else 0  # the first norm keeps what was kept anyway
+    for group in reversed(again):
+        most = max(most, sum(layer_bytes(p, i) for i in group) - shared - gone)
+        gone += _hidden_bytes(p)
+    return most

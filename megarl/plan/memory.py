@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import PPOConfig
 from megarl.model.name_map import vllm_shards
-from megarl.plan.activations import Pass, recomputed_bytes, stage_bytes
+from megarl.parallel.layout import layers_of_chunks
+from megarl.plan.activations import Pass, chunk_bytes, recomputed_bytes
 from megarl.plan.devices import CPU, Device
+from megarl.plan.pipeline import Moment, moments
 from megarl.plan.roles import DTYPE_BYTES, Role
 
 GIB = 2**30
@@ -198,23 +201,43 @@ def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator
 
 def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
     """Yield what a pass without gradients needs at its widest place."""
-    p = role.pass_of(role.score_tokens, fused)
-    yield Item("one layer at work", _layer_work_bytes(p))
-    if role.stage(rank) == role.layout.pp - 1 and not role.shape.value_head:
+    p, stage = role.pass_of(role.score_tokens, fused), role.stage(rank)
+    layers = chain.from_iterable(layers_of_chunks(role.shape.num_layers, role.layout, stage))
+    yield Item("one layer at work", _layer_work_bytes(p, layers))
+    if stage == role.layout.pp - 1 and not role.shape.value_head:
         yield Item("logits", _logits_bytes(p))
 
 
 def _updating(role: Role, rank: int, fused: bool) -> Iterator[Item]:
-    """Yield what a forward and backward pass needs where most micro-batches are in flight."""
+    """Yield what a stage needs at the fullest moment of its forward and backward passes."""
     p, stage = role.pass_of(role.update_tokens, fused), role.stage(rank)
-    in_flight = num_in_flight(role, stage)
-    kept = stage_bytes(p, stage, role.recompute)
-    yield Item(f"activations of {in_flight:g} micro-batch{'es' if in_flight != 1 else ''}", int(in_flight * kept))
-    yield Item("one layer computed again", recomputed_bytes(p, stage, role.recompute))
-    work = _layer_work_bytes(p)
-    if stage == role.layout.pp - 1 and not role.shape.value_head:
-        work = max(work, _logits_bytes(p) + _head_gradient_bytes(p))
-    yield Item("backward pass at work", work)
+    chunks = range(role.layout.vpp)
+    kept = [chunk_bytes(p, stage, chunk, role.recompute) for chunk in chunks]
+    again = [recomputed_bytes(p, stage, chunk, role.recompute) for chunk in chunks]
+    work = [_backward_work_bytes(p, stage, chunk) for chunk in chunks]
+
+    def held_bytes(moment: Moment) -> int:
+        return moment.bytes_of(kept) + again[moment.chunk] + work[moment.chunk]
+
+    fullest = max(moments(role.layout, stage, role.num_micro_batches), key=held_bytes)
+    yield Item(f"activations of {_count_of(fullest)}", fullest.bytes_of(kept))
+    yield Item("one layer computed again", again[fullest.chunk])
+    yield Item("backward pass at work", work[fullest.chunk])
+
+
+def _count_of(moment: Moment) -> str:
+    """Return how many micro-batches a stage keeps; of chunks that take turns, how many of their forward passes."""
+    count = sum(moment.num_held)
+    kind = "micro-batch" if len(moment.num_held) == 1 else "chunk pass"
+    return f"{count} {kind}{'es' if count != 1 else ''}"
+
+
+def _backward_work_bytes(p: Pass, stage: int, chunk: int) -> int:
+    """Return what a chunk's backward pass holds at its widest place beside what was kept: a layer's, or the logits'."""
+    layer = _layer_work_bytes(p, layers_of_chunks(p.shape.num_layers, p.layout, stage)[chunk])
+    if stage == p.layout.pp - 1 and chunk == p.layout.vpp - 1 and not p.shape.value_head:
+        return max(layer, _logits_bytes(p) + _head_gradient_bytes(p))
+    return layer
 
 
 def _logits_bytes(p: Pass) -> int:
@@ -233,24 +256,14 @@ def _head_gradient_bytes(p: Pass) -> int:
     return p.shape.hidden_size * (p.vocab * p.dtype_bytes + p.local_tokens * 4)
 
 
-def num_in_flight(role: Role, stage: int) -> float:
-    """Return how many micro-batches' activations a stage keeps at once, in whole stages (1F1B, interleaved or not)."""
-    pp, vpp = role.layout.pp, role.layout.vpp
-    if vpp == 1:
-        return min(role.num_micro_batches, pp - stage)
-    chunks = min(role.num_micro_batches * vpp, (pp - stage - 1) * 2 + (vpp - 1) * pp + 1)
-    return chunks / vpp
-
-
-def _layer_work_bytes(p: Pass) -> int:
-    """Return what one layer holds at its widest place without keeping it: residual, gathered input, projections."""
+def _layer_work_bytes(p: Pass, layers: Iterable[int]) -> int:
+    """Return what any of ``layers`` holds at its widest place, unkept: residual, gathered input, projections."""
     shape, layout = p.shape, p.layout
-    feed_forward = 4 * shape.ffn_size // layout.tp
-    if shape.num_experts:
+    have_experts = {shape.has_experts(layer) for layer in layers}
+    feed_forward = 4 * shape.ffn_size // layout.tp if False in have_experts else 0
+    if True in have_experts:
         tokens_share = layout.expert_tp / (layout.tp if layout.sequence_parallel else 1)
         columns = 2 * shape.hidden_size + 4 * shape.expert_ffn_size // layout.expert_tp
-        feed_forward = max(
-            feed_forward if shape.dense_layers else 0, int(shape.experts_per_token * tokens_share * columns)
-        )
+        feed_forward = max(feed_forward, int(shape.experts_per_token * tokens_share * columns))
     attention = 3 * (p.queries + 2 * p.keys)
     return p.local_tokens * p.dtype_bytes * (2 * p.hidden + shape.hidden_size + max(feed_forward, attention))

@@ -11,7 +11,7 @@ from megarl.config.schema import RecomputeConfig
 from megarl.data.batch import pack
 from megarl.model.weights import RandomSource
 from megarl.parallel.layout import Layout
-from megarl.plan.activations import Pass, stage_bytes
+from megarl.plan.activations import Pass, chunk_bytes
 from megarl.train.model import ModelSpec
 from megarl.train.policy import Policy
 from megarl.types import Batch
@@ -34,4 +34,4 @@ def kept_and_planned(
             lambda: policy.score(micro, policy.forward(policy.module, micro), 1.0), policy.module.parameters()
         )
     planned = Pass(shape, layout, micro.tokens.numel(), dtype.itemsize, fused=False, fused_head=fused_head)
-    return kept, stage_bytes(planned, 0, recompute)
+    return kept, chunk_bytes(planned, 0, 0, recompute)

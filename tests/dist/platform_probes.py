@@ -72,6 +72,9 @@ def uneven_gather() -> None:
     mine = torch.full((1 + dist.get_rank(), 2), float(dist.get_rank()))
     gathered = gather_from_sequence_parallel_region(mine, group=dist.group.WORLD, output_split_sizes=[1, 2])
     assert gathered.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    # Experts that no token has chosen get none from any rank.
+    nothing = gather_from_sequence_parallel_region(mine[:0], group=dist.group.WORLD, output_split_sizes=[0, 0])
+    assert nothing.shape == (0, 2)
 
 
 def router_without_te() -> None:

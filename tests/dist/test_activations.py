@@ -1,8 +1,9 @@
-"""The plan says within 5 % what a real forward pass keeps for its backward pass."""
+"""The plan says within 5 % what real forward passes keep for their backward passes, alone and in a schedule."""
 
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.types import Batch
 from tests.dist.activation_cases import kept_and_planned
+from tests.dist.parity import OPTIMIZER
+from tests.dist.pipeline_cases import updates
 from tests.dist.ranks import RankPool
 
 TOLERANCE = 0.05
@@ -111,6 +114,53 @@ def test_a_fused_head_keeps_the_planned_bytes_which_no_vocabulary_makes_more(
             assert planned == pytest.approx(kept, rel=TOLERANCE)
         kept_by_vocabulary.append([kept for kept, _ in answers])
     assert kept_by_vocabulary[0] == kept_by_vocabulary[1]
+
+
+NUM_MICRO_BATCHES = (1, 2, 3, 4, 5)
+ROWS_EACH, LENGTH = 2, 48
+MIXED = {"architectures": ["Qwen2MoeForCausalLM"], **EXPERTS, "shared_expert_intermediate_size": 80}
+EIGHT_LAYERS = {
+    "dense": {"architectures": ["Qwen3ForCausalLM"]},
+    "first_dense": MIXED | {"mlp_only_layers": [0]},
+    "some_dense": MIXED | {"mlp_only_layers": [0, 3, 6, 7]},
+}
+PIPELINES = {
+    "pp2": Layout(2, pp=2),
+    "pp2xvpp2": Layout(2, pp=2, vpp=2),
+    "pp2xvpp4": Layout(2, pp=2, vpp=4),
+    "pp4": Layout(4, pp=4),
+    "pp4xvpp2": Layout(4, pp=4, vpp=2),
+    "tp2xpp2xvpp2+sp": Layout(4, tp=2, pp=2, vpp=2, sequence_parallel=True),
+}
+ONE_LAYER_EACH = ("pp2xvpp4", "pp4xvpp2")
+QUICK = {
+    *(("dense", layout, "fp32", "nothing") for layout in ("pp2", "pp2xvpp2")),
+    *(("some_dense", layout, "fp32", choice) for layout in ("pp2", "pp2xvpp2") for choice in ("nothing", "uniform_1")),
+    ("first_dense", "pp2", "fp32", "block_2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "dtype", "recompute"),
+    [
+        pytest.param(*case, id="-".join(case), marks=() if case in QUICK else pytest.mark.long)
+        for case in product(EIGHT_LAYERS, PIPELINES, ("fp32", "bf16"), RECOMPUTE)
+        if case[1] not in ONE_LAYER_EACH or not case[3].endswith("_2")  # more layers than there are: refused
+    ],
+)
+def test_a_schedule_runs_as_planned_and_keeps_the_planned_bytes_at_its_fullest_moment(
+    ranks: RankPool, tmp_path: Path, model: str, layout: str, dtype: str, recompute: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"num_hidden_layers": 8} | EIGHT_LAYERS[model]))
+    setup = PIPELINES[layout], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], RECOMPUTE[recompute]
+    rows = ROWS_EACH * max(NUM_MICRO_BATCHES)
+    batch = sequences_to_batch([list(range(1, LENGTH + 1))] * rows, [[False] + [True] * (LENGTH - 1)] * rows)
+    for rank in ranks.run(
+        updates, tmp_path, *setup, OPTIMIZER, batch, ROWS_EACH, NUM_MICRO_BATCHES, world_size=setup[0].world_size
+    ):
+        for update in rank:
+            assert update.passes == update.planned_passes
+            assert update.planned_bytes == pytest.approx(update.peak_bytes, rel=TOLERANCE)
 
 
 def _batch() -> Batch:

@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 
 from megarl.config.model_shape import ModelShape, parse_model_shape
 from megarl.config.schema import RecomputeConfig
-from megarl.parallel.layout import Layout, split_layers
+from megarl.parallel.layout import Coordinates, Layout, split_layers
+from megarl.plan.activations import chunk_bytes
 from megarl.plan.devices import device
 from megarl.plan.memory import (
     PROCESS_HOST_BYTES,
     SLEEPING_ENGINE_BYTES,
     Engine,
+    Item,
     Phase,
-    num_in_flight,
     phases_of,
 )
 from megarl.plan.model_facts.shipped import shipped_config
@@ -242,26 +243,49 @@ def test_a_reward_model_scores_right_after_generation_and_is_away_else() -> None
     assert _bytes(phases["reward model"], "logits") == (0, 0)
 
 
-@settings(max_examples=300)
-@given(st.integers(1, 8), st.integers(1, 20))
-def test_a_stage_keeps_as_many_micro_batches_as_1f1b_has_forwards_ahead_of_backwards(pp: int, micro: int) -> None:
-    role = _actor(Layout(pp, pp=pp), num_micro_batches=micro)
-    for stage in range(pp):
-        warm_up = min(micro, pp - stage - 1)
-        kept = most = 0
-        for forward in range(micro):
-            kept += 1
-            most = max(most, kept)
-            kept -= forward >= warm_up  # from then on a backward pass follows every forward pass
-        assert num_in_flight(role, stage) == most
+def _update_of_stage(role: Role, stage: int) -> tuple[Item, ...]:
+    """Return what a rank of a stage has in an update."""
+    rank = role.layout.rank(Coordinates(tp=0, dp=0, pp=stage))
+    [items] = [phase.items for phase in phases_of([role], ENGINE, H100, [rank]) if phase.name == "actor update"]
+    return items
 
 
-def test_interleaved_stages_keep_more_than_their_share_of_plain_ones_and_never_more_than_there_are() -> None:
-    for micro in (4, 8, 64):
-        for stage in range(4):
-            plain = num_in_flight(_actor(Layout(4, pp=4), num_micro_batches=micro), stage)
-            turns = num_in_flight(_actor(Layout(4, pp=4, vpp=2), num_micro_batches=micro), stage)
-            assert plain <= turns <= micro
+def _activations(role: Role, stage: int) -> tuple[str, int]:
+    """Return what the plan of an update calls a stage's activations, and their bytes."""
+    [item] = [item for item in _update_of_stage(role, stage) if item.name.startswith("activations of ")]
+    return item.name.removeprefix("activations of "), item.device_bytes
+
+
+@pytest.mark.parametrize("recompute", [None, SELECTIVE, FULL], ids=["kept", "selective", "full"])
+def test_a_stage_keeps_a_micro_batch_for_every_stage_from_it_to_the_last(recompute: RecomputeConfig | None) -> None:
+    role = _actor(Layout(4, pp=4), recompute=recompute)
+    for stage, text in enumerate(["4 micro-batches", "3 micro-batches", "2 micro-batches", "1 micro-batch"]):
+        kept = chunk_bytes(role.pass_of(role.update_tokens, fused=True), stage, 0, recompute)
+        assert _activations(role, stage) == (text, (4 - stage) * kept)
+    assert _activations(replace(role, num_micro_batches=1), 0)[0] == "1 micro-batch"
+
+
+def test_chunks_that_take_turns_count_each_for_itself() -> None:
+    """The layers differ: the dense one is in the first chunk, with the embedding, and the head is in the last."""
+    shape = replace(EXPERTS, num_layers=8, dense_layers=(0,))
+    role = _actor(Layout(2, pp=2, vpp=2), shape, num_micro_batches=2)
+    p = role.pass_of(role.update_tokens, fused=True)
+    kept = [[chunk_bytes(p, stage, chunk) for chunk in range(2)] for stage in range(2)]
+    assert len({size for stage in kept for size in stage}) == 3  # the second and third have two layers of experts each
+    assert _activations(role, 0) == ("4 chunk passes", 2 * kept[0][0] + 2 * kept[0][1])
+    assert _activations(role, 1) == ("3 chunk passes", 2 * kept[1][0] + kept[1][1])
+    assert _activations(replace(role, num_micro_batches=1), 1) == ("2 chunk passes", sum(kept[1]))
+
+
+def test_a_stage_without_dense_layers_does_no_work_of_theirs() -> None:
+    mixed = replace(EXPERTS, num_layers=4, dense_layers=(0, 1), ffn_size=2**20)
+
+    def work(shape: ModelShape, stage: int) -> int:
+        items = _update_of_stage(_actor(Layout(2, pp=2), shape), stage)
+        return sum(item.device_bytes for item in items if item.name == "backward pass at work")
+
+    assert work(mixed, 0) > work(replace(mixed, ffn_size=8), 0)
+    assert work(mixed, 1) == work(replace(mixed, ffn_size=8), 1) == work(replace(mixed, dense_layers=()), 1)
 
 
 RANKS = [

@@ -59,7 +59,7 @@ def uneven_gather(mappings: Any) -> None:
         sizes = [int(size) for size in output_split_sizes]
         padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
         padded[: len(input_)] = input_
-        shards = gather(padded, group).split(max(sizes))
+        shards = gather(padded, group).chunk(len(sizes)) if any(sizes) else [padded] * len(sizes)
         return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
     mappings._gather_along_first_dim = padded_gather
