@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -20,13 +21,15 @@ from megarl.verify.subject import Subject, subjects
 
 HELP = """\
 usage: python -m megarl.verify [--layouts all|quick|NAME,...] [--max-ranks N] [--model FOLDER] [--no-engine]
-                               [--out FILE]
+                               [--minutes N] [--out FILE]
 
   --layouts WHAT           all that the rules allow (the default), quick: few that use every axis between them, or names
                            with commas between them, such as tp2xpp2+sp
   --max-ranks N            ranks of the largest layout, each a process; default 8. On CUDA at most the GPUs there are
   --model FOLDER           a Hugging Face folder with weights, in place of tiny random models
   --no-engine              start no vLLM
+  --minutes N              begin with no layout later than so many minutes after the first; the page says how many were
+                           left out
   --out FILE               where the page goes; default docs/parity.md, or stdout where there is no folder docs
   --logprob-tolerance X    largest absolute difference of a log-prob in float32; default 2e-5
   --bf16-tolerance X       largest mean difference in bfloat16, times Hugging Face's own; default 2
@@ -57,6 +60,7 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-ranks", type=int, default=8)
     parser.add_argument("--model")
     parser.add_argument("--engine", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--out")
     parser.add_argument("--logprob-tolerance", type=float, default=2e-5)
     parser.add_argument("--bf16-tolerance", type=float, default=2.0)
@@ -72,6 +76,7 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
             ("--bf16-tolerance", flags.bf16_tolerance, flags.bf16_tolerance >= 0, "at least 0"),
             ("--training-tolerance", flags.training_tolerance, flags.training_tolerance >= 0, "at least 0"),
             ("--timeout", flags.timeout, flags.timeout > 0, "greater than 0"),
+            ("--minutes", flags.minutes, flags.minutes > 0, "greater than 0"),
         ]
         if not is_right
     ]
@@ -113,8 +118,10 @@ def _verify(flags: argparse.Namespace, models: Sequence[Subject], arguments: Seq
 
     tolerances = Tolerances(flags.logprob_tolerance, flags.bf16_tolerance, flags.training_tolerance)
     with tempfile.TemporaryDirectory(prefix="megarl_verify_") as scratch:
-        rows, references = verify(Suite(layouts, tolerances, with_engine, Path(scratch), flags.timeout), report)
-    _write(Page(_command(arguments), device, tolerances, models, references, rows).text(), flags.out)
+        suite = Suite(layouts, tolerances, with_engine, Path(scratch), flags.timeout, 60 * flags.minutes)
+        rows, references = verify(suite, report)
+    page = Page(_command(arguments), device, tolerances, models, references, rows, count - len(rows))
+    _write(page.text(), flags.out)
     for sentence in failures(rows):
         print(sentence, file=sys.stderr)
     return 0 if all(row.passes for row in rows) else OVER_TOLERANCE

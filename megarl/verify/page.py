@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sa
 
 @dataclass(frozen=True)
 class Page:
-    """What docs/parity.md says. command: as typed, without paths. device: what a rank ran on."""
+    """What docs/parity.md says. command: as typed, without paths. device: what a rank ran on. left_out: layouts."""
 
     command: str
     device: str
@@ -37,6 +37,7 @@ class Page:
     subjects: Sequence[Subject]
     references: Mapping[str, Reference]
     rows: Sequence[Row]
+    left_out: int = 0
 
     def text(self) -> str:
         """Return the page in Markdown."""
@@ -53,7 +54,7 @@ class Page:
                 "",
                 *_explanation(self.tolerances),
                 "",
-                _verdict(self.rows),
+                _verdict(self.rows, self.left_out),
                 *(line for subject in self.subjects for line in self._section(subject)),
                 "",
             ]
@@ -112,7 +113,8 @@ def _explanation(tolerances: Tolerances) -> list[str]:
         f"{tolerances.logprobs:g}.",
         f"- {BF16}: the same model rounded to bfloat16 and computed in it, against the rounded one computed in "
         f"float32; mean. Tolerance {tolerances.bf16:g} x the mean that Hugging Face's own bfloat16 has.",
-        f"- {LOSS}, {GRAD_NORM}: of three optimizer steps of PPO with entropy and KL, {training}",
+        f"- {LOSS}, {GRAD_NORM}: of three optimizer steps of PPO with entropy and KL, and where there are experts with "
+        f"load balancing and z-loss, {training}",
         f"- {DISTRIBUTED_LOSS}, {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer.",
         f"- {EXPORT}: tensors of a Hugging Face folder that was loaded and exported, equal to the bit.",
         f"- {ENGINE}: greedy tokens of vLLM after a publish, equal to Hugging Face's with the exported weights. Of few "
@@ -123,10 +125,12 @@ def _explanation(tolerances: Tolerances) -> list[str]:
     ]
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _verdict(rows: Sequence[Row], left_out: int) -> str:
     bad = sum(not row.passes for row in rows)
     most = max(row.num_ranks for row in rows)
     verdict = f"**{len(rows)} layouts on up to {most} ranks: {f'{bad} failed' if bad else 'all within tolerance'}.**"
+    if left_out:
+        verdict += f" There was no time for {left_out} more: `--minutes`."
     return f"{verdict} More ranks have more layouts: `--max-ranks`."
 
 

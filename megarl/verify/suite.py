@@ -25,19 +25,20 @@ from megarl.verify.reference import TEMPERATURE, Reference, greedy, make_referen
 from megarl.verify.subject import Subject
 from megarl.verify.work import GREEDY, Examined, Task, answer, examine, prompts
 
-MIN_ROWS = 8
+MIN_ROWS, LAYOUTS_A_POOL = 8, 40
 Report = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What to verify. timeout_s: of one layout. scratch: for models and exports."""
+    """What to verify. timeout_s: of one layout. scratch: for models and exports. limit_s: when to begin no other."""
 
     layouts: Mapping[Subject, Layouts]
     tolerances: Tolerances
     with_engine: bool
     scratch: Path
     timeout_s: float
+    limit_s: float
 
     @property
     def max_ranks(self) -> int:
@@ -55,8 +56,9 @@ class Examination:
 
 
 def verify(suite: Suite, report: Report) -> tuple[list[Row], dict[str, Reference]]:
-    """Verify everything in ``suite``; tell each row as it is known. Return all rows, and the references by model."""
+    """Verify ``suite``, while there is time; tell each row as it is known. Return all, and the references by model."""
     rows: list[Row] = []
+    deadline_s = time.monotonic() + suite.limit_s
     references: dict[str, Reference] = {}
     context = _context(suite.with_engine)
     with _pool(suite, context) as pool:
@@ -67,6 +69,10 @@ def verify(suite: Suite, report: Report) -> tuple[list[Row], dict[str, Reference
             asked = quick(layouts)[:2] if suite.with_engine else []
             alone: list[Examined] | None = None
             for name, layout in layouts.items():
+                if rows and time.monotonic() > deadline_s:
+                    break
+                if len(rows) % LAYOUTS_A_POOL == LAYOUTS_A_POOL - 1:
+                    pool.stop()  # ranks that have been laid out often hold on to gigabytes
                 row, found = _examined(suite, pool, Examination(subject, reference, alone), name, layout)
                 alone = found if name == ONE_RANK else alone
                 if name in asked and found is not None:

@@ -52,6 +52,12 @@ _OPTIMIZER = OptimizerSpec(
     use_distributed_optimizer=False,
 )
 
+_ROUTER_LOSSES = {
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_aux_loss_coeff": 0.1,
+    "moe_z_loss_coeff": 0.01,
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -129,8 +135,8 @@ def _in_vocabulary(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 
 def _spec(folder: Path, layout: Layout, dtype: torch.dtype) -> ModelSpec:
-    device = Platform(platform_name()).device(int(os.environ["LOCAL_RANK"]))
-    return ModelSpec(read_model_shape(folder), layout, dtype, device)
+    shape, device = read_model_shape(folder), Platform(platform_name()).device(int(os.environ["LOCAL_RANK"]))
+    return ModelSpec(shape, layout, dtype, device, transformer_fields=_ROUTER_LOSSES if shape.num_experts else {})
 
 
 def _actor(task: Task, *, use_distributed_optimizer: bool) -> Actor:

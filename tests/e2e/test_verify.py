@@ -53,6 +53,13 @@ def test_a_figure_over_its_tolerance_is_named_and_ends_with_exit_code_1(folder: 
     assert "1 failed" in (folder / "bad.md").read_text()
 
 
+def test_what_there_is_no_time_for_is_left_out_and_counted(folder: Path) -> None:
+    finished = _verify(folder, "short.md", f"--layouts={','.join(LAYOUTS)}", "--minutes=0.001")
+    assert finished.code == 0, finished.output
+    assert [name for name in _table(folder / "short.md") if name in LAYOUTS] == ["one_rank"]
+    assert "There was no time for 2 more" in (folder / "short.md").read_text()
+
+
 @pytest.mark.long
 def test_every_layout_of_the_tiny_models_is_within_tolerance_and_engines_answer_as_hugging_face(folder: Path) -> None:
     command = python("-m", "megarl.verify", "--layouts=all", "--max-ranks=4", "--out=all.md")

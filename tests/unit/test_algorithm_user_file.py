@@ -121,7 +121,7 @@ def test_the_documented_reward_runs_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_the_documented_command_names_what_the_documented_files_register() -> None:
-    [command] = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    [command] = re.findall(r"```bash\n([^`]*algorithm\.path[^`]*)```", PAGE.read_text())
     words = dict(word.split("=", 1) for word in command.replace("\\\n", " ").split() if "=" in word)
     assert f'estimators.register("{words["algorithm.adv_estimator"]}"' in example(words["algorithm.path"])
     assert f'policy_losses.register("{words[LOSS]}"' in example(words["algorithm.path"])
