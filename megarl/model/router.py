@@ -174,9 +174,8 @@ def routing_metrics(chunks: Sequence[torch.nn.Module], shape: ModelShape, device
     router_entropy: of the router's distribution, in nats, mean of tokens and layers. dropped: share of choices that a
     capacity turned down. load_balance_loss, z_loss: before their coefficients, mean of layers.
     """
-    own = list(routers(chunks))
     table = torch.zeros(shape.num_layers, len(_TOLD) + shape.num_experts, dtype=torch.float64)
-    for router in own:
+    for router in routers(chunks):
         table[router.layer_number - 1] = router.sums()
     table = table.to(device)
     dist.all_reduce(table)

@@ -8,39 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.optimizer import OptimizerSpec
-from megarl.train.work import PolicyLossSpec
 from megarl.types import Batch
+from tests.dist import parity
 from tests.dist.dynamic_cases import Cut, Learnt, learn
 from tests.dist.ranks import RankPool
 from tests.dist.tiny_models import VOCAB_SIZE, save_tiny_model
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4, 15, 6, 10, 8, 4, 16, 11, 5, 6, 13)
 PROMPT_LENGTH = 2
-OPTIMIZER = OptimizerSpec(
-    lr=2e-4,
-    min_lr=0.0,
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-    eps=1e-5,
-    clip_grad=1.0,
-    schedule="constant",
-    warmup_steps=0,
-    total_steps=10,
-    use_distributed_optimizer=True,
-)
-LOSS = PolicyLossSpec(
-    PolicyLossSettings(clip_low=0.2, clip_high=0.25, clip_c=1.3),
-    loss_agg_mode="token-mean",
-    kl_coef=0.1,
-    kl_type="low_var_kl",
-    temperature=0.7,
-    entropy_coef=0.01,
-    max_tokens=20,
-)
+OPTIMIZER = parity.OPTIMIZER
+LOSS = replace(parity.PPO, entropy_coef=0.01, max_tokens=20)
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 LAYOUTS = {
     "dp2": Layout(2),

@@ -13,24 +13,14 @@ from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.train.optimizer import OptimizerSpec
 from megarl.types import Batch
+from tests.dist import parity
 from tests.dist.host_optimizer_cases import PIECE_NUMEL, Learned, learn, learn_on
 from tests.dist.parity_cases import Setup
 from tests.dist.ranks import RankPool
 from tests.dist.tiny_models import VOCAB_SIZE, save_tiny_model
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
-OPTIMIZER = OptimizerSpec(
-    lr=1e-3,
-    min_lr=0.0,
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-    eps=1e-5,
-    clip_grad=1.0,
-    schedule="cosine",
-    warmup_steps=0,
-    total_steps=10,
-    use_distributed_optimizer=True,
-)
+OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3, schedule="cosine")
 LAYOUTS = {
     "tp2_pp2+sp": ("qwen2-tied", Layout(4, tp=2, pp=2, sequence_parallel=True)),
     "dp2": ("qwen2-tied", Layout(2)),

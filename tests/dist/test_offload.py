@@ -14,27 +14,16 @@ from megarl.config.build import build_config
 from megarl.config.schema import SFTConfig
 from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.optimizer import OptimizerSpec
 from megarl.train.work import PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch
+from tests.dist import parity
 from tests.dist.offload_cases import Held, Lived, Run, live, work
 from tests.dist.ranks import RankPool
 from tests.dist.tiny_models import VOCAB_SIZE, save_tiny_model
 from tests.unit.composed_configs import composed_values
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
-OPTIMIZER = OptimizerSpec(
-    lr=1e-3,
-    min_lr=0.0,
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-    eps=1e-5,
-    clip_grad=1.0,
-    schedule="constant",
-    warmup_steps=0,
-    total_steps=10,
-    use_distributed_optimizer=True,
-)
+OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3)
 POLICY_LOSS = PolicyLossSpec(
     PolicyLossSettings(clip_low=0.2, clip_high=0.2, clip_c=3.0),
     loss_agg_mode="token-mean",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,16 +93,6 @@ def _assert_as_without(case: Case, group: dist.ProcessGroup, chunk_bytes: int) -
         # Log-probs next to 0 are logarithms of sums next to 1, whose rounding errors are what they are.
         atol = TOLERANCE[case.hidden_LH.dtype] * max([1.0, *values.abs().flatten().tolist()])
         torch.testing.assert_close(found[name], values, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
-    """Yield the group of a world of this process alone."""
-    store = tmp_path_factory.mktemp("alone") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 CASES = {

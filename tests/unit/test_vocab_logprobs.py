@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +73,6 @@ def _assert_close(found: Result, expected: Result) -> None:
     torch.testing.assert_close(found.logprobs_N, expected.logprobs_N.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.entropy_N, expected.entropy_N.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.grad_NP, expected.grad_NP.float(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
-    """Yield the group of a world of this process alone."""
-    store = tmp_path_factory.mktemp("alone") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 # Padding that a rank might really hold: zero rows give zero, uninitialised ones anything.
