@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 from page import write_measured
 
-from megarl.plan.balance import Cost, TokenBudget, pass_cost
-from megarl.plan.batch import Rows, micro_batches, plan_update, split_rows
+from megarl.batching.balance import Cost, TokenBudget, pass_cost
+from megarl.batching.plan import Rows, micro_batches, plan_update, split_rows
 
 if TYPE_CHECKING:
-    from megarl.config.model_shape import ModelShape
     from megarl.train.actor import Actor
     from megarl.types import Batch
+    from megarl.weights.model_shape import ModelShape
 
 MICRO_BATCH_SIZE, NUM_RANKS = 8, 8
 
@@ -135,10 +135,10 @@ def gsm8k_rollouts(source: Path, count: int) -> tuple[Batch, ModelShape]:
 
     import torch
 
-    from megarl.config.model_shape import read_model_shape
-    from megarl.data.batch import sequences_to_batch
+    from megarl.batching.pack import sequences_to_batch
     from megarl.data.gsm8k import find_splits, read_questions, train_tokenizer
     from megarl.data.tiny_qwen3 import tiny_qwen3
+    from megarl.weights.model_shape import read_model_shape
 
     questions = read_questions(next(iter(find_splits(source).values())))
     tokenizer = train_tokenizer(questions)
@@ -164,7 +164,7 @@ def join_alone() -> None:
         port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
-    from megarl.controller.rank import join_ranks
+    from megarl.ranks.spec import join_ranks
 
     join_ranks()
 
@@ -173,11 +173,11 @@ def build_actor(shape: ModelShape, *, packed: bool) -> Actor:
     """Return a fresh actor on this rank."""
     import torch
 
-    from megarl.model.weights import RandomSource
     from megarl.parallel.layout import Layout
     from megarl.train.actor import Actor
-    from megarl.train.model import ModelSpec
-    from megarl.train.optimizer import OptimizerSpec
+    from megarl.train.megatron.model import ModelSpec
+    from megarl.train.megatron.optimizer import OptimizerSpec
+    from megarl.weights.sources import RandomSource
 
     optimizer = OptimizerSpec(1e-5, 0.0, 0.0, (0.9, 0.95), 1e-8, 1.0, "constant", 0, 1000, True)
     spec = ModelSpec(shape, Layout(1), torch.float32, torch.device("cpu"), packed)

@@ -25,15 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.model_shape import ModelShape, Rope
+from megarl.weights.model_shape import ModelShape, Rope
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megarl.data.batch import MicroBatch
+    from megarl.batching.pack import MicroBatch
     from megarl.parallel.layout import Layout
     from megarl.parallel.platform import Platform
-    from megarl.train.optimizer import OptimizerSpec
+    from megarl.train.megatron.optimizer import OptimizerSpec
     from megarl.train.policy import Policy
     from megarl.types import Batch
 
@@ -88,7 +88,7 @@ def make_batch(size: Size) -> Batch:
 
     import torch
 
-    from megarl.data.batch import sequences_to_batch
+    from megarl.batching.pack import sequences_to_batch
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(size.length * 2 // 3, size.length + 1, (size.rollouts,), generator=generator).tolist()
@@ -128,7 +128,7 @@ class BareLoop:
         )
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from megarl.model.attention import describe_packing
+        from megarl.train.megatron.attention import describe_packing
 
         device, self.groups = policy.spec.device, policy.groups
         assert batch.old_logprobs_BS is not None and batch.advantages_BS is not None
@@ -210,20 +210,20 @@ def measure(size: Size, tp: int, pp: int, repetitions: int, *, bare: bool = True
     The rank is still in its world afterwards. Raises SystemExit where the loops disagree on loss or gradient norm: they
     wouldn't do the same work.
     """
-    from megarl.controller.rank import join_ranks
+    from megarl.ranks.spec import join_ranks
 
     platform = join_ranks()
     import torch
     import torch.distributed as dist
 
     from megarl.algorithm.policy_loss import PolicyLossSettings
-    from megarl.model.weights import RandomSource
     from megarl.parallel.layout import Layout
     from megarl.train.actor import Actor
-    from megarl.train.model import ModelSpec
-    from megarl.train.optimizer import OptimizerSpec
+    from megarl.train.megatron.model import ModelSpec
+    from megarl.train.megatron.optimizer import OptimizerSpec
     from megarl.train.policy import Policy
     from megarl.train.work import OptimizerStep, PolicyLossSpec
+    from megarl.weights.sources import RandomSource
 
     layout: Layout = Layout(dist.get_world_size(), tp=tp, pp=pp, sequence_parallel=tp > 1)
     device = platform.device(int(os.environ["LOCAL_RANK"]))

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
-from megarl.controller.check import check_ppo
-from megarl.controller.planning import fitting_plan
-from megarl.controller.start import check_world_size, serve_if_not_controller
+from megarl.launchers.start import check_world_size, serve_if_not_controller
 from megarl.parallel.environment import apply_environment
+from megarl.plan.of_run import fitting_plan
 
 
 def main() -> None:
@@ -28,13 +28,13 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     plan = fitting_plan(checked)
 
     # Not before the checks: from here on torch and transformers are loaded.
-    from megarl.controller.algorithm_file import load_algorithm_file
+    from megarl.checks.algorithm_file import load_algorithm_file
     from megarl.controller.inputs import read_ppo_inputs
     from megarl.controller.loop import train
-    from megarl.controller.rank import RunSpec
     from megarl.controller.report import final_report
     from megarl.controller.run import open_rewards, open_run
     from megarl.monitor.rundir import create_run_dir
+    from megarl.ranks.spec import RunSpec
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)

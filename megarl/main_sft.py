@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
-from megarl.controller.check import check_sft
-from megarl.controller.start import check_world_size, serve_if_not_controller
+from megarl.launchers.start import check_world_size, serve_if_not_controller
 from megarl.parallel.environment import apply_environment
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import Qwen3Config
 
-from megarl.config.model_shape import read_model_shape
 from megarl.data.verbs import held_out_problems, sft_problems, train_problems, verbs_tokenizer
 from megarl.data.write import write_fresh_model, write_parquet
-from megarl.model.name_map import hf_shapes
-from megarl.model.weights import RandomSource
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.name_map import hf_shapes
+from megarl.weights.sources import RandomSource
 
 NUM_TRAIN, NUM_TEST, NUM_SFT = 24, 8, 64
 NUM_RANKS = 2

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from megarl.config.algorithm_rules import needs_reward_function
-from megarl.config.model_shape import ModelShape, read_model_shape
-from megarl.config.rules import require, schedule_problems
+from megarl.batching.plan import BatchPlan
+from megarl.checks.algorithm import needs_reward_function
+from megarl.checks.rules import require, schedule_problems
+from megarl.checks.run import CheckedPPO, CheckedSFT
 from megarl.config.schema import ModelConfig, PPOConfig
-from megarl.controller.check import CheckedPPO, CheckedSFT
 from megarl.data.chat import load_tokenizer
 from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
-from megarl.model.weights import SafetensorsSource
-from megarl.plan.batch import BatchPlan
 from megarl.reward.registry import require_functions
 from megarl.types import Prompt
+from megarl.weights.model_shape import ModelShape, read_model_shape
+from megarl.weights.sources import SafetensorsSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megarl.algorithm.advantage import AdvantageInputs
-from megarl.config.algorithm_rules import needs_critic, needs_reference
+from megarl.batching.pack import rollouts_to_batch
+from megarl.batching.plan import plan_update
+from megarl.checks.algorithm import needs_critic, needs_reference
 from megarl.controller.report import Evaluation, critic_metrics, step_metrics, update_metrics
 from megarl.controller.run import Run
 from megarl.controller.settings import estimator, policy_loss, value_loss
-from megarl.data.batch import rollouts_to_batch
-from megarl.plan.batch import plan_update
 
 
 def train(run: Run) -> tuple[Evaluation | None, Evaluation]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
+from megarl.batching.balance import TokenBudget, spread_rows
+from megarl.batching.plan import MiniBatch, Rows, micro_batches, split_rows
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.controller.worker_group import WorkerGroup
+from megarl.launchers.group import WorkerGroup
 from megarl.parallel.layout import Layout
-from megarl.plan.balance import TokenBudget, spread_rows
-from megarl.plan.batch import MiniBatch, Rows, micro_batches, split_rows
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec, is_whole
 from megarl.types import Batch, GenerationRequest, Rollout, Sampling
 

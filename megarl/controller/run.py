@@ -20,11 +20,12 @@ from megarl.algorithm.kl_control import KLController
 from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.algorithm.rollout_correction import correct_rollouts
 from megarl.algorithm.token_rewards import penalize_rewards
+from megarl.batching.pack import rollouts_to_batch
+from megarl.batching.plan import BatchPlan, Spread
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.algorithm_rules import needs_reward_function, needs_reward_model
+from megarl.checks.algorithm import needs_reward_function, needs_reward_model
 from megarl.config.schema import PPOConfig
 from megarl.controller.inputs import PPOInputs
-from megarl.controller.rank import RunSpec
 from megarl.controller.ranks import Ranks
 from megarl.controller.report import Evaluation, Rewards, rollout_rows
 from megarl.controller.settings import (
@@ -35,13 +36,12 @@ from megarl.controller.settings import (
     train_sampling,
     val_sampling,
 )
-from megarl.controller.start import worker_group
-from megarl.data.batch import rollouts_to_batch
 from megarl.errors import PublishError
+from megarl.launchers.start import worker_group
 from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.plan.batch import BatchPlan, Spread
+from megarl.ranks.spec import RunSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
 from megarl.train.work import Metrics

@@ -16,9 +16,9 @@ from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_cont
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, presets
 from megarl.algorithm.user_file import user_errors_named
-from megarl.config.algorithm_rules import needs_critic, needs_reference, needs_reward_model
-from megarl.config.model_shape import ModelShape
-from megarl.config.passes import (
+from megarl.batching.balance import TokenBudget, pass_cost
+from megarl.checks.algorithm import needs_critic, needs_reference, needs_reward_model
+from megarl.checks.passes import (
     PassSize,
     actor_scoring,
     actor_update,
@@ -27,14 +27,14 @@ from megarl.config.passes import (
     ref_scoring,
     reward_scoring,
 )
-from megarl.config.rules import num_ranks
+from megarl.checks.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.controller.ranks import RoleLayout
 from megarl.parallel.layout import layout_of
-from megarl.plan.balance import TokenBudget, pass_cost
 from megarl.plan.step_time import active_parameters
 from megarl.train.work import PolicyLossSpec, ValueLossSpec
 from megarl.types import Sampling
+from megarl.weights.model_shape import ModelShape
 
 
 def advantage_settings(config: PPOConfig) -> AdvantageSettings:

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarl.config.rules import num_ranks
+from megarl.batching.pack import sequences_to_batch
+from megarl.batching.plan import BatchPlan, MiniBatch, plan_update
+from megarl.checks.rules import num_ranks
 from megarl.config.schema import SFTConfig
 from megarl.controller.inputs import SFTInputs
-from megarl.controller.rank import RunSpec
 from megarl.controller.ranks import Ranks, RoleLayout
-from megarl.controller.start import worker_group
-from megarl.data.batch import sequences_to_batch
 from megarl.data.sft import SFTExample
+from megarl.launchers.start import worker_group
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.parallel.layout import layout_of
-from megarl.plan.batch import BatchPlan, MiniBatch, plan_update
+from megarl.ranks.spec import RunSpec
 from megarl.train.work import Metrics
 from megarl.types import Batch
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.layers import layers_of_stages
 from megarl.config.schema import MegatronConfig
 from megarl.errors import ConfigError, Problem
 
@@ -107,6 +106,17 @@ def layers_of_chunks(num_layers: int, layout: Layout, stage: int) -> tuple[range
     Chunk ``c`` of stage ``s`` is virtual stage ``c * pp + s``: a micro-batch passes all stages once for each chunk.
     """
     return split_layers(num_layers, layout.pp * layout.vpp)[stage :: layout.pp]
+
+
+def layers_of_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Return the number of layers of every stage, in order; 0 for some where there are fewer layers than stages.
+
+    Where ``num_layers`` doesn't divide, the extra layers go to the middle stages first, since the first stage also
+    holds the embedding and the last the output layer.
+    """
+    base, extra = divmod(num_layers, num_stages)
+    from_the_middle = sorted(range(num_stages), key=lambda s: (s in (0, num_stages - 1), s == num_stages - 1, s))
+    return tuple(base + (stage in from_the_middle[:extra]) for stage in range(num_stages))
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:

@@ -11,15 +11,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megarl.checks.run import CheckedPPO, check_ppo
 from megarl.config.command_line import FlagParser, take_flags
 from megarl.config.compose import errors_reported, run_hydra
 from megarl.config.schema import PPOConfig
-from megarl.controller.check import CheckedPPO, check_ppo
-from megarl.controller.planning import plan_of, planned
 from megarl.errors import ConfigError, Problem
 from megarl.plan.advise import advise
 from megarl.plan.changes import device_with_memory, fitting_changes, shapes_of_others
 from megarl.plan.devices import Device, device
+from megarl.plan.of_run import plan_of, planned
 from megarl.plan.report import advice_json, advice_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 

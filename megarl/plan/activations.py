@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Layout, layers_of_chunks
+from megarl.weights.model_shape import ModelShape
 
 _FP32, _INT64 = 4, 8
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from megarl.config.model_shape import ModelShape
-from megarl.config.rules import num_ranks
+from megarl.checks.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
 from megarl.plan.changes import ACTOR, MEGATRON, ROLLOUT, Change, changed, is_valid, value_of
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.step_time import StepTime, step_time
+from megarl.weights.model_shape import ModelShape
 
 _OFFLOADS: tuple[dict[str, object], ...] = (
     {},

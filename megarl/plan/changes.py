@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any, cast
 
-from megarl.config.megatron_rules import the_model_fits_its_axes
-from megarl.config.model_shape import ModelShape
-from megarl.config.passes import actor_update
-from megarl.config.rules import ppo_model_problems, ppo_problems
+from megarl.checks.axes import the_model_fits_its_axes
+from megarl.checks.passes import actor_update
+from megarl.checks.rules import ppo_model_problems, ppo_problems
 from megarl.config.schema import MegatronConfig, PPOConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
+from megarl.weights.model_shape import ModelShape
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"

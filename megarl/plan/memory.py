@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 
-from megarl.config.model_shape import ModelShape
 from megarl.config.schema import PPOConfig
-from megarl.model.name_map import vllm_shards
 from megarl.parallel.layout import layers_of_chunks
 from megarl.plan.activations import Pass, chunk_bytes, recomputed_bytes
 from megarl.plan.devices import CPU, Device
 from megarl.plan.pipeline import Moment, moments
 from megarl.plan.roles import DTYPE_BYTES, Role
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import vllm_shards
 
 GIB = 2**30
 MIB = 2**20

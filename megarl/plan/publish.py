@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from megarl.config.model_shape import ModelShape
-from megarl.model.name_map import megatron_shards, vllm_shards
 from megarl.parallel.layout import Layout, split_layers
 from megarl.plan.devices import Device
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import megatron_shards, vllm_shards
 
 # Ranks with the same weights: their place on (pp, tp), or among experts on (pp, etp, ep).
 Peers = tuple[int, ...]

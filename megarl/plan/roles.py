@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.algorithm_rules import needs_critic, needs_reference, needs_reward_model
-from megarl.config.model_shape import ModelShape
-from megarl.config.passes import (
+from megarl.batching.plan import BatchPlan
+from megarl.checks.algorithm import needs_critic, needs_reference, needs_reward_model
+from megarl.checks.passes import (
     actor_scoring,
     actor_update,
     critic_scoring,
@@ -15,12 +15,12 @@ from megarl.config.passes import (
     ref_scoring,
     reward_scoring,
 )
-from megarl.config.rules import num_ranks
+from megarl.checks.rules import num_ranks
 from megarl.config.schema import PPOConfig, RecomputeConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout, layout_of
 from megarl.plan.activations import Pass
-from megarl.plan.batch import BatchPlan
 from megarl.plan.static import StaticBytes, static_bytes
+from megarl.weights.model_shape import ModelShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from megarl.checkpoint.files import plan_files
-from megarl.config.model_shape import ModelShape
-from megarl.config.rules import num_ranks
+from megarl.batching.plan import BatchPlan
+from megarl.checks.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
-from megarl.model.name_map import hf_shapes
-from megarl.plan.batch import BatchPlan
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
 from megarl.plan.roles import DTYPE_BYTES, Role, roles_of
 from megarl.plan.static import StaticBytes
 from megarl.plan.topology import Topology, topology_of
+from megarl.weights.files import plan_files
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import hf_shapes
 
 MAX_RANKS = 16_384
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from megarl.config.model_shape import ModelShape
-from megarl.model.name_map import megatron_shards
 from megarl.parallel.layout import Coordinates, Layout, layers_of_chunks
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import megatron_shards
 
 FP32_BYTES = 4
 # Where a parameter stands among those of its layer, in the order in which megatron's modules register them; experts

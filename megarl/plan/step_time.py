@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.model_shape import ModelShape
 from megarl.plan.devices import CPU, Device
 from megarl.plan.memory import Engine
 from megarl.plan.roles import Role
 from megarl.plan.topology import bubble_share
+from megarl.weights.model_shape import ModelShape
 
 TRAINING_EFFICIENCY = 0.4
 DECODE_EFFICIENCY = 0.6

@@ -10,13 +10,13 @@ from torch import Tensor
 from megarl.algorithm.aggregate import token_weights_B
 from megarl.algorithm.kl import kl_estimators
 from megarl.algorithm.policy_loss import PolicyLossInputs, token_loss
-from megarl.data.batch import MicroBatch
-from megarl.model.weights import TensorSource
-from megarl.train.model import Loss, ModelSpec
-from megarl.train.optimizer import Optimizer, OptimizerSpec, detached, summed
+from megarl.batching.pack import MicroBatch
+from megarl.train.megatron.model import Loss, ModelSpec
+from megarl.train.megatron.optimizer import Optimizer, OptimizerSpec, detached, summed
 from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch
+from megarl.weights.sources import TensorSource
 
 
 class Actor(Policy):

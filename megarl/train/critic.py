@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megarl.algorithm.aggregate import token_weights_B
 from megarl.algorithm.value_loss import clipped_value_loss
-from megarl.data.batch import MicroBatch
-from megarl.model.weights import TensorSource
-from megarl.train.model import Loss, Model, ModelSpec
-from megarl.train.optimizer import Optimizer, OptimizerSpec, detached
+from megarl.batching.pack import MicroBatch
+from megarl.train.megatron.model import Loss, Model, ModelSpec
+from megarl.train.megatron.optimizer import Optimizer, OptimizerSpec, detached
 from megarl.train.work import Metrics, OptimizerStep, ValueLossSpec
 from megarl.types import Batch
+from megarl.weights.sources import TensorSource
 
 
 class Critic(Model):

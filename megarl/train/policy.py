@@ -12,11 +12,11 @@ from functools import partial
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megarl.data.batch import MicroBatch
-from megarl.model.build import output_weight
+from megarl.batching.pack import MicroBatch
 from megarl.parallel.fused_vocab import fused_vocab_parallel_logprobs
 from megarl.parallel.vocab import vocab_parallel_logprobs
-from megarl.train.model import Model
+from megarl.train.megatron.build import output_weight
+from megarl.train.megatron.model import Model
 from megarl.types import Batch
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megarl.data.batch import MicroBatch
+from megarl.batching.pack import MicroBatch
 from megarl.errors import WorkerError
-from megarl.model.weights import TensorSource
-from megarl.train.model import Model, ModelSpec
+from megarl.train.megatron.model import Model, ModelSpec
 from megarl.types import Batch
+from megarl.weights.sources import TensorSource
 
 
 class RewardModel(Model):

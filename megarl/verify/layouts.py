@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
-from megarl.config.megatron_rules import (
+from megarl.checks.axes import (
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
     the_model_fits_its_axes,
 )
-from megarl.config.model_shape import ModelShape
 from megarl.config.schema import MegatronConfig
 from megarl.errors import Absent, ConfigError, Problem, nearest
 from megarl.parallel.layout import Layout
+from megarl.weights.model_shape import ModelShape
 
 ONE_RANK = "one_rank"
 ALL, QUICK = "all", "quick"

@@ -11,9 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarl.config.model_shape import ModelShape
-from megarl.model.name_map import hf_shapes
-from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
 from megarl.train.work import Metrics
 from megarl.verify.figures import (
@@ -30,6 +27,9 @@ from megarl.verify.figures import (
 )
 from megarl.verify.reference import Reference, mean_difference
 from megarl.verify.work import Examined
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import hf_shapes
+from megarl.weights.sources import SafetensorsSource
 
 
 def logprob_figures(

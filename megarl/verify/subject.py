@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megarl.config.model_shape import ModelShape, parse_model_shape, read_model_shape
 from megarl.errors import ConfigError, Problem
+from megarl.weights.model_shape import ModelShape, parse_model_shape, read_model_shape
 
 # Heads that eight ranks can share, and as many layers; heads of 32, the smallest that vLLM's attention takes on CPU.
 _SIZES: Mapping[str, Any] = MappingProxyType(

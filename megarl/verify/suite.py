@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from megarl.config.megatron_rules import a_tensor_split_fits
-from megarl.config.model_shape import ModelShape
+from megarl.checks.axes import a_tensor_split_fits
 from megarl.parallel.environment import platform_name
 from megarl.parallel.layout import Layout
 from megarl.verify.figures import Figure, Row, Tolerances
@@ -24,6 +23,7 @@ from megarl.verify.pool import RankPool, RanksFailed
 from megarl.verify.reference import TEMPERATURE, Reference, greedy, make_reference
 from megarl.verify.subject import Subject
 from megarl.verify.work import GREEDY, Examined, Task, answer, examine, prompts
+from megarl.weights.model_shape import ModelShape
 
 MIN_ROWS, LAYOUTS_A_POOL = 8, 40
 Report = Callable[[Row], None]

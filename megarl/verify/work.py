@@ -16,20 +16,20 @@ from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
 from megarl.algorithm.policy_loss import PolicyLossSettings
-from megarl.config.model_shape import read_model_shape
-from megarl.controller.publish import Publisher
-from megarl.model.weights import SafetensorsSource
+from megarl.batching.plan import micro_batches
 from megarl.parallel.environment import platform_name
 from megarl.parallel.layout import Layout
 from megarl.parallel.platform import Platform
-from megarl.plan.batch import micro_batches
+from megarl.ranks.publish import Publisher
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.actor import Actor
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch, GenerationRequest, Sampling
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 
 NUM_STEPS = 3
 MICRO_BATCH_SIZE = 2

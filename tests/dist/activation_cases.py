@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from megarl.config.model_shape import read_model_shape
+from megarl.batching.pack import pack
 from megarl.config.schema import RecomputeConfig
-from megarl.data.batch import pack
-from megarl.model.weights import RandomSource
 from megarl.parallel.layout import Layout
 from megarl.plan.activations import Pass, chunk_bytes
-from megarl.train.model import ModelSpec
+from megarl.train.megatron.model import ModelSpec
 from megarl.train.policy import Policy
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import RandomSource
 from tests.dist.saved_bytes import saved_activation_bytes
 
 

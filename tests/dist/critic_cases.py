@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
-from megarl.config.model_shape import read_model_shape
-from megarl.model.weights import SafetensorsSource
+from megarl.batching.plan import micro_batches
 from megarl.parallel.layout import Layout
-from megarl.plan.batch import micro_batches
 from megarl.train.critic import Critic
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import Metrics, OptimizerStep, ValueLossSpec
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 
 
 @dataclass(frozen=True)

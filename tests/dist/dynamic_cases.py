@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.config.model_shape import read_model_shape
+from megarl.batching.balance import TokenBudget, pass_cost
+from megarl.batching.plan import MiniBatch, plan_update
+from megarl.batching.zigzag import num_parts
 from megarl.controller.ranks import Ranks, RoleLayout
-from megarl.data.zigzag import num_parts
-from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
-from megarl.plan.balance import TokenBudget, pass_cost
-from megarl.plan.batch import MiniBatch, plan_update
 from megarl.plan.step_time import active_parameters
 from megarl.train.actor import Actor
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import Metrics, PolicyLossSpec
 from megarl.types import Batch
 from tests.dist.parity_cases import Piece, Setup, gradients_of, pieces, step_on

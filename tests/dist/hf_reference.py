@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import PolicyLossSpec
 from megarl.types import Batch
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
-from megarl.train import host_adam
 from megarl.train.actor import Actor
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron import host_adam
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import Metrics, OptimizerStep
 from megarl.types import Batch
 from tests.dist.parity_cases import Setup

@@ -12,21 +12,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
-from megarl.config.model_shape import read_model_shape
+from megarl.batching.plan import micro_batches
 from megarl.config.schema import SFTConfig
-from megarl.controller.rank import RunSpec
-from megarl.controller.worker import Worker
-from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
 from megarl.parallel.platform import install_platform
-from megarl.plan.batch import micro_batches
+from megarl.ranks.spec import RunSpec
+from megarl.ranks.worker import Worker
 from megarl.train.actor import Actor
 from megarl.train.critic import Critic
-from megarl.train.model import Model, ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import Model, ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 from tests.dist.parity_cases import Piece, pieces
 
 NUM_ROUNDS = 3

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
-from megarl.data.batch import sequences_to_batch
+from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import Metrics, PolicyLossSpec, is_whole
 from megarl.types import Batch
 from tests.dist import hf_reference

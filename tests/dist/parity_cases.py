@@ -15,19 +15,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megarl.config.model_shape import read_model_shape
+from megarl.batching.plan import micro_batches
 from megarl.config.schema import RecomputeConfig
-from megarl.model.build import unwrap
-from megarl.model.name_map import megatron_shards
-from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
-from megarl.plan.batch import micro_batches
 from megarl.train.actor import Actor
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.build import unwrap
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.name_map import megatron_shards
+from megarl.weights.sources import SafetensorsSource
 
 Micros = tuple[tuple[int, ...], ...]
 

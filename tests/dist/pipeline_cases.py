@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.config.model_shape import read_model_shape
+from megarl.batching.plan import micro_batches
 from megarl.config.schema import RecomputeConfig
-from megarl.model.weights import RandomSource
 from megarl.parallel.layout import Layout
 from megarl.plan.activations import Pass, chunk_bytes, recomputed_bytes
-from megarl.plan.batch import micro_batches
 from megarl.plan.pipeline import ChunkPass, chunk_passes, moments
 from megarl.train.actor import Actor
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import OptimizerStep
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import RandomSource
 from tests.dist.saved_bytes import HeldBytes
 
 

@@ -43,18 +43,18 @@ def main(folders: list[Path]) -> int:
 def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) -> None:
     """Build both sides, publish, generate, and save the answers."""
     os.environ.update(environment)
-    from megarl.controller.rank import join_ranks
+    from megarl.ranks.spec import join_ranks
 
     join_ranks()
     import torch
 
-    from megarl.config.model_shape import read_model_shape
-    from megarl.controller.publish import Publisher
-    from megarl.model.weights import SafetensorsSource
     from megarl.parallel.layout import Layout
+    from megarl.ranks.publish import Publisher
     from megarl.rollout.vllm import VllmEngine, VllmSpec
-    from megarl.train.model import ModelSpec
+    from megarl.train.megatron.model import ModelSpec
     from megarl.train.policy import Policy
+    from megarl.weights.model_shape import read_model_shape
+    from megarl.weights.sources import SafetensorsSource
 
     shape = read_model_shape(folder)
     spec = ModelSpec(shape, Layout(**layout), torch.float32, torch.device("cpu"))

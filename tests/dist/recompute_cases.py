@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megarl.config.model_shape import read_model_shape
+from megarl.batching.plan import micro_batches
 from megarl.config.schema import RecomputeConfig
-from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
-from megarl.plan.batch import micro_batches
 from megarl.train.actor import Actor
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import Metrics, OptimizerStep
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 from tests.dist.parity_cases import Piece, pieces
 from tests.dist.saved_bytes import saved_activation_bytes
 

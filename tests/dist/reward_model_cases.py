@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.config.model_shape import read_model_shape
-from megarl.model.weights import SafetensorsSource
+from megarl.batching.plan import micro_batches
 from megarl.parallel.layout import Layout
-from megarl.plan.batch import micro_batches
-from megarl.train.model import ModelSpec
+from megarl.train.megatron.model import ModelSpec
 from megarl.train.reward_model import RewardModel
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 
 
 def score(folder: Path, layout: Layout, batch: Batch) -> dict[bool, Tensor | None]:

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.config.model_shape import read_model_shape
-from megarl.model.weights import RandomSource
 from megarl.parallel.layout import Layout
 from megarl.plan.static import StaticBytes, static_bytes
 from megarl.train.actor import Actor
-from megarl.train.model import ModelSpec
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.model import ModelSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.train.work import OptimizerStep
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import RandomSource
 
 
 def held_and_planned(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
-from megarl.model.attention import describe_packing
 from megarl.parallel.layout import Layout
+from megarl.train.megatron.attention import describe_packing
 from megarl.train.work import PolicyLossSpec
 from tests.dist import hf_reference
 from tests.dist.parity import (

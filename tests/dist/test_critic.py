@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTokenClassification
 
-from megarl.config.model_shape import read_model_shape
-from megarl.data.batch import sequences_to_batch
+from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.train.work import ValueLossSpec
 from megarl.types import Batch
+from megarl.weights.model_shape import read_model_shape
 from tests.dist import parity
 from tests.dist.critic_cases import Judged, judge, learn_and_export
 from tests.dist.ranks import RankPool

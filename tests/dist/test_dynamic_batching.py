@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megarl.data.batch import sequences_to_batch
+from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.types import Batch
 from tests.dist import parity

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megarl.checkpoint.hf_export import MAX_FILE_BYTES, export_hf
-from megarl.model.name_map import hf_shapes, megatron_shards
 from megarl.parallel.layout import Layout
+from megarl.weights.hf_export import MAX_FILE_BYTES, export_hf
+from megarl.weights.name_map import hf_shapes, megatron_shards
 from tests.dist import hf_reference
 from tests.dist.parity_cases import Setup
 from tests.dist.ranks import RankPool

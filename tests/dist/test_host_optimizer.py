@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megarl.data.batch import sequences_to_batch
+from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.optimizer import OptimizerSpec
+from megarl.train.megatron.optimizer import OptimizerSpec
 from megarl.types import Batch
 from tests.dist import parity
 from tests.dist.host_optimizer_cases import PIECE_NUMEL, Learned, learn, learn_on

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.batching.pack import sequences_to_batch
 from megarl.config.build import build_config
 from megarl.config.schema import SFTConfig
-from megarl.data.batch import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.train.work import PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch

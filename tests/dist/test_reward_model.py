@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from megarl.data.batch import sequences_to_batch
+from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
 from megarl.types import Batch
 from megarl.verify.pool import RankPool, RanksFailed

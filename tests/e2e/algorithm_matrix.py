@@ -16,17 +16,17 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from megarl.config.algorithm_rules import ESTIMATORS
+from megarl.checks.algorithm import ESTIMATORS
+from megarl.checks.run import CheckedPPO, check_ppo
 from megarl.config.schema import POLICY_LOSSES
-from megarl.controller.check import CheckedPPO, check_ppo
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
-from megarl.controller.rank import RunSpec
 from megarl.controller.ranks import Ranks
 from megarl.controller.run import Run
 from megarl.controller.settings import kl_controller, role_layouts
-from megarl.controller.start import serve_if_not_controller, worker_group
+from megarl.launchers.start import serve_if_not_controller, worker_group
 from megarl.monitor.sinks import open_tracker
+from megarl.ranks.spec import RunSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarl.config.model_shape import read_model_shape
-from megarl.controller.publish import Publisher
-from megarl.model.build import transformer_engine_present
-from megarl.model.weights import SafetensorsSource
 from megarl.parallel.layout import Layout
+from megarl.ranks.publish import Publisher
 from megarl.rollout.vllm import VllmEngine, VllmSpec
-from megarl.train.model import ModelSpec
+from megarl.train.megatron.build import transformer_engine_present
+from megarl.train.megatron.model import ModelSpec
 from megarl.train.policy import Policy
 from megarl.types import Batch, GenerationRequest
+from megarl.weights.model_shape import read_model_shape
+from megarl.weights.sources import SafetensorsSource
 from tests.dist.parity_cases import Setup
 from tests.dist.publish_case import GREEDY, MAX_MODEL_LEN, PROMPTS
 

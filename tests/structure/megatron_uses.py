@@ -27,28 +27,33 @@ _RUN = "forward_step_func data_iterator model num_microbatches seq_length micro_
 
 # What no import shows: file that relies on it, module, name, keywords it is given.
 THROUGH_OBJECTS = [
-    ("megarl/train/model.py", _SCHEDULES, "forward_backward_no_pipelining", _RUN),
-    ("megarl/train/model.py", _SCHEDULES, "forward_backward_pipelining_without_interleaving", _RUN),
-    ("megarl/train/model.py", _SCHEDULES, "forward_backward_pipelining_with_interleaving", _RUN),
-    ("megarl/train/model.py", _CORE + "models.gpt", "GPTModel.forward", "packed_seq_params padding_mask"),
-    ("megarl/train/optimizer.py", _CONFIG, "TransformerConfig", "no_sync_func finalize_model_grads_func"),
-    ("megarl/train/optimizer.py", _CORE + "distributed", "DistributedDataParallel.no_sync", ""),
-    ("megarl/train/optimizer.py", _CORE + "distributed", "DistributedDataParallel.zero_grad_buffer", ""),
-    ("megarl/train/optimizer.py", _OPTIMIZER, "ChainedOptimizer.chained_optimizers", ""),
-    ("megarl/train/optimizer.py", _OPTIMIZER, "ChainedOptimizer.param_groups", ""),
-    ("megarl/train/optimizer.py", _OPTIMIZER, "ChainedOptimizer.step", ""),
-    ("megarl/train/optimizer.py", _OPTIMIZER, "ChainedOptimizer.zero_grad", ""),
-    ("megarl/train/optimizer.py", _CORE + "optimizer_param_scheduler", "OptimizerParamScheduler.step", "increment"),
+    ("megarl/train/megatron/model.py", _SCHEDULES, "forward_backward_no_pipelining", _RUN),
+    ("megarl/train/megatron/model.py", _SCHEDULES, "forward_backward_pipelining_without_interleaving", _RUN),
+    ("megarl/train/megatron/model.py", _SCHEDULES, "forward_backward_pipelining_with_interleaving", _RUN),
+    ("megarl/train/megatron/model.py", _CORE + "models.gpt", "GPTModel.forward", "packed_seq_params padding_mask"),
+    ("megarl/train/megatron/optimizer.py", _CONFIG, "TransformerConfig", "no_sync_func finalize_model_grads_func"),
+    ("megarl/train/megatron/optimizer.py", _CORE + "distributed", "DistributedDataParallel.no_sync", ""),
+    ("megarl/train/megatron/optimizer.py", _CORE + "distributed", "DistributedDataParallel.zero_grad_buffer", ""),
+    ("megarl/train/megatron/optimizer.py", _OPTIMIZER, "ChainedOptimizer.chained_optimizers", ""),
+    ("megarl/train/megatron/optimizer.py", _OPTIMIZER, "ChainedOptimizer.param_groups", ""),
+    ("megarl/train/megatron/optimizer.py", _OPTIMIZER, "ChainedOptimizer.step", ""),
+    ("megarl/train/megatron/optimizer.py", _OPTIMIZER, "ChainedOptimizer.zero_grad", ""),
     (
-        "megarl/train/optimizer.py",
+        "megarl/train/megatron/optimizer.py",
+        _CORE + "optimizer_param_scheduler",
+        "OptimizerParamScheduler.step",
+        "increment",
+    ),
+    (
+        "megarl/train/megatron/optimizer.py",
         _CORE + "optimizer",
         "OptimizerConfig.use_precision_aware_optimizer_no_fp8_or_ds_fp8",
         "",
     ),
-    ("megarl/train/host_adam.py", _CORE + "optimizer", "HybridDeviceOptimizer", ""),
-    ("megarl/train/host_adam.py", _CORE + "optimizer.distrib_optimizer", "HybridDeviceOptimizer", ""),
+    ("megarl/train/megatron/host_adam.py", _CORE + "optimizer", "HybridDeviceOptimizer", ""),
+    ("megarl/train/megatron/host_adam.py", _CORE + "optimizer.distrib_optimizer", "HybridDeviceOptimizer", ""),
     *(
-        ("megarl/train/host_adam.py", _HYBRID, f"HybridDeviceOptimizer.{name}", "")
+        ("megarl/train/megatron/host_adam.py", _HYBRID, f"HybridDeviceOptimizer.{name}", "")
         for name in (
             "_init_sub_optimizers",
             "_sync_hdo_state_to_sub_optimizers",
@@ -64,28 +69,28 @@ THROUGH_OBJECTS = [
     ),
     ("megarl/parallel/groups.py", _RNG, "CudaRNGStatesTracker.get_states", ""),
     ("megarl/parallel/groups.py", _RNG, "CudaRNGStatesTracker.set_states", "states"),
-    ("megarl/model/build.py", _MODULE, "Float16Module.forward", "fp32_output"),
-    ("megarl/model/build.py", _BLOCK, "TransformerBlockSubmodules", "layer_specs layer_norm"),
+    ("megarl/train/megatron/build.py", _MODULE, "Float16Module.forward", "fp32_output"),
+    ("megarl/train/megatron/build.py", _BLOCK, "TransformerBlockSubmodules", "layer_specs layer_norm"),
     (
-        "megarl/model/build.py",
+        "megarl/train/megatron/build.py",
         _LAYER,
         "TransformerLayerSubmodules",
         "input_layernorm pre_mlp_layernorm self_attention mlp",
     ),
-    ("megarl/model/build.py", _MOE + "moe_layer", "MoESubmodules", "router"),
-    ("megarl/model/router.py", _MOE + "moe_layer", "MoELayer.forward", "padding_mask"),
+    ("megarl/train/megatron/build.py", _MOE + "moe_layer", "MoESubmodules", "router"),
+    ("megarl/train/megatron/router.py", _MOE + "moe_layer", "MoELayer.forward", "padding_mask"),
     *(
-        ("megarl/model/router.py", _MOE + "router", f"TopKRouter.{name}", "")
+        ("megarl/train/megatron/router.py", _MOE + "router", f"TopKRouter.{name}", "")
         for name in ("routing", "topk", "score_function", "layer_number", "tp_group", "cp_group", "tp_cp_group")
     ),
-    ("megarl/model/build.py", _ATTENTION, "SelfAttentionSubmodules", "core_attention q_layernorm k_layernorm"),
-    ("megarl/model/build.py", _LAYER, "TransformerLayer.layer_number", ""),
-    ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.output_layer", ""),
-    ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.shared_embedding_or_output_weight", ""),
-    ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.rotary_pos_emb", ""),
-    ("megarl/model/build.py", _CORE + "models.gpt", "GPTModel.decoder", ""),
+    ("megarl/train/megatron/build.py", _ATTENTION, "SelfAttentionSubmodules", "core_attention q_layernorm k_layernorm"),
+    ("megarl/train/megatron/build.py", _LAYER, "TransformerLayer.layer_number", ""),
+    ("megarl/train/megatron/build.py", _CORE + "models.gpt", "GPTModel.output_layer", ""),
+    ("megarl/train/megatron/build.py", _CORE + "models.gpt", "GPTModel.shared_embedding_or_output_weight", ""),
+    ("megarl/train/megatron/build.py", _CORE + "models.gpt", "GPTModel.rotary_pos_emb", ""),
+    ("megarl/train/megatron/build.py", _CORE + "models.gpt", "GPTModel.decoder", ""),
     *(
-        ("megarl/model/name_map.py", _CORE + module, name, "")
+        ("megarl/weights/name_map.py", _CORE + module, name, "")
         for module, name in (
             ("models.gpt", "GPTModel.embedding"),
             ("models.common.embeddings.language_model_embedding", "LanguageModelEmbedding.word_embeddings"),

@@ -12,7 +12,7 @@ MEGARL = Path(__file__).resolve().parents[2] / "megarl"
 SCHEMA = MEGARL / "config" / "schema.py"
 # They go through all keys alike, whatever each of them means.
 NO_READERS = {SCHEMA, MEGARL / "config" / "docs.py"}
-RULES = {MEGARL / "config" / f"{name}.py" for name in ("rules", "algorithm_rules", "megatron_rules", "effects")}
+RULES = {MEGARL / "checks" / f"{name}.py" for name in ("rules", "algorithm", "axes", "effects")}
 
 # Keys of the data-parallel backend, which isn't built: a run with it is refused, by the name of its strategy.
 NOT_BUILT = {

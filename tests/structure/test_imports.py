@@ -16,9 +16,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"types", "errors"},
     {"config"},
-    {"parallel", "algorithm", "data", "monitor"},
-    {"model", "checkpoint"},
-    {"train", "rollout", "reward", "plan"},
+    {"parallel"},
+    {"weights"},
+    {"algorithm"},
+    {"batching"},
+    {"data", "reward", "monitor"},
+    {"roles"},
+    {"checks"},
+    {"plan"},
+    {"train"},
+    {"rollout"},
+    {"checkpoint"},
+    {"ranks"},
+    {"launchers"},
     {"controller", "doctor"},
     {"verify"},
     {"main_ppo", "main_sft"},
@@ -26,9 +36,9 @@ LAYERS = (
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 
 DOORS = {
-    "megatron": {"model", "parallel", "train", "checkpoint"},
+    "megatron": {"train", "parallel"},
     "vllm": {"rollout"},
-    "ray": {"controller"},
+    "ray": {"launchers"},
     "tensorboard": {"monitor"},
     "wandb": {"monitor"},
 }
@@ -116,9 +126,9 @@ def test_the_root_package_imports_nothing() -> None:
 
 
 def test_a_config_is_read_and_a_batch_planned_without_torch_or_ray() -> None:
-    loaded = load_in_a_fresh_process(["megarl.config", "megarl.plan.batch"])
+    loaded = load_in_a_fresh_process(["megarl.config", "megarl.batching.plan"])
     assert not loaded & {"torch", "ray"}
-    assert "megarl.plan.batch" in loaded
+    assert "megarl.batching.plan" in loaded
 
 
 def test_rewards_load_without_torch_even_through_what_they_import() -> None:
@@ -130,17 +140,17 @@ def test_rewards_load_without_torch_even_through_what_they_import() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "why"),
     [
-        ("megarl.plan.batch", "import megarl.controller.loop", "controller is above plan"),
-        ("megarl.config.rules", "from megarl import plan", "plan is above config"),
-        ("megarl.train.actor", "from megarl.rollout.engine import Engine", "same layer"),
+        ("megarl.batching.plan", "import megarl.controller.loop", "controller is above batching"),
+        ("megarl.checks.rules", "from megarl import plan", "plan is above checks"),
+        ("megarl.data.order", "from megarl.reward.pool import RewardPool", "same layer"),
         ("megarl.types", "from megarl.errors import ConfigError", "same layer"),
-        ("megarl.model.build", "from ..controller import loop", "controller is above model"),
+        ("megarl.train.build", "from ..controller import loop", "controller is above train"),
         ("megarl.data.__init__", "from ..train import actor", "train is above data"),
         ("megarl.main_sft", "from megarl.main_ppo import main", "same layer"),
         ("megarl.data.rows", "if TYPE_CHECKING:\n    from megarl.train.actor import Actor", "train is above data"),
         ("megarl.rollout.vllm", "def start():\n    from megatron.core import parallel_state", "megatron is for"),
         ("megarl.train.actor", "import vllm.distributed as d", "vllm is for rollout only"),
-        ("megarl.rollout.engine", "from ray import remote", "ray is for controller only"),
+        ("megarl.rollout.engine", "from ray import remote", "ray is for launchers only"),
         ("megarl.controller.loop", "import wandb", "wandb is for monitor only"),
         ("megarl.controller.loop", "import importlib\nimportlib.import_module('tensorboard.summary')", "monitor only"),
         ("megarl.reward.math", "import torch.nn", "reward works without torch"),
@@ -154,7 +164,7 @@ def test_the_checker_catches_a_violation(module: str, source: str, why: str) -> 
     ("module", "source"),
     [
         ("megarl.main_ppo", "from megarl.controller.loop import fit\nfrom megarl.types import Batch"),
-        ("megarl.train.actor", "from megarl.train.optimizer import build\nfrom . import guard\nimport torch"),
+        ("megarl.train.actor", "from megarl.train.megatron.optimizer import build\nfrom . import guard\nimport torch"),
         ("megarl.train.actor", "from megatron.core import parallel_state"),
         ("megarl.monitor.sinks", "import wandb\nfrom megarl import __version__"),
         ("megarl.data.rows", "'import ray'  # from megarl.controller import loop"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config.transformer_fields import megatron_folder
+from megarl.checks.transformer_fields import megatron_folder
 from tests.structure.megatron_facts import ANY, Parameters, Release, open_release
 from tests.structure.megatron_uses import LEFT_OUT, REPOSITORY, THROUGH_OBJECTS, Use, megarl_uses, uses
 
@@ -65,7 +65,7 @@ def test_the_scan_sees_what_the_model_is_built_with() -> None:
     keywords = {
         use.name: set(use.keywords)
         for use in megarl_uses()
-        if use.where.startswith("megarl/model/build.py:") and use.keywords
+        if use.where.startswith("megarl/train/megatron/build.py:") and use.keywords
     }
     assert {"num_layers", "moe_router_topk", "recompute_method"} <= keywords["TransformerConfig"]  # also through **
     assert "rotary_base" in keywords["GPTModel"]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from megarl.config.model_shape import FAMILIES, ModelShape, Rope
 from megarl.parallel.layout import Layout
+from megarl.weights.model_shape import FAMILIES, ModelShape, Rope
 
 
 def model_shape(family: str = "Qwen3ForCausalLM", *, tied: bool = False) -> ModelShape:

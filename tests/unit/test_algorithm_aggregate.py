@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals, token_weights_B
+from megarl.batching.plan import plan_update
 from megarl.errors import ConfigError
-from megarl.plan.batch import plan_update
 from tests.unit import numpy_reference as reference
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

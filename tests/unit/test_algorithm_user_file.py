@@ -14,9 +14,9 @@ from megarl.algorithm.advantage import AdvantageInputs, AdvantageSettings, estim
 from megarl.algorithm.policy_loss import PolicyLossInputs, PolicyLossSettings, policy_losses, token_loss
 from megarl.algorithm.registry import Registry
 from megarl.algorithm.user_file import load_user_file
-from megarl.config.rules import ppo_problems
+from megarl.checks.algorithm_file import load_algorithm_file
+from megarl.checks.rules import ppo_problems
 from megarl.config.schema import PPOConfig
-from megarl.controller.algorithm_file import load_algorithm_file
 from megarl.controller.settings import estimator, train_sampling
 from megarl.errors import AlgorithmError, ConfigError, Problem
 from megarl.reward.registry import load_reward

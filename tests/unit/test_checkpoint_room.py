@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.checkpoint.hf_export import export_hf
 from megarl.errors import ResourceError
+from megarl.weights.hf_export import export_hf
 
 ROWS, COLUMNS = 2**40, 2**10  # an array of a petabyte and more
 

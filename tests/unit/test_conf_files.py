@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megarl.batching.plan import plan_batch
+from megarl.checks.rules import num_ranks, ppo_problems, require, sft_problems
 from megarl.config.build import build_config
-from megarl.config.rules import num_ranks, ppo_problems, require, sft_problems
 from megarl.config.schema import DpPPOConfig, PPOConfig, SFTConfig
 from megarl.parallel.layout import layout_of
-from megarl.plan.batch import plan_batch
 from tests.unit.composed_configs import composed_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]

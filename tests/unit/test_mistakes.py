@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from megarl.checks.run import CheckedPPO, check_ppo
 from megarl.config.command_line import parse_command_line
 from megarl.config.compose import compose
-from megarl.controller.check import CheckedPPO, check_ppo
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, RewardError
 from tests.launch import python, run
 
@@ -461,5 +461,5 @@ def test_a_mistake_ends_the_command_with_code_2_before_anything_heavy_is_loaded(
     assert mistake.says in done.stderr and "Traceback" not in done.stderr
     assert all(key in done.stderr for key in mistake.keys)
     said, _, loaded = done.stdout.rpartition("loaded:")
-    assert said == "" and "megarl.controller.check" in loaded.split()
+    assert said == "" and "megarl.checks.run" in loaded.split()
     assert not HEAVY & {module.partition(".")[0] for module in loaded.split()}

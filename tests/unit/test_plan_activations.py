@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Layout
 from megarl.plan.activations import Pass, chunk_bytes, head_bytes, layer_bytes, recomputed_bytes
+from megarl.weights.model_shape import ModelShape
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 
 TOKENS = 24

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megarl.config.model_shape import parse_model_shape
 from megarl.errors import ConfigError
 from megarl.plan.devices import DEVICES, Device, cpu_device, device, machine_memory_bytes
-from megarl.plan.model_facts.shipped import shipped_config, shipped_names
+from megarl.weights.model_facts.shipped import shipped_config, shipped_names
+from megarl.weights.model_shape import parse_model_shape
 
 GIB = 2**30
 
@@ -160,5 +160,5 @@ def test_the_memory_of_the_machine_is_what_its_kernel_counts_or_less() -> None:
 
 
 def test_devices_and_facts_load_without_torch() -> None:
-    script = "import sys, megarl.plan.devices, megarl.plan.model_facts.shipped; print('torch' in sys.modules)"
+    script = "import sys, megarl.plan.devices, megarl.weights.model_facts.shipped; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "False"

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.config.model_shape import ModelShape, parse_model_shape
 from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Coordinates, Layout, split_layers
 from megarl.plan.activations import chunk_bytes
@@ -19,10 +18,11 @@ from megarl.plan.memory import (
     Phase,
     phases_of,
 )
-from megarl.plan.model_facts.shipped import shipped_config
 from megarl.plan.roles import Role
 from megarl.plan.run_plan import examined_ranks
 from megarl.plan.static import static_bytes
+from megarl.weights.model_facts.shipped import shipped_config
+from megarl.weights.model_shape import ModelShape, parse_model_shape
 from tests.unit.model_shapes import layouts_of, model_shapes
 
 GIB = 2**30

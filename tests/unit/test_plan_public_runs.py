@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from megarl.controller.check import check_ppo
-from megarl.controller.planning import planned
+from megarl.checks.run import check_ppo
 from megarl.plan.devices import device
 from megarl.plan.memory import GIB
+from megarl.plan.of_run import planned
 from megarl.plan.run_plan import RunPlan
 from tests.unit.composed_configs import composed_values
 

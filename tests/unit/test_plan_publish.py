@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.config.model_shape import ModelShape
-from megarl.model.name_map import megatron_shards, vllm_shards
 from megarl.parallel.layout import Layout
-from megarl.parallel.reshard_plan import Move, plan_reshard
 from megarl.plan.devices import device
 from megarl.plan.publish import publish_traffic, rank_traffic
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import megatron_shards, vllm_shards
+from megarl.weights.reshard_plan import Move, plan_reshard
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 
 DTYPE_BYTES = 2

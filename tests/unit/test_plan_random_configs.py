@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megarl.checks.run import check_ppo
 from megarl.config.schema import PPOConfig
-from megarl.controller.check import check_ppo
-from megarl.controller.planning import planned
 from megarl.errors import ConfigError, ModelFolderError
 from megarl.plan.devices import DEVICES, device
-from megarl.plan.model_facts.shipped import shipped_names
+from megarl.plan.of_run import planned
 from megarl.plan.report import plan_text
 from megarl.plan.run_plan import RunPlan
+from megarl.weights.model_facts.shipped import shipped_names
 from tests.unit.composed_configs import composed_values
 
 # Measured: 0.9 s, a first plan of Qwen3-235B-A22B on 32 ranks.

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.config.model_shape import ModelShape, parse_model_shape
-from megarl.controller.check import check_ppo
-from megarl.controller.planning import planned
-from megarl.model.name_map import hf_shapes, megatron_shards
+from megarl.checks.run import check_ppo
 from megarl.parallel.layout import Layout
 from megarl.plan.devices import device
-from megarl.plan.model_facts.shipped import shipped_config
+from megarl.plan.of_run import planned
 from megarl.plan.static import StaticBytes, static_bytes
+from megarl.weights.model_facts.shipped import shipped_config
+from megarl.weights.model_shape import ModelShape, parse_model_shape
+from megarl.weights.name_map import hf_shapes, megatron_shards
 from tests.unit.composed_configs import composed_values
 from tests.unit.model_shapes import layouts_of, model_shapes
 

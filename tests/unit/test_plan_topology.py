@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.config.model_shape import ModelShape
 from megarl.parallel.layout import Layout, split_layers
 from megarl.plan.roles import Role
 from megarl.plan.topology import bubble_share, topology_of
+from megarl.weights.model_shape import ModelShape
 from tests.unit.model_shapes import model_shape
 
 DENSE = replace(model_shape(), num_layers=24)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config.model_shape import ModelShape
 from megarl.errors import ConfigError, ModelFolderError
 from megarl.parallel.layout import Layout
 from megarl.verify.figures import LOSS, Figure
 from megarl.verify.layouts import ONE_RANK, axes_of, check_names, chosen, layouts_of, name_of, quick
 from megarl.verify.subject import subjects
+from megarl.weights.model_shape import ModelShape
 
 DENSE, TIED, MOE = subjects(None)
 AXES = {"tp", "sp", "pp", "dp"}

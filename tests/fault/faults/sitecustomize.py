@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_MODULE = "megarl.controller.worker"
+_MODULE = "megarl.ranks.worker"
 
 
 class _Loader(SourceFileLoader):

@@ -1,0 +1,1 @@
+"""From rollouts to mini-batches, micro-batches and packed tensors."""

@@ -1,0 +1,1 @@
+"""Ray and torchrun: they place the ranks and call them."""

@@ -1,0 +1,64 @@
+"""From a checked config to a running group of ranks, and back to nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megarl.checks.rules import num_ranks
+from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.errors import ConfigError, Problem
+from megarl.launchers.group import WorkerGroup
+from megarl.parallel.environment import apply_environment
+from megarl.ranks.spec import RunSpec
+
+
+def serve_if_not_controller() -> bool:
+    """Serve until the run ends, if torchrun made this process a rank other than 0; return whether it was one."""
+    if not _torchrun_rank():
+        return False
+    apply_environment()
+    from megarl.launchers.torchrun_group import serve
+
+    serve()
+    return True
+
+
+@contextmanager
+def worker_group(run: RunSpec) -> Iterator[WorkerGroup]:
+    """Start all ranks of a run, under torchrun or on Ray, and end them afterwards."""
+    group: WorkerGroup
+    trainer = run.config.trainer
+    if _torchrun_rank() is not None:
+        from megarl.launchers.torchrun_group import TorchrunGroup
+
+        group = TorchrunGroup(run)
+    else:
+        from megarl.launchers.ray_group import RayGroup
+
+        group = RayGroup(
+            run, nnodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node, dashboard=trainer.ray_dashboard
+        )
+    try:
+        yield group
+    except BaseException:
+        group.abort()
+        raise
+    group.shutdown()
+
+
+def check_world_size(config: PPOConfig | SFTConfig) -> None:
+    """Raise ConfigError where torchrun started another number of ranks than the config names."""
+    if _torchrun_rank() is None:
+        return
+    started, named = int(os.environ["WORLD_SIZE"]), num_ranks(config)
+    if started != named:
+        allowed = f"torchrun started {started} ranks, the config says {named}"
+        fix = f"torchrun --nproc-per-node={config.trainer.n_gpus_per_node}, or change trainer.n_gpus_per_node"
+        raise ConfigError([Problem("trainer.nnodes x trainer.n_gpus_per_node", named, allowed, fix)])
+
+
+def _torchrun_rank() -> int | None:
+    """Return this process's rank if torchrun started it."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None

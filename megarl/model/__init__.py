@@ -1,1 +1,0 @@
-"""Hugging Face config -> Megatron model, and the one map between the names of both."""

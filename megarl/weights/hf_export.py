@@ -1,0 +1,108 @@
+"""Write a sharded model as a Hugging Face folder. Every rank writes files of its own; none holds the whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megarl.errors import ResourceError
+from megarl.weights.files import MAX_FILE_BYTES, Shapes, plan_files
+from megarl.weights.reshard import Resharder
+from megarl.weights.reshard_plan import plan_reshard
+from megarl.weights.shard import Shard, whole
+
+_COPIED = (".json", ".txt", ".model", ".jinja")
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def export_hf(
+    out: Path,
+    *,
+    template: Path,
+    shapes: Shapes,
+    sources: Sequence[Sequence[Shard]],
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    zeros: Shapes = _NOTHING,
+    fields: Mapping[str, Any] = _NOTHING,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write ``out``: weights in ``dtype``, with config and tokenizer of the folder ``template``. Collective.
+
+    shapes: of the tensors that ranks hold. sources: the shards of every rank. parameters: this rank's. zeros: shapes of
+    tensors that no rank holds, which are zero. fields: of config.json, to replace. What ``out`` held before is gone;
+    ``whole_folder`` keeps it until the end. Raises ResourceError on every rank where the disk is too small.
+    """
+    sizes = {**shapes, **zeros}
+    files = plan_files(sizes, dtype.itemsize, max_file_bytes)
+    total_bytes = sum(torch.Size(s).numel() for s in sizes.values()) * dtype.itemsize
+    _make_room(out, total_bytes)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dims = {seg.tensor: shard.dim for shards in sources for shard in shards for seg in shard.segments}
+    for first in range(0, len(files), world_size):
+        wave = files[first : first + world_size]
+        targets = [[whole(n, shapes[n], dims[n]) for n in names if n in shapes] for names in wave]
+        targets += [[] for _ in range(world_size - len(wave))]
+        tensors = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in targets[rank]}
+        Resharder(plan_reshard(sources, targets), dtype=dtype).run(parameters, tensors, device)
+        if rank < len(wave):
+            filled = {n: t.cpu() for n, t in tensors.items()}
+            filled |= {n: torch.zeros(zeros[n], dtype=dtype) for n in wave[rank] if n in zeros}
+            save_file(filled, out / _file_name(first + rank, len(files)), metadata={"format": "pt"})
+    dist.barrier()
+    if rank == 0:
+        _write_index(out, files, total_bytes)
+        _copy_template(template, out, dtype, fields)
+    dist.barrier()
+
+
+def _make_room(folder: Path, needed_bytes: int) -> None:
+    """Rank 0 makes the folder anew; all ranks raise where the disk lacks room."""
+    free = [0]
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = [shutil.disk_usage(folder.parent).free]
+        if free[0] >= needed_bytes:
+            folder.mkdir()
+    dist.broadcast_object_list(free, src=0)
+    if free[0] < needed_bytes:
+        raise ResourceError(
+            f"saving to {folder} needs {needed_bytes:,} bytes, the disk has {free[0]:,} free; "
+            "make room, or point trainer.run_dir at a larger disk"
+        )
+
+
+def _file_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) -> None:
+    if len(files) == 1:
+        return
+    weight_map = {name: _file_name(i, len(files)) for i, names in enumerate(files) for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / _WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_template(template: Path, out: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> None:
+    """Copy tokenizer and configuration files; config.json has ``fields`` and names the dtype that was written."""
+    for file in template.iterdir():
+        if file.suffix in _COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+    config = json.loads((template / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config |= {**fields, "dtype": str(dtype).removeprefix("torch.")}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,279 @@
+"""The one map between Hugging Face, Megatron and vLLM parameters. Load, publish and export all read it.
+
+Each entry names a parameter in the three dialects and how it is split over tensor-parallel ranks. From it follow the
+shards of any rank of the trainer and of the engine, in Hugging Face coordinates.
+
+Experts are named by their index in the model, as layers are. vLLM keeps the experts of a layer in one parameter, of
+which the map names the slices: ``w13_weight.5`` is ``w13_weight[5]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megarl.parallel.layout import Layout, layers_of_chunks
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.shard import Segment, Shard, clip
+
+VLLM_VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to a multiple of this before it splits it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kind of parameter. ``{i}`` stands for the layer, ``{e}`` for the expert.
+
+    megatron: names, the first that the model has counts (Transformer Engine fuses norms into the next linear, and the
+    experts of a rank into one module). sizes: of the Hugging Face tensors ``hf``.
+    split: ``replicated``, ``vocab`` and ``qkv`` and ``glu`` (split rows), ``row`` (split columns).
+    stage: ``embedding`` (first), ``layer`` (every one), ``dense`` and ``moe`` (layers without and with experts),
+    ``head`` (last).
+    """
+
+    megatron: tuple[str, ...]
+    vllm: str
+    hf: tuple[str, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    split: str
+    stage: str = "layer"
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether every expert of a layer has this parameter."""
+        return "{e}" in self.hf[0]
+
+    def places(self, shape: ModelShape, layers: Sequence[int], experts: Sequence[int]) -> Iterator[dict[str, int]]:
+        """Yield what the names' ``i`` and ``e`` are, for all of ``layers`` and ``experts`` that have this parameter."""
+        if self.stage in ("embedding", "head"):
+            yield {}
+            return
+        for i in layers:
+            if self.stage == "layer" or shape.has_experts(i) == (self.stage == "moe"):
+                yield from ({"i": i, "e": e} for e in experts) if self.is_expert else ({"i": i},)
+
+
+_LAYER = "model.layers.{i}."
+_ATTENTION = _LAYER + "self_attn."
+_EMBEDDING = "model.embed_tokens.weight"
+_MEGATRON = "decoder.layers.{i}."
+VALUE_HEAD = "score.weight"  # as transformers' classification models name it
+VALUE_HEAD_BIAS = "score.bias"  # which those of tokens have and megarl's critic has not
+
+
+@lru_cache(maxsize=64)
+def entries(shape: ModelShape) -> tuple[Entry, ...]:
+    """Return the entries of a model, in checkpoint order."""
+    hidden, embedding = (shape.hidden_size,), (shape.vocab_size, shape.hidden_size)
+    norm = _MEGATRON + "pre_mlp_layernorm.weight"
+    return (
+        Entry(("embedding.word_embeddings.weight",), _EMBEDDING, (_EMBEDDING,), (embedding,), "vocab", "embedding"),
+        *_attention(shape),
+        _norm(
+            (norm, _MEGATRON + "mlp.linear_fc1.layer_norm_weight"), _LAYER + "post_attention_layernorm.weight", hidden
+        ),
+        *_dense(shape),
+        *(_experts(shape) if shape.num_experts else ()),
+        *(_shared_expert(shape) if shape.shared_expert_ffn_size else ()),
+        _norm(("decoder.final_layernorm.weight",), "model.norm.weight", hidden, "head"),
+        _head(shape),
+    )
+
+
+def _norm(megatron: tuple[str, ...], name: str, size: tuple[int, ...], stage: str = "layer") -> Entry:
+    """Return the entry of what every rank holds whole, and vLLM names as Hugging Face does."""
+    return Entry(megatron, name, (name,), (size,), "replicated", stage)
+
+
+def _attention(shape: ModelShape) -> Iterator[Entry]:
+    """Yield the entries of attention and of the norm before it."""
+    q, kv, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden_size
+    megatron, qkv = _MEGATRON + "self_attention.", _ATTENTION + "qkv_proj."
+    norms = (_MEGATRON + "input_layernorm.weight", megatron + "linear_qkv.layer_norm_weight")
+    yield _norm(norms, _LAYER + "input_layernorm.weight", (hidden,))
+    weights, biases = (tuple(f"{_ATTENTION}{part}_proj.{kind}" for part in "qkv") for kind in ("weight", "bias"))
+    yield Entry(
+        (megatron + "linear_qkv.weight",), qkv + "weight", weights, tuple((n, hidden) for n in (q, kv, kv)), "qkv"
+    )
+    if shape.qkv_bias:
+        yield Entry((megatron + "linear_qkv.bias",), qkv + "bias", biases, tuple((n,) for n in (q, kv, kv)), "qkv")
+    if shape.qk_norm:
+        for part in "qk":
+            name = f"{_ATTENTION}{part}_norm.weight"
+            yield _norm((f"{megatron}{part}_layernorm.weight",), name, (shape.head_dim,))
+    output = _ATTENTION + "o_proj.weight"
+    yield Entry((megatron + "linear_proj.weight",), output, (output,), ((hidden, q),), "row")
+
+
+def _feed_forward(
+    megatron: tuple[str, ...], vllm: tuple[str, str], hf: Sequence[str], ffn_size: int, hidden_size: int, stage: str
+) -> tuple[Entry, Entry]:
+    """Return the entries of gate over up, and of down. megatron: with ``{n}`` for 1 and 2. hf: gate, up, down."""
+    first, second = (tuple(name.replace("{n}", n) for name in megatron) for n in "12")
+    gate, up, down = hf
+    rows = (ffn_size, hidden_size)
+    return (
+        Entry(first, vllm[0], (gate, up), (rows, rows), "glu", stage),
+        Entry(second, vllm[1], (down,), ((hidden_size, ffn_size),), "row", stage),
+    )
+
+
+def _dense(shape: ModelShape) -> tuple[Entry, Entry]:
+    mlp = _LAYER + "mlp."
+    hf = [f"{mlp}{part}_proj.weight" for part in ("gate", "up", "down")]
+    vllm = (mlp + "gate_up_proj.weight", hf[2])
+    return _feed_forward((_MEGATRON + "mlp.linear_fc{n}.weight",), vllm, hf, shape.ffn_size, shape.hidden_size, "dense")
+
+
+def _experts(shape: ModelShape) -> Iterator[Entry]:
+    """Yield the entries of the router and of each expert."""
+    is_mixtral = shape.family == "MixtralForCausalLM"
+    block = _LAYER + ("block_sparse_moe." if is_mixtral else "mlp.")
+    parts = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    router = block + "gate.weight"
+    size = (shape.num_experts, shape.hidden_size)
+    yield Entry((_MEGATRON + "mlp.router.weight",), router, (router,), (size,), "replicated", "moe")
+    megatron, vllm = _MEGATRON + "mlp.experts.", block + "experts.routed_experts."
+    yield from _feed_forward(
+        (megatron + "local_experts.{e}.linear_fc{n}.weight", megatron + "linear_fc{n}.weight{e}"),
+        (vllm + "w13_weight.{e}", vllm + "w2_weight.{e}"),
+        [f"{block}experts.{{e}}.{part}.weight" for part in parts],
+        shape.expert_ffn_size,
+        shape.hidden_size,
+        "moe",
+    )
+
+
+def _shared_expert(shape: ModelShape) -> Iterator[Entry]:
+    """Yield the entries of the expert that every token takes."""
+    megatron, name = _MEGATRON + "mlp.shared_experts.", _LAYER + "mlp.shared_expert"
+    hf = [f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")]
+    ffn, hidden = shape.shared_expert_ffn_size, shape.hidden_size
+    yield from _feed_forward(
+        (megatron + "linear_fc{n}.weight",), (name + ".gate_up_proj.weight", hf[2]), hf, ffn, hidden, "moe"
+    )
+    if shape.gated_shared_expert:
+        yield _norm((megatron + "gate_weight",), name + "_gate.weight", (1, hidden), "moe")
+
+
+def _head(shape: ModelShape) -> Entry:
+    """Return the entry of what the last stage puts on top."""
+    megatron, hidden = ("output_layer.weight",), shape.hidden_size
+    if shape.value_head:
+        return _norm(megatron, VALUE_HEAD, (1, hidden), "head")
+    hf = _EMBEDDING if shape.tied else "lm_head.weight"
+    return Entry(megatron, "lm_head.weight", (hf,), ((shape.vocab_size, hidden),), "vocab", "head")
+
+
+def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the Hugging Face checkpoint, in checkpoint order."""
+    layers, experts = range(shape.num_layers), range(shape.num_experts)
+    return {
+        name.format(**place): size
+        for entry in entries(shape)
+        for place in entry.places(shape, layers, experts)
+        for name, size in zip(entry.hf, entry.sizes, strict=True)
+    }
+
+
+def hf_zeros(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that transformers' model has and megarl's has not: it stays zero."""
+    return {VALUE_HEAD_BIAS: (1,)} if shape.value_head else {}
+
+
+def megatron_shards(shape: ModelShape, layout: Layout, rank: int) -> tuple[Shard, ...]:
+    """Return the shards of one rank of the trainer, by Megatron's names with global indices of layers and experts."""
+    place, expert = layout.coordinates(rank), layout.expert_coordinates(rank)
+    return _megatron_shards(shape, layout, place.pp, place.tp, expert.etp, expert.ep)
+
+
+@lru_cache(maxsize=256)
+def _megatron_shards(
+    shape: ModelShape, layout: Layout, stage: int, tp_rank: int, etp_rank: int, ep_rank: int
+) -> tuple[Shard, ...]:
+    """Return the shards that data-parallel ranks share."""
+    layers = [layer for chunk in layers_of_chunks(shape.num_layers, layout, stage) for layer in chunk]
+    experts = local_experts(shape, layout.ep, ep_rank)
+    shards = []
+    for entry in entries(shape):
+        if (entry.stage == "embedding" and stage != 0) or (entry.stage == "head" and stage != layout.pp - 1):
+            continue
+        if shape.tied and layout.pp == 1 and entry.megatron == ("output_layer.weight",):
+            continue  # the same parameter as the embedding
+        at, parts = (etp_rank, layout.expert_tp) if entry.is_expert else (tp_rank, layout.tp)
+        for place in entry.places(shape, layers, experts):
+            shards.append(_shard(entry.megatron[0], entry, place, shape, at, parts, "megatron"))
+    return tuple(shards)
+
+
+def local_experts(shape: ModelShape, ep: int, ep_rank: int) -> range:
+    """Return the experts that the ``ep_rank``-th of ``ep`` expert-parallel ranks holds."""
+    count = shape.num_experts // ep
+    return range(count * ep_rank, count * (ep_rank + 1))
+
+
+@lru_cache(maxsize=64)
+def vllm_shards(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Shard, ...]:
+    """Return the shards of one rank of a vLLM engine of ``tp`` ranks, which split each expert as well."""
+    layers, experts = range(shape.num_layers), range(shape.num_experts)
+    return tuple(
+        _shard(entry.vllm, entry, place, shape, tp_rank, tp, "vllm")
+        for entry in entries(shape)
+        if not (shape.tied and entry.vllm == "lm_head.weight")
+        for place in entry.places(shape, layers, experts)
+    )
+
+
+def _shard(
+    name: str, entry: Entry, place: dict[str, int], shape: ModelShape, tp_rank: int, tp: int, dialect: str
+) -> Shard:
+    """Build one rank's shard of one parameter."""
+    hf = [n.format(**place) for n in entry.hf]
+    full = entry.sizes[0]
+    dim = 1 if entry.split == "row" else 0
+    if entry.split == "replicated":
+        segments: tuple[Segment, ...] = (Segment(hf[0], 0, full[0]),)
+    elif entry.split == "vocab":
+        multiple = tp if dialect == "megatron" else math.lcm(VLLM_VOCAB_MULTIPLE, tp)
+        segments = _even([Segment(hf[0], 0, full[0])], -(-full[0] // multiple) * multiple, tp_rank, tp)
+    elif entry.split == "row":
+        segments = _even([Segment(hf[0], 0, full[1])], full[1], tp_rank, tp)
+    elif entry.split == "glu":
+        segments = tuple(s for n in hf for s in _even([Segment(n, 0, full[0])], full[0], tp_rank, tp))
+    elif dialect == "megatron":
+        blocks = _interleaved_qkv(shape, hf)
+        segments = _even(blocks, sum(b.length for b in blocks), tp_rank, tp)
+    else:
+        segments = _stacked_qkv(shape, hf, tp_rank, tp)
+    rows = sum(s.length for s in segments)
+    return Shard(name.format(**place), (*full[:dim], rows, *full[dim + 1 :]), dim, segments)
+
+
+def _even(blocks: list[Segment], rows: int, tp_rank: int, tp: int) -> tuple[Segment, ...]:
+    """Cut the tp_rank-th of ``tp`` equal windows out of a stack of ``rows`` rows."""
+    return clip(blocks, rows * tp_rank // tp, rows * (tp_rank + 1) // tp)
+
+
+def _interleaved_qkv(shape: ModelShape, hf: Sequence[str]) -> list[Segment]:
+    """Megatron's order: for every kv head its query heads, then its key, then its value.
+
+    With fewer kv heads than ranks Megatron still cuts this stack evenly and gathers the whole of it after the matmul.
+    """
+    q, k, v = hf
+    per_group, dim = shape.num_heads // shape.num_kv_heads * shape.head_dim, shape.head_dim
+    blocks = []
+    for g in range(shape.num_kv_heads):
+        blocks.append(Segment(q, g * per_group, (g + 1) * per_group))
+        blocks += [Segment(k, g * dim, (g + 1) * dim), Segment(v, g * dim, (g + 1) * dim)]
+    return blocks
+
+
+def _stacked_qkv(shape: ModelShape, hf: Sequence[str], tp_rank: int, tp: int) -> tuple[Segment, ...]:
+    """vLLM's order: this rank's query heads, its keys, its values; kv heads are replicated where there are too few."""
+    q, k, v = hf
+    rows, dim = shape.num_heads * shape.head_dim, shape.head_dim
+    heads = max(1, shape.num_kv_heads // tp)
+    first = tp_rank * shape.num_kv_heads // tp
+    kv = (first * dim, (first + heads) * dim)
+    return (Segment(q, rows * tp_rank // tp, rows * (tp_rank + 1) // tp), Segment(k, *kv), Segment(v, *kv))

@@ -1,0 +1,451 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+from megarl.algorithm.advantage import estimators
+from megarl.algorithm.aggregate import aggregations
+from megarl.algorithm.kl import kl_estimators
+from megarl.algorithm.policy_loss import policy_losses
+from megarl.algorithm.rollout_correction import criteria, presets
+from megarl.checks import algorithm as algorithm_rules
+from megarl.checks import effects, rules
+from megarl.checks.algorithm import ESTIMATORS
+from megarl.checks.rules import (
+    critic_model_problems,
+    ppo_model_problems,
+    ppo_problems,
+    require,
+    reward_model_problems,
+    schedule_problems,
+    sft_model_problems,
+    sft_problems,
+)
+from megarl.config import schema
+from megarl.config.schema import LRSchedulerConfig, PPOConfig
+from megarl.errors import ConfigError, Problem
+from megarl.monitor.sinks import SINK_NAMES
+from megarl.weights.model_shape import ModelShape
+from tests.unit.composed_configs import ppo_config, sft_config
+from tests.unit.model_shapes import model_shape
+
+Changes = Mapping[str, object]
+
+MODELS = "actor_rollout_ref"
+ACTOR, ROLLOUT, REF = f"{MODELS}.actor", f"{MODELS}.rollout", f"{MODELS}.ref"
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+VPP, EP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
+RECOMPUTE = f"{ACTOR}.megatron.recompute"
+OVERRIDES, REF_OVERRIDES = (f"{role}.megatron.override_transformer_config" for role in (ACTOR, REF))
+CORRECTION = "algorithm.rollout_correction"
+REJECTION = {"criterion": "token", "low": 0, "high": 2}
+
+GAE: Changes = {"algorithm.adv_estimator": "gae", f"{ROLLOUT}.n": 1, f"{ACTOR}.use_kl_loss": False}
+RLOO: Changes = {"algorithm.adv_estimator": "rloo", f"{ACTOR}.use_kl_loss": False}
+
+JUDGE: Changes = {"reward.model.path": "judge"}
+
+# Any python file does here: what it registers is seen when it is loaded.
+OWN: Changes = {"algorithm.path": __file__, "algorithm.adv_estimator": "mine"}
+
+# What is changed in a config without problems, the keys of the problems that follow, and what the first one says.
+BROKEN: list[tuple[Changes, list[str], str]] = [
+    ({f"{MODELS}.model.path": None}, [f"{MODELS}.model.path"], "must name a Hugging Face folder"),
+    ({f"{ACTOR}.optim.beta": [0.9]}, [f"{ACTOR}.optim.beta"], "two numbers"),
+    ({f"{ACTOR}.optim.beta": [0.9, 1.0]}, [f"{ACTOR}.optim.beta"], "less than 1"),
+    ({f"{ACTOR}.optim.beta": [0.9, float("nan")]}, [f"{ACTOR}.optim.beta"], "less than 1"),
+    ({f"{ACTOR}.optim.min_lr": 1.0}, [f"{ACTOR}.optim.min_lr"], f"at most {ACTOR}.optim.lr = 1e-06"),
+    (
+        {f"{ACTOR}.megatron.{TP}": 3, f"{REF}.megatron.{TP}": 1},
+        [f"{ACTOR}.megatron.{TP}"],
+        "must divide the 8 ranks (trainer.nnodes x trainer.n_gpus_per_node); products that do: 1, 2, 4, 8",
+    ),
+    ({f"{REF}.megatron.{PP}": 5}, [f"{REF}.megatron.{PP}"], "must divide the 8 ranks"),
+    (
+        {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 4, f"{REF}.megatron.{PP}": 1},
+        [f"{ACTOR}.megatron.{TP} x {ACTOR}.megatron.{PP}"],
+        "must divide the 8 ranks",
+    ),
+    (
+        {f"{ACTOR}.megatron.{TP}": 2, f"{ACTOR}.megatron.{EP}": 8, f"{REF}.megatron.{EP}": 1},
+        [f"{ACTOR}.megatron.{TP} x {ACTOR}.megatron.{EP}"],
+        "must divide the 8 ranks",
+    ),
+    (
+        {f"{REF}.megatron.{CP}": 3},
+        [f"{REF}.megatron.{CP}"],
+        "must divide the 8 ranks",
+    ),
+    (
+        {f"{ACTOR}.megatron.{VPP}": 2, f"{REF}.megatron.{VPP}": None},
+        [f"{ACTOR}.megatron.{VPP}"],
+        f"has no effect where {ACTOR}.megatron.{PP} is 1",
+    ),
+    ({f"{RECOMPUTE}.granularity": "full"}, [f"{RECOMPUTE}.method", f"{RECOMPUTE}.num_layers"], "must be set where"),
+    (
+        {f"{RECOMPUTE}.granularity": "selective", f"{RECOMPUTE}.num_layers": 1},
+        [f"{RECOMPUTE}.num_layers"],
+        "has no effect where actor_rollout_ref.actor.megatron.recompute.granularity is selective",
+    ),
+    ({f"{RECOMPUTE}.method": "block"}, [f"{RECOMPUTE}.method"], "granularity is null"),
+    (
+        {f"{ACTOR}.megatron.optimizer_on_host": True, f"{ACTOR}.megatron.optimizer_offload": True},
+        [f"{ACTOR}.megatron.optimizer_offload"],
+        f"contradicts {ACTOR}.megatron.optimizer_on_host=true",
+    ),
+    (
+        {f"{ACTOR}.megatron.optimizer_on_host": True, f"{ACTOR}.megatron.use_distributed_optimizer": False},
+        [f"{ACTOR}.megatron.use_distributed_optimizer"],
+        f"must be true where {ACTOR}.megatron.optimizer_on_host is true",
+    ),
+    ({OVERRIDES: {"num_layers": 4}, REF_OVERRIDES: {}}, [f"{OVERRIDES}.num_layers"], "is decided by megarl"),
+    ({OVERRIDES: {"apply_rope_fusoin": 4}, REF_OVERRIDES: {}}, [f"{OVERRIDES}.apply_rope_fusoin"], "is no field of"),
+    (
+        {f"{ACTOR}.lr_scheduler.type": "constant", f"{ACTOR}.optim.min_lr": 1e-7},
+        [f"{ACTOR}.optim.min_lr"],
+        "has no effect where actor_rollout_ref.actor.lr_scheduler.type is constant",
+    ),
+    (
+        {**GAE, "critic.lr_scheduler.type": "constant", "critic.optim.min_lr": 1e-7},
+        ["critic.optim.min_lr"],
+        "has no effect where critic.lr_scheduler.type is constant",
+    ),
+    ({f"{ROLLOUT}.name": "sglang"}, [f"{ROLLOUT}.name"], "isn't built yet"),
+    (
+        {f"{ROLLOUT}.max_num_batched_tokens": 255},
+        [f"{ROLLOUT}.max_num_batched_tokens"],
+        f"at least {ROLLOUT}.max_num_seqs = 256",
+    ),
+    ({"reward.function": "mine"}, ["reward.function"], "has an effect only where reward.path names a file"),
+    ({f"{ACTOR}.kl_loss_coef": 0.0}, [f"{ACTOR}.kl_loss_coef"], "the reference would be kept for nothing"),
+    (
+        {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0, "algorithm.kl_ctrl.type": "adaptive"},
+        ["algorithm.kl_ctrl.kl_coef"],
+        "must be above 0",
+    ),
+    (
+        {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.max_num_gen_batches": 1},
+        ["algorithm.filter_groups.max_num_gen_batches"],
+        "must be at least 2",
+    ),
+    (
+        {f"{ACTOR}.policy_loss": "clip_cov", f"{ACTOR}.policy_loss_settings.cov_low": 5},
+        [f"{ACTOR}.policy_loss_settings.cov_low"],
+        f"less than {ACTOR}.policy_loss_settings.cov_high = 5",
+    ),
+    (
+        {f"{ACTOR}.clip_ratio": 0.3, f"{ACTOR}.clip_ratio_low": 0.2, f"{ACTOR}.clip_ratio_high": 0.28},
+        [f"{ACTOR}.clip_ratio"],
+        "clip_ratio_low or clip_ratio_high is null",
+    ),
+    ({f"{CORRECTION}.bypass": True, f"{ROLLOUT}.top_p": 0.9}, [f"{ROLLOUT}.top_p"], "of the kept tokens alone"),
+    ({f"{CORRECTION}.preset": "icepop", f"{ROLLOUT}.top_k": 50}, [f"{ROLLOUT}.top_k"], "must be null"),
+    ({f"{CORRECTION}.rejections": [REJECTION | {"low": 2}]}, [f"{CORRECTION}.rejections[0].low"], "its high = 2"),
+    ({f"{CORRECTION}.rejections": [REJECTION | {"high": None}]}, [f"{CORRECTION}.rejections[0].high"], "nothing"),
+    ({**GAE, "critic.model.path": ""}, ["critic.model.path"], "must name a Hugging Face folder"),
+    ({**GAE, "critic.optim.beta": []}, ["critic.optim.beta"], "two numbers"),
+    ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
+    ({**JUDGE, f"reward.model.megatron.{PP}": 3}, [f"reward.model.megatron.{PP}"], "must divide the 8 ranks"),
+    ({**JUDGE, "reward.model.coef": 0.0}, ["reward.model.coef"], "the reward model would be kept for nothing"),
+    ({"reward.model.coef": 2.0}, ["reward.model.coef"], "only where reward.model.path names a model"),
+    ({**JUDGE, "reward.num_workers": 4}, ["reward.num_workers"], "only where a function scores"),
+    (
+        {**JUDGE, "reward.model.use_dynamic_bsz": True, "reward.model.forward_max_token_len_per_gpu": 1535},
+        ["reward.model.forward_max_token_len_per_gpu"],
+        "needs at least 1536",
+    ),
+    ({"trainer.logger": ["consol"]}, ["trainer.logger"], "must be among console, tensorboard"),
+    ({f"{ROLLOUT}.{TP}": 3}, [f"{ROLLOUT}.{TP}"], "must divide the 8 ranks"),
+    (
+        {f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": 1535},
+        [f"{ACTOR}.ppo_max_token_len_per_gpu"],
+        "data.max_prompt_length + data.max_response_length = 1536 needs at least 1536",
+    ),
+    (
+        {f"{REF}.log_prob_use_dynamic_bsz": True, f"{MODELS}.model.use_remove_padding": False},
+        [f"{MODELS}.model.use_remove_padding"],
+        "must be true where use_dynamic_bsz is",
+    ),
+    ({"data.train_file_weights": [1.0, 2.0]}, ["data.train_file_weights"], "for each of the 1 data.train_files"),
+    ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
+    ({"reward.name": "gsm8k", "reward.path": "r.py"}, ["reward.name"], "contradicts reward.path = 'r.py'"),
+    ({"algorithm.adv_estimator": "groo"}, ["algorithm.adv_estimator"], "must be one of gae, grpo"),
+    ({f"{ACTOR}.policy_loss": "ppo_clp"}, [f"{ACTOR}.policy_loss"], "must be one of ppo_clip, gspo"),
+    ({**OWN, "algorithm.path": "nothing.py"}, ["algorithm.path"], "there is no such .py file"),
+    ({**OWN, "algorithm.path": str(Path(__file__).parent)}, ["algorithm.path"], "there is no such .py file"),
+    ({"algorithm.path": __file__}, ["algorithm.path"], "has no effect: grpo and ppo_clip are megarl's own"),
+    ({f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "grpo compares the rollouts of a prompt: at least 2"),
+    ({**RLOO, f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "rloo compares the rollouts of a prompt: at least 2"),
+    ({f"{ACTOR}.use_kl_loss": False}, [f"{ACTOR}.use_kl_loss"], "algorithm.use_kl_in_reward"),
+    ({"algorithm.kl_free": True}, ["algorithm.kl_free"], "contradicts"),
+    ({"critic.enable": True}, ["critic.enable"], "grpo reads no values"),
+    ({**GAE, "critic.enable": False}, ["critic.enable"], "gae needs a critic's values"),
+    ({"algorithm.lam": 0.95}, ["algorithm.lam"], "has no effect on grpo; read by gae"),
+    ({"algorithm.gamma": 0.9}, ["algorithm.gamma"], "has no effect on grpo; read by gae"),
+    ({**RLOO, "algorithm.norm_adv_by_std_in_grpo": False}, ["algorithm.norm_adv_by_std_in_grpo"], "no effect on rloo"),
+    ({"algorithm.kl_ctrl.type": "adaptive"}, ["algorithm.kl_ctrl.type"], "steers the KL in the reward, which is off"),
+    (
+        {"algorithm.kl_ctrl.type": "adaptive", "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.horizon": 9},
+        ["algorithm.kl_ctrl.horizon"],
+        "at least a fifth of a step: 820",
+    ),
+    ({**GAE, "algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "filtering is for grpo"),
+    (
+        {"reward.overlong_buffer.enable": True, "reward.overlong_buffer.len": 513},
+        ["reward.overlong_buffer.len"],
+        "at most data.max_response_length = 512",
+    ),
+    ({f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.level": "token"}, [f"{CORRECTION}.preset"], "are set too"),
+    ({f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.bypass": True}, [f"{CORRECTION}.bypass"], "no difference"),
+    ({f"{CORRECTION}.cap": 2.0}, [f"{CORRECTION}.cap"], "acts on weights, and there are none"),
+    ({f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [2, 1]}, [f"{CORRECTION}.band"], "0 <= low < high"),
+]  # fmt: skip
+
+SOUND: list[Changes] = [
+    {},
+    {**OWN, "critic.enable": True, "algorithm.gamma": 0.9, "algorithm.filter_groups.enable": True},
+    {**OWN, f"{ROLLOUT}.n": 1, "critic.enable": False},
+    {"algorithm.path": __file__, f"{ACTOR}.policy_loss": "mine", f"{ACTOR}.policy_loss_settings.tau_positive": 2.0},
+    RLOO,
+    GAE,
+    {**GAE, "critic.enable": True, "algorithm.lam": 0.95, "algorithm.gamma": 0.99, "critic.model.path": "other"},
+    {"algorithm.norm_adv_by_std_in_grpo": False},
+    {f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True},
+    {f"{ACTOR}.use_kl_loss": False, "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive"},
+    {f"{ACTOR}.optim.beta": [0, 0.999], f"{ACTOR}.optim.min_lr": 1e-6},
+    {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 2, f"{REF}.megatron.{TP}": 1, f"{ROLLOUT}.{TP}": 8},
+    {"trainer.nnodes": 3, f"{ACTOR}.megatron.{TP}": 3, f"{ROLLOUT}.{TP}": 6},
+    {"trainer.logger": list(rules.KNOWN_SINKS)},
+    {"trainer.logger": []},
+    {"reward.path": "r.py"},
+    {"reward.name": "gsm8k"},
+    JUDGE,
+    {**JUDGE, "reward.model.coef": -0.5, "reward.name": "gsm8k", "reward.num_workers": 4},
+    {**JUDGE, f"{ACTOR}.megatron.{TP}": 8, f"reward.model.megatron.{TP}": 1, f"reward.model.megatron.{PP}": 8},
+    {"critic.enable": False},
+    {"algorithm.filter_groups.enable": True},
+    {"reward.overlong_buffer.enable": True, "reward.overlong_buffer.len": 512},
+    {f"{CORRECTION}.preset": "token_tis"},
+    {f"{CORRECTION}.bypass": True},
+    {f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [0.5, 2], f"{CORRECTION}.normalize": True},
+    {f"{CORRECTION}.rejections": [REJECTION, REJECTION | {"low": 0.5, "high": None}]},
+    {f"{CORRECTION}.preset": "metrics_only", f"{ROLLOUT}.top_p": 0.9, f"{ROLLOUT}.top_k": 50},
+    {f"{ACTOR}.clip_ratio": 0.3, f"{ACTOR}.clip_ratio_high": 0.4},
+    {f"{ACTOR}.clip_ratio_low": 0.2, f"{ACTOR}.clip_ratio_high": 0.28},
+    {f"{ROLLOUT}.max_num_batched_tokens": 256},
+    {f"{RECOMPUTE}.granularity": "selective"},
+    {f"{ACTOR}.megatron.optimizer_on_host": True},
+    {f"{RECOMPUTE}.granularity": "full", f"{RECOMPUTE}.method": "uniform", f"{RECOMPUTE}.num_layers": 1},
+    {f"{ACTOR}.megatron.{PP}": 2, f"{ACTOR}.megatron.{VPP}": 2, f"{ACTOR}.megatron.{CP}": 2},
+    {f"{ACTOR}.megatron.{EP}": 8, f"{REF}.megatron.{EP}": 1},
+    {OVERRIDES: {"apply_rope_fusion": False}},
+    {OVERRIDES: {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.001}},
+    {f"{ACTOR}.megatron.use_precision_aware_optimizer": True, f"{ACTOR}.megatron.exp_avg_dtype": "bfloat16"},
+]
+
+
+def _problems(check: Callable[[], None]) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        check()
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("changes", "keys", "said"), BROKEN)
+def test_a_broken_rule_is_one_problem_with_its_key_and_what_is_allowed(
+    changes: Changes, keys: list[str], said: str
+) -> None:
+    problems = _problems(lambda: require(ppo_problems(ppo_config(**changes))))
+    assert [p.key for p in problems] == keys
+    assert said in problems[0].allowed
+
+
+@pytest.mark.parametrize("changes", SOUND)
+def test_a_config_that_breaks_no_rule_passes(changes: Changes) -> None:
+    require(ppo_problems(ppo_config(**changes)))
+
+
+def _rules_of(module: ModuleType) -> dict[str, Callable[[PPOConfig], list[Problem]]]:
+    """Return the rules of a whole RL config that a module defines."""
+    found = {name: rule for name, rule in vars(module).items() if isinstance(rule, FunctionType)}
+    return {
+        name: rule
+        for name, rule in found.items()
+        if rule.__annotations__.get("c") == "PPOConfig"
+        and rule.__annotations__["return"] in ("Problems", "Iterator[Problem]")
+    }
+
+
+def test_every_rule_is_broken_by_some_config_here() -> None:
+    configs = [ppo_config(**changes) for changes, _, _ in BROKEN]
+    all_rules = _rules_of(rules) | _rules_of(algorithm_rules) | _rules_of(effects)
+    assert len(all_rules) > 15 and "settings_have_an_effect" in all_rules
+    assert [name for name, rule in all_rules.items() if not any(list(rule(c)) for c in configs)] == []
+
+
+def test_all_broken_rules_are_reported_together() -> None:
+    changes = {f"{MODELS}.model.path": None, f"{ROLLOUT}.n": 1, "trainer.logger": ["consol", "wand"]}
+    problems = _problems(lambda: require(ppo_problems(ppo_config(**changes))))
+    assert [p.key for p in problems] == [f"{ROLLOUT}.n", f"{MODELS}.model.path", "trainer.logger", "trainer.logger"]
+    assert [p.fix for p in problems[2:]] == ["did you mean 'console'?", "did you mean 'wandb'?"]
+
+
+def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
+    [problem] = _problems(lambda: require(ppo_problems(ppo_config(**{"algorithm.adv_estimator": "rlo"}))))
+    assert problem.fix == "did you mean 'rloo'?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"model.path": None}, ["model.path"]),
+        ({"optim.beta": [0.9, 1.5]}, ["optim.beta"]),
+        ({"optim.min_lr": 1.0}, ["optim.min_lr"]),
+        ({f"megatron.{TP}": 3}, [f"megatron.{TP}"]),
+        ({"megatron.recompute.granularity": "full"}, ["megatron.recompute.method", "megatron.recompute.num_layers"]),
+        ({"lr_scheduler.type": "constant", "optim.min_lr": 1e-7}, ["optim.min_lr"]),
+        ({"trainer.logger": ["csv"]}, ["trainer.logger"]),
+        ({"model.path": None, "trainer.logger": ["csv"]}, ["model.path", "trainer.logger"]),
+    ],
+)
+def test_an_sft_config_is_held_to_its_rules(changes: Changes, keys: list[str]) -> None:
+    require(sft_problems(sft_config()))
+    assert [p.key for p in _problems(lambda: require(sft_problems(sft_config(**changes))))] == keys
+
+
+SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        # The model has 4 heads, 2 key-value heads, 3 layers, a feed-forward size of 8 and 32 positions.
+        ({f"{ACTOR}.megatron.{TP}": 8, f"{REF}.megatron.{TP}": 1}, [f"{ACTOR}.megatron.{TP}"]),
+        ({f"{ACTOR}.megatron.{PP}": 4, f"{REF}.megatron.{PP}": 1}, [f"{ACTOR}.megatron.{PP}"]),
+        ({f"{ACTOR}.megatron.{TP}": 8}, [f"{ACTOR}.megatron.{TP}", f"{REF}.megatron.{TP}"]),
+        ({f"{ROLLOUT}.{TP}": 8}, [f"{ROLLOUT}.{TP}"]),
+        ({"data.max_prompt_length": 17}, ["data.max_prompt_length + data.max_response_length"]),
+    ],
+)
+def test_a_model_that_its_axes_cannot_split_is_an_error(changes: Changes, keys: list[str]) -> None:
+    require(ppo_model_problems(ppo_config(**SHORT), model_shape()))
+    config = ppo_config(**{**SHORT, **changes})
+    assert [p.key for p in _problems(lambda: require(ppo_model_problems(config, model_shape())))] == keys
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "said"),
+    [
+        ({"num_heads": 6}, 4, "must divide the model's 6 attention heads"),
+        ({"ffn_size": 6}, 4, "must divide the model's 6 feed-forward size"),
+        (
+            {"num_heads": 12, "num_kv_heads": 6},
+            4,
+            "must divide the model's 6 key-value heads, or be a multiple",
+        ),
+        ({"num_heads": 6, "num_kv_heads": 3, "ffn_size": 6}, 2, "must divide the model's 3 key-value heads"),
+    ],
+)
+def test_tensor_parallel_ranks_divide_heads_and_the_feed_forward_layer(
+    sizes: Mapping[str, Any], tp: int, said: str
+) -> None:
+    config = ppo_config(**SHORT, **{f"{ROLLOUT}.{TP}": tp, "trainer.n_gpus_per_node": 12})
+    [problem] = _problems(lambda: require(ppo_model_problems(config, replace(model_shape(), **sizes))))
+    assert problem.key == f"{ROLLOUT}.{TP}" and said in problem.allowed
+
+
+def test_more_ranks_than_kv_heads_are_fine_where_they_are_a_multiple() -> None:
+    require(
+        ppo_model_problems(ppo_config(**SHORT, **{f"{ACTOR}.megatron.{TP}": 4, f"{ROLLOUT}.{TP}": 4}), model_shape())
+    )
+
+
+def test_the_reference_is_not_asked_to_fit_where_no_kl_term_needs_it() -> None:
+    changes = {**SHORT, f"{REF}.megatron.{TP}": 8}
+    require(
+        ppo_model_problems(
+            ppo_config(**changes, **{f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True}), model_shape()
+        )
+    )
+    assert len(_problems(lambda: require(ppo_model_problems(ppo_config(**changes), model_shape())))) == 1
+
+
+def test_a_critic_fits_its_own_axes_and_knows_the_actors_tokens() -> None:
+    config = ppo_config(**GAE)
+    require(critic_model_problems(config, model_shape(), vocab_size=10))
+    [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=11)))
+    assert problem.key == "critic.model.path"
+    config = ppo_config(**GAE, **{f"critic.megatron.{PP}": 4})
+    [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=10)))
+    assert problem.key == f"critic.megatron.{PP}"
+
+
+def test_a_reward_model_fits_its_own_axes_and_reads_whole_rollouts_of_the_actors_tokens() -> None:
+    judge, sound = model_shape().with_value_head(), {**SHORT, **JUDGE}
+
+    def problem(shape: ModelShape, vocab_size: int = 10, **changes: object) -> tuple[str, str]:
+        config = ppo_config(**(sound | changes))
+        [found] = _problems(lambda: require(reward_model_problems(config, shape, vocab_size)))
+        return found.key, found.allowed
+
+    require(reward_model_problems(ppo_config(**sound), judge, vocab_size=10))
+    assert problem(judge, **{f"reward.model.megatron.{PP}": 4})[0] == f"reward.model.megatron.{PP}"
+    for shape, vocab_size, said in (
+        (judge, 11, "its vocabulary of 10 doesn't hold the actor's 11 tokens"),
+        (model_shape(), 10, "is a language model, which scores nothing"),
+        (replace(judge, max_positions=31), 10, "= 31 don't hold the longest rollout, 32 tokens"),
+    ):
+        key, allowed = problem(shape, vocab_size)
+        assert key == "reward.model.path" and said in allowed
+
+
+def test_an_sft_model_fits_its_axes_and_its_longest_chat() -> None:
+    require(sft_model_problems(sft_config(**{"data.max_length": 32}), model_shape()))
+    config = sft_config(**{"data.max_length": 33, f"megatron.{TP}": 8})
+    keys = [p.key for p in _problems(lambda: require(sft_model_problems(config, model_shape())))]
+    assert keys == [f"megatron.{TP}", "data.max_length"]
+
+
+def test_warm_up_ends_before_the_run_does() -> None:
+    require(schedule_problems("lr_scheduler", LRSchedulerConfig("cosine", 9), total_steps=10))
+    [problem] = _problems(
+        lambda: require(schedule_problems("lr_scheduler", LRSchedulerConfig("cosine", 10), total_steps=10))
+    )
+    assert (problem.key, problem.value) == ("lr_scheduler.warmup_steps", 10)
+    assert problem.allowed == "must be less than the run's 10 optimizer steps"
+
+
+@pytest.mark.parametrize(
+    ("said", "registered"),
+    [
+        (tuple(ESTIMATORS), estimators.names()),
+        (schema.POLICY_LOSSES, policy_losses.names()),
+        (schema.AGGREGATIONS, aggregations.names()),
+        (schema.KL_TYPES, kl_estimators.names()),
+        (schema.CRITERIA, criteria.names()),
+        (schema.CORRECTION_PRESETS, presets.names()),
+        (rules.KNOWN_SINKS, tuple(SINK_NAMES)),
+    ],
+)
+def test_the_names_a_config_may_give_are_those_of_the_registries(
+    said: tuple[str, ...], registered: tuple[str, ...]
+) -> None:
+    assert sorted(said) == sorted(registered)
+
+
+def test_penalties_in_the_reward_are_the_estimators_whose_value_counts() -> None:
+    assert set(schema.KL_ESTIMATORS) == {name for name in kl_estimators.names() if not name.endswith("+")}
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_what_the_rules_know_of_an_estimator_is_what_it_needs(name: str) -> None:
+    told, needs = ESTIMATORS[name], estimators.needs(name)
+    assert (told.values, told.greedy_baseline, told.min_group_size) == (
+        needs.values,
+        needs.greedy_baseline,
+        needs.min_group_size,
+    )

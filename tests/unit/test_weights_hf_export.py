@@ -1,0 +1,73 @@
+"""A folder appears whole or not at all, and holds what no rank has as zeros."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megarl.checkpoint.whole_folder import whole_folder
+from megarl.weights.hf_export import export_hf
+from megarl.weights.shard import whole
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    """Make this process a world."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_folder_takes_the_place_of_the_one_before_once_it_is_written(tmp_path: Path, world_of_one: None) -> None:
+    out = tmp_path / "final"
+    for content in ("first", "second"):
+        with whole_folder(out) as folder:
+            folder.mkdir()
+            (folder / content).touch()
+            assert folder.name == "final.partial"
+        assert [path.name for path in out.iterdir()] == [content]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_that_fails_leaves_the_one_before(tmp_path: Path, world_of_one: None) -> None:
+    out = tmp_path / "final"
+    out.mkdir()
+    (out / "weights").touch()
+    with pytest.raises(FileNotFoundError), whole_folder(out) as folder:
+        (folder / "weights").write_text("there is no such folder")
+    assert [path.name for path in out.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("max_file_bytes", [4, 1000], ids=["a_file_of_zeros", "one_file"])
+def test_tensors_that_no_rank_holds_are_zeros_and_fields_replace_those_of_the_template(
+    tmp_path: Path, world_of_one: None, max_file_bytes: int
+) -> None:
+    template, out = tmp_path / "template", tmp_path / "out"
+    template.mkdir()
+    (template / "config.json").write_text('{"architectures": ["A"], "vocab_size": 9, "torch_dtype": "bfloat16"}')
+    weight = torch.arange(6.0).reshape(2, 3)
+    export_hf(
+        out,
+        template=template,
+        shapes={"weight": (2, 3)},
+        sources=[[whole("weight", (2, 3), 0)]],
+        parameters={"weight": weight},
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        zeros={"bias": (1,)},
+        fields={"architectures": ["B"]},
+        max_file_bytes=max_file_bytes,
+    )
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) == (2 if max_file_bytes == 4 else 1)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert tensors.keys() == {"weight", "bias"}
+    assert tensors["weight"].equal(weight) and tensors["bias"].equal(torch.zeros(1))
+    config = json.loads((out / "config.json").read_text())
+    assert config == {"architectures": ["B"], "vocab_size": 9, "dtype": "float32"}
