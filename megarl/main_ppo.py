@@ -8,6 +8,7 @@ from typing import Any
 
 from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
+from megarl.controller.observer import Observer
 from megarl.launchers.start import check_world_size, serve_if_not_controller
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -19,8 +20,8 @@ def main() -> None:
         run_hydra("ppo_trainer", run_ppo)
 
 
-def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Run what resolved config values describe."""
+def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Observer | None = None) -> None:
+    """Run what resolved config values describe. observer: watches the run."""
     apply_environment()
     checked = check_ppo(values)
     config = checked.config
@@ -31,10 +32,9 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.checks.algorithm_file import load_algorithm_file
     from megarl.controller.inputs import read_ppo_inputs
     from megarl.controller.loop import train
+    from megarl.controller.open import open_rewards, open_run
     from megarl.controller.report import final_report
-    from megarl.controller.run import open_rewards, open_run
     from megarl.monitor.rundir import create_run_dir
-    from megarl.ranks.spec import RunSpec
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
@@ -45,18 +45,9 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
         print(f"run folder: {run_dir}\n{plan}", flush=True)
         if inputs.num_overlong:
             print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
-        ranks = RunSpec(
-            config,
-            checked.model.here(),
-            inputs.actor_optimizer_steps(config),
-            checked.critic.here() if checked.critic else None,
-            inputs.critic_optimizer_steps(),
-            algorithm_file,
-            checked.reward_model.here() if checked.reward_model else None,
-        )
-        with open_run(config, inputs, ranks, rewards, run_dir, values) as run:
-            before, after = train(run)
-    print(final_report(before, after, run_dir), flush=True)
+        with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
+            train(run)
+    print(final_report(run.evaluations, run_dir), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,24 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run what resolved config values describe."""
     apply_environment()
     checked = check_sft(values)
-    config, model_folder = checked.config, checked.model.here()
+    config = checked.config
     check_world_size(config)
 
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.inputs import read_sft_inputs
-    from megarl.controller.sft_loop import open_sft_run, train_sft
+    from megarl.controller.loop import train
+    from megarl.controller.open import open_sft_run
+    from megarl.controller.report import final_report
     from megarl.monitor.rundir import create_run_dir
 
     inputs = read_sft_inputs(checked)
-    plan = inputs.batch_plan.describe()
+    plan = checked.batches["actor"].describe()
     run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
     (run_dir / "plan.txt").write_text(plan + "\n")
     print(f"run folder: {run_dir}\n{plan}", flush=True)
-    with open_sft_run(config, inputs, model_folder, run_dir, values) as run:
-        loss = train_sft(run)
-    print(f"loss after {inputs.num_steps} steps: {loss:.4f}\nmodel: {run_dir / 'checkpoints' / 'final'}", flush=True)
+    with open_sft_run(config, inputs, run_dir, values) as run:
+        train(run)
+    print(final_report(run.evaluations, run_dir), flush=True)
 
 
 if __name__ == "__main__":

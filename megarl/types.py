@@ -5,12 +5,15 @@ Shape suffixes: B rollouts, S sequence (prompt + response, right-padded).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Metrics = dict[str, float]
+"""Numbers by name."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class Rollout:
     policy_version: int
 
 
+Group = tuple[Rollout, ...]
+"""The rollouts of one prompt."""
+
+
 @dataclass(frozen=True)
 class RewardRequest:
     """What a reward function sees of one rollout."""
@@ -89,32 +96,64 @@ class RewardResult:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The rollouts of a step (or SFT examples) as right-padded sequences.
+class Sequences:
+    """Right-padded sequences: what a pass of any model reads.
 
-    Every per-token column is aligned with ``tokens_BS``: position s tells of token s given the tokens before it,
-    and is zero where ``mask_BS`` is False. ``mask_BS`` is True on the tokens that are trained on.
+    ``mask_BS`` is True on the tokens that count: those of the responses. Every per-token column, here and in the
+    classes below, is aligned with ``tokens_BS``: position s tells of token s given the tokens before it, and is zero
+    where ``mask_BS`` is False.
     """
 
     tokens_BS: Tensor  # int64
     lengths_B: Tensor  # int64, real tokens of each row
     mask_BS: Tensor  # bool
-    group_B: Tensor  # int64, rollouts of one prompt share a group
-    rewards_B: Tensor | None = None  # float32
-    rollout_logprobs_BS: Tensor | None = None  # float32, by the engine that sampled
-    old_logprobs_BS: Tensor | None = None  # float32, by the actor before its update
-    ref_logprobs_BS: Tensor | None = None  # float32, by the reference
-    values_BS: Tensor | None = None  # float32, by the critic before its update; of the state before each token
-    advantages_BS: Tensor | None = None  # float32
-    returns_BS: Tensor | None = None  # float32, what the critic learns to predict
-    policy_weights_BS: Tensor | None = None  # float32, multiply the policy loss: rollout correction
-    selected_BS: Tensor | None = None  # bool, tokens that the policy loss treats apart
-    policy_version_B: Tensor | None = None  # int64
 
     def __len__(self) -> int:
         return int(self.tokens_BS.shape[0])
 
-    def rows(self, index: list[int]) -> Batch:
+    def alone(self) -> Sequences:
+        """Return the sequences without the columns of a class that inherits this one."""
+        return Sequences(self.tokens_BS, self.lengths_B, self.mask_BS)
+
+    def rows(self, index: Sequence[int]) -> Self:
         """Return the given rows, in the given order."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[index] for name, t in columns.items() if t is not None})
+        chosen, columns = list(index), {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t[chosen] for name, t in columns.items() if hasattr(t, "shape")})
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Sequences):
+    """The rollouts of a step as sequences: prompts, whose tokens don't count, and responses, whose tokens do."""
+
+    group_B: Tensor  # int64, rollouts of one prompt share a group
+    rollout_logprobs_BS: Tensor  # float32, by the engine that sampled
+    policy_version_B: Tensor  # int64
+
+
+@dataclass(frozen=True)
+class PolicyBatch(Sequences):
+    """What an update of the policy reads.
+
+    old_logprobs_BS: by the actor before its update; None where every optimizer step takes its own, detached.
+    first_is_on_policy: whether the rows of the first mini-batch have none, since its own log-probs are the old ones.
+    policy_weights_BS: factors of the policy loss (rollout correction). selected_BS: tokens that the policy loss treats
+    apart (bool).
+    """
+
+    advantages_BS: Tensor
+    old_logprobs_BS: Tensor | None = None
+    ref_logprobs_BS: Tensor | None = None
+    policy_weights_BS: Tensor | None = None
+    selected_BS: Tensor | None = None
+    first_is_on_policy: bool = False
+
+
+@dataclass(frozen=True)
+class ValueBatch(Sequences):
+    """What an update of the critic reads.
+
+    values_BS: by the critic before its update, of the state before each token. returns_BS: what it learns to predict.
+    """
+
+    values_BS: Tensor
+    returns_BS: Tensor

@@ -1,4 +1,4 @@
-"""From rollouts to a Batch, and from rows of a Batch to the packed micro-batches that the model sees.
+"""From rollouts to padded sequences, and from rows of those to the packed micro-batches that the model sees.
 
 Shape suffixes: B rollouts, S sequence, T positions that the model computes, L those of them that one context rank does,
 N predicted tokens that count, R rows of a micro-batch.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megarl.batching.zigzag import held_positions, num_parts
-from megarl.types import Batch, Rollout
+from megarl.types import Rollout, RolloutBatch, Sequences
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class MicroBatch:
     token belongs to, from 1; 0 for padding. lengths: of the packed sequences over all context ranks, with each one's
     padding, and those of the alignment padding at the end included; empty where padded. predict_N: the flat positions
     whose next token is trained on, -1 where another context rank has it; targets_N: that token; row_N, column_N: where
-    it stands in the Batch. row_R: the rows; last_R: the flat position of each one's last token, -1 likewise.
+    it stands among the padded sequences. row_R: the rows; last_R: the flat position of each row's last token, -1
+    where another context rank has it.
     """
 
     tokens: Tensor
@@ -40,12 +41,12 @@ class MicroBatch:
     last_R: Tensor
 
     def column(self, values_BS: Tensor) -> Tensor:
-        """Return the values [N] of a per-token column of the Batch."""
+        """Return the values [N] of a per-token column of the padded sequences."""
         return values_BS[self.row_N, self.column_N]
 
 
 def pack(
-    batch: Batch, rows: Sequence[int], *, packed: bool, multiple: int = 1, cp: int = 1, cp_rank: int = 0
+    batch: Sequences, rows: Sequence[int], *, packed: bool, multiple: int = 1, cp: int = 1, cp_rank: int = 0
 ) -> MicroBatch:
     """Lay out ``rows`` of ``batch`` end to end (``packed``), or each on a line of its own; take a context rank's share.
 
@@ -95,8 +96,8 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def sequences_to_batch(token_ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> Batch:
-    """Return sequences of any lengths as one right-padded Batch, each in a group of its own."""
+def sequences_to_batch(token_ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> Sequences:
+    """Return right-padded Sequences of any lengths."""
     lengths_B = torch.tensor([len(ids) for ids in token_ids])
     shape = (len(token_ids), int(lengths_B.max()))
     tokens_BS = torch.zeros(shape, dtype=torch.int64)
@@ -105,11 +106,11 @@ def sequences_to_batch(token_ids: Sequence[Sequence[int]], masks: Sequence[Seque
         tokens_BS[row, : len(ids)] = torch.tensor(ids)
         mask_BS[row, : len(ids)] = torch.tensor(mask)
     mask_BS[:, 0] = False  # nothing comes before the first token, so it has no log-prob
-    return Batch(tokens_BS, lengths_B, mask_BS, torch.arange(len(token_ids)))
+    return Sequences(tokens_BS, lengths_B, mask_BS)
 
 
-def rollouts_to_batch(prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Rollout]]) -> Batch:
-    """Return the rollouts of each prompt, group after group, as one Batch: prompts unmasked, responses masked."""
+def rollouts_to_batch(prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Rollout]]) -> RolloutBatch:
+    """Return the rollouts of each prompt, group after group, as a RolloutBatch."""
     flat = [(list(prompt), rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
     batch = sequences_to_batch(
         [prompt + list(rollout.token_ids) for prompt, rollout in flat],
@@ -118,7 +119,7 @@ def rollouts_to_batch(prompts: Sequence[Sequence[int]], groups: Sequence[Sequenc
     logprobs_BS = torch.zeros(batch.tokens_BS.shape)
     for row, (prompt, rollout) in enumerate(flat):
         logprobs_BS[row, len(prompt) : len(prompt) + len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
-    return Batch(
+    return RolloutBatch(
         tokens_BS=batch.tokens_BS,
         lengths_B=batch.lengths_B,
         mask_BS=batch.mask_BS,

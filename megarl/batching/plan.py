@@ -245,6 +245,14 @@ def split_rows(num_rows: int, parts: int) -> tuple[Rows, ...]:
     return tuple(tuple(range(start, stop)) for start, stop in pairwise(starts))
 
 
+def cut(rows: Rows, size: int, count: int) -> tuple[Rows, ...]:
+    """Cut rows into ``count`` micro-batches: of ``size`` if that gives as many, else near-even."""
+    even = micro_batches(rows, size)
+    if len(even) == count:
+        return even
+    return tuple(tuple(rows[i] for i in places) for places in split_rows(len(rows), count))
+
+
 def micro_batches(rows: Sequence[int], size: int) -> tuple[Rows, ...]:
     """Cut rows into consecutive pieces of ``size``; the last may be shorter."""
     return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))

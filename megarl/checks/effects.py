@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.checks.algorithm import needs_reward_function, needs_reward_model
-from megarl.checks.passes import REWARD_MODEL, actor_scoring, actor_update, ref_scoring, reward_scoring
+from megarl.algorithm.needs import needs_reward_function, needs_reward_model
 from megarl.config.schema import POLICY_LOSSES, PPOConfig
 from megarl.errors import Problem
+from megarl.roles import REWARD_MODEL, pass_keys
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -42,7 +42,7 @@ def _of_passes(key: str, default: int | None, by: str, dynamic: bool) -> Effect:
     """``key`` is the size of some pass, by tokens where ``dynamic``. by: what says whether tokens are counted."""
 
     def decides(c: PPOConfig) -> bool:
-        return key in (size(c).key for size in (actor_update, actor_scoring, ref_scoring, reward_scoring))
+        return key in pass_keys(c)
 
     wanted, null = str(dynamic).lower(), "null" if default is None else default
     return Effect(key, default, decides, f"{by} is {wanted}", f"{key}={null}, or {by}={wanted}")

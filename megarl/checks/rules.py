@@ -1,11 +1,11 @@
-"""What must hold between keys. Each rule is a function named as the sentence it enforces; all are evaluated."""
+"""Rules of a run, each named after the sentence that it enforces; all are evaluated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from megarl.checks.algorithm import ALGORITHM_RULES, needs_critic, needs_reference, needs_reward_model
+from megarl.checks.algorithm import ALGORITHM_RULES
 from megarl.checks.axes import (
     RANKS,
     a_precision_aware_optimizer_has_its_place,
@@ -18,45 +18,48 @@ from megarl.checks.axes import (
     the_model_fits_its_axes,
 )
 from megarl.checks.effects import settings_have_an_effect
-from megarl.checks.passes import passes_of
-from megarl.config.schema import (
-    CriticModelConfig,
-    LRSchedulerConfig,
-    MegatronConfig,
-    ModelConfig,
-    OptimConfig,
-    PPOConfig,
-    SFTConfig,
-    TrainedMegatronConfig,
-)
+from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
+from megarl.roles import Role, num_ranks
 from megarl.weights.model_shape import ModelShape
 
 KNOWN_SINKS = ("console", "tensorboard", "jsonl", "wandb")
 
 Problems = Iterator[Problem]
 
-_ACTOR_AXES = "actor_rollout_ref.actor.megatron."
 
-
-def a_model_is_named(key: str, model: ModelConfig | CriticModelConfig) -> Problems:
+def a_model_is_named(role: Role) -> Problems:
     """``model.path`` is set."""
-    if not model.path:
-        yield Problem(f"{key}.path", model.path, "must name a Hugging Face folder", f"{key}.path=/path/to/model")
+    if not role.model.path:
+        key = f"{role.model.key}.path"
+        yield Problem(key, role.model.path, "must name a Hugging Face folder", f"{key}=/path/to/model")
 
 
-def a_policy_has_an_output_layer(key: str, path: str | None, shape: ModelShape) -> Problems:
-    """The model that gives log-probs is neither a critic nor a reward model."""
-    if shape.value_head:
+def the_model_has_the_right_head(role: Role) -> Problems:
+    """A model that gives log-probs is neither a critic nor a reward model; a reward model has a value head."""
+    key, path, has_value_head = f"{role.model.key}.path", role.model.path, role.shape.value_head
+    if role.name in ("actor", "ref") and has_value_head:
         allowed = "has a value head in place of the output layer, as a critic or reward model; must be a language model"
-        yield Problem(f"{key}.path", path, allowed, f"critic.model.path={path} or reward.model.path={path}, if meant")
+        yield Problem(key, path, allowed, f"critic.model.path={path} or reward.model.path={path}, if meant")
+    if role.name == "reward_model" and not has_value_head:
+        allowed = "is a language model, which scores nothing; must be a *ForSequenceClassification model with one label"
+        yield Problem(key, path, allowed, "give a folder whose config.json and weights have a value head")
 
 
-def the_actors_tokens_are_known(key: str, path: str | None, shape: ModelShape, vocab_size: int) -> Problems:
+def the_actors_tokens_are_known(role: Role, vocab_size: int) -> Problems:
     """A model that reads rollouts has every token of the actor's ``vocab_size``."""
-    if shape.vocab_size < vocab_size:
-        allowed = f"its vocabulary of {shape.vocab_size} doesn't hold the actor's {vocab_size} tokens"
-        yield Problem(key, path, allowed, "take a model of the same family")
+    if role.shape.vocab_size < vocab_size:
+        allowed = f"its vocabulary of {role.shape.vocab_size} doesn't hold the actor's {vocab_size} tokens"
+        yield Problem(f"{role.model.key}.path", role.model.path, allowed, "take a model of the same family")
+
+
+def the_longest_rollout_fits_the_reward_model(role: Role) -> Problems:
+    """The reward model has positions for the longest rollout."""
+    tokens, positions = role.scoring.sequence_tokens, role.shape.max_positions
+    if role.name == "reward_model" and tokens > positions:
+        allowed = f"its max_position_embeddings = {positions} don't hold the longest rollout, {tokens} tokens"
+        fix = "shorten data.max_prompt_length or data.max_response_length"
+        yield Problem(f"{role.model.key}.path", role.model.path, allowed, fix)
 
 
 def stop_tokens_are_in_the_vocabulary(token_ids: tuple[int, ...], shape: ModelShape) -> Problems:
@@ -67,19 +70,33 @@ def stop_tokens_are_in_the_vocabulary(token_ids: tuple[int, ...], shape: ModelSh
             yield Problem(key, token, f"must be of the model's {shape.vocab_size} tokens, counted from 0")
 
 
-def betas_are_two_fractions(key: str, optim: OptimConfig) -> Problems:
-    """AdamW has two decay rates, each at least 0 and below 1; the last learning rate isn't above the first."""
-    if len(optim.beta) != 2 or not all(0 <= b < 1 for b in optim.beta):
-        yield Problem(f"{key}.beta", list(optim.beta), "must be two numbers, each at least 0 and less than 1")
-    if optim.min_lr > optim.lr:
-        yield Problem(f"{key}.min_lr", optim.min_lr, f"must be at most {key}.lr = {optim.lr:g}")
+def betas_are_two_fractions(role: Role) -> Problems:
+    """AdamW has two decay rates, each at least 0 and below 1."""
+    training = role.training
+    if training and (len(training.betas) != 2 or not all(0 <= b < 1 for b in training.betas)):
+        yield Problem(
+            role.at("optim.beta"), list(training.betas), "must be two numbers, each at least 0 and less than 1"
+        )
 
 
-def the_last_learning_rate_is_reached(key: str, optim: OptimConfig, scheduler: LRSchedulerConfig) -> Problems:
-    """min_lr is set only where the schedule ends there. key: of the section with both."""
-    if scheduler.type == "constant" and optim.min_lr > 0:
-        allowed = f"has no effect where {key}lr_scheduler.type is constant"
-        yield Problem(f"{key}optim.min_lr", optim.min_lr, allowed, f"{key}lr_scheduler.type=cosine")
+def the_last_learning_rate_is_reached(role: Role) -> Problems:
+    """The last learning rate isn't above the first, and is set only where the schedule ends there."""
+    training, key = role.training, role.at("optim.min_lr")
+    if training and training.min_lr > training.lr:
+        yield Problem(key, training.min_lr, f"must be at most {role.at('optim.lr')} = {training.lr:g}")
+    if training and training.schedule == "constant" and training.min_lr > 0:
+        shape = role.at("lr_scheduler.type")
+        yield Problem(key, training.min_lr, f"has no effect where {shape} is constant", f"{shape}=cosine")
+
+
+def warm_up_ends_before_the_run(role: Role, total_steps: int) -> Problems:
+    """Warm-up ends before the run does. total_steps: optimizer steps of the run."""
+    if role.training and role.training.warmup_steps >= total_steps:
+        key, allowed = (
+            role.at("lr_scheduler.warmup_steps"),
+            f"must be less than the run's {total_steps} optimizer steps",
+        )
+        yield Problem(key, role.training.warmup_steps, allowed, "lower it, or train longer")
 
 
 def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
@@ -128,18 +145,20 @@ def every_training_file_has_a_weight(c: PPOConfig) -> Problems:
         yield Problem("data.train_file_weights", list(weights), allowed, "data.train_file_weights=null")
 
 
-def a_token_budget_holds_every_rollout(c: PPOConfig) -> Problems:
+def a_token_budget_holds_every_rollout(roles: Sequence[Role]) -> Problems:
     """The longest kind of rollout fits a micro-batch by itself, in every pass that counts tokens."""
-    too_small = [p for p in passes_of(c) if p.max_tokens is not None and p.max_tokens < p.longest_tokens]
+    passes = [size for role in roles for size in (role.update, role.scoring) if size is not None]
+    too_small = [p for p in passes if p.max_tokens is not None and p.max_tokens < p.longest_tokens]
     for size in {p.key: p for p in too_small}.values():
         longest = f"data.max_prompt_length + data.max_response_length = {size.sequence_tokens}"
         allowed = f"must hold the longest rollout by itself: {longest} needs at least {size.least_value}"
         yield Problem(size.key, size.value, allowed, f"{size.key}={size.least_value}")
 
 
-def a_token_budget_counts_no_padding(c: PPOConfig) -> Problems:
+def a_token_budget_counts_no_padding(roles: Sequence[Role]) -> Problems:
     """Sequences are packed where micro-batches are filled up to a number of tokens."""
-    if not c.actor_rollout_ref.model.use_remove_padding and any(p.max_tokens is not None for p in passes_of(c)):
+    passes = [size for role in roles if not role.packed for size in (role.update, role.scoring) if size is not None]
+    if any(size.max_tokens is not None for size in passes):
         key = "actor_rollout_ref.model.use_remove_padding"
         allowed = "must be true where use_dynamic_bsz is: padding would be computed beyond the budget"
         yield Problem(key, False, allowed, f"{key}=true")
@@ -158,132 +177,89 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     training_and_rollout_share_devices,
     every_training_file_has_a_weight,
     one_reward_is_chosen,
-    a_token_budget_holds_every_rollout,
-    a_token_budget_counts_no_padding,
     settings_have_an_effect,
+    *ALGORITHM_RULES,
 )
 
 
-def num_ranks(config: PPOConfig | SFTConfig) -> int:
-    """Return the number of ranks of the run."""
-    return config.trainer.nnodes * config.trainer.n_gpus_per_node
+def axes_make_sense(role: Role) -> Problems:
+    """The axes of a role agree with each other and with the ranks."""
+    key, backend = role.backend_key, role.backend
+    if isinstance(backend, MegatronConfig):
+        yield from axes_divide_the_ranks(key, backend, role.layout.world_size)
+        yield from chunks_take_turns_on_a_pipeline(key, backend)
+        yield from overridden_fields_exist_and_are_free(key, backend)
+    if isinstance(backend, TrainedMegatronConfig):
+        yield from recomputation_is_complete(key, backend.recompute)
+        yield from an_optimizer_on_the_host_is_split_and_stays(key, backend)
+        yield from a_precision_aware_optimizer_has_its_place(key, backend, role.dtype)
 
 
-def axes_make_sense(key: str, megatron: MegatronConfig, ranks: int, dtype: str) -> Problems:
-    """Every rule of one model's axes that needs no model but its ``dtype``."""
-    yield from axes_divide_the_ranks(key, megatron, ranks)
-    yield from chunks_take_turns_on_a_pipeline(key, megatron)
-    yield from overridden_fields_exist_and_are_free(key, megatron)
-    if isinstance(megatron, TrainedMegatronConfig):
-        yield from recomputation_is_complete(key, megatron.recompute)
-        yield from an_optimizer_on_the_host_is_split_and_stays(key, megatron)
-        yield from a_precision_aware_optimizer_has_its_place(key, megatron, dtype)
-
-
-def ppo_problems(c: PPOConfig) -> list[Problem]:
-    """Evaluate every rule of an RL run that needs no file."""
-    models, ranks = c.actor_rollout_ref, num_ranks(c)
-    problems = [p for rule in (*_PPO_RULES, *ALGORITHM_RULES) for p in rule(c)]
-    problems += a_model_is_named("actor_rollout_ref.model", models.model)
-    problems += betas_are_two_fractions("actor_rollout_ref.actor.optim", models.actor.optim)
-    problems += the_last_learning_rate_is_reached(
-        "actor_rollout_ref.actor.", models.actor.optim, models.actor.lr_scheduler
-    )
-    problems += axes_make_sense("actor_rollout_ref.actor.megatron", models.actor.megatron, ranks, models.model.dtype)
-    if needs_reference(c):
-        problems += axes_make_sense("actor_rollout_ref.ref.megatron", models.ref.megatron, ranks, models.model.dtype)
-    if needs_critic(c):
-        problems += a_model_is_named("critic.model", c.critic.model)
-        problems += betas_are_two_fractions("critic.optim", c.critic.optim)
-        problems += the_last_learning_rate_is_reached("critic.", c.critic.optim, c.critic.lr_scheduler)
-        problems += axes_make_sense("critic.megatron", c.critic.megatron, ranks, models.model.dtype)
-    if needs_reward_model(c):
-        problems += axes_make_sense("reward.model.megatron", c.reward.model.megatron, ranks, models.model.dtype)
+def run_problems(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Problem]:
+    """Return the problems of a run that need no file."""
+    problems = [p for rule in _PPO_RULES for p in rule(c)] if isinstance(c, PPOConfig) else []
+    problems += a_token_budget_holds_every_rollout(roles)
+    problems += a_token_budget_counts_no_padding(roles)
+    for models in {role.model.key: role for role in reversed(roles)}.values():
+        problems += a_model_is_named(models)
+    for role in roles:
+        problems += betas_are_two_fractions(role)
+        problems += the_last_learning_rate_is_reached(role)
+        problems += axes_make_sense(role)
     problems += sinks_are_known(c.trainer.logger)
-    return problems
+    return without_followers(problems, roles)
 
 
-def schedule_problems(key: str, scheduler: LRSchedulerConfig, total_steps: int) -> Problems:
-    """Warm-up ends before the run does. total_steps: optimizer steps of the run."""
-    if scheduler.warmup_steps >= total_steps:
-        allowed = f"must be less than the run's {total_steps} optimizer steps"
-        yield Problem(f"{key}.warmup_steps", scheduler.warmup_steps, allowed, "lower it, or train longer")
+def model_problems(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Problem]:
+    """Return the problems between a config and the config.json of its models, of those that are known."""
+    problems: list[Problem] = []
+    actor, known = roles[0], [role for role in roles if role.model.known_shape is not None]
+    for role in known:
+        if isinstance(role.backend, MegatronConfig):
+            problems += the_model_fits_its_axes(role.backend_key, role.shape, role.backend)
+        problems += the_longest_rollout_fits_the_reward_model(role)
+        if actor in known:
+            problems += the_actors_tokens_are_known(role, actor.shape.vocab_size)
+    for role in {role.model.key: role for role in reversed(known)}.values():
+        problems += the_model_has_the_right_head(role)
+    if actor in known:
+        problems += _engine_problems(c, actor) if isinstance(c, PPOConfig) else []
+        problems += the_longest_sequence_fits_the_model(c, actor.shape)
+    return without_followers(problems, roles)
 
 
-def ppo_model_problems(c: PPOConfig, shape: ModelShape) -> list[Problem]:
-    """Evaluate the rules between the config and the model's config.json."""
-    models = c.actor_rollout_ref
-    problems = [*the_model_fits_its_axes("actor_rollout_ref.actor.megatron", shape, models.actor.megatron)]
-    problems += a_policy_has_an_output_layer("actor_rollout_ref.model", models.model.path, shape)
-    problems += stop_tokens_are_in_the_vocabulary(models.rollout.stop_token_ids, shape)
-    key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
-    problems += a_tensor_split_fits(key, shape, models.rollout.tensor_model_parallel_size)
-    engine_tp = models.rollout.tensor_model_parallel_size
-    if shape.num_experts and shape.expert_ffn_size % engine_tp:
-        allowed = f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size"
-        problems.append(Problem(key, engine_tp, allowed))
-    if needs_reference(c):
-        problems += the_model_fits_its_axes("actor_rollout_ref.ref.megatron", shape, models.ref.megatron)
-    tokens, longest = c.data.max_prompt_length + c.data.max_response_length, shape.max_positions
-    if tokens > longest:
-        key = "data.max_prompt_length + data.max_response_length"
-        problems.append(Problem(key, tokens, f"must be at most the model's max_position_embeddings = {longest}"))
-    return problems
+def _engine_problems(c: PPOConfig, actor: Role) -> Problems:
+    """Yield the problems between the engine and the model that it runs."""
+    shape, rollout = actor.shape, c.actor_rollout_ref.rollout
+    yield from stop_tokens_are_in_the_vocabulary(rollout.stop_token_ids, shape)
+    key, tp = "actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size
+    yield from a_tensor_split_fits(key, shape, tp)
+    if shape.num_experts and shape.expert_ffn_size % tp:
+        yield Problem(key, tp, f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size")
 
 
-def critic_model_problems(c: PPOConfig, shape: ModelShape, vocab_size: int) -> list[Problem]:
-    """Evaluate the rules between the config and the critic's config.json. vocab_size: of the actor's model."""
-    problems = [*the_model_fits_its_axes("critic.megatron", shape, c.critic.megatron)]
-    problems += the_actors_tokens_are_known("critic.model.path", c.critic.model.path, shape, vocab_size)
-    return problems
-
-
-def reward_model_problems(c: PPOConfig, shape: ModelShape, vocab_size: int) -> list[Problem]:
-    """Evaluate the rules between the config and the reward model's config.json. vocab_size: of the actor's model."""
-    key, path = "reward.model.path", c.reward.model.path
-    problems = [*the_model_fits_its_axes("reward.model.megatron", shape, c.reward.model.megatron)]
-    if not shape.value_head:
-        allowed = "is a language model, which scores nothing; must be a *ForSequenceClassification model with one label"
-        problems.append(Problem(key, path, allowed, "give a folder whose config.json and weights have a value head"))
-    problems += the_actors_tokens_are_known(key, path, shape, vocab_size)
-    tokens = c.data.max_prompt_length + c.data.max_response_length
+def the_longest_sequence_fits_the_model(c: PPOConfig | SFTConfig, shape: ModelShape) -> Problems:
+    """The model has positions for the longest prompt and response, or chat."""
+    if isinstance(c, PPOConfig):
+        key, tokens = (
+            "data.max_prompt_length + data.max_response_length",
+            c.data.max_prompt_length + c.data.max_response_length,
+        )
+    else:
+        key, tokens = "data.max_length", c.data.max_length
     if tokens > shape.max_positions:
-        allowed = f"its max_position_embeddings = {shape.max_positions} don't hold the longest rollout, {tokens} tokens"
-        problems.append(Problem(key, path, allowed, "shorten data.max_prompt_length or data.max_response_length"))
-    return problems
+        yield Problem(key, tokens, f"must be at most the model's max_position_embeddings = {shape.max_positions}")
 
 
-def sft_problems(c: SFTConfig) -> list[Problem]:
-    """Evaluate every rule of an SFT run that needs no file."""
-    return [
-        *a_model_is_named("model", c.model),
-        *betas_are_two_fractions("optim", c.optim),
-        *the_last_learning_rate_is_reached("", c.optim, c.lr_scheduler),
-        *axes_make_sense("megatron", c.megatron, num_ranks(c), c.model.dtype),
-        *sinks_are_known(c.trainer.logger),
-    ]
-
-
-def sft_model_problems(c: SFTConfig, shape: ModelShape) -> list[Problem]:
-    """Evaluate the rules between the config and the model's config.json."""
-    problems = [*the_model_fits_its_axes("megatron", shape, c.megatron)]
-    problems += a_policy_has_an_output_layer("model", c.model.path, shape)
-    if c.data.max_length > shape.max_positions:
-        allowed = f"must be at most the model's max_position_embeddings = {shape.max_positions}"
-        problems.append(Problem("data.max_length", c.data.max_length, allowed))
-    return problems
-
-
-def without_followers(problems: Iterable[Problem]) -> list[Problem]:
-    """Leave out what is said of other roles' axes where the same is said of the actor's: they follow."""
-    kept = list(problems)
+def without_followers(problems: Iterable[Problem], roles: Sequence[Role]) -> list[Problem]:
+    """Return the problems without those of other roles' axes that are said of the actor's: they follow its values."""
+    kept, actors = list(problems), f"{roles[0].backend_key}."
     said = {(p.key, str(p.value), p.allowed) for p in kept}
 
     def is_repeated(problem: Problem) -> bool:
         key, allowed = problem.key, problem.allowed
-        for follower in ("actor_rollout_ref.ref.megatron.", "critic.megatron.", "reward.model.megatron."):
-            key = key.replace(follower, _ACTOR_AXES)
-            allowed = allowed.replace(follower, _ACTOR_AXES)
+        for follower in (f"{role.backend_key}." for role in roles[1:]):
+            key, allowed = key.replace(follower, actors), allowed.replace(follower, actors)
         return key != problem.key and (key, str(problem.value), allowed) in said
 
     return [problem for problem in kept if not is_repeated(problem)]

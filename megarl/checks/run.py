@@ -5,104 +5,74 @@ Loads neither torch nor ray, so that a mistake costs a second or two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from megarl.batching.plan import BatchPlan, plan_batch
-from megarl.checks.algorithm import needs_critic
-from megarl.checks.passes import PassSize, actor_update, critic_update
-from megarl.checks.rules import (
-    critic_model_problems,
-    num_ranks,
-    ppo_model_problems,
-    ppo_problems,
-    reward_model_problems,
-    schedule_problems,
-    sft_model_problems,
-    sft_problems,
-    without_followers,
-)
+from megarl.batching.plan import BatchPlan
+from megarl.checks.rules import model_problems, run_problems, warm_up_ends_before_the_run
 from megarl.checks.tokenizer_file import differing_token
 from megarl.config.build import build_config
-from megarl.config.schema import (
-    FSDP_STRATEGIES,
-    ActorConfig,
-    CriticConfig,
-    DpPPOConfig,
-    PPOConfig,
-    SFTConfig,
-    TrainedMegatronConfig,
-)
+from megarl.config.schema import FSDP_STRATEGIES, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.data.parquet import check_footer
 from megarl.data.prompts import prompt_columns
 from megarl.errors import ConfigError, MegarlError, ModelFolderError, Problem
-from megarl.parallel.layout import layout_of
 from megarl.reward.registry import load_reward
+from megarl.roles import ModelFacts, Role, batch_plan, role_named, roles_of
 from megarl.weights.folder import resolve_model_folder
 from megarl.weights.model_facts.shipped import shipped_config
-from megarl.weights.model_shape import ModelShape, parse_model_shape, read_model_shape
+from megarl.weights.model_shape import parse_model_shape, read_model_shape
 
-_MODEL, _CRITIC, _REWARD = "actor_rollout_ref.model.path", "critic.model.path", "reward.model.path"
+C = TypeVar("C", PPOConfig, SFTConfig)
 
-
-@dataclass(frozen=True)
-class Model:
-    """A model of a run. folder: None where this machine has only the facts of its architecture."""
-
-    shape: ModelShape
-    folder: str | None
-
-    def here(self) -> str:
-        """Return the folder of a model that a run is about to load."""
-        assert self.folder is not None, "a run is checked with its files"
-        return self.folder
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
-class CheckedPPO:
-    """An RL run without a known mistake. critic and critic_batch, reward_model: None without one.
+class CheckedRun(Generic[C]):
+    """A run without a known mistake.
 
-    num_prompts: rows of the training files, before too long ones are left out; None where they aren't here. notes: what
+    num_rows: rows of the training files, before too long ones are left out; None where they aren't here. notes: what
     couldn't be checked on this machine.
     """
 
-    config: PPOConfig
-    model: Model
-    critic: Model | None
-    batch: BatchPlan
-    critic_batch: BatchPlan | None
-    num_prompts: int | None
+    config: C
+    roles: tuple[Role, ...]
+    num_rows: int | None = None
     notes: tuple[str, ...] = ()
-    reward_model: Model | None = None
+
+    @property
+    def actor(self) -> Role:
+        """The actor."""
+        return self.roles[0]
+
+    @property
+    def batches(self) -> dict[str, BatchPlan]:
+        """The batch arithmetic of every trained role, by its name."""
+        return {role.name: batch_plan(self.config, role) for role in self.roles if role.is_trained}
 
     @property
     def num_steps(self) -> int | None:
         """Steps of the run, None where nothing here says so."""
         trainer = self.config.trainer
-        if trainer.total_training_steps or self.num_prompts is None:
+        if trainer.total_training_steps or self.num_rows is None:
             return trainer.total_training_steps
-        return trainer.total_epochs * (self.num_prompts // self.config.data.train_batch_size)
-
-
-@dataclass(frozen=True)
-class CheckedSFT:
-    """An SFT run without a known mistake."""
-
-    config: SFTConfig
-    model: Model
-    batch: BatchPlan
+        return trainer.total_epochs * (self.num_rows // self.config.data.train_batch_size)
 
 
 class _Findings:
-    """Problems and errors so far. A single error stays what it is; several become one ConfigError."""
+    """Problems and errors so far. A single error stays what it is; several become one ConfigError.
 
-    def __init__(self) -> None:
+    notes: where given, absent files are noted there instead.
+    """
+
+    def __init__(self, notes: list[str] | None = None) -> None:
         self.problems: list[Problem] = []
         self.errors: list[tuple[str, object, MegarlError]] = []
+        self.notes = notes
 
     @contextmanager
     def of(self, key: str, value: object) -> Iterator[None]:
@@ -123,173 +93,134 @@ class _Findings:
             raise ConfigError(problems)
 
 
-def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) -> CheckedPPO:
+def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) -> CheckedRun[PPOConfig]:
     """Check an RL run. Raises the named error of all that is wrong.
 
     files_may_be_missing: for a plan made far from the cluster; weights and data files are then noted as unchecked, and
     a model that isn't here is taken from the architectures that megarl ships.
     """
     config = _built(values)
-    found, notes = _Findings(), list[str]()
-    found.problems += ppo_problems(config)
-    batch = critic_plan = model = critic = reward_model = None
-    with found.of("actor_rollout_ref.actor.ppo_mini_batch_size", config.actor_rollout_ref.actor.ppo_mini_batch_size):
-        batch = actor_batch(config)
-    if needs_critic(config):
-        with found.of("critic.ppo_mini_batch_size", config.critic.ppo_mini_batch_size):
-            critic_plan = critic_batch(config)
-    if path := config.actor_rollout_ref.model.path:
-        with found.of(_MODEL, path):
-            model = _model(path, notes if files_may_be_missing else None)
-            found.problems += ppo_model_problems(config, model.shape)
-    if needs_critic(config) and (path := config.critic.model.path):
-        with found.of(_CRITIC, path):
-            critic = _model(path, notes if files_may_be_missing else None)
-            if model:
-                found.problems += critic_model_problems(config, critic.shape, model.shape.vocab_size)
-    if (path := config.reward.model.path) is not None:
-        with found.of(_REWARD, path):
-            reward_model = _reward_model(path, notes if files_may_be_missing else None)
-            if model:
-                found.problems += reward_model_problems(config, reward_model.shape, model.shape.vocab_size)
-                found.problems += _a_token_means_the_same(model, reward_model, path)
-    num_prompts = _check_data_files(config, found, notes if files_may_be_missing else None)
+    found = _Findings([] if files_may_be_missing else None)
+    roles = _checked_roles(config, found)
+    found.problems += _a_token_means_the_same(roles)
+    num_rows = _check_data_files(config, found, found.notes)
     _check_reward(config, found)
-    trained = {"actor_rollout_ref.actor.megatron": config.actor_rollout_ref.actor.megatron}
-    if needs_critic(config):
-        trained["critic.megatron"] = config.critic.megatron
     if not files_may_be_missing:
-        found.problems += _optimizers_are_installed(trained)
-    found.problems = without_followers(found.problems)
+        found.problems += _optimizers_are_installed(roles)
     found.finish()
-    assert batch is not None and model is not None
-    checked = CheckedPPO(config, model, critic, batch, critic_plan, num_prompts, tuple(notes), reward_model)
-    found.problems += _schedule_problems(checked)
+    checked = CheckedRun(config, roles, num_rows, tuple(found.notes or ()))
+    found.problems += schedule_problems(checked, checked.num_steps)
     found.finish()
     return checked
 
 
-def check_sft(values: Mapping[str, Any]) -> CheckedSFT:
+def check_sft(values: Mapping[str, Any]) -> CheckedRun[SFTConfig]:
     """Check an SFT run. Raises the named error of all that is wrong."""
     config = build_config(SFTConfig, values)
     found = _Findings()
-    found.problems += sft_problems(config)
-    batch = model = None
-    with found.of("data.train_batch_size", config.data.train_batch_size):
-        batch = sft_batch(config)
-    if path := config.model.path:
-        with found.of("model.path", path):
-            model = _model(path, None)
-            found.problems += sft_model_problems(config, model.shape)
-    found.problems += _optimizers_are_installed({"megatron": config.megatron})
+    roles = _checked_roles(config, found)
+    found.problems += _optimizers_are_installed(roles)
     columns = {config.data.messages_key: f"data.messages_key = {config.data.messages_key!r}"}
     for file in (*config.data.train_files, *config.data.val_files):
         with found.of("data.train_files or data.val_files", file):
             check_footer(file, columns)
     found.finish()
-    assert batch is not None and model is not None
-    return CheckedSFT(config, model, batch)
+    return CheckedRun(config, roles)
 
 
-def actor_batch(config: PPOConfig) -> BatchPlan:
-    """Return the actor's batch arithmetic. Raises ConfigError where it doesn't come out even."""
-    actor = config.actor_rollout_ref.actor
-    return _batch(config, actor, "actor_rollout_ref.actor", actor_update(config))
+def schedule_problems(checked: CheckedRun[PPOConfig], num_steps: int | None) -> Iterator[Problem]:
+    """Yield the problems of the schedules in a run of so many steps; none where nothing is known of them."""
+    if not num_steps:
+        return
+    critic, batches = role_named(checked.roles, "critic"), checked.batches
+    idle = checked.config.critic.warmup_steps if critic else 0
+    if idle >= num_steps:
+        allowed = f"must be less than the run's {num_steps} steps, or the actor never trains"
+        yield Problem("critic.warmup_steps", idle, allowed, "critic.warmup_steps=0")
+        return
+    yield from warm_up_ends_before_the_run(checked.actor, (num_steps - idle) * batches["actor"].num_optimizer_steps)
+    if critic:
+        yield from warm_up_ends_before_the_run(critic, num_steps * batches["critic"].num_optimizer_steps)
 
 
-def critic_batch(config: PPOConfig) -> BatchPlan:
-    """Return the critic's, likewise."""
-    return _batch(config, config.critic, "critic", critic_update(config))
+def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings) -> tuple[Role, ...]:
+    """Return the roles of a run, of which those facts are missing that could not be found; note all problems."""
+    known: dict[str, ModelFacts] = {}
 
+    def find(facts: ModelFacts) -> ModelFacts:
+        if facts.key not in known:
+            known[facts.key] = facts
+            if facts.path:
+                with found.of(f"{facts.key}.path", facts.path):
+                    known[facts.key] = _found(facts, found.notes)
+        return known[facts.key]
 
-def sft_batch(config: SFTConfig) -> BatchPlan:
-    """Return the batch arithmetic of an SFT run: an optimizer step is a step. Raises ConfigError likewise."""
-    size, ranks = config.data.train_batch_size, num_ranks(config)
-    return plan_batch(
-        num_prompts=size,
-        n=1,
-        mini_batch_size=size,
-        micro_batch_size=config.data.micro_batch_size_per_gpu,
-        dp_size=max(1, layout_of(config.megatron, ranks).dp),
-    )
-
-
-def _batch(config: PPOConfig, role: ActorConfig | CriticConfig, name: str, size: PassSize) -> BatchPlan:
-    """Return a role's batch arithmetic; axes that don't divide the ranks are for another rule to report."""
-    return plan_batch(
-        num_prompts=config.data.train_batch_size,
-        n=config.actor_rollout_ref.rollout.n,
-        mini_batch_size=role.ppo_mini_batch_size,
-        micro_batch_size=size.micro_batch_size,
-        dp_size=max(1, layout_of(role.megatron, num_ranks(config)).dp),
-        epochs=role.ppo_epochs,
-        role=name,
-        max_tokens=size.max_tokens,
-    )
+    roles = roles_of(config, find)
+    found.problems += run_problems(config, roles)
+    for role in roles:
+        if role.training:
+            of_a_step = "ppo_mini_batch_size" if isinstance(config, PPOConfig) else "data.train_batch_size"
+            with found.of(role.at(of_a_step), role.training.mini_batch_size):
+                batch_plan(config, role)
+    found.problems += model_problems(config, roles)
+    return roles
 
 
 def _built(values: Mapping[str, Any]) -> PPOConfig:
     """Return the config, if its backend is built."""
-    actor = _at(values, "actor_rollout_ref", "actor")
-    strategy = _at(actor, "strategy")
-    if strategy in FSDP_STRATEGIES:
-        if _at(actor, "megatron") is None:
-            build_config(DpPPOConfig, values)
-        key, fix = (
-            "actor_rollout_ref.actor.strategy",
-            "--config-name=ppo_megatron_trainer, or `defaults: [ppo_megatron_trainer, _self_]`",
-        )
-        raise ConfigError([Problem(key, strategy, "this backend isn't built yet; megatron is", fix)])
-    return build_config(PPOConfig, values)
+    config = build_config(PPOConfig, values)
+    actor = config.actor_rollout_ref.actor
+    key, fix = (
+        "actor_rollout_ref.actor.strategy",
+        "--config-name=ppo_megatron_trainer, or `defaults: [ppo_megatron_trainer, _self_]`",
+    )
+    if actor.strategy in FSDP_STRATEGIES:
+        raise ConfigError([Problem(key, actor.strategy, "this backend isn't built yet; megatron is", fix)])
+    return config
 
 
-def _at(values: object, *path: str) -> object:
-    for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
-
-
-def _model(path: str, notes: list[str] | None, *, needs_tokenizer: bool = True) -> Model:
-    """Return a model. notes: where given, an absent folder is noted and its shipped facts are taken."""
+def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
+    """Return the facts of a model in a folder. notes: where given, those that megarl ships may stand for them."""
+    assert facts.path is not None
     try:
-        folder = resolve_model_folder(path)
+        folder = resolve_model_folder(facts.path)
     except ModelFolderError:
-        facts = shipped_config(path) if notes is not None else None
-        if notes is None or facts is None:
+        shipped = shipped_config(facts.path) if notes is not None else None
+        if notes is None or shipped is None:
             raise
         notes.append(
-            f"{path} isn't on this machine: its weights and tokenizer are unchecked, its sizes are megarl's own facts"
+            f"{facts.path} isn't on this machine: its weights and tokenizer are unchecked, its sizes are megarl's own "
+            "facts"
         )
-        return Model(parse_model_shape(facts, path), None)
+        return replace(facts, known_shape=parse_model_shape(shipped, facts.path))
     shape = read_model_shape(folder)
-    tokenizer = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if needs_tokenizer and not any((Path(folder) / name).is_file() for name in tokenizer):
+    is_read_as_text = facts.key != "reward.model"
+    if is_read_as_text and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelFolderError(
-            f"{folder} has no tokenizer: none of {', '.join(tokenizer)}; copy it from the base model"
+            f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; copy it from the base model"
         )
-    return Model(shape, folder)
+    return replace(facts, known_shape=shape, folder=folder)
 
 
-def _reward_model(path: str, notes: list[str] | None) -> Model:
-    """Return a reward model, likewise; the shipped facts of a language model stand for those of one made from it."""
-    model = _model(path, notes, needs_tokenizer=False)
-    return model if model.folder is not None else replace(model, shape=model.shape.with_value_head())
-
-
-def _a_token_means_the_same(actor: Model, reward_model: Model, path: str) -> Iterator[Problem]:
+def _a_token_means_the_same(roles: Sequence[Role]) -> Iterator[Problem]:
     """Yield what the reward model would misread: it is given the actor's tokens as numbers."""
-    if actor.folder is None or reward_model.folder is None:
+    actor, reward_model = roles[0].model, role_named(roles, "reward_model")
+    if reward_model is None or actor.folder is None or reward_model.model.folder is None:
         return
-    if difference := differing_token(actor.folder, reward_model.folder):
+    if difference := differing_token(actor.folder, reward_model.model.folder):
         allowed = f"has another vocabulary than the actor: {difference}; it is given the actor's tokens as they are"
-        yield Problem(_REWARD, path, allowed, "take a reward model made from a model of the actor's family")
+        fix = "take a reward model made from a model of the actor's family"
+        yield Problem("reward.model.path", reward_model.model.path, allowed, fix)
 
 
-def _optimizers_are_installed(trained: Mapping[str, TrainedMegatronConfig]) -> Iterator[Problem]:
-    """Yield which roles, by the key of their axes, ask for an optimizer that isn't here."""
-    for key, megatron in trained.items():
-        if megatron.use_precision_aware_optimizer and find_spec("transformer_engine") is None:
-            name = f"{key}.use_precision_aware_optimizer"
+def _optimizers_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
+    """Yield the roles that ask for an optimizer that isn't here."""
+    for role in roles:
+        backend = role.backend
+        if not isinstance(backend, TrainedMegatronConfig) or not backend.use_precision_aware_optimizer:
+            continue
+        if find_spec("transformer_engine") is None:
+            name = f"{role.backend_key}.use_precision_aware_optimizer"
             allowed = "is Transformer Engine's Adam, which isn't installed"
             yield Problem(name, True, allowed, f"pip install 'megarl[gpu]' where there are GPUs, or {name}=false")
 
@@ -325,22 +256,3 @@ def _check_data_files(config: PPOConfig, found: _Findings, notes: list[str] | No
             Problem("data.train_batch_size", config.data.train_batch_size, allowed, f"data.train_batch_size={rows}")
         )
     return rows if rows > 0 else None
-
-
-def _schedule_problems(checked: CheckedPPO) -> Iterator[Problem]:
-    """Yield what is wrong with the schedules, by the rows that the files have."""
-    config, steps = checked.config, checked.num_steps
-    if not steps:
-        return
-    idle = config.critic.warmup_steps if checked.critic_batch else 0
-    if idle >= steps:
-        allowed = f"must be less than the run's {steps} steps, or the actor never trains"
-        yield Problem("critic.warmup_steps", idle, allowed, "critic.warmup_steps=0")
-        return
-    actor_steps = (steps - idle) * checked.batch.num_optimizer_steps
-    yield from schedule_problems(
-        "actor_rollout_ref.actor.lr_scheduler", config.actor_rollout_ref.actor.lr_scheduler, actor_steps
-    )
-    if checked.critic_batch:
-        critic_steps = steps * checked.critic_batch.num_optimizer_steps
-        yield from schedule_problems("critic.lr_scheduler", config.critic.lr_scheduler, critic_steps)

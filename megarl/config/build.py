@@ -37,8 +37,11 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
     hints = typing.get_type_hints(cls)
     found = {}
     for name, field in fields.items():
-        path = f"{prefix}{name}"
-        if name not in values:
+        path, optional = f"{prefix}{name}", section_of(hints[name])
+        if optional is not None:
+            is_given = values.get(name) is not None
+            found[name] = _section(optional, values[name], f"{path}.", problems) if is_given else None
+        elif name not in values:
             fix = f"start from one of megarl's own configs, or set {path}"
             problems.append(Problem(path, Absent(), "is missing", fix))
         elif typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0]):
@@ -48,6 +51,14 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
         else:
             found[name] = _leaf(hints[name], values[name], path, field.metadata, problems)
     return None if len(found) < len(fields) else cls(**found)
+
+
+def section_of(kind: Any) -> Any:
+    """Return the dataclass of a section that may be left out, None for any other kind of key."""
+    inner = (
+        [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)] if isinstance(kind, types.UnionType) else []
+    )
+    return inner[0] if inner else None
 
 
 def _sections(cls: Any, values: Any, path: str, problems: list[Problem]) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from megarl.config.schema import DpPPOConfig, PPOConfig, SFTConfig
+from megarl.config.build import section_of
+from megarl.config.schema import PPOConfig, SFTConfig
 
 _INTRODUCTION = """\
 # Every key
@@ -26,7 +27,7 @@ without running it.
 """
 _PARTS = (
     ("Reinforcement learning", "megarl.main_ppo", "ppo_megatron_trainer", PPOConfig),
-    ("Reinforcement learning, data-parallel backend", "megarl.main_ppo", "ppo_trainer", DpPPOConfig),
+    ("Reinforcement learning, data-parallel backend", "megarl.main_ppo", "ppo_trainer", PPOConfig),
     ("Supervised fine-tuning", "megarl.main_sft", "sft_trainer", SFTConfig),
 )
 _REQUIRED = ("actor_rollout_ref.model.path", "model.path")
@@ -54,7 +55,7 @@ def default_values(config_name: str) -> dict[str, Any]:
 
 def _sections(schema: Any, values: Mapping[str, Any] | None, path: str) -> Iterator[str]:
     """Yield the section of one dataclass, then those of the dataclasses in it. values: None for an item of a list."""
-    kinds = typing.get_type_hints(schema)
+    kinds = {name: section_of(kind) or kind for name, kind in typing.get_type_hints(schema).items()}
     leaves = [f for f in dataclasses.fields(schema) if not dataclasses.is_dataclass(kinds[f.name])]
     if leaves:
         rows = [
@@ -69,7 +70,8 @@ def _sections(schema: Any, values: Mapping[str, Any] | None, path: str) -> Itera
     for name, kind in kinds.items():
         where = f"{path}.{name}" if path else name
         if dataclasses.is_dataclass(kind):
-            yield from _sections(kind, values[name] if values is not None else None, where)
+            if values is None or values.get(name) is not None:  # another backend's section isn't there
+                yield from _sections(kind, values[name] if values is not None else None, where)
         elif dataclasses.is_dataclass(item := _item(kind)):
             yield from _sections(item, None, f"{where}[]")
 

@@ -152,6 +152,10 @@ class TrainedFsdpConfig(FsdpConfig):
     optimizer_offload: bool = key("keep optimizer state in host memory between updates")
 
 
+BackendConfig = MegatronConfig | FsdpConfig
+"""The section that says how a role's backend lays its model out; trained roles have the classes that inherit these."""
+
+
 @dataclass(frozen=True)
 class PolicyLossConfig:
     """Settings that single policy losses read; see megarl.algorithm.policy_loss."""
@@ -165,8 +169,12 @@ class PolicyLossConfig:
 
 
 @dataclass(frozen=True)
-class PolicyTrainingConfig:
-    """How the policy is trained, whatever the backend."""
+class ActorConfig:
+    """The policy that is trained. The section of its backend is there, and no other's."""
+
+    strategy: str = key("training backend", choices=("megatron", *FSDP_STRATEGIES))
+    megatron: TrainedMegatronConfig | None = key("axes, where strategy is megatron")
+    fsdp_config: TrainedFsdpConfig | None = key("offload, where strategy is fsdp or fsdp2")
 
     optim: OptimConfig = key("optimizer")
     lr_scheduler: LRSchedulerConfig = key("schedule")
@@ -194,45 +202,20 @@ class PolicyTrainingConfig:
     kl_loss_coef: float = key("weight of that KL", low=0.0)
     kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_TYPES)
     loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
+    separate_old_log_probs: bool = key(
+        "compute old log-probs in a pass of their own also where the update's own would do"
+    )
 
 
 @dataclass(frozen=True)
-class ActorConfig(PolicyTrainingConfig):
-    """The policy that is trained, on Megatron."""
-
-    strategy: str = key("training backend", choices=("megatron",))
-    megatron: TrainedMegatronConfig = key("axes")
-
-
-@dataclass(frozen=True)
-class DpActorConfig(PolicyTrainingConfig):
-    """The policy that is trained, split over data-parallel ranks alone."""
-
-    strategy: str = key("training backend", choices=FSDP_STRATEGIES)
-    fsdp_config: TrainedFsdpConfig = key("offload")
-
-
-@dataclass(frozen=True)
-class RefScoringConfig:
+class RefConfig:
     """The frozen reference; built only where a KL term needs it."""
 
     log_prob_micro_batch_size_per_gpu: int | None = key("rollouts of a log-prob pass; null: as the actor's", low=1)
     log_prob_use_dynamic_bsz: bool | None = key("fill micro-batches up to a number of tokens; null: as the actor's")
     log_prob_max_token_len_per_gpu: int | None = key("those tokens, on one device; null: as the actor's", low=1)
-
-
-@dataclass(frozen=True)
-class RefConfig(RefScoringConfig):
-    """The frozen reference, on Megatron; built only where a KL term needs it."""
-
-    megatron: MegatronConfig = key("axes")
-
-
-@dataclass(frozen=True)
-class DpRefConfig(RefScoringConfig):
-    """The frozen reference, split over data-parallel ranks alone."""
-
-    fsdp_config: FsdpConfig = key("offload")
+    megatron: MegatronConfig | None = key("axes, on Megatron")
+    fsdp_config: FsdpConfig | None = key("offload, on FSDP")
 
 
 @dataclass(frozen=True)
@@ -278,17 +261,6 @@ class ActorRolloutRefConfig:
 
 
 @dataclass(frozen=True)
-class DpActorRolloutRefConfig:
-    """Actor, engine and reference share ranks."""
-
-    hybrid_engine: bool = key("training and rollout share devices; only true so far")
-    model: ModelConfig = key("model")
-    rollout: RolloutConfig = key("rollout")
-    actor: DpActorConfig = key("actor")
-    ref: DpRefConfig = key("reference")
-
-
-@dataclass(frozen=True)
 class OverlongBufferConfig:
     """Soft overlong punishment: the reward sinks linearly over the last ``len`` tokens before the limit."""
 
@@ -299,7 +271,7 @@ class OverlongBufferConfig:
 
 @dataclass(frozen=True)
 class RewardModelConfig:
-    """The reward model, on Megatron. dtype and packing are the actor's model's."""
+    """The reward model. dtype and packing are the actor's model's."""
 
     path: str | None = key(
         "a Hugging Face folder or name of a *ForSequenceClassification model with one label; null: no reward model"
@@ -314,12 +286,12 @@ class RewardModelConfig:
     forward_max_token_len_per_gpu: int | None = key(
         "those tokens, on one device; null: as the actor's log-prob pass", low=1
     )
-    megatron: MegatronConfig = key("axes; the actor's unless given")
+    megatron: MegatronConfig | None = key("axes, on Megatron; the actor's unless given")
 
 
 @dataclass(frozen=True)
-class RewardFunctionConfig:
-    """Reward functions, called in processes of their own."""
+class RewardConfig:
+    """Rewards: a function's, called in processes of their own, a model's, or both added up."""
 
     name: str | None = key(
         "a registered reward for all rows; null: each row's by its data_source, or none beside a reward model"
@@ -330,12 +302,6 @@ class RewardFunctionConfig:
     timeout_s: float = key("seconds a reward may take", above=0.0)
     overlong_buffer: OverlongBufferConfig = key("soft penalty of long responses (DAPO)")
     score_on_failure: float = key("reward of a rollout whose reward function raised, hung or returned no number")
-
-
-@dataclass(frozen=True)
-class RewardConfig(RewardFunctionConfig):
-    """Rewards: a function's, a model's, or both added up."""
-
     model: RewardModelConfig = key("reward model")
 
 
@@ -407,8 +373,8 @@ class CriticModelConfig:
 
 
 @dataclass(frozen=True)
-class CriticTrainingConfig:
-    """The critic, whatever the backend. dtype and packing are the actor's model's."""
+class CriticConfig:
+    """The critic. dtype and packing are the actor's model's."""
 
     enable: bool | None = key("null: where the estimator needs values")
     model: CriticModelConfig = key("model")
@@ -427,20 +393,8 @@ class CriticTrainingConfig:
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
     loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
     warmup_steps: int = key("steps at the start that train the critic alone", low=0)
-
-
-@dataclass(frozen=True)
-class CriticConfig(CriticTrainingConfig):
-    """The critic, on Megatron. dtype and packing are the actor's model's."""
-
-    megatron: TrainedMegatronConfig = key("axes; the actor's unless given")
-
-
-@dataclass(frozen=True)
-class DpCriticConfig(CriticTrainingConfig):
-    """The critic, split over data-parallel ranks alone."""
-
-    fsdp_config: TrainedFsdpConfig = key("offload; the actor's unless given")
+    megatron: TrainedMegatronConfig | None = key("axes, on Megatron; the actor's unless given")
+    fsdp_config: TrainedFsdpConfig | None = key("offload, on FSDP; the actor's unless given")
 
 
 @dataclass(frozen=True)
@@ -473,24 +427,12 @@ class TrainerConfig(SFTTrainerConfig):
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """A whole RL run on Megatron."""
+    """A whole RL run."""
 
     data: DataConfig = key("data")
     actor_rollout_ref: ActorRolloutRefConfig = key("models")
     critic: CriticConfig = key("critic")
     reward: RewardConfig = key("reward")
-    algorithm: AlgorithmConfig = key("algorithm")
-    trainer: TrainerConfig = key("trainer")
-
-
-@dataclass(frozen=True)
-class DpPPOConfig:
-    """A whole RL run on the data-parallel backend."""
-
-    data: DataConfig = key("data")
-    actor_rollout_ref: DpActorRolloutRefConfig = key("models")
-    critic: DpCriticConfig = key("critic")
-    reward: RewardFunctionConfig = key("reward")
     algorithm: AlgorithmConfig = key("algorithm")
     trainer: TrainerConfig = key("trainer")
 

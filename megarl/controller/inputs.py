@@ -1,23 +1,23 @@
-"""What a run reads before any rank starts: tokenizer, prompts, their order, and the arithmetic of its batches."""
+"""What a run reads before any rank starts: weights' headers, tokenizer, prompts or chats, and their order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from megarl.batching.plan import BatchPlan
-from megarl.checks.algorithm import needs_reward_function
-from megarl.checks.rules import require, schedule_problems
-from megarl.checks.run import CheckedPPO, CheckedSFT
-from megarl.config.schema import ModelConfig, PPOConfig
+from megarl.algorithm.needs import needs_reward_function
+from megarl.checks.rules import require, warm_up_ends_before_the_run
+from megarl.checks.run import CheckedRun, schedule_problems
+from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.data.chat import load_tokenizer
 from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
 from megarl.reward.registry import require_functions
+from megarl.roles import Role, with_total_steps
 from megarl.types import Prompt
-from megarl.weights.model_shape import ModelShape, read_model_shape
 from megarl.weights.sources import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -28,54 +28,37 @@ Overlong = Literal["filter", "error"]
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """Of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
+    """The inputs of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
 
-    critic_plan: the critic's share of the batch arithmetic, None without one. shape, critic_shape, reward_shape: of the
-    models.
+    roles: with the lengths of their schedules.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
     order: Order | MixedOrder
-    batch_plan: BatchPlan
-    critic_plan: BatchPlan | None
     num_steps: int
     num_overlong: int
-    shape: ModelShape
-    critic_shape: ModelShape | None
-    reward_shape: ModelShape | None = None
-
-    def actor_optimizer_steps(self, config: PPOConfig) -> int:
-        """Return the optimizer steps of the actor in the whole run."""
-        idle = config.critic.warmup_steps if self.critic_plan else 0
-        return (self.num_steps - idle) * self.batch_plan.num_optimizer_steps
-
-    def critic_optimizer_steps(self) -> int:
-        """Return the optimizer steps of the critic in the whole run."""
-        return self.num_steps * self.critic_plan.num_optimizer_steps if self.critic_plan else 0
+    roles: tuple[Role, ...]
 
 
 @dataclass(frozen=True)
 class SFTInputs:
-    """Of an SFT run."""
+    """The inputs of an SFT run. roles: with the lengths of their schedules."""
 
     examples: tuple[SFTExample, ...]
     val_examples: tuple[SFTExample, ...]
     order: Order
-    batch_plan: BatchPlan
     num_steps: int
+    roles: tuple[Role, ...]
 
 
-def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
-    """Read a checked RL run's inputs. Raises the named error of what is wrong before anything starts."""
+def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
+    """Read the inputs of a checked RL run. Raises the named error of what is wrong before anything starts."""
     config = checked.config
-    data, actor, trainer = config.data, config.actor_rollout_ref.actor, config.trainer
-    plan, critic_plan, model_folder = checked.batch, checked.critic_batch, checked.model.here()
-    _check_weights(config.actor_rollout_ref.model, model_folder)
-    if checked.reward_model:
-        SafetensorsSource(checked.reward_model.here(), checked.reward_model.shape, may_lack_value_head=False)
-    tokenizer = load_tokenizer(model_folder)
+    data, trainer = config.data, config.trainer
+    _check_weights(checked.roles)
+    tokenizer = load_tokenizer(checked.actor.model.here())
     train, val = (
         load_prompts(
             files,
@@ -97,35 +80,23 @@ def read_ppo_inputs(checked: CheckedPPO) -> PPOInputs:
     else:
         order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
-    num_overlong = train.num_overlong + val.num_overlong
-    inputs = PPOInputs(
+    require(schedule_problems(checked, num_steps))  # once more, now that too long prompts are left out
+    return PPOInputs(
         tokenizer,
         train.prompts,
         val_prompts,
         order,
-        plan,
-        critic_plan,
         num_steps,
-        num_overlong,
-        checked.model.shape,
-        checked.critic.shape if checked.critic else None,
-        checked.reward_model.shape if checked.reward_model else None,
+        train.num_overlong + val.num_overlong,
+        with_total_steps(config, checked.roles, num_steps),
     )
-    # Once more, now that too long prompts are left out.
-    steps = inputs.actor_optimizer_steps(config)
-    require(schedule_problems("actor_rollout_ref.actor.lr_scheduler", actor.lr_scheduler, steps))
-    if critic_plan:
-        steps = inputs.critic_optimizer_steps()
-        require(schedule_problems("critic.lr_scheduler", config.critic.lr_scheduler, steps))
-    return inputs
 
 
-def read_sft_inputs(checked: CheckedSFT) -> SFTInputs:
-    """Read a checked SFT run's inputs. Raises the named error of what is wrong before anything starts."""
-    config, plan, model_folder = checked.config, checked.batch, checked.model.here()
-    data, trainer = config.data, config.trainer
-    _check_weights(config.model, model_folder)
-    tokenizer = load_tokenizer(model_folder)
+def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
+    """Read the inputs of a checked SFT run. Raises the named error of what is wrong before anything starts."""
+    config, data, trainer = checked.config, checked.config.data, checked.config.trainer
+    _check_weights(checked.roles)
+    tokenizer = load_tokenizer(checked.actor.model.here())
     train, val = (
         load_sft_examples(
             files,
@@ -140,11 +111,12 @@ def read_sft_inputs(checked: CheckedSFT) -> SFTInputs:
     )
     order = Order(len(train), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
-    require(schedule_problems("lr_scheduler", config.lr_scheduler, num_steps))
-    return SFTInputs(train, val, order, plan, num_steps)
+    require(warm_up_ends_before_the_run(checked.actor, num_steps))
+    return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
 
 
-def _check_weights(model: ModelConfig, folder: str) -> None:
+def _check_weights(roles: Sequence[Role]) -> None:
     """Raise ModelFolderError for weights that are missing or truncated: here in a second, on the ranks in a minute."""
-    if model.init == "pretrained":
-        SafetensorsSource(folder, read_model_shape(folder))
+    for role in roles:
+        if role.model.init == "pretrained":
+            SafetensorsSource(role.model.here(), role.shape, may_lack_value_head=role.name == "critic")

@@ -1,23 +1,41 @@
-"""How the controller reaches all ranks. It doesn't know whether Ray or torchrun placed them."""
+"""How the controller calls ranks. It doesn't know whether Ray or torchrun placed them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from megarl.ranks.worker import Worker
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+class Futures(Protocol[T]):
+    """The answers of all ranks to one call."""
+
+    def result(self) -> list[T]:
+        """Wait for all ranks, and return their answers by rank.
+
+        Raises WorkerError with the first rank's traceback where one fails or dies. The group is dead afterwards.
+        """
+        ...
 
 
 class WorkerGroup(Protocol):
-    """The ranks of a run, each with a Worker."""
+    """Ranks with a Worker each."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         ...
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call ``method`` of every rank's Worker with that rank's arguments; return the results by rank.
+    def submit(self, verb: Callable[[Worker, A], T], arguments: Sequence[A]) -> Futures[T]:
+        """Have every rank's Worker run ``verb``, as in ``submit(Worker.update, work_by_rank)``; don't wait.
 
-        Raises WorkerError with the first rank's traceback where one fails or dies. The group is dead afterwards.
+        arguments: by rank. Ranks that are given the same object share one copy: it leaves this process once.
+        Ranks run calls in the order in which they were submitted.
         """
         ...
 
@@ -28,3 +46,8 @@ class WorkerGroup(Protocol):
     def abort(self) -> None:
         """End all ranks at once, whatever they are doing."""
         ...
+
+
+def everywhere(group: WorkerGroup, verb: Callable[[Worker, A], T], argument: A) -> list[T]:
+    """Return the answers of all ranks, given the same argument each."""
+    return group.submit(verb, [argument] * group.world_size).result()

@@ -6,16 +6,22 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megarl.errors import MegarlError, ResourceError, WorkerError
 from megarl.launchers.failure import failures_named
+from megarl.launchers.group import everywhere
+from megarl.launchers.parcels import parcels_of
 from megarl.parallel.environment import platform_environment, platform_name
-from megarl.ranks.spec import RunSpec, join_ranks, start_worker
+from megarl.ranks.join import join_ranks, start_worker
+from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
     from megarl.ranks.worker import Worker
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 _OBJECT_STORE_BYTES = 200_000_000
 _PLACEMENT_S = 60.0  # a cluster may be adding nodes
@@ -41,32 +47,32 @@ class RankActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, environment: dict[str, str], run: RunSpec) -> None:
+    def start(self, environment: dict[str, str], spec: RankSpec) -> None:
         """Become the rank that ``environment`` describes."""
         os.environ.update(environment)
         with failures_named("the start"):
-            self.worker = start_worker(run, join_ranks())
+            self.worker = start_worker(spec, join_ranks())
 
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Call a method of the Worker."""
-        with failures_named(method):
-            return getattr(self.worker, method)(*args)
+    def run(self, verb: Callable[[Worker, A], T], argument: A) -> T:
+        """Have the Worker run ``verb``."""
+        with failures_named(verb.__name__):
+            return verb(self.worker, argument)
 
 
 class RayGroup:
     """One Ray actor a rank. Consecutive ranks share a node."""
 
-    def __init__(self, run: RunSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
+    def __init__(self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
         self.world_size = nnodes * ranks_per_node
         self.actors: list[Any] = []
         _connect(self.world_size, dashboard)
         try:
-            self._start(run, nnodes, ranks_per_node)
+            self._start(spec, nnodes, ranks_per_node)
         except BaseException:
             self.abort()
             raise
 
-    def _start(self, run: RunSpec, nnodes: int, ranks_per_node: int) -> None:
+    def _start(self, spec: RankSpec, nnodes: int, ranks_per_node: int) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -81,10 +87,10 @@ class RayGroup:
             ).remote(rank)
             for rank in range(self.world_size)
         ]
-        host, port = self._get([self.actors[0].address.remote()])[0]
-        self._get(
+        host, port = _get([self.actors[0].address.remote()])[0]
+        _get(
             [
-                actor.start.remote(self._environment(rank, ranks_per_node, host, port), run)
+                actor.start.remote(self._environment(rank, ranks_per_node, host, port), spec)
                 for rank, actor in enumerate(self.actors)
             ]
         )
@@ -100,27 +106,20 @@ class RayGroup:
             "MASTER_PORT": str(port),
         }
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call ``method`` on every rank, as WorkerGroup says."""
-        return self._get([actor.call.remote(method, args) for actor, args in zip(self.actors, arguments, strict=True)])
-
-    def _get(self, pending: list[Any]) -> list[Any]:
-        """Wait for all, but raise a failure the moment it is there: the others may wait for the failed rank."""
+    def submit(self, verb: Callable[[Worker, A], T], arguments: Sequence[A]) -> _Answers[T]:
+        """Have every rank run ``verb``, as WorkerGroup says: each parcel is put into Ray's store once."""
         import ray
 
-        waiting = list(pending)
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            try:
-                ray.get(done)
-            except ray.exceptions.RayError as error:
-                raise _cause(pending, error) from error
-        results: list[Any] = ray.get(pending)
-        return results
+        parcels = parcels_of(arguments)
+        stored = [ray.put(content) for content in parcels.contents]
+        place = parcels.of_rank()
+        return _Answers([actor.run.remote(verb, stored[place[rank]]) for rank, actor in enumerate(self.actors)])
 
     def shutdown(self) -> None:
         """Release the engines, then end the actors and, if it was started here, Ray."""
-        self.call("shutdown", [()] * self.world_size)
+        from megarl.ranks.worker import Worker
+
+        everywhere(self, Worker.shutdown, None)
         self.abort()
 
     def abort(self) -> None:
@@ -130,6 +129,32 @@ class RayGroup:
         for actor in self.actors:
             ray.kill(actor)
         ray.shutdown()
+
+
+class _Answers(Generic[T]):
+    """The answers to a call on Ray."""
+
+    def __init__(self, pending: list[Any]) -> None:
+        self.pending = pending
+
+    def result(self) -> list[T]:
+        """Wait for all ranks, and return their answers by rank."""
+        return _get(self.pending)
+
+
+def _get(pending: list[Any]) -> list[Any]:
+    """Wait for all, but raise a failure the moment it is there: the others may wait for the failed rank."""
+    import ray
+
+    waiting = list(pending)
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            raise _cause(pending, error) from error
+    results: list[Any] = ray.get(pending)
+    return results
 
 
 def _place(nnodes: int, ranks_per_node: int) -> Any:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megarl.checks.rules import num_ranks
-from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem
 from megarl.launchers.group import WorkerGroup
 from megarl.parallel.environment import apply_environment
-from megarl.ranks.spec import RunSpec
+from megarl.ranks.spec import RankSpec
+from megarl.roles import num_ranks
 
 
 def serve_if_not_controller() -> bool:
@@ -26,19 +26,18 @@ def serve_if_not_controller() -> bool:
 
 
 @contextmanager
-def worker_group(run: RunSpec) -> Iterator[WorkerGroup]:
+def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGroup]:
     """Start all ranks of a run, under torchrun or on Ray, and end them afterwards."""
     group: WorkerGroup
-    trainer = run.config.trainer
     if _torchrun_rank() is not None:
         from megarl.launchers.torchrun_group import TorchrunGroup
 
-        group = TorchrunGroup(run)
+        group = TorchrunGroup(spec)
     else:
         from megarl.launchers.ray_group import RayGroup
 
         group = RayGroup(
-            run, nnodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node, dashboard=trainer.ray_dashboard
+            spec, nnodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node, dashboard=trainer.ray_dashboard
         )
     try:
         yield group

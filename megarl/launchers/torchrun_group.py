@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megarl.errors import MegarlError
 from megarl.launchers.failure import failures_named
-from megarl.ranks.spec import RunSpec, join_ranks, start_worker
+from megarl.launchers.parcels import packed, parcels_of, relay_of
+from megarl.ranks.join import join_ranks, start_worker
+from megarl.ranks.spec import RankSpec
+
+if TYPE_CHECKING:
+    from megarl.ranks.worker import Worker
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 _FOREVER = timedelta(days=30)  # a controller may score, validate or wait for long; a dead peer is noticed at once
 _END_BY_TORCHRUN_S = 10.0  # torchrun ends all ranks of a node within a second of one's death
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all ranks hear of a call: takers and bytes of every parcel. verb: None ends the run."""
+
+    verb: Callable[[Worker, Any], Any] | None
+    takers: tuple[tuple[int, ...], ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The call in an error."""
+        return "shutdown" if self.verb is None else self.verb.__name__
 
 
 def serve() -> None:
@@ -31,62 +57,132 @@ def serve() -> None:
 
 
 class TorchrunGroup:
-    """The ranks that torchrun started. Rank 0 creates it with the run; the others learn the run from rank 0."""
+    """The ranks that torchrun started. Rank 0 creates it with the run; the others learn the run from rank 0.
 
-    def __init__(self, run: RunSpec | None) -> None:
+    A call is told to all in one broadcast. Each parcel goes from rank 0 to the first rank that takes it, and from there
+    from rank to rank. Answers other than None come back one by one.
+    """
+
+    def __init__(self, spec: RankSpec | None) -> None:
         with _failures_named("the start"):
             platform = join_ranks()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             # Calls travel in a group of their own, apart from the collectives of models and engine.
             self.control = dist.new_group(backend="gloo", timeout=_FOREVER)
-            runs = [run]
-            dist.broadcast_object_list(runs, src=0, group=self.control)
-            assert runs[0] is not None
-            self.worker = start_worker(runs[0], platform)
+            specs = [spec]
+            dist.broadcast_object_list(specs, src=0, group=self.control)
+            assert specs[0] is not None
+            self.worker = start_worker(specs[0], platform)
+        self.waiting: deque[_Answers[Any]] = deque()
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call ``method`` on every rank, as WorkerGroup says."""
-        with _failures_named(method):
-            _, own = self._scatter([(method, args) for args in arguments])
-            return self._gather(getattr(self.worker, method)(*own))
+    def submit(self, verb: Callable[[Worker, A], T], arguments: Sequence[A]) -> _Answers[T]:
+        """Have every rank run ``verb``, as WorkerGroup says; this one does when the answers are asked for."""
+        self.finish(None)  # the others may wait for this rank in a call before
+        parcels = parcels_of(arguments)
+        contents = packed(parcels)
+        call = _Call(verb, parcels.takers, tuple(map(len, contents)))
+        with _failures_named(call.name):
+            self._tell(call)
+            for content, takers in zip(contents, parcels.takers, strict=True):
+                first = takers[0] if takers[0] != self.rank else None
+                for receiver in (first,) if first is not None else relay_of(takers, self.rank)[1]:
+                    self._send(content, receiver)
+        answers: _Answers[T] = _Answers(self, call, arguments[self.rank])
+        self.waiting.append(answers)
+        return answers
 
     def shutdown(self) -> None:
         """Let the serving ranks return."""
+        self.finish(None)
         with _failures_named("shutdown"):
-            self._scatter([("", ())] * self.world_size)
-            self.worker.shutdown()
+            self._tell(_Call(None))
+            self.worker.shutdown(None)
 
     def abort(self) -> None:
         """Do nothing: this process is about to fail, and torchrun then ends the others."""
 
+    def finish(self, last: _Answers[Any] | None) -> None:
+        """Run this rank's part of the calls up to ``last``, of all where it is None, and collect their answers."""
+        while self.waiting:
+            answers = self.waiting.popleft()
+            assert answers.call.verb is not None
+            with _failures_named(answers.call.name):
+                answers.found = self._gather(answers.call.verb(self.worker, answers.own))
+            if answers is last:
+                return
+
     def serve(self) -> None:
         """Answer calls until the controller shuts down."""
-        method = "a wait for the next call"
-        while method:
-            with _failures_named(method):
-                method, args = self._scatter(None)
-            with _failures_named(method):
-                if method:
-                    self._gather(getattr(self.worker, method)(*args))
-        with _failures_named("shutdown"):
-            self.worker.shutdown()
+        name = "a wait for the next call"
+        while True:
+            with _failures_named(name):
+                call = self._tell(None)
+            name = call.name
+            if call.verb is None:
+                break
+            with _failures_named(name):
+                self._gather(call.verb(self.worker, self._receive(call)))
+        with _failures_named(name):
+            self.worker.shutdown(None)
 
-    def _scatter(self, calls: list[tuple[str, tuple[Any, ...]]] | None) -> tuple[str, tuple[Any, ...]]:
-        mine: list[Any] = [None]
-        dist.scatter_object_list(mine, calls, src=0, group=self.control)
-        call: tuple[str, tuple[Any, ...]] = mine[0]
-        return call
+    def _tell(self, call: _Call | None) -> _Call:
+        told = [call]
+        dist.broadcast_object_list(told, src=0, group=self.control)
+        assert told[0] is not None
+        return told[0]
 
-    def _gather(self, result: Any) -> list[Any]:
-        results: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(result, results, dst=0, group=self.control)
-        return results or []
+    def _receive(self, call: _Call) -> Any:
+        """Return this rank's argument, and hand it on."""
+        mine = next(i for i, takers in enumerate(call.takers) if self.rank in takers)
+        sender, receivers = relay_of(call.takers[mine], self.rank)
+        content = torch.empty(call.sizes[mine], dtype=torch.uint8)
+        dist.recv(content, src=0 if sender is None else sender, group=self.control)
+        for receiver in receivers:
+            dist.send(content, dst=receiver, group=self.control)
+        return pickle.loads(content.numpy().tobytes())
+
+    def _send(self, content: bytes, receiver: int) -> None:
+        dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), dst=receiver, group=self.control)
+
+    def _gather(self, answer: Any) -> list[Any]:
+        """Return all answers on rank 0; None travels as a size of 0."""
+        content = b"" if answer is None else pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL)
+        size = torch.tensor([len(content)])
+        if self.rank != 0:
+            dist.gather(size, dst=0, group=self.control)
+            if content:
+                self._send(content, 0)
+            return []
+        sizes = [torch.zeros_like(size) for _ in range(self.world_size)]
+        dist.gather(size, sizes, dst=0, group=self.control)
+        found: list[Any] = [answer]
+        for rank in range(1, self.world_size):
+            there = torch.empty(int(sizes[rank]), dtype=torch.uint8)
+            if len(there):
+                dist.recv(there, src=rank, group=self.control)
+            found.append(pickle.loads(there.numpy().tobytes()) if len(there) else None)
+        return found
+
+
+class _Answers(Generic[T]):
+    """The answers to a call under torchrun."""
+
+    def __init__(self, group: TorchrunGroup, call: _Call, own: object) -> None:
+        self.group, self.call, self.own = group, call, own
+        self.found: list[T] | None = None
+
+    def result(self) -> list[T]:
+        """Wait for all ranks, and return their answers by rank."""
+        if self.found is None:
+            self.group.finish(self)
+        assert self.found is not None
+        return self.found
 
 
 @contextmanager
-def _failures_named(method: str) -> Iterator[None]:
+def _failures_named(call: str) -> Iterator[None]:
     """Name a failure and give it to torchrun, whose report ends the output; let that of a lost peer be heard first."""
-    with failures_named(method):
+    with failures_named(call):
         try:
             yield
         except MegarlError:

@@ -50,7 +50,7 @@ class Progress:
         """Move the bar to ``step`` (counted from 1) and write its line."""
         if not self._started:
             # A resumed run does not start at step 1; steps of the earlier run must not count as speed of this one.
-            self._bar.initial = step - 1
+            self._bar.initial = max(0, step - 1)
             self._started = True
         self._bar.n = step
         self.write(metrics_line(step, metrics, self._headline))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.schema import MegatronConfig
+from megarl.config.schema import BackendConfig, MegatronConfig
 from megarl.errors import ConfigError, Problem
 
 
@@ -37,7 +37,8 @@ class ExpertCoordinates:
 class Layout:
     """Sizes of all axes of one model. ``dp`` and ``edp`` follow from the others.
 
-    vpp: model chunks of a pipeline stage, 1 without interleaving. etp: tensor-parallel size of experts, None as ``tp``.
+    vpp: model chunks of a pipeline stage, 1 without interleaving. is_fsdp: every data-parallel rank has a part of each
+    tensor. etp: tensor-parallel size of experts, None as ``tp``.
     """
 
     world_size: int
@@ -48,6 +49,7 @@ class Layout:
     ep: int = 1
     etp: int | None = None
     vpp: int = 1
+    is_fsdp: bool = False
 
     @property
     def dp(self) -> int:
@@ -85,18 +87,20 @@ class Layout:
         return tuple(self.rank(Coordinates(tp=0, dp=d, pp=self.pp - 1)) for d in range(self.dp))
 
 
-def layout_of(megatron: MegatronConfig, world_size: int) -> Layout:
-    """Return the layout of a config's axes; sequence parallelism means something only where TP > 1."""
-    tp = megatron.tensor_model_parallel_size
+def layout_of(backend: BackendConfig, world_size: int) -> Layout:
+    """Return the layout of a backend's section; sequence parallelism means something only where TP > 1."""
+    if not isinstance(backend, MegatronConfig):
+        return Layout(world_size, is_fsdp=True)
+    tp = backend.tensor_model_parallel_size
     return Layout(
         world_size,
         tp,
-        megatron.pipeline_model_parallel_size,
-        megatron.sequence_parallel and tp > 1,
-        megatron.context_parallel_size,
-        megatron.expert_model_parallel_size,
-        megatron.expert_tensor_parallel_size,
-        megatron.virtual_pipeline_model_parallel_size or 1,
+        backend.pipeline_model_parallel_size,
+        backend.sequence_parallel and tp > 1,
+        backend.context_parallel_size,
+        backend.expert_model_parallel_size,
+        backend.expert_tensor_parallel_size,
+        backend.virtual_pipeline_model_parallel_size or 1,
     )
 
 

@@ -11,15 +11,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megarl.checks.run import CheckedPPO, check_ppo
+from megarl.checks.run import CheckedRun, check_ppo
 from megarl.config.command_line import FlagParser, take_flags
 from megarl.config.compose import errors_reported, run_hydra
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.advise import advise
-from megarl.plan.changes import device_with_memory, fitting_changes, shapes_of_others
+from megarl.plan.changes import device_with_memory, fitting_changes
 from megarl.plan.devices import Device, device
-from megarl.plan.of_run import plan_of, planned
+from megarl.plan.of_run import known_models, plan_of, planned
 from megarl.plan.report import advice_json, advice_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 
@@ -62,7 +62,7 @@ def main() -> None:
         plan = planned(checked, place)
         changes = None
         if not plan.fits:
-            changes = fitting_changes(config, plan, lambda c: plan_of(checked, c, place), checked.model.shape)
+            changes = fitting_changes(config, plan, lambda c: plan_of(checked, c, place), known_models(checked))
         if flags.json:
             print(json.dumps(plan_json(plan, changes, checked.notes), indent=1))
         else:
@@ -73,12 +73,12 @@ def main() -> None:
     run_hydra("ppo_megatron_trainer", task, rest, HELP)
 
 
-def _advise(checked: CheckedPPO, place: Device, as_json: bool) -> None:
+def _advise(checked: CheckedRun[PPOConfig], place: Device, as_json: bool) -> None:
     def again(c: PPOConfig) -> RunPlan:
         return plan_of(checked, c, place)
 
     plan = again(checked.config)
-    found, tried = advise(checked.config, checked.model.shape, again, shapes_of_others(plan))
+    found, tried = advise(checked.config, checked.actor.shape, again, known_models(checked))
     print(json.dumps(advice_json(found, plan, tried), indent=1) if as_json else advice_text(found, plan, tried))
     if not found:
         sys.exit(DOES_NOT_FIT)

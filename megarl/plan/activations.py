@@ -10,11 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.schema import RecomputeConfig
+from megarl.config.schema import RecomputeConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout, layers_of_chunks
+from megarl.roles import Role
 from megarl.weights.model_shape import ModelShape
 
 _FP32, _INT64 = 4, 8
+
+
+def pass_of(role: Role, tokens: int, fused: bool) -> Pass:
+    """Return the forward pass of a role over ``tokens`` tokens."""
+    return Pass(role.shape, role.layout, tokens, role.dtype_bytes, fused, role.fused_head)
+
+
+def recompute_of(role: Role) -> RecomputeConfig | None:
+    """Return the recomputation of a role that is trained on Megatron, None elsewhere."""
+    return role.backend.recompute if isinstance(role.backend, TrainedMegatronConfig) else None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from megarl.checks.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
 from megarl.plan.changes import ACTOR, MEGATRON, ROLLOUT, Change, changed, is_valid, value_of
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.step_time import StepTime, step_time
+from megarl.roles import FindModel, num_ranks
 from megarl.weights.model_shape import ModelShape
 
 _OFFLOADS: tuple[dict[str, object], ...] = (
@@ -58,24 +58,20 @@ class Advice:
 
 
 def advise(
-    c: PPOConfig,
-    shape: ModelShape,
-    again: Callable[[PPOConfig], RunPlan],
-    others: Mapping[str, ModelShape],
-    count: int = 5,
+    c: PPOConfig, shape: ModelShape, again: Callable[[PPOConfig], RunPlan], find: FindModel, count: int = 5
 ) -> tuple[list[Advice], int]:
     """Return the ``count`` fastest layouts that fit, and how many were tried.
 
-    again: plans a config. others: the shapes of models beside the actor's, by the key of their axes.
+    shape: of the actor. again: plans a config. find: the models of the run.
     """
     found: list[Advice] = []
     tried = 0
     for layout in _layouts(c, shape):
-        if not is_valid(changed(c, layout | _OFF), shape, others):
+        if not is_valid(changed(c, layout | _OFF), find):
             continue
         for offload, recompute in product(_OFFLOADS, _RECOMPUTE):
             values = layout | _OFF | _in_megatron(offload | recompute)
-            if not is_valid(candidate := changed(c, values), shape, others):
+            if not is_valid(candidate := changed(c, values), find):
                 continue
             try:
                 plan = again(candidate)
@@ -131,11 +127,12 @@ def _layouts(c: PPOConfig, shape: ModelShape) -> Iterator[dict[str, object]]:
 def _time(c: PPOConfig, plan: RunPlan) -> StepTime:
     return step_time(
         plan.roles,
+        plan.batches,
         plan.engine,
         plan.engine_tp,
         plan.device,
         ranks_per_node=plan.ranks_per_node,
-        num_rollouts=plan.batch.num_rollouts,
+        num_rollouts=plan.batches[plan.roles[0].name].num_rollouts,
         max_prompt=c.data.max_prompt_length,
         max_response=c.data.max_response_length,
         max_num_seqs=c.actor_rollout_ref.rollout.max_num_seqs,

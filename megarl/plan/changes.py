@@ -8,14 +8,12 @@ from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any, cast
 
-from megarl.checks.axes import the_model_fits_its_axes
-from megarl.checks.passes import actor_update
-from megarl.checks.rules import ppo_model_problems, ppo_problems
+from megarl.checks.rules import model_problems, run_problems
 from megarl.config.schema import MegatronConfig, PPOConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
-from megarl.weights.model_shape import ModelShape
+from megarl.roles import FindModel, roles_of
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
@@ -114,10 +112,11 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
         if scored is not None and scored > micro:
             sizes[f"{ACTOR}.log_prob_micro_batch_size_per_gpu"] = micro
         critics = c.critic.ppo_micro_batch_size_per_gpu
-        if plan.critic_batch and critics > micro and critics != models.actor.ppo_micro_batch_size_per_gpu:
+        if "critic" in plan.batches and critics > micro and critics != models.actor.ppo_micro_batch_size_per_gpu:
             sizes["critic.ppo_micro_batch_size_per_gpu"] = micro
         wanted.append(Change(sizes, "smaller matrix products"))
-    update = actor_update(c)
+    update = plan.roles[0].update
+    assert update is not None
     tokens = update.value if update.max_tokens is not None else 0
     while (tokens := tokens // 2) >= update.least_value:
         wanted.append(Change({update.key: tokens}, "smaller matrix products"))
@@ -126,13 +125,13 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
     recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
     wanted.append(Change(recompute, "a third more work in updates"))
     wanted.append(Change(on_host, "Adam at the host's speed"))
-    tp = models.actor.megatron.tensor_model_parallel_size
+    tp = value_of(c, f"{MEGATRON}.tensor_model_parallel_size")
     while (tp := tp * 2) <= c.trainer.n_gpus_per_node:
         wanted.append(Change({f"{MEGATRON}.tensor_model_parallel_size": tp}, "more exchange between ranks"))
     engine_tp = models.rollout.tensor_model_parallel_size
     while (engine_tp := engine_tp * 2) <= c.trainer.n_gpus_per_node:
         wanted.append(Change({f"{ROLLOUT}.tensor_model_parallel_size": engine_tp}, "slower tokens, fewer replicas"))
-    pp, ranks = models.actor.megatron.pipeline_model_parallel_size, plan.num_ranks
+    pp, ranks = value_of(c, f"{MEGATRON}.pipeline_model_parallel_size"), plan.num_ranks
     while (pp := pp * 2) <= ranks:
         wanted.append(Change({f"{MEGATRON}.pipeline_model_parallel_size": pp}, "waiting stages"))
     for change in wanted:
@@ -141,11 +140,13 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
 
 
 def fitting_changes(
-    c: PPOConfig, plan: RunPlan, again: Callable[[PPOConfig], RunPlan], shape: ModelShape, count: int = 3
+    c: PPOConfig, plan: RunPlan, again: Callable[[PPOConfig], RunPlan], find: FindModel, count: int = 3
 ) -> list[Change]:
-    """Return the cheapest ``count`` changes, alone or together, after which the run fits. again: plans a config."""
+    """Return the cheapest ``count`` changes, alone or together, after which the run fits.
+
+    again: plans a config. find: the models of the run.
+    """
     singles = list(single_changes(c, plan))
-    others = shapes_of_others(plan)
     found: list[Change] = []
     for size in range(1, MAX_COMBINED + 1):
         for parts in combinations(singles, size):
@@ -154,7 +155,7 @@ def fitting_changes(
                 continue  # two values of one key
             if any(set(known.values) <= set(values) for known in found):
                 continue  # more than needed, or more of the same
-            if not is_valid(candidate := changed(c, values), shape, others):
+            if not is_valid(candidate := changed(c, values), find):
                 continue
             try:
                 fits = again(candidate).fits
@@ -167,18 +168,10 @@ def fitting_changes(
     return found
 
 
-def shapes_of_others(plan: RunPlan) -> dict[str, ModelShape]:
-    """Return the shapes of models beside the actor's by the key of their axes."""
-    keys = {"critic": "critic.megatron", "reward model": "reward.model.megatron"}
-    return {keys[role.name]: role.shape for role in plan.roles if role.name in keys}
-
-
-def is_valid(c: PPOConfig, shape: ModelShape, others: Mapping[str, ModelShape]) -> bool:
-    """Return whether a config breaks no rule of its own nor of its models. others: see ``shapes_of_others``."""
-    problems = [*ppo_problems(c), *ppo_model_problems(c, shape)]
-    return not problems and not any(
-        any(the_model_fits_its_axes(key, other, value_of(c, key))) for key, other in others.items()
-    )
+def is_valid(c: PPOConfig, find: FindModel) -> bool:
+    """Return whether a config breaks no rule of its own nor of its models."""
+    roles = roles_of(c, find)
+    return not run_problems(c, roles) and not model_problems(c, roles)
 
 
 def device_with_memory(device: Device, memory_gib: float | None) -> Device:

@@ -6,17 +6,19 @@ rest, a few GiB, is assumed: ``ASSUMED`` says what and why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 
+from megarl.batching.plan import BatchPlan
 from megarl.config.schema import PPOConfig
 from megarl.parallel.layout import layers_of_chunks
-from megarl.plan.activations import Pass, chunk_bytes, recomputed_bytes
+from megarl.plan.activations import Pass, chunk_bytes, pass_of, recompute_of, recomputed_bytes
 from megarl.plan.devices import CPU, Device
 from megarl.plan.pipeline import Moment, moments
-from megarl.plan.roles import DTYPE_BYTES, Role
+from megarl.plan.static import static_of
+from megarl.roles import DTYPE_BYTES, Role
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_shards
 
@@ -118,23 +120,24 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
     return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine)
 
 
-def phases_of(roles: Sequence[Role], engine: Engine, device: Device, ranks: Iterable[int]) -> tuple[Phase, ...]:
-    """Return every phase of a step as the rank with most on its device sees it."""
+def phases_of(
+    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine, device: Device, ranks: Iterable[int]
+) -> tuple[Phase, ...]:
+    """Return every phase of a step as the rank with most on its device sees it. batches: of the trained roles."""
     worst: dict[str, Phase] = {}
     most_on_host: dict[str, int] = {}
     for rank in ranks:
-        for phase in _phases_of_rank(roles, engine, device, rank):
+        for phase in _phases_of_rank(roles, batches, engine, device, rank):
             most_on_host[phase.name] = max(phase.host_bytes, most_on_host.get(phase.name, 0))
             if phase.name not in worst or phase.device_bytes > worst[phase.name].device_bytes:
                 worst[phase.name] = phase
     return tuple(replace(phase, most_host_bytes=most_on_host[phase.name]) for phase in worst.values())
 
 
-def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank: int) -> Iterator[Phase]:
-    fused = device.name != CPU
-    by_name = {role.name: role for role in roles}
-    actor, ref, critic = by_name["actor"], by_name.get("ref"), by_name.get("critic")
-    reward_model = by_name.get("reward model")
+def _phases_of_rank(
+    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine, device: Device, rank: int
+) -> Iterator[Phase]:
+    fused, trained = device.name != CPU, [role for role in roles if role.is_trained]
 
     def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: bool = False) -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
@@ -143,17 +146,13 @@ def _phases_of_rank(roles: Sequence[Role], engine: Engine, device: Device, rank:
 
     yield _loading(roles, device, rank)
     yield phase("generate", awake=True)
-    if reward_model:
-        yield phase("reward model", *_scoring(reward_model, rank, fused), busy="reward model")
-    yield phase("log-prob", *_scoring(actor, rank, fused), busy="actor")
-    if ref:
-        yield phase("ref log-prob", *_scoring(ref, rank, fused), busy="ref")
-    if critic:
-        yield phase("values", *_scoring(critic, rank, fused), busy="critic")
-        yield phase("critic update", *_updating(critic, rank, fused), busy="critic", update=True)
-    yield phase("actor update", *_updating(actor, rank, fused), busy="actor", update=True)
+    for role in roles:
+        yield phase(f"{role.name} scoring", *_scoring(role, rank, fused), busy=role.name)
+    for role in reversed(trained):
+        work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
+        yield phase(f"{role.name} update", *work, busy=role.name, update=True)
     buckets = min(PUBLISH_BUCKETS_BYTES, 3 * engine.weights_bytes)
-    yield phase("publish", Item("send and receive buckets", buckets), busy="actor", awake=True)
+    yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
 
 
 def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:
@@ -182,13 +181,13 @@ def _engine_items(engine: Engine, awake: bool) -> Iterator[Item]:
 
 def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator[Item]:
     """Yield what a rank holds of a model, on the device or on the host. is_updated: where it is used, in an update."""
-    static = role.static(rank)
+    static, stay = static_of(role, rank), role.residency
     parts: tuple[tuple[str, int, bool, bool, bool], ...] = (
-        ("parameters", static.parameters, role.param_offload, is_used, True),
-        ("gradients", static.gradients, role.grad_offload, is_used and is_updated, False),
-        ("optimizer state", static.optimizer, role.optimizer_offload, is_used and is_updated, True),
+        ("parameters", static.parameters, stay.param_offload, is_used, True),
+        ("gradients", static.gradients, stay.grad_offload, is_used and is_updated, False),
+        ("optimizer state", static.optimizer, stay.optimizer_offload, is_used and is_updated, True),
     )
-    if role.optimizer_on_host:
+    if stay.optimizer_on_host:
         parts = parts[:2]
         yield Item(f"{role.name} optimizer state", 0, static.optimizer)
     for name, size, leaves, is_needed, keeps_values in parts:
@@ -201,25 +200,27 @@ def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator
 
 def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
     """Yield what a pass without gradients needs at its widest place."""
-    p, stage = role.pass_of(role.score_tokens, fused), role.stage(rank)
+    p, stage = pass_of(role, role.scoring.most_tokens, fused), role.layout.coordinates(rank).pp
     layers = chain.from_iterable(layers_of_chunks(role.shape.num_layers, role.layout, stage))
     yield Item("one layer at work", _layer_work_bytes(p, layers))
     if stage == role.layout.pp - 1 and not role.shape.value_head:
         yield Item("logits", _logits_bytes(p))
 
 
-def _updating(role: Role, rank: int, fused: bool) -> Iterator[Item]:
+def _updating(role: Role, num_micro_batches: int, rank: int, fused: bool) -> Iterator[Item]:
     """Yield what a stage needs at the fullest moment of its forward and backward passes."""
-    p, stage = role.pass_of(role.update_tokens, fused), role.stage(rank)
+    assert role.update is not None
+    p, stage = pass_of(role, role.update.most_tokens, fused), role.layout.coordinates(rank).pp
+    recompute = recompute_of(role)
     chunks = range(role.layout.vpp)
-    kept = [chunk_bytes(p, stage, chunk, role.recompute) for chunk in chunks]
-    again = [recomputed_bytes(p, stage, chunk, role.recompute) for chunk in chunks]
+    kept = [chunk_bytes(p, stage, chunk, recompute) for chunk in chunks]
+    again = [recomputed_bytes(p, stage, chunk, recompute) for chunk in chunks]
     work = [_backward_work_bytes(p, stage, chunk) for chunk in chunks]
 
     def held_bytes(moment: Moment) -> int:
         return moment.bytes_of(kept) + again[moment.chunk] + work[moment.chunk]
 
-    fullest = max(moments(role.layout, stage, role.num_micro_batches), key=held_bytes)
+    fullest = max(moments(role.layout, stage, num_micro_batches), key=held_bytes)
     yield Item(f"activations of {_count_of(fullest)}", fullest.bytes_of(kept))
     yield Item("one layer computed again", again[fullest.chunk])
     yield Item("backward pass at work", work[fullest.chunk])

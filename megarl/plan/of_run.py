@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.checks.passes import actor_update
-from megarl.checks.run import CheckedPPO, actor_batch, critic_batch
+from megarl.checks.run import CheckedRun
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.changes import fitting_changes
@@ -11,34 +10,35 @@ from megarl.plan.devices import Device, this_device
 from megarl.plan.memory import GIB
 from megarl.plan.report import plan_text
 from megarl.plan.run_plan import RunPlan, plan_run
+from megarl.roles import FindModel, roles_of
 
 ROLLOUT_MEMORY = "actor_rollout_ref.rollout.gpu_memory_utilization"
 
 
-def planned(checked: CheckedPPO, device: Device) -> RunPlan:
+def planned(checked: CheckedRun[PPOConfig], device: Device) -> RunPlan:
     """Return the plan of a run."""
-    critic = checked.critic.shape if checked.critic else None
-    reward = checked.reward_model.shape if checked.reward_model else None
-    batches = checked.batch, checked.critic_batch
-    return plan_run(checked.config, checked.model.shape, critic, *batches, device, reward_shape=reward)
+    return plan_run(checked.config, checked.roles, device)
 
 
-def plan_of(checked: CheckedPPO, config: PPOConfig, device: Device) -> RunPlan:
+def known_models(checked: CheckedRun[PPOConfig]) -> FindModel:
+    """Return the finder of the models that a checked run has, for other configs of the same models."""
+    known = {role.model.key: role.model for role in checked.roles}
+    return lambda facts: known.get(facts.key, facts)
+
+
+def plan_of(checked: CheckedRun[PPOConfig], config: PPOConfig, device: Device) -> RunPlan:
     """Return the plan of another config of the same models. Raises ConfigError where its batches are uneven."""
-    critic = checked.critic.shape if checked.critic else None
-    reward = checked.reward_model.shape if checked.reward_model else None
-    batches = actor_batch(config), critic_batch(config) if critic else None
-    return plan_run(config, checked.model.shape, critic, *batches, device, reward_shape=reward, with_traffic=False)
+    return plan_run(config, roles_of(config, known_models(checked)), device, with_traffic=False)
 
 
-def fitting_plan(checked: CheckedPPO) -> str:
+def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
     """Return the plan of a run on this machine as text. Raises ConfigError where it must fit and doesn't."""
     config = checked.config
     device = this_device(config.trainer.n_gpus_per_node)
     plan = planned(checked, device)
     if plan.fits or not config.trainer.plan_must_fit:
         return plan_text(plan)
-    changes = fitting_changes(config, plan, lambda c: plan_of(checked, c, device), checked.model.shape)
+    changes = fitting_changes(config, plan, lambda c: plan_of(checked, c, device), known_models(checked))
     key, lacks = ROLLOUT_MEMORY, "the engine's KV cache doesn't hold one sequence of the longest kind"
     value: object = config.actor_rollout_ref.rollout.gpu_memory_utilization
     if plan.room_bytes < 0:
@@ -46,7 +46,8 @@ def fitting_plan(checked: CheckedPPO) -> str:
             f"{plan.worst.name} lacks {-plan.room_bytes / GIB:.1f} GiB of the {device.memory_bytes / GIB:.1f} of a rank"
         )
         if plan.worst.name not in ("generate", "publish"):
-            size = actor_update(config)
+            size = checked.actor.update
+            assert size is not None
             key, value = size.key, size.value
     fix = str(changes[0]) if changes else "more or larger devices, or another layout"
     allowed = f"the plan doesn't fit: {lacks}; python -m megarl.plan with the same arguments shows all of it"

@@ -34,11 +34,11 @@ def plan_text(plan: RunPlan, changes: Sequence[Change] | None = None, notes: Seq
 
 
 def _batch_lines(plan: RunPlan) -> list[str]:
-    lines = plan.batch.describe().splitlines()
-    if plan.critic_batch:
-        lines += ["critic:", *plan.critic_batch.describe().splitlines()]
-    dp = plan.roles[0].layout.dp
-    share = plan.batch.num_rollouts // dp
+    actor, *others = plan.batches.items()
+    lines = actor[1].describe().splitlines()
+    for name, batch in others:
+        lines += [f"{name}:", *batch.describe().splitlines()]
+    share = actor[1].num_rollouts // plan.roles[0].layout.dp
     lines.append(f"{share:,} rollouts a data-parallel rank, at most {plan.tokens_per_step:,} tokens a step")
     return lines
 
@@ -74,7 +74,7 @@ def _node_lines(plan: RunPlan) -> list[str]:
             lines.append("...")
         if len(nodes) <= _MAX_NODES or node < _MAX_NODES - 1 or node == nodes[-1]:
             ranks = range(node * size, (node + 1) * size)
-            stages = sorted({actor.stage(rank) for rank in ranks})
+            stages = sorted({actor.layout.coordinates(rank).pp for rank in ranks})
             where = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
             lines.append(f"node {node}: ranks {ranks[0]} to {ranks[-1]}, the actor's {where}")
     return lines
@@ -193,8 +193,7 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
         "device": asdict(plan.device),
         "num_ranks": plan.num_ranks,
         "ranks_per_node": plan.ranks_per_node,
-        "batch": asdict(plan.batch),
-        "critic_batch": asdict(plan.critic_batch) if plan.critic_batch else None,
+        "batches": {name: asdict(batch) for name, batch in plan.batches.items()},
         "tokens_per_step": plan.tokens_per_step,
         "layout": [
             {

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from megarl.batching.plan import BatchPlan
-from megarl.checks.rules import num_ranks
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
-from megarl.plan.roles import DTYPE_BYTES, Role, roles_of
-from megarl.plan.static import StaticBytes
+from megarl.plan.static import StaticBytes, Stored, stored_of
 from megarl.plan.topology import Topology, topology_of
+from megarl.roles import Role, batch_plan, num_ranks
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes
@@ -39,8 +38,7 @@ class RunPlan:
     device: Device
     num_ranks: int
     ranks_per_node: int
-    batch: BatchPlan
-    critic_batch: BatchPlan | None
+    batches: Mapping[str, BatchPlan]
     tokens_per_step: int
     max_sequence: int
     roles: tuple[Role, ...]
@@ -77,44 +75,34 @@ class RunPlan:
         return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
 
 
-def plan_run(
-    c: PPOConfig,
-    shape: ModelShape,
-    critic_shape: ModelShape | None,
-    batch: BatchPlan,
-    critic_batch: BatchPlan | None,
-    device: Device,
-    *,
-    reward_shape: ModelShape | None = None,
-    with_traffic: bool = True,
-) -> RunPlan:
+def plan_run(c: PPOConfig, roles: tuple[Role, ...], device: Device, *, with_traffic: bool = True) -> RunPlan:
     """Return the plan of a checked config. with_traffic: plan publications too, which takes longest.
 
-    Raises ConfigError for more ranks than any cluster has.
+    Raises ConfigError for more ranks than any cluster has, and where batches don't come out even.
     """
-    ranks, per_node = num_ranks(c), c.trainer.n_gpus_per_node
+    ranks, per_node, actor = num_ranks(c), c.trainer.n_gpus_per_node, roles[0]
     if ranks > MAX_RANKS:
         key, allowed = "trainer.nnodes x trainer.n_gpus_per_node", f"a plan is made for up to {MAX_RANKS:,} ranks"
         raise ConfigError([Problem(key, f"{c.trainer.nnodes} x {per_node}", allowed, "fewer nodes")])
-    roles = roles_of(c, shape, critic_shape, batch, critic_batch, reward_shape)
-    engine, engine_tp = engine_of(c, shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
-    b = DTYPE_BYTES[c.actor_rollout_ref.model.dtype]
-    sequence = c.data.max_prompt_length + c.data.max_response_length
+    batches = {role.name: batch_plan(c, role) for role in roles if role.is_trained}
+    micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
+    engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
+    sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
+    publication = (actor.shape, actor.layout, engine_tp, b, per_node, device)
     return RunPlan(
         device=device,
         num_ranks=ranks,
         ranks_per_node=per_node,
-        batch=batch,
-        critic_batch=critic_batch,
-        tokens_per_step=batch.num_rollouts * sequence,
+        batches=batches,
+        tokens_per_step=batches[actor.name].num_rollouts * sequence,
         max_sequence=sequence,
         roles=roles,
-        topologies=tuple(topology_of(role, per_node) for role in roles),
+        topologies=tuple(topology_of(role, per_node, micro_batches.get(role.name, 1)) for role in roles),
         engine=engine,
         engine_tp=engine_tp,
-        phases=phases_of(roles, engine, device, examined_ranks(roles, ranks)),
-        traffic=publish_traffic(shape, roles[0].layout, engine_tp, b, per_node, device) if with_traffic else None,
-        checkpoint=_checkpoint(shape, b),
+        phases=phases_of(roles, batches, engine, device, examined_ranks(roles, ranks)),
+        traffic=publish_traffic(*publication) if with_traffic else None,
+        checkpoint=_checkpoint(actor.shape, b),
     )
 
 
@@ -127,14 +115,13 @@ def _checkpoint(shape: ModelShape, dtype_bytes: int) -> Checkpoint:
 
 def examined_ranks(roles: tuple[Role, ...], ranks: int) -> tuple[int, ...]:
     """Return the first rank of every kind: ranks of a kind are on the same stages and hold the same of every model."""
-    at_rest: dict[str, Any] = {"update_tokens": 0, "score_tokens": 0, "num_micro_batches": 1, "recompute": None}
-    at_rest |= {"param_offload": False, "grad_offload": False, "optimizer_offload": False}
-    return _first_of_each_kind(tuple(replace(role, **at_rest) for role in roles), ranks)
+    return _first_of_each_kind(tuple(stored_of(role) for role in roles), ranks)
 
 
 @cache
-def _first_of_each_kind(roles: tuple[Role, ...], ranks: int) -> tuple[int, ...]:
+def _first_of_each_kind(roles: tuple[Stored, ...], ranks: int) -> tuple[int, ...]:
     first: dict[tuple[tuple[int, StaticBytes], ...], int] = {}
     for rank in range(ranks):
-        first.setdefault(tuple((role.stage(rank), role.static(rank)) for role in roles), rank)
+        kind = tuple((role.layout.coordinates(rank).pp, role.on(rank)) for role in roles)
+        first.setdefault(kind, rank)
     return tuple(first.values())

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from megarl.config.schema import BackendConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Coordinates, Layout, layers_of_chunks
+from megarl.roles import DTYPE_BYTES, Role
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import megatron_shards
 
@@ -133,6 +135,59 @@ def static_bytes(
         gradients=(dense.numel + experts.numel) * FP32_BYTES,
         optimizer=stepped * state_bytes,
     )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What decides the bytes that ranks hold of a role from start to end; see ``static_bytes``."""
+
+    shape: ModelShape
+    layout: Layout
+    dtype_bytes: int
+    trained: bool
+    distributed_optimizer: bool
+    optimizer_on_host: bool
+    adam_bytes: int | None
+
+    def on(self, rank: int) -> StaticBytes:
+        """Return the bytes of ``rank``."""
+        return static_bytes(
+            self.shape,
+            self.layout,
+            rank,
+            dtype_bytes=self.dtype_bytes,
+            trained=self.trained,
+            distributed_optimizer=self.distributed_optimizer,
+            optimizer_on_host=self.optimizer_on_host,
+            adam_bytes=self.adam_bytes,
+        )
+
+
+def stored_of(role: Role) -> Stored:
+    """Return what decides the bytes that ranks hold of a role."""
+    backend = role.backend
+    return Stored(
+        role.shape,
+        role.layout,
+        role.dtype_bytes,
+        role.is_trained,
+        isinstance(backend, TrainedMegatronConfig) and backend.use_distributed_optimizer,
+        role.residency.optimizer_on_host,
+        _adam_bytes(backend),
+    )
+
+
+def static_of(role: Role, rank: int) -> StaticBytes:
+    """Return the bytes that ``rank`` holds of a role from start to end."""
+    return stored_of(role).on(rank)
+
+
+def _adam_bytes(backend: BackendConfig) -> int | None:
+    """Return the bytes that Transformer Engine's Adam keeps of a parameter: 16 bits of it, and the moments."""
+    if not isinstance(backend, TrainedMegatronConfig) or not backend.use_precision_aware_optimizer:
+        return None
+    moments = DTYPE_BYTES[backend.exp_avg_dtype] + DTYPE_BYTES[backend.exp_avg_sq_dtype]
+    return DTYPE_BYTES["bfloat16"] + moments
 
 
 def _dense_replica(layout: Layout, rank: int) -> int:

@@ -5,13 +5,16 @@ It knows nothing of kernels, stragglers or the lengths that a policy will choose
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megarl.batching.plan import BatchPlan
+from megarl.plan.activations import recompute_of
 from megarl.plan.devices import CPU, Device
 from megarl.plan.memory import Engine
-from megarl.plan.roles import Role
+from megarl.plan.static import static_of
 from megarl.plan.topology import bubble_share
-from megarl.weights.model_shape import ModelShape
+from megarl.roles import Role
 
 TRAINING_EFFICIENCY = 0.4
 DECODE_EFFICIENCY = 0.6
@@ -38,21 +41,9 @@ class StepTime:
         return self.generate + self.score + self.update + self.move
 
 
-def active_parameters(shape: ModelShape) -> int:
-    """Return the parameters that one token passes through, without the embedding."""
-    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
-    total = 0
-    for layer in range(shape.num_layers):
-        if shape.has_experts(layer):
-            ffn = shape.experts_per_token * shape.expert_ffn_size + shape.shared_expert_ffn_size
-        else:
-            ffn = shape.ffn_size
-        total += attention + 3 * shape.hidden_size * ffn
-    return total + shape.hidden_size * (1 if shape.value_head else shape.vocab_size)
-
-
 def step_time(
-    roles: tuple[Role, ...],
+    roles: Sequence[Role],
+    batches: Mapping[str, BatchPlan],
     engine: Engine,
     engine_tp: int,
     device: Device,
@@ -70,15 +61,16 @@ def step_time(
     score = update = move = 0.0
     for role in roles:
         score += _pass_seconds(role, tokens, device, ranks_per_node, 1)
-        if role.trained:
-            passes = 4 if role.recompute is not None and role.recompute.granularity == "full" else 3
-            waits = 1 - bubble_share(role.layout, role.num_micro_batches)
+        if role.is_trained:
+            recompute = recompute_of(role)
+            passes = 4 if recompute is not None and recompute.granularity == "full" else 3
+            waits = 1 - bubble_share(role.layout, batches[role.name].num_accumulation_steps)
             update += epochs * _pass_seconds(role, tokens, device, ranks_per_node, passes) / waits
             if role.fused_head:  # its backward pass computes the logits again
                 update += epochs * _flops_seconds(role.shape.hidden_size * role.shape.vocab_size, tokens, device, ranks)
-        static = role.static(0)
-        carried = 2 * static.parameters * role.param_offload + 2 * static.optimizer * role.optimizer_offload
-        carried += epochs * static.parameters * 3 * role.optimizer_on_host  # gradients to the host, parameters back
+        static, stay = static_of(role, 0), role.residency
+        carried = 2 * static.parameters * stay.param_offload + 2 * static.optimizer * stay.optimizer_offload
+        carried += epochs * static.parameters * 3 * stay.optimizer_on_host  # gradients to the host, parameters back
         move += carried / device.host_link_bytes_per_s
     link = device.link_bytes_per_s if ranks <= ranks_per_node else device.inter_node_bytes_per_s
     move += engine.weights_bytes * (1 - 1 / ranks) / link
@@ -92,7 +84,7 @@ def step_time(
     waves = -(-sequences // at_once)
     latency = DECODE_STEP_S if device.name != CPU else 10 * DECODE_STEP_S
     generate = waves * max_response * (read + latency * (1 + 0.1 * (engine_tp - 1)))
-    generate += _flops_seconds(active_parameters(actor.shape), num_rollouts * max_prompt, device, ranks)
+    generate += _flops_seconds(actor.shape.active_parameters, num_rollouts * max_prompt, device, ranks)
     return StepTime(generate, score, update, move)
 
 
@@ -103,7 +95,7 @@ def _flops_seconds(parameters: int, tokens: int, device: Device, ranks: int) -> 
 def _pass_seconds(role: Role, tokens: int, device: Device, ranks_per_node: int, passes: int) -> float:
     """Return the seconds of as many forward passes as ``passes``, with what ranks exchange in them."""
     layout, shape = role.layout, role.shape
-    seconds = passes * _flops_seconds(active_parameters(shape), tokens, device, layout.world_size)
+    seconds = passes * _flops_seconds(shape.active_parameters, tokens, device, layout.world_size)
     mine = tokens / (layout.dp * layout.cp) * shape.num_layers / layout.pp
     row = shape.hidden_size * role.dtype_bytes
     tensor_link = device.link_bytes_per_s if layout.tp <= ranks_per_node else device.inter_node_bytes_per_s

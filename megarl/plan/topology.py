@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megarl.parallel.layout import Layout, split_layers
-from megarl.plan.roles import Role
+from megarl.roles import Role
 
 _AXES = ("tp", "cp", "dp", "pp")
 _EXPERT_AXES = ("etp", "ep", "edp")
@@ -38,8 +38,8 @@ class Topology:
     experts_per_rank: int
 
 
-def topology_of(role: Role, ranks_per_node: int) -> Topology:
-    """Return where a role's groups lie."""
+def topology_of(role: Role, ranks_per_node: int, num_micro_batches: int) -> Topology:
+    """Return the topology of a role's groups. num_micro_batches: of an optimizer step."""
     layout, shape = role.layout, role.shape
     sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
     axes = [_axis(name, sizes[name], _stride(layout, name), layout.world_size, ranks_per_node) for name in _AXES]
@@ -53,7 +53,7 @@ def topology_of(role: Role, ranks_per_node: int) -> Topology:
         role.name,
         tuple(axes),
         split_layers(shape.num_layers, layout.pp),
-        bubble_share(layout, role.num_micro_batches) if role.trained else 0.0,
+        bubble_share(layout, num_micro_batches) if role.is_trained else 0.0,
         max(1, layout.tp // shape.num_kv_heads),
         shape.num_experts // layout.ep,
     )

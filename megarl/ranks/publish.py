@@ -4,41 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.rollout.engine import RolloutEngine
-from megarl.train.megatron.model import Model
+from megarl.train.backend import Backend
 from megarl.weights.name_map import megatron_shards, vllm_shards
 from megarl.weights.reshard import Resharder
 from megarl.weights.reshard_plan import plan_reshard
 
 
 class Publisher:
-    """Moves the weights of ``model`` into ``engine``'s shards. All methods are collective over all ranks.
+    """Moves the weights of a backend into the shards of ``engine``. All methods are collective over all ranks.
 
     Raises PublishError where the engine's parameters aren't those of the name map.
     """
 
-    def __init__(self, model: Model, engine: RolloutEngine, engine_tp: int) -> None:
-        self.model, self.engine = model, engine
-        shape, layout = model.spec.shape, model.spec.layout
+    def __init__(self, backend: Backend, engine: RolloutEngine, engine_tp: int) -> None:
+        self.backend, self.engine, self.engine_tp = backend, engine, engine_tp
+        shape, layout, own_rank = backend.role.shape, backend.role.layout, dist.get_rank()
         ranks = range(layout.world_size)
         sources = [megatron_shards(shape, layout, rank) for rank in ranks]
         targets = [vllm_shards(shape, engine_tp, rank % engine_tp) for rank in ranks]
         found = {name: tuple(p.shape) for name, p in _by_expert(engine.parameters()).items()}
-        expected = {s.name: s.shape for s in targets[model.rank]}
+        expected = {s.name: s.shape for s in targets[own_rank]}
         if found != expected:
             odd = sorted(set(found.items()) ^ set(expected.items()))
-            raise PublishError(f"the engine's parameters and the name map disagree on rank {model.rank}: {odd[:4]}")
+            raise PublishError(f"the engine's parameters and the name map disagree on rank {own_rank}: {odd[:4]}")
         dtype = next(iter(engine.parameters().values())).dtype
         self.resharder = Resharder(plan_reshard(sources, targets), dtype=dtype)
 
     def publish(self, policy_version: int) -> None:
         """Copy the weights, and stamp later rollouts with ``policy_version``."""
-        device: torch.device = self.model.spec.device
-        self.resharder.run(self.model.parameters(), _by_expert(self.engine.parameters()), device)
+        with self.backend.resident():
+            sources, targets = self.backend.parameters(), _by_expert(self.engine.parameters())
+            self.resharder.run(sources, targets, self.backend.device)
         self.engine.publish_done(policy_version)
 
 

@@ -1,56 +1,69 @@
-"""What the controller asks of a role that trains, and what it hears back. The controller loads no Megatron."""
+"""What the controller asks of the roles on a rank, and what it hears back. The controller loads no Megatron.
+
+Shape suffixes: B rollouts, S sequence.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.algorithm.loss_specs import LossSpec
+from megarl.types import Metrics, Sequences
 
-Metrics = dict[str, float]
-"""Numbers by name; a rank's are its share of sums over data-parallel ranks, but for those that all ranks know whole."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Micros = tuple[tuple[int, ...], ...]
+"""Row indices of every micro-batch."""
 
 
 def is_whole(metric: str) -> bool:
-    """Whether every rank has the whole number, not a share of it."""
+    """Whether every rank has the whole number; all other metrics of a rank are its share of a sum over all of them."""
     return metric in ("grad_norm", "lr") or metric.startswith("moe/")
 
 
 @dataclass(frozen=True)
-class PolicyLossSpec:
-    """The loss of a policy update.
-
-    settings: of the policy loss called ``name``. max_tokens: of the longest response that can be, which one
-    loss_agg_mode divides by. kl_coef: of the KL to the reference; None: no such term. entropy_coef: of the entropy,
-    which is subtracted. temperature: of the sampling, which the log-probs share.
-    """
-
-    settings: PolicyLossSettings
-    loss_agg_mode: str
-    kl_coef: float | None
-    kl_type: str
-    temperature: float
-    name: str = "ppo_clip"
-    entropy_coef: float = 0.0
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class ValueLossSpec:
-    """The loss of a critic's update. clip_range: how far a value may move from that of the rollout before it counts."""
-
-    clip_range: float
-    loss_agg_mode: str
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True)
 class OptimizerStep:
-    """One rank's work in one optimizer step.
+    """The work of one rank in one optimizer step.
 
-    micro_batches: row indices into this rank's Batch. total_tokens, total_rollouts: of the whole mini-batch, over all
-    data-parallel ranks, to normalise by.
+    micro_batches: row indices into this rank's sequences. total_tokens, total_rollouts: of the whole mini-batch, over
+    all data-parallel ranks, to normalise by. is_on_policy: whether its own log-probs, detached, are the old ones.
     """
 
-    micro_batches: tuple[tuple[int, ...], ...]
+    micro_batches: Micros
     total_tokens: int
     total_rollouts: int
+    is_on_policy: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreWork:
+    """A pass of a role over the rows of one data-parallel rank. temperature: of a policy's log-probs."""
+
+    role: str
+    sequences: Sequences
+    micro_batches: Micros
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class UpdateWork:
+    """The optimizer steps of a role over the rows of one data-parallel rank."""
+
+    role: str
+    batch: Sequences
+    steps: tuple[OptimizerStep, ...]
+    loss: LossSpec
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What a rank tells of an update.
+
+    metrics: of every optimizer step, this data-parallel rank's share of each sum. logprobs_BS: of the rows of steps on
+    policy, None where there are no such.
+    """
+
+    metrics: tuple[Metrics, ...]
+    logprobs_BS: Tensor | None = None

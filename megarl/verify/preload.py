@@ -8,4 +8,4 @@ from megarl.parallel.platform import install_platform
 apply_environment()
 install_platform()
 
-import megarl.train.actor  # noqa: E402, F401
+import megarl.train.megatron.backend  # noqa: E402, F401

@@ -55,7 +55,7 @@ def serve(rank: int, connection: Connection, stacks: Path, environ: Mapping[str,
     from megarl.parallel.platform import install_platform
 
     platform = install_platform()
-    import megarl.train.actor  # noqa: F401 - imports Megatron, which takes long, before the first case
+    import megarl.train.megatron.backend  # noqa: F401 - imports Megatron, which takes long, before the first case
     from megarl.parallel.world import leave_world
 
     if platform.name == "cpu":

@@ -91,6 +91,19 @@ class ModelShape:
         """Return whether ``layer`` is a mixture of experts."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through, without the embedding."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        total = 0
+        for layer in range(self.num_layers):
+            if self.has_experts(layer):
+                ffn = self.experts_per_token * self.expert_ffn_size + self.shared_expert_ffn_size
+            else:
+                ffn = self.ffn_size
+            total += attention + 3 * self.hidden_size * ffn
+        return total + self.hidden_size * (1 if self.value_head else self.vocab_size)
+
     def padded_vocab(self, tp: int) -> int:
         """Return the vocabulary rounded up to a multiple of ``tp``."""
         return -(-self.vocab_size // tp) * tp

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,55 +14,40 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megarl.errors import WorkerError
+from megarl.batching.pack import MicroBatch
+from megarl.config.schema import TrainedMegatronConfig
+from megarl.roles import Role, Training
+from megarl.train.backend import Loss, Skipped
 from megarl.train.megatron.host_adam import adam_on_host
-from megarl.train.megatron.model import Loss, Model
+from megarl.train.megatron.model import MegatronModel
 from megarl.train.megatron.router import Sequences, routers, routing_metrics
 from megarl.train.offload import Offload
-from megarl.train.work import Metrics, OptimizerStep
-from megarl.types import Batch
+from megarl.types import Metrics
 
 
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """AdamW with decoupled weight decay (none on norms and biases, as Megatron has it), clipping and a schedule.
+class _NotFinite(Exception):
+    """Stops Megatron's step before it clips and steps: the gradient norm isn't finite."""
 
-    clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after
-    ``warmup_steps`` of linear warm-up, down to ``min_lr`` at ``total_steps``. Steps are optimizer steps.
-    grad_offload: free the gradient buffers between updates. optimizer_offload: keep main parameters and moments in host
-    memory between updates. optimizer_on_host: keep them there always, and step there; needs the distributed optimizer.
-    moment_dtypes: of Transformer Engine's Adam, which the distributed optimizer takes then for a bfloat16 model; it
-    keeps only the bits of a main parameter that the model's doesn't have. None: all state in float32.
-    """
-
-    lr: float
-    min_lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    clip_grad: float
-    schedule: str
-    warmup_steps: int
-    total_steps: int
-    use_distributed_optimizer: bool
-    grad_offload: bool = False
-    optimizer_offload: bool = False
-    optimizer_on_host: bool = False
-    moment_dtypes: tuple[torch.dtype, torch.dtype] | None = None
+    def __init__(self, grad_norm: float) -> None:
+        super().__init__(grad_norm)
+        self.grad_norm = grad_norm
 
 
 class Optimizer:
     """Wraps ``model`` for data-parallel training and steps it. All methods are collective over all ranks."""
 
-    def __init__(self, model: Model, spec: OptimizerSpec) -> None:
+    def __init__(self, model: MegatronModel, role: Role) -> None:
+        assert isinstance(role.backend, TrainedMegatronConfig) and role.training is not None
         self.model = model
-        self._gradients = Offload(self._gradient_tensors, enabled=spec.grad_offload, keep_values=False)
-        self._state = Offload(self._state_tensors, enabled=spec.optimizer_offload)
+        stay, config = role.residency, role.backend
+        self._gradients = Offload(self._gradient_tensors, enabled=stay.grad_offload, keep_values=False)
+        self._state = Offload(self._state_tensors, enabled=stay.optimizer_offload)
         with self.resident(), model.groups.active():
-            self.chunks = model.chunks = _wrap(model, spec)
-            with adam_on_host() if spec.optimizer_on_host else nullcontext():
-                self.inner = get_megatron_optimizer(_optimizer_config(model, spec), self.chunks)
-            self.scheduler = _scheduler(self.inner, spec)
+            self.chunks = model.chunks = _wrap(model, config)
+            with adam_on_host() if stay.optimizer_on_host else nullcontext():
+                self.inner = get_megatron_optimizer(_optimizer_config(model, role.training, config), self.chunks)
+            self.scheduler = _scheduler(self.inner, role.training)
+        self._grad_norm, self.inner.get_grad_norm = self.inner.get_grad_norm, self._finite_grad_norm
 
     @property
     def ddp(self) -> DistributedDataParallel:
@@ -91,44 +75,44 @@ class Optimizer:
                 found += [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
         yield from (tensor for tensor in found if tensor.untyped_storage()._cdata not in weights)
 
-    def train(self, batch: Batch, step: OptimizerStep, loss: Loss[dict[str, Tensor]]) -> Metrics:
+    def step(self, micros: Sequence[MicroBatch], loss: Loss, num_sequences: int) -> Metrics | Skipped:
         """Take one optimizer step on the sum of ``loss`` over micro-batches and data-parallel ranks.
 
-        Return the sum of what ``loss`` told over this rank's micro-batches, with grad_norm (before clipping), lr and,
-        where there are experts, how tokens were routed.
-        Raises WorkerError where the gradient isn't finite: the weights in memory are lost then, saved ones aren't.
+        num_sequences: of the whole mini-batch. Return the sum of what ``loss`` told over this rank's micro-batches,
+        with grad_norm (before clipping), lr and, where there are experts, how tokens were routed; Skipped where the
+        gradient isn't finite.
         """
         self.model.set_training(True)
-        sequences = Sequences(step.total_rollouts, max(map(len, step.micro_batches), default=0))
+        mini_batch = Sequences(num_sequences, max((len(micro.row_R) for micro in micros), default=0))
         for router in routers(self.chunks):
-            router.start(sequences)
+            router.start(mini_batch)
         with self.resident():
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.inner.zero_grad()
-            metrics = summed(self.model.run(batch, step.micro_batches, loss, forward_only=False))
+            metrics = summed(self.model.run(micros, loss, forward_only=False))
             # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
             self.scheduler.step(1)
             lr = float(self.inner.param_groups[0]["lr"])
-            with self.model.groups.active():
-                _, grad_norm, _ = self.inner.step()
-        if not math.isfinite(grad_norm):
-            raise WorkerError(
-                f"the gradient norm is {grad_norm}: the update destroyed the weights in memory. Lower optim.lr, raise "
-                "lr_scheduler.warmup_steps, or look for non-finite rewards and log-probs in metrics.jsonl"
-            )
-        shape, device = self.model.spec.shape, self.model.spec.device
-        routing = routing_metrics(self.chunks, shape, device) if shape.num_experts else {}
+            try:
+                with self.model.groups.active():
+                    _, grad_norm, _ = self.inner.step()
+            except _NotFinite as stopped:
+                return Skipped(stopped.grad_norm)
+        shape = self.model.shape
+        routing = routing_metrics(self.chunks, shape, self.model.device) if shape.num_experts else {}
         return metrics | {"grad_norm": float(grad_norm), "lr": lr} | routing
 
-
-def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies without a graph: Megatron scales the loss tensor in place."""
-    return {name: value.detach().clone() for name, value in metrics.items()}
+    def _finite_grad_norm(self) -> float:
+        """Stand in for Megatron's get_grad_norm, which its step calls before it changes anything."""
+        grad_norm = float(self._grad_norm())
+        if not math.isfinite(grad_norm):
+            raise _NotFinite(grad_norm)
+        return grad_norm
 
 
 def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
-    """Add up what the micro-batches told; empty on ranks that aren't on the last stage."""
+    """Add up the numbers of the micro-batches; empty on ranks that aren't on the last stage."""
     sums: dict[str, float] = defaultdict(float)
     for result in results:
         for name, value in result.items():
@@ -136,11 +120,11 @@ def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
     return dict(sums)
 
 
-def _wrap(model: Model, spec: OptimizerSpec) -> list[DistributedDataParallel]:
+def _wrap(model: MegatronModel, backend: TrainedMegatronConfig) -> list[DistributedDataParallel]:
     """Wrap each chunk in Megatron's DDP; gradients are kept and reduced in float32, and summed, not averaged."""
     config: Any = model.chunks[0].config  # which all share
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=spec.use_distributed_optimizer
+        grad_reduce_in_fp32=True, use_distributed_optimizer=backend.use_distributed_optimizer
     )
     # Only the first chunk's gradients come last, where nothing is left to compute meanwhile.
     wrapped = [
@@ -153,53 +137,57 @@ def _wrap(model: Model, spec: OptimizerSpec) -> list[DistributedDataParallel]:
     return wrapped
 
 
-def _optimizer_config(model: Model, spec: OptimizerSpec) -> OptimizerConfig:
+def _optimizer_config(model: MegatronModel, training: Training, backend: TrainedMegatronConfig) -> OptimizerConfig:
     config = OptimizerConfig(
         optimizer="adam",
-        lr=spec.lr,
-        min_lr=spec.min_lr,
-        weight_decay=spec.weight_decay,
-        adam_beta1=spec.betas[0],
-        adam_beta2=spec.betas[1],
-        adam_eps=spec.eps,
-        clip_grad=spec.clip_grad,
-        bf16=model.spec.dtype == torch.bfloat16,
-        params_dtype=model.spec.dtype,
-        use_distributed_optimizer=spec.use_distributed_optimizer,
-        optimizer_cpu_offload=spec.optimizer_on_host,
-        **_precision_fields(spec),
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.betas[0],
+        adam_beta2=training.betas[1],
+        adam_eps=training.eps,
+        clip_grad=training.clip_grad,
+        bf16=model.dtype == torch.bfloat16,
+        params_dtype=model.dtype,
+        use_distributed_optimizer=backend.use_distributed_optimizer,
+        optimizer_cpu_offload=backend.optimizer_on_host,
+        **_precision_fields(backend),
     )
-    if spec.moment_dtypes is not None:
+    if backend.use_precision_aware_optimizer:
         return config
     # Adam then holds main parameters itself, and finds gradients where they are. Megatron derives it from
     # use_precision_aware_optimizer, but fails where there is no Transformer Engine whose version it could ask for.
-    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = spec.optimizer_on_host
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = backend.optimizer_on_host
     return config
 
 
-def _precision_fields(spec: OptimizerSpec) -> dict[str, Any]:
-    if spec.moment_dtypes is None:
+def _precision_fields(backend: TrainedMegatronConfig) -> dict[str, Any]:
+    """Return the fields of Transformer Engine's Adam.
+
+    The distributed optimizer takes it then for a bfloat16 model; it keeps only the bits of a main parameter that the
+    model's doesn't have.
+    """
+    if not backend.use_precision_aware_optimizer:
         return {}
-    exp_avg, exp_avg_sq = spec.moment_dtypes
     return {
         "use_precision_aware_optimizer": True,
         "store_param_remainders": True,
-        "exp_avg_dtype": exp_avg,
-        "exp_avg_sq_dtype": exp_avg_sq,
+        "exp_avg_dtype": getattr(torch, backend.exp_avg_dtype),
+        "exp_avg_sq_dtype": getattr(torch, backend.exp_avg_sq_dtype),
     }
 
 
-def _scheduler(optimizer: object, spec: OptimizerSpec) -> OptimizerParamScheduler:
+def _scheduler(optimizer: object, training: Training) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=spec.lr,
-        min_lr=spec.min_lr,
-        lr_warmup_steps=spec.warmup_steps,
-        lr_decay_steps=spec.total_steps,
-        lr_decay_style=spec.schedule,
-        start_wd=spec.weight_decay,
-        end_wd=spec.weight_decay,
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=training.warmup_steps,
+        lr_decay_steps=training.total_steps,
+        lr_decay_style=training.schedule,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )

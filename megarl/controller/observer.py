@@ -1,0 +1,21 @@
+"""Watches a run without taking part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megarl.types import GenerationRequest, Group, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from megarl.algorithm.samples import Rewards
+
+
+class Observer:
+    """Told of every generation and every scoring of a run; this one ignores them."""
+
+    def generated(self, requests: Sequence[GenerationRequest], sampling: Sampling, groups: Sequence[Group]) -> None:
+        """Take note of the rollouts of some requests."""
+
+    def scored(self, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards) -> None:
+        """Take note of the rewards of some rollouts."""

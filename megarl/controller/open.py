@@ -1,0 +1,217 @@
+"""From a run's inputs to a Run: start ranks and sinks, put everything together, and end it all afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from megarl.algorithm.advantage import estimators
+from megarl.algorithm.loss_specs import DemonstrationLossSpec, LossSpec
+from megarl.algorithm.needs import needs_reward_function
+from megarl.algorithm.recipe import Recipe
+from megarl.algorithm.samples import Samples
+from megarl.checkpoint.trainer_state import TrainerState
+from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.controller.demonstrations import (
+    DemonstrationLoss,
+    DemonstrationRecipe,
+    Demonstrations,
+    DemonstrationSampler,
+)
+from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.inputs import PPOInputs, SFTInputs
+from megarl.controller.observer import Observer
+from megarl.controller.publication import Publication
+from megarl.controller.role_on_ranks import RoleOnRanks
+from megarl.controller.run import Run, Schedule
+from megarl.controller.sampler import RolloutSampler
+from megarl.controller.scoring import Scorer
+from megarl.controller.validation import Validation
+from megarl.launchers.group import WorkerGroup
+from megarl.launchers.start import worker_group
+from megarl.monitor.sinks import Tracker, open_tracker
+from megarl.monitor.timing import Stopwatch
+from megarl.ranks.spec import RankSpec
+from megarl.reward.pool import RewardPool
+from megarl.reward.registry import RewardSpec
+from megarl.roles import Role
+from megarl.rollout.vllm import VllmSpec
+from megarl.types import Sampling
+
+
+def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]:
+    """Start the reward processes, if a function scores. Raises RewardError if it can't be loaded."""
+    if not needs_reward_function(config):
+        return nullcontext()
+    reward = config.reward
+    spec = RewardSpec(reward.name, reward.path, reward.function)
+    return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure)
+
+
+@contextmanager
+def open_run(
+    config: PPOConfig,
+    inputs: PPOInputs,
+    algorithm_file: str | None,
+    rewards: RewardPool | None,
+    run_dir: Path,
+    values: Mapping[str, Any],
+    observer: Observer,
+) -> Iterator[Run[Samples]]:
+    """Open an RL run. values: of the config, for the sinks."""
+    spec = RankSpec(inputs.roles, config.trainer.seed, _engine(config, inputs.roles[0]), algorithm_file)
+    with (
+        worker_group(spec, config.trainer) as group,
+        _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks,
+    ):
+        yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
+
+
+@contextmanager
+def open_sft_run(
+    config: SFTConfig, inputs: SFTInputs, run_dir: Path, values: Mapping[str, Any]
+) -> Iterator[Run[Demonstrations]]:
+    """Open an SFT run. values: of the config, for the sinks."""
+    trainer, stopwatch = config.trainer, Stopwatch()
+    spec, recipe = RankSpec(inputs.roles, trainer.seed), DemonstrationRecipe()
+    with worker_group(spec, trainer) as group, _tracker(trainer, run_dir, values, inputs.num_steps) as sinks:
+        actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
+        yield Run(
+            sampler=DemonstrationSampler(inputs.examples, inputs.order),
+            recipe=recipe,
+            actor=actor,
+            ref=None,
+            critic=None,
+            group=group,
+            publication=None,
+            evaluate=DemonstrationLoss(inputs.val_examples, actor, recipe),
+            state=lambda step: None,
+            schedule=Schedule(inputs.num_steps, save_freq=trainer.save_freq),
+            tracker=sinks,
+            run_dir=run_dir,
+            stopwatch=stopwatch,
+        )
+
+
+def rollout_run(
+    config: PPOConfig,
+    inputs: PPOInputs,
+    group: WorkerGroup,
+    rewards: RewardPool | None,
+    tracker: Tracker,
+    run_dir: Path,
+    observer: Observer,
+) -> Run[Samples]:
+    """Return an RL run on ranks that have started."""
+    trainer, data, rollout = config.trainer, config.data, config.actor_rollout_ref.rollout
+    stopwatch, recipe = Stopwatch(), Recipe(config)
+    losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
+    roles = {
+        role.name: RoleOnRanks(
+            role, group, trainer.seed, stopwatch, losses.get(role.name), recipe.policy_loss.temperature
+        )
+        for role in inputs.roles
+    }
+    engine = EngineOnRanks(group, rollout.tensor_model_parallel_size, observer)
+    scorer = Scorer(
+        config.reward, inputs.tokenizer, data.max_response_length, rewards, roles.get("reward_model"), observer
+    )
+    publication = Publication(engine, inputs.train_prompts, data.max_response_length)
+    stop_token_ids = _stop_token_ids(config, inputs)
+    groups = config.algorithm.filter_groups
+    return Run(
+        sampler=RolloutSampler(
+            inputs.train_prompts,
+            inputs.order,
+            engine,
+            scorer,
+            _train_sampling(config, stop_token_ids),
+            trainer.seed,
+            groups.max_num_gen_batches if groups.enable else 1,
+            trainer.num_sampled_rollouts,
+            stopwatch,
+        ),
+        recipe=recipe,
+        actor=roles["actor"],
+        ref=roles.get("ref"),
+        critic=roles.get("critic"),
+        group=group,
+        publication=publication,
+        evaluate=Validation(
+            inputs.val_prompts,
+            data.val_batch_size,
+            engine,
+            scorer,
+            _val_sampling(config, stop_token_ids),
+            trainer.seed,
+            trainer.num_sampled_rollouts,
+        ),
+        state=lambda step: TrainerState(step, publication.policy_version, recipe.kl_controller),
+        schedule=Schedule(
+            inputs.num_steps,
+            trainer.test_freq,
+            trainer.save_freq,
+            trainer.show_rollouts_freq,
+            trainer.val_before_train,
+        ),
+        tracker=tracker,
+        run_dir=run_dir,
+        stopwatch=stopwatch,
+    )
+
+
+def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], num_steps: int) -> Tracker:
+    sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
+    return open_tracker(sinks, run_dir, trainer.project_name, trainer.experiment_name, values, num_steps)
+
+
+def _engine(config: PPOConfig, actor: Role) -> VllmSpec:
+    rollout = config.actor_rollout_ref.rollout
+    return VllmSpec(
+        model_folder=actor.model.here(),
+        dtype=actor.dtype,
+        tensor_parallel_size=rollout.tensor_model_parallel_size,
+        max_model_len=actor.scoring.sequence_tokens,
+        max_num_seqs=rollout.max_num_seqs,
+        max_num_batched_tokens=rollout.max_num_batched_tokens,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        seed=config.trainer.seed,
+        disable_log_stats=rollout.disable_log_stats,
+        free_cache_engine=rollout.free_cache_engine,
+    )
+
+
+def _train_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    rollout = config.actor_rollout_ref.rollout
+    return Sampling(
+        n=rollout.n,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=config.data.max_response_length,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=rollout.ignore_eos,
+        with_greedy=estimators.needs(config.algorithm.adv_estimator).greedy_baseline,
+    )
+
+
+def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    kwargs = config.actor_rollout_ref.rollout.val_kwargs
+    return Sampling(
+        n=kwargs.n,
+        temperature=kwargs.temperature,
+        top_p=kwargs.top_p,
+        top_k=kwargs.top_k,
+        max_tokens=config.data.max_response_length,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def _stop_token_ids(config: PPOConfig, inputs: PPOInputs) -> tuple[int, ...]:
+    """Return what ends a response: the user's tokens, and the tokenizer's end of sequence unless ignored."""
+    rollout, end = config.actor_rollout_ref.rollout, inputs.tokenizer.eos_token_id
+    own = () if end is None or rollout.ignore_eos else (int(end),)
+    return (*rollout.stop_token_ids, *own)

@@ -1,0 +1,51 @@
+"""Publishing the actor's weights to the engine, and the check after the first time that they have arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megarl.algorithm.metrics import logprob_difference
+from megarl.batching.pack import rollouts_to_batch
+from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.role_on_ranks import RoleOnRanks
+from megarl.errors import PublishError
+from megarl.launchers.group import everywhere
+from megarl.ranks.worker import Worker
+from megarl.types import GenerationRequest, Prompt, Sampling
+
+# Largest difference between the engine's and the trainer's log-prob of one token after a publish: the two compute the
+# same function in another order. Wrong weights differ by several nats.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+_NUM_CHECKED_PROMPTS, _NUM_CHECKED_TOKENS = 8, 16
+
+
+class Publication:
+    """Counts and makes the publications of a run. policy_version: number of the last one, -1 before the first."""
+
+    def __init__(self, engine: EngineOnRanks, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        self.engine, self.policy_version = engine, -1
+        self._prompts = list(prompts[:_NUM_CHECKED_PROMPTS])
+        self._sampling = Sampling(temperature=0.0, max_tokens=min(_NUM_CHECKED_TOKENS, max_tokens))
+        self._is_checked = False
+
+    def publish(self, actor: RoleOnRanks) -> None:
+        """Publish the actor's weights; the first time, raise PublishError where the engine doesn't run them."""
+        self.policy_version += 1
+        everywhere(self.engine.group, Worker.publish, self.policy_version)
+        if not self._is_checked:
+            self._check(actor)
+            self._is_checked = True
+
+    def _check(self, actor: RoleOnRanks) -> None:
+        """Compare the log-probs of the engine's greedy tokens with those that the trainer gives them."""
+        groups = self.engine.generate([GenerationRequest(p.token_ids, 0) for p in self._prompts], self._sampling)
+        self.engine.rest()
+        batch = rollouts_to_batch([p.token_ids for p in self._prompts], groups)
+        trainer_BS = actor.logprobs(batch, temperature=1.0)
+        difference = logprob_difference(trainer_BS, batch.rollout_logprobs_BS, batch.mask_BS)
+        allowed = _TOLERANCE[actor.role.dtype]
+        if not difference.max_abs <= allowed:
+            raise PublishError(
+                f"after publishing, the engine's greedy log-probs differ from the trainer's by up to "
+                f"{difference.max_abs:.3g} (allowed {allowed:g}): the engine doesn't run the trainer's weights"
+            )

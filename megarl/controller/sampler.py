@@ -1,0 +1,96 @@
+"""Where the rollouts of a step come from: the next prompts, the engine, the rewards, and dynamic sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from megarl.algorithm.filters import in_group_with_spread
+from megarl.algorithm.samples import Rewards, Samples
+from megarl.algorithm.seeds import seed_of
+from megarl.batching.pack import rollouts_to_batch
+from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.scoring import Scorer
+from megarl.data.mixing import MixedOrder
+from megarl.data.order import Order
+from megarl.monitor.console import RolloutRow
+from megarl.monitor.timing import Stopwatch
+from megarl.types import GenerationRequest, Group, Prompt, Sampling
+
+
+@dataclass
+class RolloutSampler:
+    """Generates the rollouts of a step when they are asked for.
+
+    sampling: with a greedy rollout for each prompt where the estimator compares with it. max_generations: of a step, to
+    replace groups whose rewards are all equal; 1 replaces none. num_rows: prompts for people to read.
+    """
+
+    prompts: tuple[Prompt, ...]
+    order: Order | MixedOrder
+    engine: EngineOnRanks
+    scorer: Scorer
+    sampling: Sampling
+    seed: int
+    max_generations: int
+    num_rows: int
+    stopwatch: Stopwatch
+    _rows: tuple[RolloutRow, ...] = ()
+
+    def take(self, step: int) -> Samples:
+        """Return the rollouts of a step, counted from 1, with their rewards."""
+        prompts = [self.prompts[i] for i in self.order.batch(step - 1)]
+        groups, greedy = self._generate(prompts, step)
+        with self.stopwatch.timed("score"):
+            rewards, baseline_B = self.scorer.score(prompts, groups), None
+            if self.sampling.with_greedy:
+                baseline_B = self.scorer.score(prompts, greedy).scores_B.repeat_interleave(self.sampling.n)
+        if self.max_generations > 1:
+            with self.stopwatch.timed("resample"):
+                prompts, groups, rewards = self._with_spread(step, prompts, groups, rewards)
+        self._rows = self.scorer.rows(prompts, groups, rewards, self.num_rows)
+        batch = rollouts_to_batch([p.token_ids for p in prompts], groups)
+        return Samples(tuple(prompts), tuple(groups), rewards, batch, baseline_B)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Have no sampling go on for the duration: none does between two calls of ``take``."""
+        return nullcontext()
+
+    def sampled_rows(self) -> tuple[RolloutRow, ...]:
+        """Return the first rollout of some of the prompts that were taken last."""
+        return self._rows
+
+    def _generate(self, prompts: Sequence[Prompt], step: object) -> tuple[list[Group], list[Group]]:
+        """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it."""
+        requests = [GenerationRequest(p.token_ids, seed_of(self.seed, "train", step, p.uid)) for p in prompts]
+        with self.stopwatch.timed("generate"):
+            groups = self.engine.generate(requests, self.sampling)
+            self.engine.rest()
+        n = self.sampling.n
+        return [g[:n] for g in groups], [g[n:] for g in groups] if self.sampling.with_greedy else []
+
+    def _with_spread(
+        self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards
+    ) -> tuple[list[Prompt], list[Group], Rewards]:
+        """Put fresh prompts in the place of groups whose rewards are all equal, as often as configured (DAPO).
+
+        The replacements follow from the step alone, so a resumed run draws the same. A group without spread after the
+        last generation stays.
+        """
+        prompts, groups, n = list(prompts), list(groups), self.sampling.n
+        for attempt in range(1, self.max_generations):
+            group_B = torch.arange(len(groups)).repeat_interleave(n)
+            dull = (~in_group_with_spread(rewards.scores_B, group_B))[::n].nonzero()[:, 0].tolist()
+            if not dull:
+                break
+            order = replace(self.order, shuffle=True, seed=seed_of(self.seed, "resample", attempt))
+            fresh = [self.prompts[i] for i in order.batch(step - 1)[: len(dull)]]
+            fresh_groups, _ = self._generate(fresh, f"{step}.{attempt}")
+            fresh_rewards = self.scorer.score(fresh, fresh_groups)
+            for place, prompt, group in zip(dull, fresh, fresh_groups, strict=True):
+                prompts[place], groups[place] = prompt, group
+            rewards = rewards.with_groups(dull, fresh_rewards, n)
+        return prompts, groups, rewards
