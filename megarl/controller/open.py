@@ -61,11 +61,12 @@ def open_run(
     observer: Observer,
 ) -> Iterator[Run[Samples]]:
     """Open an RL run. values: of the config, for the sinks."""
-    spec = RankSpec(inputs.roles, config.trainer.seed, _engine(config, inputs.roles[0]), algorithm_file)
+    spec = RankSpec(inputs.roles, config.trainer.seed, engine_spec(config, inputs.roles[0]), algorithm_file)
     with (
         worker_group(spec, config.trainer) as group,
         _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks,
     ):
+        observer.opened(group)
         yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
 
 
@@ -167,7 +168,8 @@ def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any]
     return open_tracker(sinks, run_dir, trainer.project_name, trainer.experiment_name, values, num_steps)
 
 
-def _engine(config: PPOConfig, actor: Role) -> VllmSpec:
+def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
+    """Return what ranks build the engine of a run from."""
     rollout = config.actor_rollout_ref.rollout
     return VllmSpec(
         model_folder=actor.model.here(),
