@@ -61,7 +61,7 @@ class FixedKL:
         return self
 
     def state(self) -> State:
-        """Return what ``from_state`` makes an equal controller of."""
+        """Return the state that ``from_state`` makes an equal controller of."""
         return {"type": "fixed", **asdict(self)}
 
 
@@ -88,7 +88,7 @@ class AdaptiveKL:
         return replace(self, coef=self.coef * (1.0 + error * num_rollouts / self.horizon))
 
     def state(self) -> State:
-        """Return what ``from_state`` makes an equal controller of."""
+        """Return the state that ``from_state`` makes an equal controller of."""
         return {"type": "adaptive", **asdict(self)}
 
 

@@ -53,7 +53,7 @@ def needs_critic(c: PPOConfig) -> bool:
 
 
 def estimator_needs(c: PPOConfig) -> EstimatorNeeds:
-    """Return what the run's estimator needs.
+    """Return the needs of the run's estimator.
 
     One of the user's own has values where critic.enable asks for them, and may read every key. What else it needs it
     says where it is registered, which is checked once its file is loaded.

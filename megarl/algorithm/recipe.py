@@ -120,7 +120,7 @@ class Recipe:
     def train_batch(
         self, samples: Samples, old_BS: Tensor | None, ref_BS: Tensor | None, values_BS: Tensor | None, step: int
     ) -> TrainBatch:
-        """Return what the step trains on. old_BS, ref_BS, values_BS: [B, S], None where nothing needs them."""
+        """Return the TrainBatch of a step. old_BS, ref_BS, values_BS: [B, S], None where nothing needs them."""
         batch, rewards_B = samples.batch, samples.rewards.scores_B
         token_rewards_BS, metrics = self._penalize(batch, rewards_B, old_BS, ref_BS)
         inputs = AdvantageInputs(
@@ -210,7 +210,7 @@ def _of_correction(metrics: Mapping[str, float]) -> Metrics:
 
 
 def _differences(batch: RolloutBatch, old_BS: Tensor) -> Metrics:
-    """Return how far the engine's log-probs are from the trainer's."""
+    """Return the differences between the engine's log-probs and the trainer's."""
     difference = logprob_difference(old_BS, batch.rollout_logprobs_BS, batch.mask_BS)
     return {
         "rollout_train/logprob_diff_mean": difference.mean_abs,

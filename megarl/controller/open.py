@@ -169,7 +169,7 @@ def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any]
 
 
 def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
-    """Return what ranks build the engine of a run from."""
+    """Return the VllmSpec of a run's engine."""
     rollout = config.actor_rollout_ref.rollout
     return VllmSpec(
         model_folder=actor.model.here(),
@@ -213,7 +213,7 @@ def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Samplin
 
 
 def _stop_token_ids(config: PPOConfig, inputs: PPOInputs) -> tuple[int, ...]:
-    """Return what ends a response: the user's tokens, and the tokenizer's end of sequence unless ignored."""
+    """Return the tokens that end a response: the user's, and the tokenizer's end of sequence unless ignored."""
     rollout, end = config.actor_rollout_ref.rollout, inputs.tokenizer.eos_token_id
     own = () if end is None or rollout.ignore_eos else (int(end),)
     return (*rollout.stop_token_ids, *own)

@@ -91,7 +91,7 @@ def advise(
 
 
 def _smaller_engine(c: PPOConfig, plan: RunPlan) -> dict[str, object]:
-    """Return how much less the engine has to take where it alone is what doesn't fit; empty where that is no way."""
+    """Return a smaller share for the engine as a change of the config; empty where that doesn't make the run fit."""
     over = {phase.name: phase.device_bytes - plan.device.memory_bytes for phase in plan.phases}
     awake = max(over.pop("generate"), over.pop("publish"))
     if awake <= 0 or max(over.values()) > 0:

@@ -63,7 +63,7 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
 
 
 def _node_lines(plan: RunPlan) -> list[str]:
-    """Return which ranks, and which of the actor's stages, are on which node; of many nodes the first and last."""
+    """Return a line a node with its ranks and the actor's stages there; of many nodes the first ones and the last."""
     size, actor = plan.ranks_per_node, plan.roles[0]
     nodes = range(plan.num_ranks // size)
     if len(nodes) == 1:

@@ -82,7 +82,7 @@ class Backend(Protocol):
         ...
 
     def forward(self, micros: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], T]) -> list[T]:
-        """Return what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
+        """Return a list of what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
         ...
 
     def step(self, micros: Sequence[MicroBatch], loss: Loss, num_sequences: int) -> Metrics | Skipped:

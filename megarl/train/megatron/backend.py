@@ -38,7 +38,7 @@ class MegatronBackend:
         return self.model.pack(sequences, micro_batches)
 
     def forward(self, micros: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], T]) -> list[T]:
-        """Return what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
+        """Return a list of what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
 
         def told(micro: MicroBatch, output: MegatronOutput) -> tuple[Tensor, T]:
             return output.tensor.new_zeros(()), read(micro, output)

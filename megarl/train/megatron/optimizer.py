@@ -20,7 +20,7 @@ from megarl.roles import Role, Training
 from megarl.train.backend import Loss, Skipped
 from megarl.train.megatron.host_adam import adam_on_host
 from megarl.train.megatron.model import MegatronModel
-from megarl.train.megatron.router import Sequences, routers, routing_metrics
+from megarl.train.megatron.router import RoutedSequences, routers, routing_metrics
 from megarl.train.offload import Offload
 from megarl.types import Metrics
 
@@ -83,7 +83,7 @@ class Optimizer:
         gradient isn't finite.
         """
         self.model.set_training(True)
-        mini_batch = Sequences(num_sequences, max((len(micro.row_R) for micro in micros), default=0))
+        mini_batch = RoutedSequences(num_sequences, max((len(micro.row_R) for micro in micros), default=0))
         for router in routers(self.chunks):
             router.start(mini_batch)
         with self.resident():
