@@ -78,7 +78,7 @@ def layer_bytes(p: Pass, layer: int, *, selective: bool = False) -> int:
 
 
 def _norm_bytes(p: Pass, width: int, num_scales: int) -> int:
-    """Return the bytes that RMSNorm keeps of a token: input and scale; unfused the normalised input too, all in float32."""
+    """Return the bytes that RMSNorm keeps of a token: input and scale; unfused, all in float32, its output too."""
     if p.fused:
         return p.dtype_bytes * width + _FP32 * num_scales
     return _FP32 * (2 * width + num_scales)

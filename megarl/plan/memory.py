@@ -227,7 +227,7 @@ def _updating(role: Role, num_micro_batches: int, rank: int, fused: bool) -> Ite
 
 
 def _count_of(moment: Moment) -> str:
-    """Return the number of micro-batches that a stage keeps in words, or of forward passes of chunks that take turns."""
+    """Return the number of micro-batches that a stage keeps, in words, or of forward passes of its chunks."""
     count = sum(moment.num_held)
     kind = "micro-batch" if len(moment.num_held) == 1 else "chunk pass"
     return f"{count} {kind}{'es' if count != 1 else ''}"
@@ -251,7 +251,7 @@ def _logits_bytes(p: Pass) -> int:
 
 
 def _head_gradient_bytes(p: Pass) -> int:
-    """Return the bytes of a fused head's gradients beside its blocks: of its weight, and of hidden states in float32."""
+    """Return the bytes of a fused head's gradients beside its blocks: weight, and hidden states in float32."""
     if not p.fused_head:
         return 0
     return p.shape.hidden_size * (p.vocab * p.dtype_bytes + p.local_tokens * 4)
