@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from megarl.config.schema import POLICY_LOSSES, PPOConfig
+from megarl.catalog import ESTIMATORS, POLICY_LOSSES, Needs
+from megarl.config.defaults import default_of
+from megarl.config.schema import PPOConfig
 from megarl.errors import Problem, nearest
 
 Problems = Iterator[Problem]
 
 
-@dataclass(frozen=True)
-class EstimatorNeeds:
-    """What an estimator needs. uses: keys of ``algorithm`` that it reads, among those that not all do."""
-
-    values: bool = False
-    greedy_baseline: bool = False
-    min_group_size: int = 1
-    uses: tuple[str, ...] = ()
-
-
-# The estimators of megarl.algorithm.advantage, which can't be asked here: it imports torch. A test compares the two.
-ESTIMATORS = {
-    "gae": EstimatorNeeds(values=True, uses=("gamma", "lam")),
-    "grpo": EstimatorNeeds(min_group_size=2, uses=("norm_adv_by_std_in_grpo",)),
-    "grpo_passk": EstimatorNeeds(min_group_size=2, uses=("norm_adv_by_std_in_grpo",)),
-    "rloo": EstimatorNeeds(min_group_size=2),
-    "remax": EstimatorNeeds(greedy_baseline=True),
-    "reinforce_plus_plus": EstimatorNeeds(uses=("gamma",)),
-    "reinforce_plus_plus_baseline": EstimatorNeeds(min_group_size=2),
-    "opo": EstimatorNeeds(min_group_size=2),
-    "gpg": EstimatorNeeds(min_group_size=2),
-}
-_NEUTRAL = {"gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True}
+# Keys of ``algorithm`` that some estimators read and others don't.
+_OF_ESTIMATORS = tuple(dict.fromkeys(name for needs in ESTIMATORS.values() for name in needs.uses))
 
 
 def needs_reference(c: PPOConfig) -> bool:
@@ -57,13 +37,13 @@ def needs_critic(c: PPOConfig) -> bool:
     return estimator_needs(c).values
 
 
-def estimator_needs(c: PPOConfig) -> EstimatorNeeds:
-    """Return what the run's estimator needs.
+def estimator_needs(c: PPOConfig) -> Needs:
+    """Return the Needs of the run's estimator.
 
-    One of the user's own has values where critic.enable asks for them, and may read every key. What else it needs it
-    says where it is registered, which is checked once its file is loaded.
+    An estimator of the user's own has values where critic.enable asks for them, and may read every key. Its other
+    needs are said where it is registered, and checked once its file is loaded.
     """
-    own = EstimatorNeeds(values=bool(c.critic.enable), uses=tuple(_NEUTRAL))
+    own = Needs(values=bool(c.critic.enable), uses=_OF_ESTIMATORS)
     return ESTIMATORS.get(c.algorithm.adv_estimator, own)
 
 
@@ -157,8 +137,8 @@ def a_reward_model_weighs_something(c: PPOConfig) -> Problems:
 
 def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
     """gamma, lam and the like are set only where the estimator reads them."""
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(c.algorithm, name)
+    for name in _OF_ESTIMATORS:
+        value, neutral = getattr(c.algorithm, name), default_of(f"algorithm.{name}")
         if value != neutral and name not in estimator_needs(c).uses:
             readers = ", ".join(e for e, needs in ESTIMATORS.items() if name in needs.uses)
             allowed = f"has no effect on {c.algorithm.adv_estimator}; read by {readers}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from megarl.algorithm.advantage import estimators
 from megarl.algorithm.policy_loss import policy_losses
 from megarl.algorithm.user_file import load_user_file
-from megarl.checks.algorithm import ESTIMATORS
+from megarl.catalog import ESTIMATORS
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem, nearest
 

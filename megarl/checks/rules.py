@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+from megarl.catalog import SINKS
 from megarl.checks.algorithm import ALGORITHM_RULES, needs_critic, needs_reference, needs_reward_model
 from megarl.checks.axes import (
     RANKS,
@@ -31,8 +32,6 @@ from megarl.config.schema import (
 )
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.weights.model_shape import ModelShape
-
-KNOWN_SINKS = ("console", "tensorboard", "jsonl", "wandb")
 
 Problems = Iterator[Problem]
 
@@ -85,8 +84,8 @@ def the_last_learning_rate_is_reached(key: str, optim: OptimConfig, scheduler: L
 def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
     """Every logger exists."""
     for sink in sinks:
-        if sink not in KNOWN_SINKS:
-            yield Problem("trainer.logger", sink, f"must be among {', '.join(KNOWN_SINKS)}", nearest(sink, KNOWN_SINKS))
+        if sink not in SINKS:
+            yield Problem("trainer.logger", sink, f"must be among {', '.join(SINKS)}", nearest(sink, SINKS))
 
 
 def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:

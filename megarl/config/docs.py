@@ -10,9 +10,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
-
+from megarl.config.defaults import default_values
 from megarl.config.schema import DpPPOConfig, PPOConfig, SFTConfig
 
 _INTRODUCTION = """\
@@ -42,14 +40,6 @@ def config_reference() -> str:
         # What two trainers have alike is told once.
         lines += [part for part in _sections(schema, default_values(config_name), "") if part not in lines]
     return "\n".join(lines)
-
-
-def default_values(config_name: str) -> dict[str, Any]:
-    """Return what a main config composes to without overrides, interpolations unresolved."""
-    with initialize_config_module("megarl.conf", version_base="1.3"):
-        values = OmegaConf.to_container(compose(config_name), resolve=False)
-    assert isinstance(values, dict)
-    return {str(name): value for name, value in values.items()}
 
 
 def _sections(schema: Any, values: Mapping[str, Any] | None, path: str) -> Iterator[str]:
