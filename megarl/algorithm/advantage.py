@@ -87,7 +87,7 @@ class EstimatorRegistry(Registry[Estimator]):
         return enter_with_needs
 
     def needs(self, name: str) -> Needs:
-        """Return what the estimator called ``name`` needs. Raises ConfigError with the nearest known name."""
+        """Return the Needs of the estimator called ``name``. Raises ConfigError with the nearest known name."""
         self.get(name)
         return self._needs[name]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from megarl.config.files import group_names
 from megarl.errors import Absent, ConfigError, Problem, nearest
 
 _FLAGS = ("--config-name", "--config-dir", "--cfg", "--resolve", "--help")
@@ -60,15 +61,16 @@ def parse_command_line(arguments: Sequence[str], config_name: str) -> CommandLin
     overrides: list[Override] = []
     if flags.resolve and not flags.cfg:
         problems.append(Problem("--resolve", Absent(), "has no effect without --cfg job", "--cfg job --resolve"))
+    folder = None if flags.config_dir is None else Path(flags.config_dir).expanduser().absolute()
+    groups = group_names(folder)
     for text in rest:
-        read = _no_such_flag(text) if text.startswith("-") else _override(text)
+        read = _no_such_flag(text) if text.startswith("-") else _override(text, groups)
         if isinstance(read, Problem):
             problems.append(read)
         else:
             overrides.append(read)
     if problems:
         raise ConfigError(problems)
-    folder = None if flags.config_dir is None else Path(flags.config_dir).expanduser().absolute()
     name = flags.config_name.removesuffix(".yaml")
     return CommandLine(name, folder, flags.cfg is not None, flags.resolve, flags.help, tuple(overrides))
 
@@ -78,7 +80,7 @@ def _no_such_flag(text: str) -> Problem:
     return Problem(text, Absent(), "no such flag", fix)
 
 
-def _override(text: str) -> Override | Problem:
+def _override(text: str, groups: Collection[str]) -> Override | Problem:
     """Return one override as Hydra's grammar reads it, or what is wrong with it, in Hydra's words."""
     try:
         override = OverridesParser.create().parse_override(text)
@@ -93,4 +95,9 @@ def _override(text: str) -> Override | Problem:
     if override.is_hydra_override():
         allowed = "has no effect: Hydra composes the config here and does nothing else"
         return Problem(text, Absent(), allowed, "leave it out; see trainer.run_dir")
+    key, value = override.key_or_group, override.value()
+    stands_alone = "." not in key and "/" not in key and override.package is None and not override.is_delete()
+    if stands_alone and not isinstance(value, dict) and key not in groups:
+        allowed = "is neither a key in a section nor a group of files"
+        return Problem(key, value, allowed, nearest(key, groups) or "section.key=VALUE")
     return override

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megarl.config.command_line import CommandLine, parse_command_line
 from megarl.config.composition_errors import hydra_errors_named
-from megarl.config.files import OURS, is_group, names_in
+from megarl.config.files import OURS, group_names, names_in
 from megarl.config.provenance import find_origins, read_sources, with_origins
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
@@ -49,7 +49,7 @@ class OwnConfigs(SearchPathPlugin):
     """Lets Hydra find megarl's own configs after those in the user's folder."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add the folder."""
+        """Add the folder of megarl's configs."""
         search_path.append("megarl", f"file://{OURS}")
 
 
@@ -179,7 +179,7 @@ def _for_hydra(override: Override, line: CommandLine, loader: ConfigLoader) -> I
             yield f"+{EXPERIMENT}@_global_={override.get_value_string()}"
     elif override.is_delete() or "/" in key or override.package:
         yield str(override.input_line)
-    elif is_group(line.config_dir, key) and not isinstance(value, dict):  # data={...} sets values
+    elif key in group_names(line.config_dir) and not isinstance(value, dict):  # data={...} sets values
         if not isinstance(value, str | list):
             options = names_in(line.config_dir, key)
             raise ConfigError([Problem(key, value, "must be the name of a file", f"one of {', '.join(options)}")])

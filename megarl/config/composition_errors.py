@@ -78,7 +78,7 @@ def _line_naming(name: str, config: str, line: CommandLine) -> str:
 
 
 def _as_told(error: BaseException, line: CommandLine) -> Problem:
-    """Return what Hydra says, without its advice on Hydra, and the override, key or file that it speaks of."""
+    """Return the Problem in Hydra's words, without its advice on Hydra: of the override, key or file they speak of."""
     while not str(error) and error.__cause__:
         error = error.__cause__
     told = "; ".join(t.strip() for t in str(error).splitlines() if t and not t.strip().startswith(_NOISE))

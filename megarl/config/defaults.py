@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 @cache
 def default_values(config_name: str) -> Mapping[str, Any]:
-    """Return what a main config composes to without overrides, interpolations unresolved."""
+    """Return the plain values of a main config without overrides, interpolations unresolved."""
     with initialize_config_module("megarl.conf", version_base="1.3"):
         values = OmegaConf.to_container(compose(config_name), resolve=False)
     assert isinstance(values, dict)

@@ -19,7 +19,7 @@ _INTRODUCTION = """\
 Written by `python -m megarl.config.docs > docs/config.md` from megarl/config/schema.py and conf/; don't edit it.
 
 Set a key on the command line as `section.key=value`. A name that doesn't exist is an error with the nearest that does.
-What has to hold between keys is in megarl/checks/rules.py and algorithm_rules.py. `--cfg job` prints a composed config
+What has to hold between keys is in megarl/checks/rules.py and algorithm.py. `--cfg job` prints a composed config
 without running it.
 """
 _PARTS = (

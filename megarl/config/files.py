@@ -19,9 +19,9 @@ def names_in(folder: Path | None, group: str) -> list[str]:
     return sorted({path.stem for place in _places(folder) for path in Path(place, group).glob("*.yaml")})
 
 
-def is_group(folder: Path | None, name: str) -> bool:
-    """Whether there is a group of configs called ``name``."""
-    return any(Path(place, name).is_dir() for place in _places(folder))
+def group_names(folder: Path | None) -> set[str]:
+    """Return the names of all groups of configs that are in no other group."""
+    return {path.name for place in _places(folder) for path in place.glob("*/")}
 
 
 def shown_path(path: Path) -> str:

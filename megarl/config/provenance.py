@@ -60,7 +60,7 @@ def find_origins(sources: Iterable[Source], overrides: Iterable[tuple[str, objec
 
 
 def _add_node(origins: dict[str, Origin], key: str, node: yaml.Node, file: str, line: int | None) -> None:
-    """Note what a YAML node sets. line: of the node's key; None for an override."""
+    """Enter the origin of every key that a YAML node sets. line: of the node's key; None for an override."""
 
     def line_of(child: yaml.Node) -> int | None:
         return None if line is None else child.start_mark.line + 1
@@ -117,7 +117,7 @@ def _references(key: str, value: str) -> tuple[str, ...]:
 
 
 def describe_origin(key: str, origins: Mapping[str, Origin]) -> str:
-    """Return where ``key`` was set and, for what is taken from another key, where that was; "" where nothing was.
+    """Return the place where ``key`` was set and, for a value taken from another key, that key's place; "" for none.
 
     A key that isn't there has the origin of the leaf it would be under.
     """

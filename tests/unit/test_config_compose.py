@@ -103,6 +103,7 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
     ("arguments", "told"),
     [
         (["experiment=quikstart"], ["experiment = 'quikstart'  (command line): no such file", "'quickstart'?"]),
+        (["expermient=quickstart"], ["expermient = 'quickstart'", "did you mean 'experiment'?"]),
         (["--config-name=ppo_megatron_trianer"], ["no such file", "did you mean 'ppo_megatron_trainer'?"]),
         (["--config-name=mine"], ["--config-name = 'mine': no such file", "--config-dir=FOLDER --config-name=FILE"]),
         (["--config-dir=nowhere"], ["--config-dir", "is no folder"]),
