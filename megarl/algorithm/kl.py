@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.registry import Registry
+from megarl.catalog import KL_LOSSES
 
 _MAX_LOG_RATIO = 20.0
 _MAX_LOW_VAR_KL = 10.0
@@ -76,5 +77,8 @@ def _straight_through(value: KLEstimator) -> KLEstimator:
     return estimate
 
 
-for _name in ("kl", "k1", "abs", "low_var_kl", "k3"):
-    kl_estimators.register(f"{_name}+")(_straight_through(kl_estimators.get(_name)))
+for _name in KL_LOSSES:
+    if _name.endswith("+"):
+        kl_estimators.register(_name)(_straight_through(kl_estimators.get(_name.removesuffix("+"))))
+
+kl_estimators.check_names(KL_LOSSES)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 from megarl.algorithm.registry import Registry
+from megarl.catalog import KL_CONTROLLERS
 from megarl.errors import CheckpointError
 
 _MAX_ERROR = 0.2
@@ -44,7 +45,7 @@ class KLController(Protocol):
         """Return the controller for the next step, after ``num_rollouts`` with a KL of ``kl``."""
 
     def state(self) -> State:
-        """Return its type and numbers, of which ``from_state`` makes an equal controller."""
+        """Return the controller's type and numbers, of which ``from_state`` makes an equal controller."""
 
 
 kl_controllers: Registry[Callable[[KLControlSettings], KLController]] = Registry("algorithm.kl_ctrl.type")
@@ -57,11 +58,11 @@ class FixedKL:
     coef: float
 
     def after(self, kl: float, num_rollouts: int) -> FixedKL:
-        """Return itself."""
+        """Return the same controller: the coefficient stays."""
         return self
 
     def state(self) -> State:
-        """Return the state that ``from_state`` makes an equal controller of."""
+        """Return the type and numbers, of which ``from_state`` makes an equal controller."""
         return {"type": "fixed", **asdict(self)}
 
 
@@ -88,7 +89,7 @@ class AdaptiveKL:
         return replace(self, coef=self.coef * (1.0 + error * num_rollouts / self.horizon))
 
     def state(self) -> State:
-        """Return the state that ``from_state`` makes an equal controller of."""
+        """Return the type and numbers, of which ``from_state`` makes an equal controller."""
         return {"type": "adaptive", **asdict(self)}
 
 
@@ -100,6 +101,9 @@ def _fixed(settings: KLControlSettings) -> KLController:
 @kl_controllers.register("adaptive")
 def _adaptive(settings: KLControlSettings) -> KLController:
     return AdaptiveKL(settings.coef, settings.target, settings.horizon)
+
+
+kl_controllers.check_names(KL_CONTROLLERS)
 
 
 def from_state(state: Mapping[str, object]) -> KLController:

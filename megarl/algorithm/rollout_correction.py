@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.registry import Registry
+from megarl.catalog import CORRECTION_PRESETS, CRITERIA
 
 _MAX_LOG_RATIO = 20.0
 _QUANTILES = {"min": 0.0, "q01": 0.01, "q50": 0.5, "q99": 0.99, "max": 1.0}
@@ -122,6 +123,9 @@ for _name, _preset in {
 }.items():
     presets.register(_name)(_preset)
 
+criteria.check_names(CRITERIA)
+presets.check_names(CORRECTION_PRESETS)
+
 
 def correct_rollouts(
     old_logprobs_BS: Tensor, rollout_logprobs_BS: Tensor, mask_BS: Tensor, settings: CorrectionSettings
@@ -191,7 +195,7 @@ def _k3(log_ratio: Tensor) -> Tensor:
 
 
 def _mismatch(log_ratio_N: Tensor) -> dict[str, float]:
-    """Return the distances between the two distributions over all tokens, rejected ones included."""
+    """Return the metrics of the distance between the two distributions, over all tokens, rejected ones included."""
     sorted_N = log_ratio_N.exp().sort().values
     last = len(sorted_N) - 1
     # Of the two neighbours of a quantile the lower; torch.quantile refuses as many tokens as a large step has.

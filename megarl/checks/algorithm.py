@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.algorithm.needs import (
-    ESTIMATORS,
-    NEUTRAL,
+    KEYS_OF_ESTIMATORS,
     estimator_needs,
     needs_critic,
     needs_reference,
     needs_reward_model,
 )
-from megarl.config.schema import POLICY_LOSSES, PPOConfig
+from megarl.catalog import ESTIMATORS, POLICY_LOSSES
+from megarl.config.defaults import default_of
+from megarl.config.schema import PPOConfig
 from megarl.errors import Problem, nearest
 
 Problems = Iterator[Problem]
@@ -109,8 +110,8 @@ def a_reward_model_weighs_something(c: PPOConfig) -> Problems:
 
 def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
     """gamma, lam and the like are set only where the estimator reads them."""
-    for name, neutral in NEUTRAL.items():
-        value = getattr(c.algorithm, name)
+    for name in KEYS_OF_ESTIMATORS:
+        value, neutral = getattr(c.algorithm, name), default_of(f"algorithm.{name}")
         if value != neutral and name not in estimator_needs(c).uses:
             readers = ", ".join(e for e, needs in ESTIMATORS.items() if name in needs.uses)
             allowed = f"has no effect on {c.algorithm.adv_estimator}; read by {readers}"

@@ -9,6 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megarl.catalog import (
+    AGGREGATIONS,
+    CORRECTION_PRESETS,
+    CRITERIA,
+    KL_CONTROLLERS,
+    KL_ESTIMATORS,
+    KL_LOSSES,
+    POLICY_LOSSES,
+)
+
 
 def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, above: float | None = None,
         high: float | None = None) -> Any:  # fmt: skip
@@ -18,17 +28,6 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 MOMENT_DTYPES = ("float32", "bfloat16")
-
-# Names of the registries in megarl.algorithm, which can't be asked here: they import torch. A test compares them.
-POLICY_LOSSES = ("ppo_clip", "gspo", "geo_mean", "cispo", "sapo", "gpg", "clip_cov", "kl_cov")
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
-KL_TYPES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
-CRITERIA = ("token", "sequence", "geometric", "sequence_k3", "worst_token")
-CORRECTION_PRESETS = (
-    "metrics_only", "token_tis", "sequence_tis", "sequence_mis", "icepop", "geometric", "geometric_token_tis",
-    "geometric_sequence_tis", "k3", "k3_token_tis", "k3_sequence_tis",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ class ActorConfig:
     entropy_coeff: float = key("weight of the entropy bonus", low=0.0)
     use_kl_loss: bool = key("add KL to the reference to the loss")
     kl_loss_coef: float = key("weight of that KL", low=0.0)
-    kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_TYPES)
+    kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_LOSSES)
     loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
     separate_old_log_probs: bool = key(
         "compute old log-probs in a pass of their own also where the update's own would do"
@@ -309,7 +308,7 @@ class RewardConfig:
 class KLControlConfig:
     """The coefficient of the KL in the reward."""
 
-    type: str = key("fixed, or steered towards target_kl", choices=("fixed", "adaptive"))
+    type: str = key("fixed, or steered towards target_kl", choices=KL_CONTROLLERS)
     kl_coef: float = key("coefficient, at the start where adaptive", low=0.0)
     target_kl: float = key("mean KL a token to keep, in nats (adaptive)", above=0.0)
     horizon: int = key("rollouts over which the coefficient is corrected (adaptive)", low=1)

@@ -16,9 +16,9 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from megarl.algorithm.needs import ESTIMATORS
+from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.checks.run import CheckedRun, check_ppo
-from megarl.config.schema import POLICY_LOSSES, PPOConfig
+from megarl.config.schema import PPOConfig
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
 from megarl.controller.observer import Observer
@@ -61,7 +61,7 @@ def algorithms() -> dict[str, tuple[str, ...]]:
         for where, overrides in KL.items()
     }
     grpo = ("algorithm.adv_estimator=grpo", *KL["none"])
-    for loss in POLICY_LOSSES[1:]:
+    for loss in tuple(POLICY_LOSSES)[1:]:
         cases[f"loss {loss}"] = (*grpo, f"actor_rollout_ref.actor.policy_loss={loss}")
     cases["dapo"], cases["dr_grpo"] = DAPO, DR_GRPO
     cases["entropy bonus"] = (*grpo, "actor_rollout_ref.actor.entropy_coeff=0.01")

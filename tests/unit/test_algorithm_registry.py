@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
+from megarl import catalog
 from megarl.algorithm.advantage import (
     AdvantageInputs,
     Advantages,
@@ -12,20 +15,38 @@ from megarl.algorithm.advantage import (
 )
 from megarl.algorithm.aggregate import aggregations
 from megarl.algorithm.kl import kl_estimators
+from megarl.algorithm.kl_control import kl_controllers
 from megarl.algorithm.policy_loss import policy_losses
 from megarl.algorithm.registry import Registry
+from megarl.algorithm.rollout_correction import presets
 from megarl.errors import ConfigError
 
 
-def test_every_name_that_the_config_promises_is_registered() -> None:
-    group_estimators = {"grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"}
-    assert set(estimators.names()) == group_estimators | {"gae", "remax", "reinforce_plus_plus"}
-    losses = {"ppo_clip", "gspo", "cispo", "geo_mean", "clip_cov", "kl_cov", "sapo", "gpg"}
-    assert set(policy_losses.names()) == losses
-    values = {"kl", "abs", "low_var_kl", "k1", "k3"}
-    assert set(kl_estimators.names()) == values | {"mse", "k2"} | {f"{name}+" for name in values}
-    modes = {"token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"}
-    assert set(aggregations.names()) == modes
+def test_a_registry_holds_the_names_of_the_catalog_and_no_other() -> None:
+    registry: Registry[object] = Registry("some.key")
+    registry.register("mine")(object())
+    registry.check_names(["mine"])
+    with pytest.raises(AssertionError, match=r"some\.key: .* alone: more"):
+        registry.check_names(["mine", "more"])
+    with pytest.raises(AssertionError, match=r"some\.key: .* alone: mine"):
+        registry.check_names([])
+
+
+@pytest.mark.parametrize("registry", [estimators, policy_losses, kl_estimators, aggregations, kl_controllers, presets])
+def test_megarls_own_functions_are_registered_under_the_names_of_the_catalog(registry: Registry[object]) -> None:
+    names: dict[str, Iterable[str]] = {
+        "algorithm.adv_estimator": catalog.ESTIMATORS,
+        "actor_rollout_ref.actor.policy_loss": catalog.POLICY_LOSSES,
+        "actor_rollout_ref.actor.kl_loss_type": catalog.KL_LOSSES,
+        "actor_rollout_ref.actor.loss_agg_mode": catalog.AGGREGATIONS,
+        "algorithm.kl_ctrl.type": catalog.KL_CONTROLLERS,
+        "algorithm.rollout_correction.preset": catalog.CORRECTION_PRESETS,
+    }
+    registry.check_names(names[registry.key])
+
+
+def test_penalties_in_the_reward_are_the_estimators_whose_value_counts() -> None:
+    assert set(catalog.KL_ESTIMATORS) == {name for name in kl_estimators.names() if not name.endswith("+")}
 
 
 def test_every_estimator_says_what_it_needs() -> None:
@@ -34,6 +55,10 @@ def test_every_estimator_says_what_it_needs() -> None:
     assert [name for name, need in needs.items() if need.greedy_baseline] == ["remax"]
     alone = {name for name, need in needs.items() if need.min_group_size == 1}
     assert alone == {"gae", "remax", "reinforce_plus_plus"}
+
+
+def test_an_estimator_needs_what_the_catalog_says() -> None:
+    assert {name: estimators.needs(name) for name in estimators.names()} == dict(catalog.ESTIMATORS)
 
 
 def test_a_users_estimator_is_registered_with_its_needs() -> None:

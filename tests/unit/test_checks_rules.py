@@ -8,14 +8,9 @@ from typing import Any
 
 import pytest
 
-from megarl.algorithm.advantage import estimators
-from megarl.algorithm.aggregate import aggregations
-from megarl.algorithm.kl import kl_estimators
-from megarl.algorithm.policy_loss import policy_losses
-from megarl.algorithm.rollout_correction import criteria, presets
+from megarl.catalog import SINKS
 from megarl.checks import algorithm as algorithm_rules
 from megarl.checks import effects, rules
-from megarl.checks.algorithm import ESTIMATORS
 from megarl.checks.rules import (
     critic_model_problems,
     ppo_model_problems,
@@ -26,10 +21,8 @@ from megarl.checks.rules import (
     sft_model_problems,
     sft_problems,
 )
-from megarl.config import schema
 from megarl.config.schema import LRSchedulerConfig, PPOConfig
 from megarl.errors import ConfigError, Problem
-from megarl.monitor.sinks import SINK_NAMES
 from megarl.weights.model_shape import ModelShape
 from tests.unit.composed_configs import ppo_config, sft_config
 from tests.unit.model_shapes import model_shape
@@ -220,7 +213,7 @@ SOUND: list[Changes] = [
     {f"{ACTOR}.optim.beta": [0, 0.999], f"{ACTOR}.optim.min_lr": 1e-6},
     {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 2, f"{REF}.megatron.{TP}": 1, f"{ROLLOUT}.{TP}": 8},
     {"trainer.nnodes": 3, f"{ACTOR}.megatron.{TP}": 3, f"{ROLLOUT}.{TP}": 6},
-    {"trainer.logger": list(rules.KNOWN_SINKS)},
+    {"trainer.logger": list(SINKS)},
     {"trainer.logger": []},
     {"reward.path": "r.py"},
     {"reward.name": "gsm8k"},
@@ -417,35 +410,3 @@ def test_warm_up_ends_before_the_run_does() -> None:
     )
     assert (problem.key, problem.value) == ("lr_scheduler.warmup_steps", 10)
     assert problem.allowed == "must be less than the run's 10 optimizer steps"
-
-
-@pytest.mark.parametrize(
-    ("said", "registered"),
-    [
-        (tuple(ESTIMATORS), estimators.names()),
-        (schema.POLICY_LOSSES, policy_losses.names()),
-        (schema.AGGREGATIONS, aggregations.names()),
-        (schema.KL_TYPES, kl_estimators.names()),
-        (schema.CRITERIA, criteria.names()),
-        (schema.CORRECTION_PRESETS, presets.names()),
-        (rules.KNOWN_SINKS, tuple(SINK_NAMES)),
-    ],
-)
-def test_the_names_a_config_may_give_are_those_of_the_registries(
-    said: tuple[str, ...], registered: tuple[str, ...]
-) -> None:
-    assert sorted(said) == sorted(registered)
-
-
-def test_penalties_in_the_reward_are_the_estimators_whose_value_counts() -> None:
-    assert set(schema.KL_ESTIMATORS) == {name for name in kl_estimators.names() if not name.endswith("+")}
-
-
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_what_the_rules_know_of_an_estimator_is_what_it_needs(name: str) -> None:
-    told, needs = ESTIMATORS[name], estimators.needs(name)
-    assert (told.values, told.greedy_baseline, told.min_group_size) == (
-        needs.values,
-        needs.greedy_baseline,
-        needs.min_group_size,
-    )

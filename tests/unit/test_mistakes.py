@@ -243,7 +243,7 @@ MISTAKES = {
     "a file for a section": _of("data=train.parquet", says="no such file in data/"),
     "a sweep": _of(f"{ROLLOUT}.n=4,8", says="is several values, and a run has one"),
     "spaces around the sign": Mistake(
-        ("trainer.seed", "=", "1"), ("trainer.seed", "'='", "1"), "is neither key=value nor a flag"
+        ("trainer.seed", "=", "1"), ("trainer.seed", "=", "1"), "is neither key=value nor a flag"
     ),
     # Values.
     "a word for a number": _of(f"{ACTOR}.optim.lr=abc", says="must be a number"),
