@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.catalog import ESTIMATORS, Needs
+from megarl.catalog import ESTIMATORS, POLICY_LOSSES, LossNeeds, Needs
 from megarl.config.schema import PPOConfig
 
 # Keys of ``algorithm`` that some estimators read and others don't.
@@ -27,6 +27,23 @@ def needs_reward_function(c: PPOConfig) -> bool:
 def needs_critic(c: PPOConfig) -> bool:
     """Whether the run trains a critic."""
     return estimator_needs(c).values
+
+
+def needs_old_logprobs(c: PPOConfig) -> bool:
+    """Whether anything but the first update of a step reads log-probs by the actor before it.
+
+    Weights and rejections of rollout correction do, KL in the reward, losses that choose tokens, and further epochs.
+    """
+    actor, correction = c.actor_rollout_ref.actor, c.algorithm.rollout_correction
+    loss = POLICY_LOSSES.get(actor.policy_loss, LossNeeds())
+    corrects = correction.preset not in (None, "metrics_only") or correction.level or correction.rejections
+    return bool(corrects or c.algorithm.use_kl_in_reward or loss.chosen_tokens or actor.ppo_epochs > 1)
+
+
+def reuses_update(c: PPOConfig) -> bool:
+    """Whether the old log-probs of a step's first mini-batch are those of its own update, detached."""
+    is_bypassed = c.algorithm.rollout_correction.bypass
+    return not (needs_old_logprobs(c) or is_bypassed or c.actor_rollout_ref.actor.separate_old_log_probs)
 
 
 def estimator_needs(c: PPOConfig) -> Needs:

@@ -19,12 +19,13 @@ from megarl.algorithm.advantage import (
     estimate_advantages,
     estimators,
 )
-from megarl.algorithm.covariance import select_tokens, token_selectors
+from megarl.algorithm.covariance import select_tokens
 from megarl.algorithm.filters import in_group_with_spread
 from megarl.algorithm.kl import KLEstimator, kl_estimators
 from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
 from megarl.algorithm.loss_specs import PolicyLossSpec, ValueLossSpec
 from megarl.algorithm.metrics import logprob_difference, masked_mean
+from megarl.algorithm.needs import reuses_update
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, correct_rollouts, presets
 from megarl.algorithm.samples import Samples
@@ -72,12 +73,11 @@ class Update:
 class Recipe:
     """The algorithm of an RL run. The coefficient of the KL in the reward is all that changes from step to step.
 
-    reuses_update: whether old log-probs are those of the first mini-batch's own update, where nothing needs them before
-    it: no correction of rollouts, no KL in the reward, no loss that chooses tokens, one epoch.
+    reuses_update: whether the old log-probs of the first mini-batch are those of its own update.
     """
 
     def __init__(self, config: PPOConfig) -> None:
-        algorithm, models = config.algorithm, config.actor_rollout_ref
+        algorithm = config.algorithm
         self.seed = config.trainer.seed
         self.estimate = _estimator(config)
         self.policy_loss = _policy_loss(config)
@@ -94,15 +94,7 @@ class Recipe:
         self.correction = _correction(algorithm.rollout_correction)
         self.bypasses = algorithm.rollout_correction.bypass
         self.critic_warmup_steps = config.critic.warmup_steps if estimators.needs(algorithm.adv_estimator).values else 0
-        self.reuses_update = not (
-            models.actor.separate_old_log_probs
-            or models.actor.ppo_epochs > 1
-            or self.kl_in_reward is not None
-            or self.correction.level is not None
-            or self.correction.rejections
-            or self.policy_loss.name in token_selectors.names()
-            or self.bypasses
-        )
+        self.reuses_update = reuses_update(config)
 
     def old_logprobs(self, samples: Samples, actor: ActorLogprobs, step: int) -> Tensor | None:
         """Return log-probs [B, S] by the actor before its update; None where the update's own will do.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.algorithm.needs import needs_reward_function, needs_reward_model
+from megarl.algorithm.needs import needs_old_logprobs, needs_reward_function, needs_reward_model
 from megarl.catalog import POLICY_LOSSES
 from megarl.config.defaults import default_of
 from megarl.config.schema import PPOConfig
@@ -100,6 +100,13 @@ EFFECTS: tuple[Effect, ...] = (
         _one_side_is_clipped_by_it,
         "clip_ratio_low or clip_ratio_high is null: they stand for the two sides of it",
         f"leave {ACTOR}.clip_ratio out, or one of the two",
+    ),
+    Effect(
+        f"{ACTOR}.separate_old_log_probs",
+        lambda c: not (needs_old_logprobs(c) or c.algorithm.rollout_correction.bypass),
+        "nothing but the first update of a step reads old log-probs: one epoch, no KL in the reward, no rollout "
+        "correction or bypass, no loss that chooses tokens",
+        f"{ACTOR}.separate_old_log_probs=false",
     ),
     Effect(f"{ACTOR}.kl_loss_coef", *_KL_LOSS),
     Effect(f"{ACTOR}.kl_loss_type", *_KL_LOSS),

@@ -133,6 +133,7 @@ def _time(c: PPOConfig, plan: RunPlan) -> StepTime:
         plan.device,
         ranks_per_node=plan.ranks_per_node,
         num_rollouts=plan.batches[plan.roles[0].name].num_rollouts,
+        num_scored_rollouts=plan.num_scored_rollouts,
         max_prompt=c.data.max_prompt_length,
         max_response=c.data.max_response_length,
         max_num_seqs=c.actor_rollout_ref.rollout.max_num_seqs,

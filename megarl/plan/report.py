@@ -40,7 +40,15 @@ def _batch_lines(plan: RunPlan) -> list[str]:
         lines += [f"{name}:", *batch.describe().splitlines()]
     share = actor[1].num_rollouts // plan.roles[0].layout.dp
     lines.append(f"{share:,} rollouts a data-parallel rank, at most {plan.tokens_per_step:,} tokens a step")
+    scored, rollouts = plan.num_scored_rollouts, actor[1].num_rollouts
+    lines.append(f"old log-probs: a pass over {scored:,} of {rollouts:,} rollouts" + _why_fewer(scored, rollouts))
     return lines
+
+
+def _why_fewer(scored: int, rollouts: int) -> str:
+    if scored == rollouts:
+        return ""
+    return "; the first mini-batch takes those of its own update" if scored else "; none needs one"
 
 
 def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
@@ -195,6 +203,7 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
         "ranks_per_node": plan.ranks_per_node,
         "batches": {name: asdict(batch) for name, batch in plan.batches.items()},
         "tokens_per_step": plan.tokens_per_step,
+        "num_scored_rollouts": plan.num_scored_rollouts,
         "layout": [
             {
                 "role": t.role,
