@@ -234,9 +234,6 @@ def grpo_passk(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantag
     return _on_masked_tokens(_over_std(lead_B, rewards_B, groups, settings), inputs)
 
 
-estimators.check_names(ESTIMATORS)
-
-
 def _token_rewards(inputs: AdvantageInputs) -> Tensor:
     if inputs.token_rewards_BS is not None:
         return inputs.token_rewards_BS

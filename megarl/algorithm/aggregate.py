@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.registry import Registry
-from megarl.catalog import AGGREGATIONS
 
 
 class Aggregation(Protocol):
@@ -68,9 +67,6 @@ def seq_mean_token_sum_norm(
     """
     assert max_tokens is not None, "seq-mean-token-sum-norm divides by max_tokens"
     return torch.full_like(num_tokens_B, 1.0 / (total_rollouts * max_tokens))
-
-
-aggregations.check_names(AGGREGATIONS)
 
 
 def mini_batch_totals(num_tokens_B: Tensor) -> tuple[int, int]:

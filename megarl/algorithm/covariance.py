@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.registry import Registry
-from megarl.catalog import POLICY_LOSSES
 
 
 class TokenSelector(Protocol):
@@ -68,9 +67,6 @@ def largest(covariance_N: Tensor, settings: PolicyLossSettings, generator: torch
     """
     order = covariance_N.argsort(descending=True, stable=True)
     return _at(order[: _quota(covariance_N, settings)], covariance_N)
-
-
-token_selectors.check_names(name for name, needs in POLICY_LOSSES.items() if needs.chosen_tokens)
 
 
 def _covariance(logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 from megarl.algorithm.registry import Registry
-from megarl.catalog import KL_CONTROLLERS
 from megarl.errors import CheckpointError
 
 _MAX_ERROR = 0.2
@@ -101,9 +100,6 @@ def _fixed(settings: KLControlSettings) -> KLController:
 @kl_controllers.register("adaptive")
 def _adaptive(settings: KLControlSettings) -> KLController:
     return AdaptiveKL(settings.coef, settings.target, settings.horizon)
-
-
-kl_controllers.check_names(KL_CONTROLLERS)
 
 
 def from_state(state: Mapping[str, object]) -> KLController:

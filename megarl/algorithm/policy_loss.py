@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.registry import Registry
-from megarl.catalog import POLICY_LOSSES
 from megarl.errors import AlgorithmError
 
 # exp(20) is 5e8: beyond any ratio of a healthy run, far within float32, and its product with an advantage too.
@@ -202,9 +201,6 @@ def kl_cov(inputs: PolicyLossInputs, settings: PolicyLossSettings) -> TokenLoss:
     penalty_N = settings.cov_kl_coef * _log_ratio(inputs).abs()
     loss_N = -inputs.advantages_N * _ratio(inputs)
     return _weighted(torch.where(inputs.selected_N, loss_N + penalty_N, loss_N), inputs.selected_N, inputs)
-
-
-policy_losses.check_names(POLICY_LOSSES)
 
 
 def _log_ratio(inputs: PolicyLossInputs) -> Tensor:

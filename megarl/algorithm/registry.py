@@ -47,14 +47,6 @@ class Registry(Generic[F]):
         for name in names:
             del self._entries[name]
 
-    def check_names(self, names: Iterable[str]) -> None:
-        """Assert that the entries are those which megarl.catalog names, no more and no fewer.
-
-        For the end of the module of the built-in entries: a file of the user's registers its own later.
-        """
-        differing = sorted(set(self._entries) ^ set(names))
-        assert not differing, f"{self.key}: in one of catalog and registry alone: {', '.join(differing)}"
-
     def names(self) -> tuple[str, ...]:
         """Return all registered names, sorted."""
         return tuple(sorted(self._entries))

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from megarl.algorithm.registry import Registry
-from megarl.catalog import CORRECTION_PRESETS, CRITERIA
 
 _MAX_LOG_RATIO = 20.0
 _QUANTILES = {"min": 0.0, "q01": 0.01, "q50": 0.5, "q99": 0.99, "max": 1.0}
@@ -122,9 +121,6 @@ for _name, _preset in {
     "k3_sequence_tis": CorrectionSettings("sequence", cap=2.0, rejections=_K3),
 }.items():
     presets.register(_name)(_preset)
-
-criteria.check_names(CRITERIA)
-presets.check_names(CORRECTION_PRESETS)
 
 
 def correct_rollouts(

@@ -15,6 +15,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -145,6 +146,7 @@ def compose(line: CommandLine) -> Composition:
         passed = tuple(text for override in line.overrides for text in _for_hydra(override, line, loader))
         with hydra_errors_named(line):
             config = loader.load_configuration(line.config_name, list(passed), RunMode.RUN)
+    HydraConfig.instance().set_config(config)  # for ${hydra:...} in a value
     with open_dict(config):
         del config["hydra"]
     return Composition(config, line, passed)

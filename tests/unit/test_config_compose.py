@@ -253,6 +253,10 @@ def test_the_composed_config_is_printed_without_running(resolve: bool, capsys: p
     assert "hydra" not in values
 
 
+def test_a_value_may_name_what_hydra_knows(folder: Path) -> None:
+    assert composed("trainer.run_dir=${hydra:runtime.cwd}/x")["trainer"]["run_dir"] == f"{folder}/x"
+
+
 def test_help_says_how_a_run_is_started(capsys: pytest.CaptureFixture[str]) -> None:
     run_hydra("ppo_trainer", lambda *_: pytest.fail("it ran"), ["--help"])
     text = capsys.readouterr().out
