@@ -32,7 +32,7 @@ from megarl.train.offload import Offload
 from megarl.types import Batch
 from megarl.weights.hf_export import export_hf
 from megarl.weights.model_shape import ModelShape
-from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_shards
+from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_peers
 from megarl.weights.sources import TensorSource
 
 R = TypeVar("R")
@@ -132,7 +132,7 @@ class Model:
                 out,
                 template=template,
                 shapes=hf_shapes(shape),
-                sources=[megatron_shards(shape, layout, rank) for rank in range(layout.world_size)],
+                sources=megatron_peers(shape, layout),
                 parameters=self.parameters(),
                 dtype=self.spec.dtype,
                 device=self.spec.device,
