@@ -218,7 +218,7 @@ def test_publishing_from_any_layout_fills_every_engine_with_the_checkpoints_cont
 
 
 @pytest.mark.long
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(publications(), st.integers(1, 3000))
 def test_publishing_fills_every_engine_from_thousands_of_layouts(case: Case, bucket: int) -> None:
     check(case, bucket)
