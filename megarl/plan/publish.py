@@ -45,7 +45,7 @@ class PlanningCost:
 
 
 def seconds_of(load: Load, dtype_bytes: int, device: Device) -> float:
-    """Return how long a rank's bytes take where all ways are used at once, as a float."""
+    """Return the seconds, as a float, that a rank's bytes take where all ways are used at once."""
     inside = dtype_bytes * max(load.sent_within, load.received_within)
     outside = dtype_bytes * max(load.sent_across, load.received_across)
     return max(inside / device.link_bytes_per_s, outside / device.inter_node_bytes_per_s)

@@ -64,7 +64,7 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
 
 
 def _node_lines(plan: RunPlan) -> list[str]:
-    """Return which ranks, and which of the actor's stages, are on which node; of many nodes the first and last."""
+    """Return lines that name the ranks and the actor's stages on each node; of many nodes the first and last."""
     size, actor = plan.ranks_per_node, plan.roles[0]
     nodes = range(plan.num_ranks // size)
     if len(nodes) == 1:

@@ -75,7 +75,7 @@ class Holders:
     by_node: Mapping[int, tuple[int, ...]]
 
     def senders(self, node: int) -> tuple[int, ...]:
-        """Return who of them sends to ``node``, as a tuple of ranks: those on it, or all where none is."""
+        """Return the ranks that send to ``node``, as a tuple of ints: those of them on it, or all where none is."""
         return self.by_node.get(node, self.ranks)
 
 

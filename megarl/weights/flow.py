@@ -90,7 +90,7 @@ class Flow:
         return position - (position - self.ends[at] + move.numel) % move.row_numel
 
     def share(self, index: int, count: int) -> tuple[int, int]:
-        """Return where the ``index``-th of ``count`` equal parts begins and ends, cut between rows."""
+        """Return the range, as start and stop, of the ``index``-th of ``count`` equal parts, cut between rows."""
         return self.row_start(self.numel * index // count), self.row_start(self.numel * (index + 1) // count)
 
     def rows(self, start: int, stop: int) -> Iterator[Rows]:
@@ -135,7 +135,7 @@ class Stream:
         return max(move.row_numel for share in self.shares for move in share.flow.moves)
 
     def cut(self, index: int, count: int) -> int:
-        """Return where the ``index``-th of ``count`` equal parts begins, cut between rows."""
+        """Return the position at which the ``index``-th of ``count`` equal parts begins, cut between rows."""
         position = self.numel * index // count
         if position >= self.numel:
             return self.numel

@@ -187,7 +187,7 @@ def hf_zeros(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def megatron_shards(shape: ModelShape, layout: Layout, rank: int) -> tuple[Shard, ...]:
-    """Return what one rank of the trainer holds as a tuple of Shard, by Megatron's names.
+    """Return the shards of one rank of the trainer as a tuple of Shard, by Megatron's names.
 
     Layers and experts have their index in the model.
     """
@@ -205,7 +205,7 @@ def _megatron_shards(
 
 
 def megatron_peers(shape: ModelShape, layout: Layout) -> tuple[Peers, ...]:
-    """Return what all ranks of the trainer hold as a tuple of Peers: those of experts, and those of everything else."""
+    """Return the Peers of a trainer, as a tuple: those that share experts, and those that share everything else."""
     ranks: dict[tuple[bool, int, int, int], list[int]] = defaultdict(list)
     for rank in range(layout.world_size):
         place, expert = layout.coordinates(rank), layout.expert_coordinates(rank)
@@ -222,7 +222,7 @@ def megatron_peers(shape: ModelShape, layout: Layout) -> tuple[Peers, ...]:
 def _megatron_patterns(
     shape: ModelShape, layout: Layout, stage: int, tp_rank: int, etp_rank: int, ep_rank: int
 ) -> Iterator[tuple[Entry, Pattern]]:
-    """Yield what the ranks at a place hold of each entry."""
+    """Yield each entry with the Pattern of the ranks at a place."""
     layers = [layer for chunk in layers_of_chunks(shape.num_layers, layout, stage) for layer in chunk]
     experts = local_experts(shape, layout.ep, ep_rank)
     for entry in entries(shape):
@@ -243,17 +243,17 @@ def local_experts(shape: ModelShape, ep: int, ep_rank: int) -> range:
 
 @lru_cache(maxsize=64)
 def vllm_shards(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Shard, ...]:
-    """Return what one of the ``tp`` ranks of a vLLM engine holds as a tuple of Shard: a part of each expert too."""
+    """Return the shards of one of the ``tp`` ranks of a vLLM engine as a tuple of Shard: of each expert a part."""
     return tuple(shard for pattern in vllm_patterns(shape, tp, tp_rank) for shard in pattern.shards())
 
 
 def vllm_peers(shape: ModelShape, tp: int, ranks: Sequence[int]) -> tuple[Peers, ...]:
-    """Return what all ranks of vLLM engines hold as a tuple of Peers. Each engine is ``tp`` of ``ranks`` in a row."""
+    """Return the Peers of vLLM engines, as a tuple. Each engine is ``tp`` of ``ranks`` in a row."""
     return tuple(Peers(tuple(ranks[at::tp]), vllm_patterns(shape, tp, at)) for at in range(tp))
 
 
 def vllm_patterns(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Pattern, ...]:
-    """Return the same as ``vllm_shards`` as a tuple of Pattern."""
+    """Return the patterns that ``vllm_shards`` are instances of, as a tuple of Pattern."""
     layers, experts = range(shape.num_layers), range(shape.num_experts)
     return tuple(
         pattern

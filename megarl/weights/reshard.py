@@ -70,7 +70,7 @@ class Resharder:
 
 
 def _sizes(cuts: Mapping[int, tuple[int, int]]) -> list[int]:
-    """Return how many elements there are of each rank of the world, as a list of ints."""
+    """Return the number of elements for each rank of the world, as a list of ints."""
     sizes = [0] * dist.get_world_size()
     for rank, (start, stop) in cuts.items():
         sizes[rank] = stop - start

@@ -69,7 +69,7 @@ class Overlap:
 
 
 def overlaps(sources: Sources, targets: Sequence[Peers]) -> Iterator[Overlap]:
-    """Yield what all targets need, in the order in which it travels between any two ranks.
+    """Yield each Overlap of what ranks hold and need, in the order in which it travels between any two of them.
 
     Raises PublishError where no rank holds a range that a target needs.
     """
@@ -86,7 +86,7 @@ def overlaps(sources: Sources, targets: Sequence[Peers]) -> Iterator[Overlap]:
 
 
 def asked_of(sources: Sources, targets: Sequence[Peers]) -> dict[Asked, int]:
-    """Return how many elements each rank of some target peers needs of some holders."""
+    """Return the elements, as an int, that each rank of some target peers needs of some holders."""
     asked: dict[Asked, int] = defaultdict(int)
     for overlap in overlaps(sources, targets):
         asked[overlap.target, overlap.cell.holders] += overlap.box.numel
