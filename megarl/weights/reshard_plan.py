@@ -125,6 +125,28 @@ def plan_reshard(sources: Sources, targets: Sequence[Peers], rank: int) -> RankP
 
     Raises PublishError, on every rank, where no rank holds a range that a target needs.
     """
+    asked, flows = _flows(sources, targets, rank)
+    kept: list[Flow] = []
+    sends, receives = defaultdict[int, list[Share]](list), defaultdict[int, list[Share]](list)
+    for (index, holders), flow in flows.items():
+        needs, holds = rank in targets[index].ranks, rank in holders.ranks
+        ends = flow, index, targets[index], holders, rank, sources.ranks_per_node
+        if needs and holds:
+            kept.append(flow)
+        elif needs:
+            for sender, share in _shares(*ends):
+                receives[sender].append(share)
+        if holds:
+            for target, share in _sent(*ends):
+                sends[target].append(share)
+    world_size = 1 + max((rank, *(r for peers in (*sources.peers, *targets) for r in peers.ranks)))
+    loads = loads_of(asked, targets, sources.ranks_per_node, world_size)
+    busiest = math.ceil(max(load.busiest_way for load in loads))
+    return RankPlan(rank, tuple(kept), _streams(sends), _streams(receives), busiest)
+
+
+def _flows(sources: Sources, targets: Sequence[Peers], rank: int) -> tuple[dict[Asked, int], dict[Asked, Flow]]:
+    """Return the elements of every flow, and those flows that ``rank`` is at an end of, both in the same order."""
     asked, moves = defaultdict[Asked, int](int), defaultdict[Asked, list[Move]](list)
     held = {index for index, peers in enumerate(sources.peers) if rank in peers.ranks}
     wanted = {index for index, peers in enumerate(targets) if rank in peers.ranks}
@@ -135,22 +157,7 @@ def plan_reshard(sources: Sources, targets: Sequence[Peers], rank: int) -> RankP
         if own is not None or overlap.target in wanted:
             source = None if own is None else own.window_of(overlap.box)
             moves[key].append(move_of(overlap.box, source, overlap.part.window_of(overlap.box)))
-    kept: list[Flow] = []
-    sends, receives = defaultdict[int, list[Share]](list), defaultdict[int, list[Share]](list)
-    for (index, holders), those in moves.items():
-        flow, peers = flow_of(those), targets[index]
-        if rank in peers.ranks and rank in holders.ranks:
-            kept.append(flow)
-        elif rank in peers.ranks:
-            for sender, share in _shares(flow, index, peers, holders, rank, sources.ranks_per_node):
-                receives[sender].append(share)
-        if rank in holders.ranks:
-            for target, share in _sent(flow, index, peers, holders, rank, sources.ranks_per_node):
-                sends[target].append(share)
-    ranks = [rank, *(r for peers in (*sources.peers, *targets) for r in peers.ranks)]
-    loads = loads_of(asked, targets, sources.ranks_per_node, max(ranks) + 1)
-    busiest = math.ceil(max(load.busiest_way for load in loads))
-    return RankPlan(rank, tuple(kept), _streams(sends), _streams(receives), busiest)
+    return asked, {key: flow_of(those) for key, those in moves.items()}
 
 
 def _shares(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import time
 import tracemalloc
 from collections import Counter
@@ -20,9 +21,9 @@ from megarl.weights.cells import Window, cells_of
 from megarl.weights.flow import Rows
 from megarl.weights.model_facts.shipped import shipped_config
 from megarl.weights.model_shape import ModelShape, parse_model_shape
-from megarl.weights.name_map import hf_shapes, megatron_peers, megatron_shards, vllm_peers, vllm_shards
+from megarl.weights.name_map import entries, hf_shapes, megatron_peers, megatron_shards, vllm_peers, vllm_shards
 from megarl.weights.reshard_plan import BUCKET_BYTES, RankPlan, asked_of, loads_of, plan_reshard
-from megarl.weights.shard import Peers, Segment, Shard, alike, peers_of, whole
+from megarl.weights.shard import Pattern, Peers, Segment, Shard, alike, peers_of, whole
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 
 Ints = NDArray[np.int64]
@@ -382,3 +383,26 @@ def test_a_rank_plans_a_model_of_235_billion_parameters_in_seconds_and_few_excha
                 for k in range(0, num_exchanges, 25)
             )
             assert carried * BF16_BYTES <= BUCKET_BYTES + widest * BF16_BYTES
+
+
+def test_rows_of_every_tensor_on_1024_ranks_are_planned_in_seconds_too() -> None:
+    config = shipped_config("Qwen/Qwen3-32B")
+    assert config is not None
+    shape, num_ranks = parse_model_shape(config, ""), 1024
+    kinds = [(n, s, e) for e in entries(shape) for n, s in zip(e.hf, e.sizes, strict=True)]
+
+    def rows_of(rank: int) -> Peers:
+        patterns: list[Pattern] = []
+        for name, size, entry in kinds:
+            low, high = size[0] * rank // num_ranks, size[0] * (rank + 1) // num_ranks
+            shard = Shard(name, (high - low, *size[1:]), 0, (Segment(name, low, high),))
+            patterns += entry.patterns(shard, shape, range(shape.num_layers), ()) if low < high else ()
+        return Peers((rank,), tuple(patterns))
+
+    sources = [rows_of(rank) for rank in range(num_ranks)]
+    started_s = time.process_time()
+    plan = plan_reshard(cells_of(sources, 8), vllm_peers(shape, 8, range(num_ranks)), 5)
+    assert time.process_time() - started_s < 5
+    received = sum(stream.numel for stream in plan.receives.values())
+    kept = sum(flow.numel for flow in plan.kept)
+    assert received + kept == sum(math.prod(shard.shape) for shard in vllm_shards(shape, 8, 5))
