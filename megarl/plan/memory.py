@@ -31,7 +31,7 @@ SLEEPING_ENGINE_BYTES = 1 * GIB
 ENGINE_WORK_BYTES = 3 * GIB
 PROCESS_HOST_BYTES = 4 * GIB
 LOGPROB_CHUNKS_BYTES = 4 * 64 * MIB
-PUBLISH_BUCKETS_BYTES = 3 * 256 * MIB
+PUBLISH_BUCKETS_BYTES = 2 * 256 * MIB
 CPU_KV_CACHE_BYTES = 1 * GIB
 
 ASSUMED = (
@@ -151,7 +151,7 @@ def _phases_of_rank(
     for role in reversed(trained):
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
         yield phase(f"{role.name} update", *work, busy=role.name, update=True)
-    buckets = min(PUBLISH_BUCKETS_BYTES, 3 * engine.weights_bytes)
+    buckets = min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes)
     yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
 
 

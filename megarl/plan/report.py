@@ -11,6 +11,7 @@ from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
 from megarl.plan.changes import Change
 from megarl.plan.memory import GIB, Phase
+from megarl.plan.publish import PlanningCost, planning_cost
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.topology import Axis, Topology
 
@@ -71,7 +72,7 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
 
 
 def _node_lines(plan: RunPlan) -> list[str]:
-    """Return a line a node with its ranks and the actor's stages there; of many nodes the first ones and the last."""
+    """Return lines that name the ranks and the actor's stages on each node; of many nodes the first and last."""
     size, actor = plan.ranks_per_node, plan.roles[0]
     nodes = range(plan.num_ranks // size)
     if len(nodes) == 1:
@@ -129,9 +130,15 @@ def _publish_lines(plan: RunPlan) -> list[str]:
         f"publish, in GB a rank at most: keeps {traffic.kept_bytes / _GB:.2f}; within its node sends "
         f"{traffic.sent_within / _GB:.2f} and receives {traffic.received_within / _GB:.2f}; to and from other nodes "
         f"{traffic.sent_across / _GB:.2f} and {traffic.received_across / _GB:.2f}",
+        f"  {traffic.num_exchanges:,} exchanges between all ranks",
         f"  {traffic.seconds:.2g} s at {plan.device.link_bytes_per_s / _GB:g} GB/s within a node and "
         f"{plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes",
     ]
+
+
+def _planning_cost(plan: RunPlan) -> PlanningCost:
+    actor = plan.roles[0]
+    return planning_cost(actor.shape, actor.layout, plan.engine_tp, plan.ranks_per_node)
 
 
 def _checkpoint_lines(plan: RunPlan) -> list[str]:
@@ -227,7 +234,7 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
         ],
         "engine": asdict(plan.engine) | {"num_cached_tokens": plan.engine.num_cached_tokens},
         "host_bytes_per_node": plan.host_bytes_per_node,
-        "publish": asdict(plan.traffic) if plan.traffic else None,
+        "publish": asdict(plan.traffic) | asdict(_planning_cost(plan)) if plan.traffic else None,
         "checkpoint": asdict(plan.checkpoint),
         "verdict": {
             "fits": plan.fits,

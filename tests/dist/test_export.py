@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarl.parallel.layout import Layout
 from megarl.weights.hf_export import MAX_FILE_BYTES, export_hf
-from megarl.weights.name_map import hf_shapes, megatron_shards
+from megarl.weights.name_map import hf_shapes, megatron_peers
 from tests.dist import hf_reference
 from tests.dist.parity_cases import Setup
 from tests.dist.ranks import RankPool
@@ -30,7 +30,7 @@ def _export(setup: Setup, out: Path, max_file_bytes: int) -> None:
         out,
         template=setup.folder,
         shapes=hf_shapes(spec.shape),
-        sources=[megatron_shards(spec.shape, spec.layout, rank) for rank in range(spec.layout.world_size)],
+        sources=megatron_peers(spec.shape, spec.layout),
         parameters=model.parameters(),
         dtype=spec.dtype,
         device=spec.device,
