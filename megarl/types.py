@@ -88,11 +88,17 @@ class RewardRequest:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A reward and how it came about. outcome: ``ok``, ``raised``, ``timeout`` or ``invalid`` (NaN, not a number)."""
+    """A reward and how it came about. outcome: ``ok``, ``raised``, ``timeout`` or ``invalid`` (NaN, not a number).
+
+    Of a failure: detail, what happened in a line; kind, what it has in common with others of its cause; traceback, of
+    the function where it raised.
+    """
 
     score: float
     outcome: str
     detail: str = ""
+    kind: str = ""
+    traceback: str = ""
 
 
 @dataclass(frozen=True)

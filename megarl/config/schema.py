@@ -28,6 +28,8 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 MOMENT_DTYPES = ("float32", "bfloat16")
+ON_ALL_FAILED = ("stop", "continue")
+LARGEST_REWARD = 3.4e38  # rewards are float32
 
 
 @dataclass(frozen=True)
@@ -298,9 +300,19 @@ class RewardConfig:
     path: str | None = key("python file with a reward function of yours")
     function: str = key("its name in that file")
     num_workers: int = key("processes", low=1)
+    kwargs: Mapping[str, Any] = key("keyword arguments of every call of that function, besides the rollout's")
     timeout_s: float = key("seconds a reward may take", above=0.0)
+    batch_timeout_s: float | None = key(
+        "seconds that all rewards of a scoring may take; null: until 10 calls in a row for each process hang", above=0.0
+    )
+    try_first: bool = key("try the function on a row of each data_source before ranks start")
     overlong_buffer: OverlongBufferConfig = key("soft penalty of long responses (DAPO)")
-    score_on_failure: float = key("reward of a rollout whose reward function raised, hung or returned no number")
+    score_on_failure: float = key(
+        "reward of a rollout whose reward function raised, hung or returned no number",
+        low=-LARGEST_REWARD,
+        high=LARGEST_REWARD,
+    )
+    on_all_failed: str = key("what to do where the function fails on all rollouts of a step", choices=ON_ALL_FAILED)
     model: RewardModelConfig = key("reward model")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -96,7 +98,14 @@ def _ground_truth(row: Row) -> str:
     value = reward_model["ground_truth"]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise row.error(f"reward_model.ground_truth is {value!r}; allowed: a string or a number")
-    return str(value)
+    return _number_text(row, value) if isinstance(value, float) else str(value)
+
+
+def _number_text(row: Row, value: float) -> str:
+    """Return a float as a person writes it: 18, not 18.0, which is all that pandas has for a column with nulls."""
+    if not math.isfinite(value):
+        raise row.error(f"reward_model.ground_truth is {value!r}; allowed: a string or a finite number")
+    return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
 
 
 def _extra_info(row: Row) -> Mapping[str, object]:

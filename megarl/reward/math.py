@@ -49,3 +49,13 @@ def score_single_mark(solution_str: str, ground_truth: str) -> float:
     """Return 1 if the response has exactly one ``####`` and the text after it is the ground truth, else 0."""
     parts = solution_str.split("####")
     return float(len(parts) == 2 and parts[1].strip() == ground_truth.strip())
+
+
+def why_no_number(ground_truth: str) -> str:
+    """Return why no answer with a number has the value of a ground truth, empty where one has."""
+    return "" if _NUMBER.fullmatch(ground_truth.strip()) else "it is no number"
+
+
+def why_no_single_mark(ground_truth: str) -> str:
+    """Return why no text after the one ``####`` of a response is a ground truth, empty where one is."""
+    return "it contains ####, which separates the answer" if "####" in ground_truth else ""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TypeVar
 
 from megarl.errors import RewardError, nearest
-from megarl.reward.math import last_number, marked_number, score_exact_match, score_number, score_single_mark
+from megarl.reward.math import (
+    last_number,
+    marked_number,
+    score_exact_match,
+    score_number,
+    score_single_mark,
+    why_no_number,
+    why_no_single_mark,
+)
 
 
 class RewardFunction(Protocol):
@@ -26,6 +36,12 @@ class RewardFunction(Protocol):
 
 _Function = TypeVar("_Function", bound=Callable[..., float])
 _FUNCTIONS: dict[str, RewardFunction] = {}
+_WHY_UNMATCHABLE: Mapping[str, Callable[[str], str]] = {
+    "gsm8k": why_no_number,
+    "openai/gsm8k": why_no_number,
+    "gsm8k_flexible": why_no_number,
+    "verbs": why_no_single_mark,
+}
 DEFAULT_FUNCTION = "compute_score"
 
 
@@ -34,11 +50,13 @@ class RewardSpec:
     """Which reward function to use.
 
     name: one for all rows; None: each row's data_source names it. path: a .py file of the user's with the function.
+    kwargs: keyword arguments of every call, besides those of RewardFunction.
     """
 
     name: str | None = None
     path: str | None = None
     function: str = DEFAULT_FUNCTION
+    kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
 def register(*names: str) -> Callable[[_Function], _Function]:
@@ -79,19 +97,32 @@ def verbs(data_source: str, solution_str: str, ground_truth: str, extra_info: Ma
     return score_single_mark(solution_str, ground_truth) if stopped else 0.0
 
 
-def load_reward(name: str | None = None, path: str | None = None, function: str = DEFAULT_FUNCTION) -> RewardFunction:
+def unmatchable(name: str, ground_truth: str) -> str:
+    """Return why the registered function ``name`` gives no response its full reward, empty where one would have it."""
+    why = _WHY_UNMATCHABLE.get(name)
+    return why(ground_truth) if why else ""
+
+
+def load_reward(
+    name: str | None = None,
+    path: str | None = None,
+    function: str = DEFAULT_FUNCTION,
+    kwargs: Mapping[str, object] | None = None,
+) -> RewardFunction:
     """Return a reward function: the user's from a file, a registered one, or one that goes by each row's data_source.
 
-    Raises RewardError for an unknown name, a missing file or function, a file that fails, a function that can't be
-    called as RewardFunction is, and for settings that contradict each other.
+    kwargs: of every call of the user's. Raises RewardError for an unknown name, a missing file or function, a file that
+    fails, a function that can't be called as RewardFunction is, and for settings that contradict each other.
     """
     if path is None:
+        if kwargs:
+            raise RewardError(f"reward.kwargs = {dict(kwargs)!r} has no effect without reward.path. fix: set it")
         if function != DEFAULT_FUNCTION:
             raise RewardError(f"reward.function = {function!r} has no effect without reward.path. fix: set reward.path")
         return score_by_data_source if name is None else _by_name(name, "reward.name")
     if name is not None:
         raise RewardError(f"reward.name = {name!r} and reward.path = {path!r} are both set. fix: remove one")
-    return _function_of(_load_module(path), path, function)
+    return _function_of(_load_module(path), path, function, dict(kwargs or {}))
 
 
 def require_functions(data_sources: Iterable[str]) -> None:
@@ -124,14 +155,26 @@ def _load_module(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
+    folder = str(file.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as for a script: the file may import those beside it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward.path = {path!r}: the file failed: {type(error).__name__}: {error}") from error
+        text = f"reward.path = {path!r}: the file failed: {type(error).__name__}: {error}"
+        raise RewardError(f"{text}\n{_traceback_in(file, error)}".rstrip()) from error
     return module
 
 
-def _function_of(module: ModuleType, path: str, function: str) -> RewardFunction:
+def _traceback_in(file: Path, error: BaseException) -> str:
+    """Return the traceback of an error from the user's file on, empty where it has no frame there (bad syntax)."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_code.co_filename != str(file):
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(type(error), error, frame)) if frame else ""
+
+
+def _function_of(module: ModuleType, path: str, function: str, kwargs: Mapping[str, object]) -> RewardFunction:
     found = getattr(module, function, None)
     if not callable(found):
         known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
@@ -139,11 +182,35 @@ def _function_of(module: ModuleType, path: str, function: str) -> RewardFunction
             f"reward.function = {function!r}: {path} has no such function. it has: {', '.join(known) or 'none'}. "
             f"{nearest(function, known)}"
         )
-    try:
-        inspect.signature(found).bind(data_source="", solution_str="", ground_truth="", extra_info={})
-    except TypeError as error:
+    if kind := _kind_without_a_number(found):
         raise RewardError(
-            f"{function} in {path} can't be called with data_source, solution_str, ground_truth and extra_info: {error}"
+            f"reward.function = {function!r}: it is {kind} in {path}, whose call gives no number. "
+            "fix: a plain `def` that returns one; it may run an async function with asyncio.run"
+        )
+    row = {"data_source": "", "solution_str": "", "ground_truth": "", "extra_info": {}}
+    if own := sorted(row.keys() & kwargs):
+        raise RewardError(f"reward.kwargs names {', '.join(own)}, which every row gives. fix: another name")
+    try:
+        inspect.signature(found).bind(**row, **kwargs)
+    except TypeError as error:
+        more = f" and with reward.kwargs {', '.join(kwargs)}" if kwargs else ""
+        raise RewardError(
+            f"{function} in {path} can't be called with data_source, solution_str, ground_truth and extra_info{more}: "
+            f"{error}"
         ) from error
-    loaded: RewardFunction = found
+    loaded: RewardFunction = functools.partial(found, **kwargs) if kwargs else found
     return loaded
+
+
+def _kind_without_a_number(found: Callable[..., object]) -> str:
+    """Return what a callable is whose call can't return a number, empty where it can."""
+    if inspect.isclass(found):
+        return "a class"
+    # What functools.wraps has wrapped may well be async, and its wrapper plain: the wrapper alone is called.
+    inner = found.func if isinstance(found, functools.partial) else found
+    for called in (inner, getattr(inner, "__call__", None)):
+        if inspect.iscoroutinefunction(called):
+            return "an async function"
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            return "a generator function"
+    return ""

@@ -9,54 +9,64 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
-import signal
+import struct
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from numbers import Real
+from types import TracebackType
 
 from megarl.errors import RewardError
 from megarl.reward.registry import RewardFunction, load_reward
+from megarl.reward.started import MARK, end_started
 from megarl.types import RewardRequest, RewardResult
 
+# Exit statuses of a worker that ends by itself; process.py says them in words.
+POOL_GONE, CONNECTION_LOST, OWN_FAILURE = 0, 71, 70
 _PARENT_CHECK_S = 1.0
-_MAX_DETAIL_CHARS = 1_000
+_MAX_DETAIL_CHARS, _MAX_TRACEBACK_CHARS, _MAX_FRAMES = 1_000, 6_000, 20
 
 
 def main(fd: int, parent: int, orphan_deadline_s: float) -> None:
-    """Load the function and serve until the parent is done or gone; then end the whole process group.
+    """Load the function and serve until the parent is done or gone; then end what the function started, and exit.
 
     fd: of the socket. parent: process id of the pool. orphan_deadline_s: for one request if the pool is gone.
     """
+    status = OWN_FAILURE
     try:
-        _serve(Connection(fd), parent, orphan_deadline_s)
-    except (EOFError, OSError):
-        pass  # the other end of the socket is closed: there is nobody left to tell
+        status = _serve(Connection(fd), parent, orphan_deadline_s)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        # A reward function may have started processes of its own. They are in the group that the pool made for us.
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        # Its own group is spared: the pool would take the signal for something that the function did.
+        end_started({os.environ[MARK]}, {os.getpgrp()}, spared=os.getpid())
+        os._exit(status)
 
 
-def _serve(connection: Connection, parent: int, orphan_deadline_s: float) -> None:
-    spec = connection.recv()
+def _serve(connection: Connection, parent: int, orphan_deadline_s: float) -> int:
+    """Return the exit status once the parent is done or gone."""
     try:
-        function = load_reward(spec.name, spec.path, spec.function)
-    except RewardError as error:
-        connection.send(str(error))
-        return
-    connection.send(None)
-    while True:
-        # A process that the parent forked may hold the other end open, so the parent's end is not always an EOF.
-        while not connection.poll(_PARENT_CHECK_S):
-            if os.getppid() != parent:
-                return
-        for request in connection.recv():
-            # While the pool lives, it kills a worker that is late. This is for a worker without a pool: no Python code
-            # has to run for it, so it ends even a function that blocks signals or never gives up the interpreter.
-            faulthandler.dump_traceback_later(orphan_deadline_s, exit=True)
-            result = score_request(function, request)
-            faulthandler.cancel_dump_traceback_later()
-            connection.send(result)
+        spec = connection.recv()
+        try:
+            function = load_reward(spec.name, spec.path, spec.function, spec.kwargs)
+        except RewardError as error:
+            connection.send(str(error))
+            return POOL_GONE
+        connection.send(None)
+        while True:
+            # A process that the parent forked may hold the other end open, so the parent's end is not always an EOF.
+            while not connection.poll(_PARENT_CHECK_S):
+                if os.getppid() != parent:
+                    return POOL_GONE
+            for request in connection.recv():
+                # While the pool lives, it kills a worker that is late. This is for a worker without a pool: no Python
+                # code has to run for it, so it ends even a function that blocks signals or keeps the interpreter.
+                faulthandler.dump_traceback_later(orphan_deadline_s, exit=True)
+                result = score_request(function, request)
+                faulthandler.cancel_dump_traceback_later()
+                connection.send(result)
+    except (EOFError, OSError):
+        return CONNECTION_LOST
 
 
 def score_request(function: RewardFunction, request: RewardRequest) -> RewardResult:
@@ -69,19 +79,44 @@ def score_request(function: RewardFunction, request: RewardRequest) -> RewardRes
             extra_info=request.extra_info,
         )
         return _checked(value)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - not swallowed: it becomes the result
+    except BaseException as error:  # noqa: BLE001 - not swallowed: it becomes the result
+        assert error.__traceback__ is not None
         place = traceback.extract_tb(error.__traceback__, limit=-1)[0]
-        return _failed("raised", f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
+        where = f"{place.filename}:{place.lineno}"
+        said = "".join(traceback.format_exception_only(error)).strip()[:_MAX_DETAIL_CHARS]
+        kind = f"{type(error).__qualname__} at {where}"
+        return RewardResult(math.nan, "raised", f"{said} ({where})"[:_MAX_DETAIL_CHARS], kind, traceback_of(error))
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of an error from the first call below the one that caught it, its middle cut if long."""
+    below: TracebackType | None = error.__traceback__ and error.__traceback__.tb_next
+    lines = traceback.format_exception(type(error), error, below or error.__traceback__, limit=-_MAX_FRAMES)
+    text = "".join(lines).rstrip()
+    half = _MAX_TRACEBACK_CHARS // 2
+    return text if len(text) <= _MAX_TRACEBACK_CHARS else f"{text[:half]}\n  ...\n{text[-half:]}"
 
 
 def _checked(value: object) -> RewardResult:
     score = value.get("score") if isinstance(value, Mapping) else value
+    kind = f"returned {type(value).__qualname__}"
     if not isinstance(score, Real):
-        return _failed("invalid", f"the function returned {value!r}, not a number")
-    if not math.isfinite(score):
-        return _failed("invalid", f"the function returned {score!r}, not a finite number")
+        return RewardResult(math.nan, "invalid", f"the function returned {_shown(value)}, not a number", kind)
+    try:
+        # What the trainer computes with: a larger number would be an infinity there.
+        (number,) = struct.unpack("f", struct.pack("f", score))
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        return RewardResult(
+            math.nan, "invalid", f"the function returned {_shown(score)}, not a finite number in float32", kind
+        )
     return RewardResult(float(score), "ok")
 
 
-def _failed(outcome: str, detail: str) -> RewardResult:
-    return RewardResult(math.nan, outcome, detail[:_MAX_DETAIL_CHARS])
+def _shown(value: object) -> str:
+    """Return a value as Python writes it, its type where it can't."""
+    try:
+        return repr(value)[:_MAX_DETAIL_CHARS]
+    except Exception:  # noqa: BLE001 - the value is invalid already, and is said to be
+        return f"a {type(value).__qualname__}"
