@@ -10,14 +10,16 @@ from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
 from megarl.controller.observer import Observer
 from megarl.launchers.start import check_world_size, serve_if_not_controller
+from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
 
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    if not serve_if_not_controller():
-        run_hydra("ppo_trainer", run_ppo)
+    with interrupts_told():
+        if not serve_if_not_controller():
+            run_hydra("ppo_trainer", run_ppo)
 
 
 def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Observer | None = None) -> None:
@@ -32,22 +34,27 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     from megarl.checks.algorithm_file import load_algorithm_file
     from megarl.controller.inputs import read_ppo_inputs
     from megarl.controller.loop import train
-    from megarl.controller.open import open_rewards, open_run
+    from megarl.controller.open import open_rewards, open_run, try_rewards
     from megarl.controller.report import final_report
-    from megarl.monitor.rundir import create_run_dir
+    from megarl.monitor.disk import write_file
+    from megarl.monitor.rundir import run_folder
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
     # Before there is a run folder: they may refuse the user's reward function.
     with open_rewards(config) as rewards:
-        run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
-        (run_dir / "plan.txt").write_text(plan + "\n")
-        print(f"run folder: {run_dir}\n{plan}", flush=True)
-        if inputs.num_overlong:
-            print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
-        with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
-            train(run)
-    print(final_report(run.evaluations, run_dir), flush=True)
+        try_rewards(rewards, config, inputs)
+        path = Path(config.trainer.run_dir).expanduser().absolute()
+        with run_folder(path, values, overrides, "actor_rollout_ref.model.path") as run_dir:
+            write_file(run_dir / "plan.txt", plan + "\n")
+            print(f"run folder: {run_dir}\n{plan}", flush=True)
+            if inputs.num_overlong:
+                print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
+            with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
+                train(run)
+            report = final_report(run.evaluations, run_dir)
+            print(report, flush=True)
+            write_file(run_dir / "report.txt", report.lstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from typing import Any
 from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
 from megarl.launchers.start import check_world_size, serve_if_not_controller
+from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    if not serve_if_not_controller():
-        run_hydra("sft_trainer", run_sft)
+    with interrupts_told():
+        if not serve_if_not_controller():
+            run_hydra("sft_trainer", run_sft)
 
 
 def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -30,16 +32,19 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.loop import train
     from megarl.controller.open import open_sft_run
     from megarl.controller.report import final_report
-    from megarl.monitor.rundir import create_run_dir
+    from megarl.monitor.disk import write_file
+    from megarl.monitor.rundir import run_folder
 
     inputs = read_sft_inputs(checked)
     plan = checked.batches["actor"].describe()
-    run_dir = create_run_dir(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides)
-    (run_dir / "plan.txt").write_text(plan + "\n")
-    print(f"run folder: {run_dir}\n{plan}", flush=True)
-    with open_sft_run(config, inputs, run_dir, values) as run:
-        train(run)
-    print(final_report(run.evaluations, run_dir), flush=True)
+    with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
+        write_file(run_dir / "plan.txt", plan + "\n")
+        print(f"run folder: {run_dir}\n{plan}", flush=True)
+        with open_sft_run(config, inputs, run_dir, values) as run:
+            train(run)
+        report = final_report(run.evaluations, run_dir)
+        print(report, flush=True)
+        write_file(run_dir / "report.txt", report.lstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
-from megarl.reward.registry import require_functions
+from megarl.errors import DataError
+from megarl.reward.registry import require_functions, unmatchable
 from megarl.roles import Role, with_total_steps
 from megarl.types import Prompt
 from megarl.weights.sources import SafetensorsSource
@@ -73,6 +74,8 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     val_prompts = tuple(val.prompts[i] for i in val_order.batch(0)[: data.max_val_prompts])
     if needs_reward_function(config) and not config.reward.name and not config.reward.path:
         require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
+    if needs_reward_function(config) and not config.reward.path:
+        _check_ground_truths((*train.prompts, *val_prompts), config.reward.name)
     order: Order | MixedOrder
     if data.train_file_weights:
         weights, size = data.train_file_weights, data.train_batch_size
@@ -113,6 +116,19 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     require(warm_up_ends_before_the_run(checked.actor, num_steps))
     return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
+
+
+def _check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
+    """Raise DataError for rows whose ground truth no response can match. name: of the reward; None: by data_source."""
+    wrong = [(p, why) for p in prompts if (why := unmatchable(name or p.data_source, p.ground_truth))]
+    if wrong:
+        prompt, why = wrong[0]
+        others = f"; {len(wrong) - 1} more rows have such ones" if len(wrong) > 1 else ""
+        raise DataError(
+            f"{prompt.uid}: reward_model.ground_truth = {prompt.ground_truth!r}: the reward "
+            f"{name or prompt.data_source!r} can never match it: {why}{others}. "
+            "fix: correct the row, or name the reward that fits it by reward.name or reward.path"
+        )
 
 
 def _check_weights(roles: Sequence[Role]) -> None:

@@ -24,6 +24,7 @@ from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.inputs import PPOInputs, SFTInputs
 from megarl.controller.observer import Observer
 from megarl.controller.publication import Publication
+from megarl.controller.reward_log import RewardLog
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.controller.run import Run, Schedule
 from megarl.controller.sampler import RolloutSampler
@@ -36,9 +37,10 @@ from megarl.monitor.timing import Stopwatch
 from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
+from megarl.reward.trial import try_reward
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmSpec
-from megarl.types import Sampling
+from megarl.types import RewardRequest, Sampling
 
 
 def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]:
@@ -46,8 +48,24 @@ def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]
     if not needs_reward_function(config):
         return nullcontext()
     reward = config.reward
-    spec = RewardSpec(reward.name, reward.path, reward.function)
-    return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure)
+    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs)
+    return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure, reward.batch_timeout_s)
+
+
+def try_rewards(pool: RewardPool | None, config: PPOConfig, inputs: PPOInputs) -> None:
+    """Score the ground truth of a row of each data_source. Raises RewardError where the function fails on one."""
+    if pool is None or not config.reward.try_first:
+        return
+    first = {p.data_source: p for p in reversed((*inputs.train_prompts, *inputs.val_prompts))}
+    try_reward(
+        pool,
+        {
+            p.uid: RewardRequest(
+                p.data_source, p.text, p.ground_truth, p.ground_truth, {**p.extra_info, "finish_reason": "stop"}
+            )
+            for p in first.values()
+        },
+    )
 
 
 @contextmanager
@@ -60,11 +78,11 @@ def open_run(
     values: Mapping[str, Any],
     observer: Observer,
 ) -> Iterator[Run[Samples]]:
-    """Open an RL run. values: of the config, for the sinks."""
+    """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: for the sinks."""
     spec = RankSpec(inputs.roles, config.trainer.seed, engine_spec(config, inputs.roles[0]), algorithm_file)
     with (
-        worker_group(spec, config.trainer) as group,
         _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks,
+        worker_group(spec, config.trainer) as group,
     ):
         observer.opened(group)
         yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
@@ -77,7 +95,7 @@ def open_sft_run(
     """Open an SFT run. values: of the config, for the sinks."""
     trainer, stopwatch = config.trainer, Stopwatch()
     spec, recipe = RankSpec(inputs.roles, trainer.seed), DemonstrationRecipe()
-    with worker_group(spec, trainer) as group, _tracker(trainer, run_dir, values, inputs.num_steps) as sinks:
+    with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, worker_group(spec, trainer) as group:
         actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
         yield Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
@@ -117,7 +135,13 @@ def rollout_run(
     }
     engine = EngineOnRanks(group, rollout.tensor_model_parallel_size, observer)
     scorer = Scorer(
-        config.reward, inputs.tokenizer, data.max_response_length, rewards, roles.get("reward_model"), observer
+        config.reward,
+        inputs.tokenizer,
+        data.max_response_length,
+        rewards,
+        roles.get("reward_model"),
+        observer,
+        RewardLog(run_dir, tracker.warn),
     )
     publication = Publication(engine, inputs.train_prompts, data.max_response_length)
     stop_token_ids = _stop_token_ids(config, inputs)

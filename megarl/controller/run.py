@@ -18,6 +18,7 @@ from megarl.controller.report import Evaluation
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.launchers.group import WorkerGroup, everywhere
 from megarl.monitor.console import RolloutRow, rollouts_table
+from megarl.monitor.disk import refusals_named, write_file
 from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.ranks.work import SaveWork
@@ -157,6 +158,7 @@ class Run(Generic[S]):
     def _evaluate(self, step: int) -> None:
         evaluation = self.evaluate(step)
         self.evaluations.append(evaluation)
+        self._write_rows(f"val_step_{step}", step, evaluation.rows)
         self.tell(evaluation.metrics)
 
     def _log(self, step: int) -> None:
@@ -164,16 +166,18 @@ class Run(Generic[S]):
         times = {f"time_s/{name}": seconds for name, seconds in self.stopwatch.drain().items()}
         self.tracker.log(step, {**self._drained(), **times})
         rows, freq = self.sampler.sampled_rows(), self.schedule.show_freq
-        if rows:
-            self._write_rows(step, rows)
-            if step % freq == 1 % freq:
-                self.tracker.show(rollouts_table(rows))
+        self._write_rows(f"step_{step}", step, rows)
+        if rows and step % freq == 1 % freq:
+            self.tracker.show(rollouts_table(rows))
 
-    def _write_rows(self, step: int, rows: Sequence[RolloutRow]) -> None:
-        folder = self.run_dir / "rollouts"
-        folder.mkdir(exist_ok=True)
-        lines = [json.dumps({"step": step, **vars(row)}) + "\n" for row in rows]
-        (folder / f"step_{step}.jsonl").write_text("".join(lines))
+    def _write_rows(self, name: str, step: int, rows: Sequence[RolloutRow]) -> None:
+        """Write sampled rollouts to rollouts/``name``.jsonl, where there are any."""
+        if not rows:
+            return
+        path = self.run_dir / "rollouts" / f"{name}.jsonl"
+        with refusals_named(path):
+            path.parent.mkdir(exist_ok=True)
+        write_file(path, "".join(json.dumps({"step": step, **vars(row)}) + "\n" for row in rows))
 
     def _drained(self) -> Metrics:
         metrics, self._metrics = self._metrics, {}

@@ -47,7 +47,9 @@ class RolloutSampler:
         with self.stopwatch.timed("score"):
             rewards, baseline_B = self.scorer.score(prompts, groups), None
             if self.sampling.with_greedy:
-                baseline_B = self.scorer.score(prompts, greedy).scores_B.repeat_interleave(self.sampling.n)
+                baseline_B = self.scorer.score(prompts, greedy, is_part=True).scores_B.repeat_interleave(
+                    self.sampling.n
+                )
         if self.max_generations > 1:
             with self.stopwatch.timed("resample"):
                 prompts, groups, rewards = self._with_spread(step, prompts, groups, rewards)
@@ -89,7 +91,7 @@ class RolloutSampler:
             order = replace(self.order, shuffle=True, seed=seed_of(self.seed, "resample", attempt))
             fresh = [self.prompts[i] for i in order.batch(step - 1)[: len(dull)]]
             fresh_groups, _ = self._generate(fresh, f"{step}.{attempt}")
-            fresh_rewards = self.scorer.score(fresh, fresh_groups)
+            fresh_rewards = self.scorer.score(fresh, fresh_groups, is_part=True)
             for place, prompt, group in zip(dull, fresh, fresh_groups, strict=True):
                 prompts[place], groups[place] = prompt, group
             rewards = rewards.with_groups(dull, fresh_rewards, n)

@@ -13,10 +13,12 @@ from megarl.algorithm.samples import Rewards
 from megarl.batching.pack import rollouts_to_batch
 from megarl.config.schema import RewardConfig
 from megarl.controller.observer import Observer
+from megarl.controller.reward_log import RewardLog
 from megarl.controller.role_on_ranks import RoleOnRanks
+from megarl.errors import RewardError
 from megarl.monitor.console import RolloutRow
 from megarl.reward.pool import RewardPool
-from megarl.types import Group, Prompt, RewardRequest
+from megarl.types import Group, Prompt, RewardRequest, RewardResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 class Scorer:
     """Scores rollouts. pool: None where only a model scores. model: None where only a function does.
 
-    max_response_tokens: of the longest response that can be.
+    max_response_tokens: of the longest response that can be. log: takes what went wrong with the function.
     """
 
     config: RewardConfig
@@ -35,18 +37,29 @@ class Scorer:
     pool: RewardPool | None
     model: RoleOnRanks | None
     observer: Observer
+    log: RewardLog
 
-    def score(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Rewards:
-        """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured."""
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Group], is_part: bool = False) -> Rewards:
+        """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured.
+
+        is_part: others of the same step are scored beside these. Raises RewardError where the function fails on all,
+        unless they are a part or the config says to go on, and where a sum of rewards is no finite float32.
+        """
         buffer, penalties_B = self.config.overlong_buffer, torch.zeros(sum(map(len, groups)))
         if buffer.enable:
             lengths_B = torch.tensor([len(r.token_ids) for group in groups for r in group])
             penalties_B = overlong_penalty(lengths_B, self.max_response_tokens, buffer.len, buffer.penalty_factor)
-        results = () if self.pool is None else tuple(self.pool.score(self._requests(prompts, groups)))
+        results = () if self.pool is None else self._results(self.pool, prompts, groups, is_part)
         model_B = None
         if self.model is not None:
             model_B = self.model.scores(rollouts_to_batch([p.token_ids for p in prompts], groups))
         rewards = Rewards(results, penalties_B, model_B, self.config.model.coef)
+        if not rewards.scores_B.isfinite().all():
+            raise RewardError(
+                "a reward is no finite number in float32 once the function's, reward.model.coef x the model's and the "
+                f"penalty of length are added: its parts reach {max(map(abs, rewards.unpenalized)):g} and "
+                f"{float(penalties_B.min()):g}. fix: scale them down"
+            )
         self.observer.scored(prompts, groups, rewards)
         return rewards
 
@@ -61,6 +74,23 @@ class Scorer:
             RolloutRow(prompt.text, text, prompt.ground_truth, scores[first])
             for prompt, text, first in zip(prompts, texts, firsts, strict=False)
         )
+
+    def _results(
+        self, pool: RewardPool, prompts: Sequence[Prompt], groups: Sequence[Group], is_part: bool
+    ) -> tuple[RewardResult, ...]:
+        """Return the function's results, and log what failed."""
+        uids = [p.uid for p, group in zip(prompts, groups, strict=True) for _ in group]
+        results = tuple(pool.score(self._requests(prompts, groups), self.log.tell))
+        self.log.note(uids, results, pool.take_printed())
+        have_all_failed = bool(results) and all(result.outcome != "ok" for result in results)
+        if have_all_failed and not is_part and self.config.on_all_failed == "stop":
+            raise RewardError(
+                f"the reward function failed on all {len(results)} rollouts of a step. the first, {uids[0]}: "
+                f"{results[0].outcome}: {results[0].detail}\n{results[0].traceback}\n"
+                f"all kinds of failure: {self.log.path}\n"
+                "fix the function, or go on with reward.score_on_failure by reward.on_all_failed=continue"
+            )
+        return results
 
     def _requests(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[RewardRequest]:
         texts = iter(self._texts(groups))

@@ -9,9 +9,12 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from megarl.monitor.disk import LineFile
 
 # In the order they are shown. A line shows those that its step has; every metric goes to the other sinks.
 HEADLINE = (
@@ -29,6 +32,8 @@ HEADLINE = (
     "rollout_train/logprob_diff_max",
     "time_s/step",
 )
+# Shown where they aren't 0.
+TROUBLES = ("reward/num_raised", "reward/num_timeout", "reward/num_invalid")
 MAX_CELL_LINES = 8
 
 
@@ -39,8 +44,14 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int | None = None, stream: TextIO | None = None, headline: Sequence[str] = HEADLINE
+        self,
+        total_steps: int | None = None,
+        stream: TextIO | None = None,
+        headline: Sequence[str] = HEADLINE,
+        log_file: Path | None = None,
     ) -> None:
+        """Open the bar. log_file: takes every line as well, but no bar."""
+        self._log_file = None if log_file is None else LineFile(log_file)
         self._stream = sys.stdout if stream is None else stream
         self._headline = headline
         self._bar = tqdm(total=total_steps, unit="step", file=self._stream, disable=None, dynamic_ncols=True)
@@ -60,15 +71,20 @@ class Progress:
         encoding = self._stream.encoding or "utf-8"
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=self._stream)
         self._stream.flush()
+        if self._log_file is not None:
+            self._log_file.append(text + "\n")
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+        if self._log_file is not None:
+            self._log_file.close()
 
 
 def metrics_line(step: int, metrics: Mapping[str, float], headline: Sequence[str] = HEADLINE) -> str:
-    """Return one line of the headline metrics, and of each metric that is NaN or infinite whatever its name."""
+    """Return one line of the headline metrics, of failures, and of each metric that is NaN or infinite."""
     shown = [name for name in headline if name in metrics]
+    shown += [name for name in TROUBLES if metrics.get(name) and name not in shown]
     shown += [name for name, value in metrics.items() if name not in shown and not math.isfinite(value)]
     return "  ".join([f"step {step}", *(f"{name} {metrics[name]:.4g}" for name in shown)])
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,6 +21,7 @@ import yaml
 
 from megarl.config.compose import as_yaml
 from megarl.errors import ConfigError, Problem
+from megarl.monitor.disk import refusals_named, write_file
 
 PACKAGES = (
     "megarl",
@@ -31,26 +37,140 @@ PACKAGES = (
     "numpy",
     "pyarrow",
 )
+_OWN_NAME = re.compile(r"(run_\d{4}(?:_\d\d){5})(?:_\d+)?")
+_LOCK, _EARLIER = ".lock", "earlier_starts"
+_WRITTEN = frozenset(
+    {
+        *("config.yaml", "overrides.yaml", "environment.txt", "plan.txt", "report.txt", "console.log"),
+        *("metrics.jsonl", "tensorboard", "wandb", "rollouts", "checkpoints"),
+        *("reward_failures.txt", "reward_printed.txt"),
+    }
+)
 
 
-def create_run_dir(path: Path, config: Mapping[str, object], overrides: Sequence[str]) -> Path:
-    """Make the folder of a new run and write config.yaml, overrides.yaml and environment.txt into it.
+@contextmanager
+def run_folder(
+    path: Path, config: Mapping[str, object], overrides: Sequence[str], model_key: str = "model.path"
+) -> Iterator[Path]:
+    """Yield the folder of a new run, with config.yaml, overrides.yaml and environment.txt in it.
 
-    config: resolved, of plain dicts, lists and scalars. overrides: as typed on the command line.
+    It belongs to this run until the end of the block; no other takes it meanwhile. One with megarl's own name
+    (``run_<time>``) that is taken gets a number. In one that the user named, what a start left that finished no step
+    is moved to earlier_starts/. config: resolved, of plain dicts, lists and scalars. overrides: as typed on the command
+    line. model_key: of the model that another run would start from; an interrupt gets a note that names it.
 
-    Raises: ConfigError where the path can't be a folder, or is one with files in it: they may be another run's.
+    Raises: ConfigError where the path can't be a folder, has files of something else or of a run that finished a step,
+    or is another run's; ResourceError where the disk refuses it.
     """
+    is_named = any(override.lstrip("+").startswith("trainer.run_dir=") for override in overrides)
+    path, lock = _claim(path, may_be_numbered=bool(_OWN_NAME.fullmatch(path.name)) and not is_named)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        occupied = any(path.iterdir())
+        _move_earlier_start(path)
+        write_file(path / "config.yaml", as_yaml(config))
+        write_file(path / "overrides.yaml", yaml.safe_dump(list(overrides)))
+        write_file(path / "environment.txt", describe_environment())
+        yield path
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(after_interrupt(path, model_key))
+        raise
+    finally:
+        os.close(lock)
+
+
+def after_interrupt(path: Path, model_key: str) -> str:
+    """Return a line on what an interrupted run has saved, and how to go on."""
+    step, saved = last_step(path), _last_checkpoint(path)
+    if step < 1 and saved is None:
+        return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
+    text = f"interrupted after step {step}; metrics and rollouts are in {path}"
+    if saved is None:
+        return f"{text}; no weights were saved (trainer.save_freq says when they are): start again in another folder"
+    critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
+    return f"{text}; weights of {saved.name} are saved: go on from them with {model_key}={saved}{critic}"
+
+
+def last_step(path: Path) -> int:
+    """Return the last step that a run folder has metrics of, 0 where there is none."""
+    try:
+        text = (path / "metrics.jsonl").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return 0
+    lines = text[: text.rfind("\n") + 1].splitlines()  # without one that a machine that died left unfinished
+    return max((int(json.loads(line)["step"]) for line in lines), default=0)
+
+
+def _last_checkpoint(path: Path) -> Path | None:
+    """Return the newest checkpoint that is whole."""
+    folder = path / "checkpoints"
+    whole = [p for p in folder.iterdir() if p.suffix != ".partial"] if folder.is_dir() else []
+    return max(whole, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _claim(path: Path, may_be_numbered: bool) -> tuple[Path, int]:
+    """Make a folder and lock it, or lock one that is there; return it and the lock, which ends with the process."""
+    with _refusals_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        with _refusals_named(path):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if may_be_numbered:
+                    path = path.with_name(_numbered(path.name, number))
+                    continue
+                _refuse_foreign(path)  # before a lock is left among them
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            if not may_be_numbered:
+                raise _refused(path, "is in use by another run") from None
+            path = path.with_name(_numbered(path.name, number))
+            continue
+        except OSError:
+            pass  # a file system without locks: mkdir alone tells runs apart
+        return path, lock
+    raise AssertionError("numbers don't end")
+
+
+def _numbered(name: str, number: int) -> str:
+    own = _OWN_NAME.fullmatch(name)
+    assert own is not None
+    return f"{own[1]}_{number}"
+
+
+def _move_earlier_start(path: Path) -> None:
+    """Move what an earlier start left to earlier_starts/. Raises ConfigError where it finished a step, or was none."""
+    _refuse_foreign(path)
+    if last_step(path) > 0 or _last_checkpoint(path) is not None:
+        raise _refused(path, "exists and is not empty: a run finished a step in it; a run never writes over another")
+    found = sorted(entry for entry in path.iterdir() if entry.name in _WRITTEN)
+    if not found:
+        return
+    with refusals_named(path / _EARLIER):
+        (path / _EARLIER).mkdir(exist_ok=True)
+        target = path / _EARLIER / str(1 + sum(1 for _ in (path / _EARLIER).iterdir()))
+        target.mkdir()
+        for entry in found:
+            entry.rename(target / entry.name)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise ConfigError where a folder has anything that no start of a run leaves."""
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in (*_WRITTEN, _LOCK, _EARLIER))
+    if foreign:
+        raise _refused(path, f"exists and is not empty ({foreign[0]}); a run never writes over another")
+
+
+@contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """Raise ResourceError where the disk refuses a folder, ConfigError where the path can't be one."""
+    try:
+        with refusals_named(path):
+            yield
     except OSError as error:
         raise _refused(path, f"can't be made: {error.strerror}") from error
-    if occupied:
-        raise _refused(path, "exists and is not empty; a run never writes over another")
-    (path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
-    (path / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
-    (path / "environment.txt").write_text(describe_environment(), encoding="utf-8")
-    return path
 
 
 def describe_environment() -> str:

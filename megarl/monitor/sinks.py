@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from megarl.catalog import SINKS
-from megarl.errors import ConfigError, Problem, nearest
+from megarl.errors import ConfigError, Problem, ResourceError, nearest
 from megarl.monitor.console import Progress
+from megarl.monitor.disk import LineFile, refusals_named
 
 NON_FINITE = "monitor/non_finite"
 
@@ -32,26 +34,17 @@ class JsonlSink:
     """Append one JSON object a step to a file, flushed each time: a killed run keeps its metrics."""
 
     def __init__(self, path: Path) -> None:
-        _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line. NaN and infinities become null: JSON has no word for them."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         record = {"step": step, "wall_time_s": time.time(), **finite}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line without an end, which a machine that died while writing leaves: it would spoil the next."""
-    if path.exists():
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class TensorboardSink:
@@ -62,17 +55,21 @@ class TensorboardSink:
             from tensorboard.summary import Writer
         except ImportError as error:
             raise _not_installed("tensorboard") from error
-        self._writer: Any = Writer(str(folder))
+        self._folder = folder
+        with refusals_named(folder):
+            self._writer: Any = Writer(str(folder))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one point to the curve of each metric."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with refusals_named(self._folder):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()
+        with refusals_named(self._folder):
+            self._writer.close()
 
 
 class WandbSink:
@@ -83,7 +80,12 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise _not_installed("wandb") from error
-        self._run: Any = wandb.init(project=project, name=experiment, config=dict(config), dir=str(folder))
+        try:
+            self._run: Any = wandb.init(project=project, name=experiment, config=dict(config), dir=str(folder))
+        except Exception as error:
+            why = f"can't be opened: {type(error).__name__}: {error}"
+            fix = "wandb login, or WANDB_MODE=offline in the environment, or take wandb out of trainer.logger"
+            raise ConfigError([Problem("trainer.logger", "wandb", why, fix)]) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of a step."""
@@ -112,10 +114,17 @@ class Tracker:
             if isinstance(sink, Progress):
                 sink.write(text)
 
+    def warn(self, text: str) -> None:
+        """Write text that a person must see to the console sink, or to stderr where there is none."""
+        if any(isinstance(sink, Progress) for sink in self._sinks):
+            self.show(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Close every sink, also after one of them failed to close.
 
-        Raises: ExceptionGroup with what the sinks raised.
+        Raises: ResourceError where a disk is all that failed, else ExceptionGroup with what the sinks raised.
         """
         failures: list[Exception] = []
         for sink in self._sinks:
@@ -123,6 +132,9 @@ class Tracker:
                 sink.close()
             except Exception as error:  # noqa: BLE001 (the other sinks still hold metrics; raised below)
                 failures.append(error)
+        named = [error for error in failures if isinstance(error, ResourceError)]
+        if failures and len(named) == len(failures):
+            raise named[0]
         if failures:
             raise ExceptionGroup("some metrics may be lost: sinks failed to close", failures)
 
@@ -132,7 +144,12 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except (ResourceError, ExceptionGroup) as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # the run's own error is what a person must act on
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,7 @@ class _Run:
 
 
 _OPEN: Mapping[str, Callable[[_Run], Sink]] = {
-    "console": lambda run: Progress(run.total_steps),
+    "console": lambda run: Progress(run.total_steps, log_file=run.folder / "console.log"),
     "jsonl": lambda run: JsonlSink(run.folder / "metrics.jsonl"),
     "tensorboard": lambda run: TensorboardSink(run.folder / "tensorboard"),
     "wandb": lambda run: WandbSink(run.folder, run.project, run.experiment, run.config),
@@ -164,7 +181,8 @@ def open_tracker(
 ) -> Tracker:
     """Open the sinks that ``trainer.logger`` names, in an existing run folder.
 
-    Raises: ConfigError for a name that is unknown or given twice, or whose package is not installed.
+    Raises: ConfigError for a name that is unknown or given twice, or for a sink whose package is not installed or that
+    can't be opened; ResourceError where the disk refuses its file.
     """
     problems = [*map(_unknown, [name for name in names if name not in _OPEN])]
     if len(set(names)) < len(names):
@@ -172,7 +190,14 @@ def open_tracker(
     if problems:
         raise ConfigError(problems)
     run = _Run(run_dir, project_name, experiment_name, config, total_steps)
-    return Tracker([_OPEN[name](run) for name in names])
+    sinks: list[Sink] = []
+    try:
+        for name in names:
+            sinks.append(_OPEN[name](run))
+    except BaseException:
+        Tracker(sinks).close()
+        raise
+    return Tracker(sinks)
 
 
 def _unknown(name: str) -> Problem:

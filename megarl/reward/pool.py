@@ -96,9 +96,7 @@ class RewardPool:
             self.close()
             raise
 
-    def score(
-        self, requests: Sequence[RewardRequest], tell: Callable[[str], None] | None = None
-    ) -> list[RewardResult]:
+    def score(self, requests: Sequence[RewardRequest], tell: Callable[[str], None] | None = None) -> list[RewardResult]:
         """Return a result for each request, in order. A request that fails has ``score_on_failure`` and says why.
 
         tell: takes a line a minute where it takes long.
@@ -159,7 +157,7 @@ class RewardPool:
         if self._batch_timeout_s is not None:
             due.append(batch.started + self._batch_timeout_s)
         patience = max(0.0, min(*due, now + _NEWS_S) - now)
-        readable = wait([self._printed.reader, *(worker.connection for worker in active)], patience)
+        readable = wait([self._printed.reader.fileno(), *(worker.connection for worker in active)], patience)
         self._printed.drain()
         for slot, worker in enumerate(self._workers):
             if worker.connection in readable:

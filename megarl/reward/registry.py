@@ -208,7 +208,7 @@ def _kind_without_a_number(found: Callable[..., object]) -> str:
         return "a class"
     # What functools.wraps has wrapped may well be async, and its wrapper plain: the wrapper alone is called.
     inner = found.func if isinstance(found, functools.partial) else found
-    for called in (inner, getattr(inner, "__call__", None)):
+    for called in (inner, inspect.getattr_static(type(inner), "__call__", None)):  # a function, or an object's own call
         if inspect.iscoroutinefunction(called):
             return "an async function"
         if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):

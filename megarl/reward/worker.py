@@ -35,7 +35,7 @@ def main(fd: int, parent: int, orphan_deadline_s: float) -> None:
     status = OWN_FAILURE
     try:
         status = _serve(Connection(fd), parent, orphan_deadline_s)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the process ends here, with a status that the pool says in words
         traceback.print_exc()
     finally:
         # Its own group is spared: the pool would take the signal for something that the function did.
@@ -80,7 +80,6 @@ def score_request(function: RewardFunction, request: RewardRequest) -> RewardRes
         )
         return _checked(value)
     except BaseException as error:  # noqa: BLE001 - not swallowed: it becomes the result
-        assert error.__traceback__ is not None
         place = traceback.extract_tb(error.__traceback__, limit=-1)[0]
         where = f"{place.filename}:{place.lineno}"
         said = "".join(traceback.format_exception_only(error)).strip()[:_MAX_DETAIL_CHARS]
