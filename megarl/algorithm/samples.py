@@ -55,7 +55,7 @@ class Rewards:
 
     def metrics(self) -> Metrics:
         """Mean, spread, the model's part and the function's, and what went wrong."""
-        scores = self.scores_B
+        scores = self.scores_B.double()  # a sum of numbers that are finite in float32 need not be
         failures = {o: sum(r.outcome == o for r in self.results) for o in ("raised", "timeout", "invalid")}
         return {
             "reward/mean": float(scores.mean()),

@@ -104,7 +104,7 @@ def _checked(value: object) -> RewardResult:
     try:
         # What the trainer computes with: a larger number would be an infinity there.
         (number,) = struct.unpack("f", struct.pack("f", score))
-    except OverflowError:
+    except (OverflowError, struct.error):  # the second of an integer beyond any float
         number = math.inf
     if not math.isfinite(number):
         return RewardResult(

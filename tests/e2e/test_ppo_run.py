@@ -91,7 +91,11 @@ def test_the_run_folder_is_complete(runs: dict[str, Done], launcher: str) -> Non
     assert "8 x 4 = 32 rollouts" in (folder / "plan.txt").read_text()
     assert "torch: " in (folder / "environment.txt").read_text()
     assert list((folder / "tensorboard").iterdir())
-    assert {path.name for path in (folder / "rollouts").iterdir()} == {f"step_{s}.jsonl" for s in (1, 2, 3)}
+    validated = [line["step"] for line in runs[launcher].lines() if "val/reward_mean" in line]
+    names = {*(f"step_{s}.jsonl" for s in (1, 2, 3)), *(f"val_step_{s}.jsonl" for s in validated)}
+    assert {path.name for path in (folder / "rollouts").iterdir()} == names
+    assert (folder / "console.log").read_text().startswith("step 0  ")
+    assert (folder / "report.txt").read_text().splitlines()[-1] == f"model: {folder / 'checkpoints' / 'final'}"
 
 
 @LAUNCHERS

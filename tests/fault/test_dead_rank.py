@@ -17,7 +17,7 @@ SFT = ("-m", "megarl.main_sft", "--config-dir=.", "--config-name=sft")
 RL = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "trainer.val_before_train=false"),
     *("data.train_shuffle=false", "reward.path=bad_reward.py", "reward.num_workers=2", "reward.timeout_s=3"),
-    "reward.score_on_failure=-0.5",
+    *("reward.score_on_failure=-0.5", "reward.try_first=false"),
 )
 # Of the first eight prompts, one each whose reward raises, is not a number, and never comes.
 BAD_REWARD = """

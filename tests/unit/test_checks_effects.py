@@ -29,9 +29,13 @@ TURNED_ON: dict[str, dict[str, object]] = {
     "reward.overlong_buffer.len": OVERLONG,
     "reward.overlong_buffer.penalty_factor": OVERLONG,
     "reward.function": {"reward.path": "r.py"},
+    "reward.kwargs": {"reward.path": "r.py"},
     "reward.num_workers": FUNCTION_TOO,
     "reward.timeout_s": FUNCTION_TOO,
+    "reward.batch_timeout_s": FUNCTION_TOO,
+    "reward.try_first": FUNCTION_TOO,
     "reward.score_on_failure": FUNCTION_TOO,
+    "reward.on_all_failed": FUNCTION_TOO,
     "reward.model.coef": MODEL_ALONE,
     f"{ROLLOUT}.val_kwargs.top_p": SAMPLES,
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
@@ -49,6 +53,12 @@ TURNED_OFF: dict[str, object] = {
 
 def _other_than(default: object) -> object:
     """Return another value of the same type, within any range there is."""
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, dict):
+        return {"mine": 1}
+    if default == "stop":
+        return "continue"
     if isinstance(default, float):
         return default / 2 or 1.0
     if isinstance(default, int):

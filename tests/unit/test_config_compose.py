@@ -10,7 +10,7 @@ import yaml
 from megarl.config.command_line import FlagParser, parse_command_line, take_flags
 from megarl.config.compose import as_yaml, compose, run_hydra
 from megarl.errors import ConfigError, Problem
-from megarl.monitor.rundir import create_run_dir
+from megarl.monitor.rundir import run_folder
 
 QUICKSTART_BATCH, QUICKSTART_N = 64, 8
 MINE = "--config-dir=.", "--config-name=mine"
@@ -267,7 +267,8 @@ def test_help_says_how_a_run_is_started(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_folder_of_a_run_composes_to_the_same_run(base: str, folder: Path) -> None:
     overrides = ["trainer.seed=5", "trainer.experiment_name=again"]
     values = composed(*overrides, config_name=base)
-    run = create_run_dir(folder / "run", values, overrides)
+    with run_folder(folder / "run", values, overrides) as run:
+        pass
     assert yaml.safe_load((run / "overrides.yaml").read_text()) == overrides
     assert composed("--config-dir=run", "--config-name=config", config_name=base) == values
     assert composed("--config-dir=run", "--config-name=config", *overrides, config_name=base) == values

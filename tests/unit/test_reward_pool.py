@@ -118,11 +118,18 @@ def test_numbers_and_mappings_with_a_score_are_rewards(spec: RewardSpec, value: 
 
 
 def test_what_is_no_finite_number_is_invalid(spec: RewardSpec) -> None:
-    values = ["math.nan", "math.inf", "-math.inf", "None", "'1'", "[1]", "{'accuracy': 1}", "1j"]
+    values = ["math.nan", "math.inf", "-math.inf", "None", "'1'", "[1]", "{'accuracy': 1}", "1j", "1e308", "-4e38"]
+    values += ["10 ** 400", "10 ** 9999"]
     results = score(spec, *[f"return {value}" for value in values])
     assert [(r.score, r.outcome) for r in results] == [(SCORE_ON_FAILURE, "invalid")] * len(values)
     assert "nan" in results[0].detail
     assert "'1', not a number" in results[4].detail
+    assert "1e+308, not a finite number in float32" in results[8].detail
+
+
+def test_the_largest_float32_is_a_reward(spec: RewardSpec) -> None:
+    (result,) = score(spec, "return 3.4028234e38", num_workers=1)
+    assert (result.score, result.outcome) == (3.4028234e38, "ok")
 
 
 def test_a_function_that_raises_or_exits_costs_its_own_reward_alone(spec: RewardSpec) -> None:
@@ -131,6 +138,32 @@ def test_a_function_that_raises_or_exits_costs_its_own_reward_alone(spec: Reward
     assert raised.detail.startswith("ValueError: no unit (")
     assert "on_command.py:" in raised.detail
     assert (exited.outcome, after) == ("raised", RewardResult(1.0, "ok"))
+
+
+def test_a_failure_has_the_traceback_of_the_function_alone_and_a_kind(spec: RewardSpec) -> None:
+    first, second, other = score(spec, "raise one", "raise two", "return nowhere", num_workers=1)
+    assert first.kind == second.kind != other.kind
+    assert first.traceback.splitlines()[-1] == "ValueError: one"
+    assert "raise ValueError(argument)" in first.traceback
+    assert "megarl" not in first.traceback
+    assert "NameError: name 'nowhere' is not defined" in other.traceback
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "GeneratorExit", "type('Own', (BaseException,), {})"])
+def test_errors_that_programs_seldom_catch_are_those_of_a_function_too(spec: RewardSpec, error: str) -> None:
+    failed, after = score(spec, f"return (_ for _ in ()).throw({error})", "return 1", num_workers=1)
+    assert (failed.outcome, after.score) == ("raised", 1.0)
+    assert failed.detail.startswith(("KeyboardInterrupt", "GeneratorExit", "on_command.Own", "Own", "megarl_reward"))
+
+
+def test_an_error_whose_text_fails_is_still_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "mute.py"
+    path.write_text(
+        "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n"
+        "def compute_score(**_):\n    raise Mute\n"
+    )
+    (result,) = score(RewardSpec(path=str(path)), "", num_workers=1)
+    assert result.outcome == "raised" and "Mute" in result.detail
 
 
 @pytest.mark.parametrize("command", ["loop", "block"])
@@ -152,6 +185,73 @@ def test_a_function_that_ends_its_process_costs_its_own_reward_alone(
     results = score(spec, "return 1", command, "return 2", command, "return 3", num_workers=1)
     assert [r.outcome for r in results] == ["ok", "raised", "ok", "raised", "ok"]
     assert cause in results[1].detail
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("return os.kill(os.getpid(), 9)", "was killed, by the function itself or by the system"),
+        ("return os.closerange(3, 64)", "lost its connection to the run"),
+        ("return os.kill(os.getpid(), 15)", "died of signal 15"),
+    ],
+)
+def test_a_death_is_told_as_what_it_was(spec: RewardSpec, command: str, says: str) -> None:
+    failed, after = score(spec, command, "return 1", num_workers=1)
+    assert (failed.outcome, after.score) == ("raised", 1.0)
+    assert says in failed.detail
+
+
+@pytest.mark.parametrize(("command", "outcome"), [("loop", "timeout"), ("die", "raised")])
+def test_a_batch_in_which_nothing_is_scored_is_given_up(spec: RewardSpec, command: str, outcome: str) -> None:
+    start = time.monotonic()
+    results = score(spec, *[command] * 60, num_workers=1, timeout_s=0.1)
+    assert time.monotonic() - start < 30.0
+    assert [r.outcome for r in results[:10]] == [outcome] * 10
+    assert {r.outcome for r in results[10:]} == {"timeout"}
+    assert results[-1].detail.startswith("not tried: 10 calls in a row hung or ended their process")
+
+
+def test_a_batch_in_which_some_calls_are_answered_is_not_given_up(spec: RewardSpec) -> None:
+    results = score(spec, *["die", "die", "return 1"] * 8, num_workers=1)
+    assert [r.outcome for r in results] == ["raised", "raised", "ok"] * 8
+
+
+def test_a_batch_has_a_deadline_of_its_own(spec: RewardSpec) -> None:
+    with RewardPool(1, 30.0, spec, SCORE_ON_FAILURE, batch_timeout_s=1.0) as pool:
+        start = time.monotonic()
+        results = pool.score([request(r) for r in ("return 1", *["return time.sleep(0.4) or 2"] * 20)])
+        assert time.monotonic() - start < 15.0
+        assert results[0] == RewardResult(1.0, "ok")
+        assert (results[-1].outcome, results[-1].score) == ("timeout", SCORE_ON_FAILURE)
+        assert results[-1].detail == "not scored within reward.batch_timeout_s = 1 s of the batch"
+        assert pool.score([request("return 3")]) == [RewardResult(3.0, "ok")]
+
+
+def test_a_batch_that_takes_long_says_how_far_it_is(spec: RewardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megarl.reward.pool._NEWS_S", 0.2)
+    news: list[str] = []
+    with RewardPool(1, 30.0, spec, 0.0) as pool:
+        pool.score([request(r) for r in ("raise one", "return time.sleep(1) or 1", "return 1")], news.append)
+    assert news[0].startswith("reward function: 1 of 3 rollouts after 0 s, 1 of them failed")
+
+
+def test_what_functions_and_their_children_print_is_kept_and_bounded(spec: RewardSpec, tmp_path: Path) -> None:
+    path = tmp_path / "talks.py"
+    path.write_text(
+        "import subprocess, sys\nprint('loaded')\n"
+        "def compute_score(solution_str, **_):\n"
+        "    print(solution_str)\n    print('aside', file=sys.stderr)\n"
+        "    subprocess.run(['echo', 'a child'])\n    return 1\n"
+    )
+    with RewardPool(1, 30.0, RewardSpec(path=str(path)), 0.0) as pool:
+        pool.score([request("hello")])
+        assert pool.take_printed().splitlines() == ["loaded", "hello", "aside", "a child"]
+        assert pool.take_printed() == ""
+        results = pool.score([request("x" * 300_000)] * 8)
+        printed = pool.take_printed()
+    assert {result.outcome for result in results} == {"ok"}
+    assert 900_000 < len(printed) < 1_100_000
+    assert printed.rstrip().endswith("[more was printed: the first 1,000,000 bytes are kept]")
 
 
 def test_the_deadline_is_for_one_request_not_for_many(spec: RewardSpec) -> None:
@@ -219,6 +319,22 @@ def test_a_file_that_ends_its_process_fails_at_the_start(tmp_path: Path) -> None
         RewardPool(1, TIMEOUT_S, RewardSpec(path=str(path)), 0.0)
 
 
+def test_what_a_file_printed_before_it_failed_is_with_the_error(tmp_path: Path) -> None:
+    path = tmp_path / "says.py"
+    path.write_text("print('no licence found')\n1 / 0\n")
+    with pytest.raises(RewardError, match="no licence found") as caught:
+        RewardPool(1, TIMEOUT_S, RewardSpec(path=str(path)), 0.0)
+    assert "ZeroDivisionError: division by zero" in str(caught.value)
+    assert f'{path}", line 2, in <module>' in str(caught.value)
+
+
+def test_a_function_gets_its_keyword_arguments_with_every_call(tmp_path: Path) -> None:
+    path = tmp_path / "weighted.py"
+    path.write_text("def compute_score(solution_str, weight, **_):\n    return weight * len(solution_str)\n")
+    with RewardPool(2, 30.0, RewardSpec(path=str(path), kwargs={"weight": 0.5}), 0.0) as pool:
+        assert [r.score for r in pool.score([request("four"), request("to")])] == [2.0, 1.0]
+
+
 @pytest.mark.parametrize(("num_workers", "timeout_s"), [(0, 1.0), (1, 0.0), (1, -1.0), (1, math.nan), (1, math.inf)])
 def test_sizes_without_sense_are_refused(num_workers: int, timeout_s: float) -> None:
     with pytest.raises(RewardError, match=r"reward\.(num_workers|timeout_s) = "):
@@ -237,6 +353,29 @@ def test_a_hanging_function_takes_the_processes_it_started_with_it(spec: RewardS
     child = int((tmp_path / "pid").read_text())
     assert result.outcome == "timeout"
     assert wait_until(lambda: not exists(child))
+
+
+LEAVERS = {
+    "a session of its own": "subprocess.Popen(['sleep', '600'], start_new_session=True)",
+    "a daemon": "subprocess.Popen(['setsid', 'sh', '-c', 'sleep 600 & echo $! > {pid}'])",
+}
+
+
+@pytest.mark.parametrize("way", LEAVERS)
+@pytest.mark.parametrize("after", ["time.sleep(600)", "os._exit(3)", "1"])
+def test_processes_that_left_the_group_are_ended_too(tmp_path: Path, way: str, after: str) -> None:
+    """Whether the function hangs, ends its process, or goes well and the pool is closed."""
+    pid, path = tmp_path / "pid", tmp_path / "leaver.py"
+    path.write_text(
+        "import os, subprocess, time\ndef compute_score(**_):\n"
+        f"    child = {LEAVERS[way].format(pid=pid)}\n"
+        f"    if {way == 'a session of its own'}:\n        open('{pid}', 'w').write(str(child.pid))\n"
+        f"    while not (os.path.exists('{pid}') and open('{pid}').read()):\n        time.sleep(0.02)\n"
+        f"    return {after}\n"
+    )
+    with RewardPool(1, 2.0, RewardSpec(path=str(path)), 0.0) as pool:
+        pool.score([request("")])
+    assert not exists(int(pid.read_text()))
 
 
 PARENT = """

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from megarl.errors import RewardError
-from megarl.reward.registry import load_reward, register, require_functions
+from megarl.reward.registry import load_reward, register, require_functions, unmatchable
 
 
 def score(response: str, data_source: str = "", finish_reason: str = "stop", name: str | None = None) -> float:
@@ -113,3 +114,70 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         load_reward("gsm8k", path=write(tmp_path, ""))
     with pytest.raises(RewardError, match=r"reward\.function = 'mine' has no effect without reward\.path"):
         load_reward(function="mine")
+    with pytest.raises(RewardError, match=r"reward\.kwargs = .* has no effect without reward\.path"):
+        load_reward("gsm8k", kwargs={"weight": 1})
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("async def compute_score(**_):\n    return 1\n", "an async function"),
+        ("def compute_score(**_):\n    yield 1\n", "a generator function"),
+        ("async def compute_score(**_):\n    yield 1\n", "a generator function"),
+        ("class compute_score:\n    def __init__(self, **_): ...\n", "a class"),
+        ("class Judge:\n    async def __call__(self, **_): ...\ncompute_score = Judge()\n", "an async function"),
+        (
+            "import functools\nasync def judge(**_): ...\ncompute_score = functools.partial(judge, a=1)\n",
+            "an async function",
+        ),
+    ],
+)
+def test_what_gives_no_number_when_called_is_refused_before_the_run(tmp_path: Path, source: str, kind: str) -> None:
+    with pytest.raises(RewardError, match=f"reward.function = 'compute_score': it is {kind} in .*plain `def`"):
+        load_reward(path=write(tmp_path, source))
+
+
+def test_an_object_with_a_plain_call_and_a_wrapper_of_an_async_function_are_functions(tmp_path: Path) -> None:
+    source = (
+        "import asyncio, functools\nasync def judge(**_):\n    return 2\n"
+        "@functools.wraps(judge)\ndef compute_score(**row):\n    return asyncio.run(judge(**row))\n"
+        "class Judge:\n    def __call__(self, **_):\n        return 3\nobject_score = Judge()\n"
+    )
+    row = {"data_source": "", "solution_str": "", "ground_truth": ""}
+    path = write(tmp_path, source)
+    assert load_reward(path=path)(**row, extra_info={}) == 2
+    assert load_reward(path=path, function="object_score")(**row, extra_info={}) == 3
+
+
+def test_a_file_may_import_those_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "beside_my_reward.py").write_text("VALUE = 0.75\n")
+    path = write(tmp_path, "from beside_my_reward import VALUE\ndef compute_score(**_):\n    return VALUE\n")
+    assert load_reward(path=path)(data_source="", solution_str="", ground_truth="", extra_info={}) == 0.75
+
+
+def test_keyword_arguments_that_a_function_lacks_or_that_rows_give_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 0\n")
+    with pytest.raises(RewardError, match=r"with reward\.kwargs wieght: got an unexpected keyword argument 'wieght'"):
+        load_reward(path=path, kwargs={"wieght": 1})
+    with pytest.raises(RewardError, match=r"reward\.kwargs names extra_info, which every row gives"):
+        load_reward(path=path, kwargs={"extra_info": {}})
+
+
+@pytest.mark.parametrize("ground_truth", ["eighteen", "", "1/2", "1e5", "#### 18", "18 eggs", "nan"])
+def test_a_ground_truth_without_a_number_is_one_that_no_number_matches(ground_truth: str) -> None:
+    for name in ("gsm8k", "openai/gsm8k", "gsm8k_flexible"):
+        assert unmatchable(name, ground_truth) == "it is no number"
+
+
+@pytest.mark.parametrize("ground_truth", ["18", "18.0", "-3", "$1,234.50", ".5", " 7 "])
+def test_a_ground_truth_with_a_number_is_matched_by_it(ground_truth: str) -> None:
+    for name in ("gsm8k", "gsm8k_flexible"):
+        assert unmatchable(name, ground_truth) == ""
+        answer = {"solution_str": f"#### {ground_truth.strip()}", "ground_truth": ground_truth}
+        assert load_reward(name)(**answer, data_source=name, extra_info={}) == 1.0
+
+
+def test_a_mark_in_the_ground_truth_can_not_be_matched_where_it_ends_the_reasoning() -> None:
+    assert "separates the answer" in unmatchable("verbs", "#### 5")
+    assert unmatchable("verbs", "5") == unmatchable("exact_match", "#### 5") == unmatchable("my own", "x") == ""
