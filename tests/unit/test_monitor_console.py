@@ -42,6 +42,11 @@ def test_a_line_shows_a_metric_that_is_not_finite_whatever_its_name() -> None:
     assert metrics_line(3, {"a": 1.0, "hidden": math.nan}, headline=("a",)) == "step 3  a 1  hidden nan"
 
 
+def test_a_line_shows_failures_of_the_reward_where_there_are_any() -> None:
+    metrics = {"reward/mean": 0.5, "reward/num_raised": 3.0, "reward/num_timeout": 0.0}
+    assert metrics_line(3, metrics) == "step 3  reward/mean 0.5  reward/num_raised 3"
+
+
 def test_a_log_file_gets_lines_and_no_bar() -> None:
     stream = io.StringIO()
     progress = Progress(total_steps=10, stream=stream, headline=("a",))

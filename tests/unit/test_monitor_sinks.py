@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, ResourceError
 from megarl.monitor.sinks import JsonlSink, Tracker, open_tracker
 
 
@@ -110,6 +111,58 @@ def test_a_sink_whose_package_is_missing_says_what_to_install(
     assert f"pip install {name}, or take {name} out of trainer.logger" in str(caught.value)
 
 
+class NoAccount(ModuleType):
+    """The wandb package where nobody is logged in."""
+
+    def init(self, **_: object) -> None:
+        """Refuse, as wandb does."""
+        raise RuntimeError("api_key not configured (no-tty)")
+
+
+def test_a_sink_that_can_not_be_opened_is_the_users_to_mend_and_the_others_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", NoAccount("wandb"))
+    with pytest.raises(ConfigError) as caught:
+        open_tracker(["jsonl", "wandb"], tmp_path, "project", "experiment", {})
+    text = str(caught.value)
+    assert "trainer.logger = 'wandb': can't be opened: RuntimeError: api_key not configured (no-tty)" in text
+    assert "fix: wandb login, or WANDB_MODE=offline in the environment, or take wandb out of trainer.logger" in text
+
+
+@pytest.mark.parametrize("name", ["jsonl", "console"])
+def test_a_full_disk_ends_a_run_with_one_line_and_nothing_on_top(name: str, tmp_path: Path) -> None:
+    file = {"jsonl": "metrics.jsonl", "console": "console.log"}[name]
+    (tmp_path / file).symlink_to("/dev/full")
+    with (
+        pytest.raises(ResourceError, match=f"{file} can't be written: No space left on device"),
+        open_tracker([name], tmp_path, "project", "experiment", {}) as tracker,
+    ):
+        tracker.log(1, {"reward/mean": 1.0})
+
+
+def test_a_tensorboard_folder_that_can_not_be_written_is_named() -> None:
+    with pytest.raises(ResourceError, match=r"/sys/tensorboard can't be written: .* bytes free"):
+        open_tracker(["tensorboard"], Path("/sys"), "project", "experiment", {})
+
+
+def test_the_console_is_kept_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_tracker(["console"], tmp_path, "project", "experiment", {}, total_steps=2) as tracker:
+        tracker.log(1, {"reward/mean": 0.25})
+        tracker.show("a table\nof two lines")
+    written = capsys.readouterr().out
+    assert (tmp_path / "console.log").read_text() == written
+    assert written.splitlines()[1:] == ["a table", "of two lines"]
+
+
+def test_a_warning_is_seen_with_a_console_and_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("console", "jsonl"):
+        with open_tracker([name], tmp_path, "project", "experiment", {}) as tracker:
+            tracker.warn("rewards fail")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("rewards fail\n", "rewards fail\n")
+
+
 class FullDisk:
     """A sink that can't write its last bytes."""
 
@@ -128,3 +181,9 @@ def test_a_sink_that_fails_to_close_is_reported_after_the_others_closed(tmp_path
     assert caught.group_contains(OSError, match="no space left")
     with pytest.raises(ValueError, match="closed file"):
         sink.log(1, {})
+
+
+def test_the_error_of_a_run_is_not_hidden_by_a_sink_that_fails_to_close() -> None:
+    with pytest.raises(ZeroDivisionError) as caught, Tracker([FullDisk()]):
+        raise ZeroDivisionError
+    assert "sinks failed to close" in caught.value.__notes__[0]
