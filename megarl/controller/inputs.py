@@ -75,7 +75,7 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     if needs_reward_function(config) and not config.reward.name and not config.reward.path:
         require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
     if needs_reward_function(config) and not config.reward.path:
-        _check_ground_truths((*train.prompts, *val_prompts), config.reward.name)
+        check_ground_truths((*train.prompts, *val_prompts), config.reward.name)
     order: Order | MixedOrder
     if data.train_file_weights:
         weights, size = data.train_file_weights, data.train_batch_size
@@ -118,7 +118,7 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
 
 
-def _check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
+def check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
     """Raise DataError for rows whose ground truth no response can match. name: of the reward; None: by data_source."""
     wrong = [(p, why) for p in prompts if (why := unmatchable(name or p.data_source, p.ground_truth))]
     if wrong:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarl.controller.report import Rewards
+from megarl.algorithm.samples import Rewards
 from megarl.types import RewardResult
 
 
@@ -42,3 +42,9 @@ def test_fresh_groups_bring_all_of_their_rewards(has_function: bool, has_model: 
     assert after.results == expected.results
     assert after.penalties_B.equal(expected.penalties_B)
     assert after.model_B is expected.model_B or after.model_B.equal(expected.model_B)
+
+
+def test_the_mean_of_finite_rewards_is_finite() -> None:
+    metrics = Rewards(_results(3e38, 3e38, 1e38), torch.zeros(3)).metrics()
+    assert metrics["reward/mean"] == pytest.approx(7e38 / 3)
+    assert metrics["reward/std"] == pytest.approx(9.428e37, rel=1e-3)

@@ -128,3 +128,17 @@ def test_a_row_without_what_its_reward_needs_says_so(
     with pytest.raises(DataError) as caught:
         load(tmp_path, tokenizer, row(**changes))
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(18.0, "18"), (-3.0, "-3"), (2.5, "2.5"), (1e22, "1" + "0" * 22), (1e-7, "0.0000001")]
+)
+def test_a_float_is_a_ground_truth_as_a_person_writes_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, value: float, text: str
+) -> None:
+    assert load(tmp_path, tokenizer, row(reward_model={"ground_truth": value})).prompts[0].ground_truth == text
+
+
+def test_a_ground_truth_that_is_not_finite_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="ground_truth is nan; allowed: a string or a finite number"):
+        load(tmp_path, tokenizer, row(reward_model={"ground_truth": float("nan")}))
