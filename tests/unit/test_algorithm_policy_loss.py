@@ -141,6 +141,16 @@ def test_the_gradient_of_gspo_over_a_sequence_is_that_of_its_objective(seed: int
     assert gradient.any(), "must not be clipped"
 
 
+@pytest.mark.parametrize("name", ["gspo", "geo_mean"])
+def test_one_token_far_from_the_old_policy_counts_whole_in_its_sequence(name: str) -> None:
+    # The mean of log-ratios 30, 0 and 0 is 10; with the token at 20 first, as single ratios are bounded, it were 6.7.
+    free = PolicyLossSettings(clip_low=1e9, clip_high=1e9)
+    inputs = replace(_inputs(0, [3]), advantages_N=torch.ones(3, dtype=torch.float64))
+    inputs = replace(inputs, logprobs_N=inputs.old_logprobs_N + torch.tensor([30.0, 0.0, 0.0]))
+    expected = torch.full((3,), -math.exp(10), dtype=torch.float64)
+    torch.testing.assert_close(policy_losses.get(name)(inputs, free).loss_N, expected)
+
+
 def test_a_gspo_sequence_is_clipped_as_a_whole() -> None:
     inputs = replace(_inputs(0, [3]), advantages_N=torch.ones(3, dtype=torch.float64))
     inputs = replace(inputs, logprobs_N=inputs.old_logprobs_N + torch.tensor([2.0, -0.5, 0.0]))
