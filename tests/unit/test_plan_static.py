@@ -12,7 +12,7 @@ from megarl.checks.run import check_ppo
 from megarl.parallel.layout import Layout
 from megarl.plan.devices import device
 from megarl.plan.of_run import planned
-from megarl.plan.static import StaticBytes, static_bytes
+from megarl.plan.static import StaticBytes, static_bytes, static_of
 from megarl.weights.model_facts.shipped import shipped_config
 from megarl.weights.model_shape import ModelShape, parse_model_shape
 from megarl.weights.name_map import hf_shapes, megatron_shards
@@ -168,5 +168,5 @@ def test_transformer_engines_adam_keeps_half_a_main_parameter_and_moments_of_the
         changes = {f"actor_rollout_ref.actor.megatron.{name}": value for name, value in settings_of_adam.items()}
         values = composed_values("ppo_megatron_trainer", **run, **changes)
         checked = check_ppo(values, files_may_be_missing=True)
-        kept.append(planned(checked, device("h100", 8)).roles[0].static(0).optimizer)
+        kept.append(static_of(planned(checked, device("h100", 8)).roles[0], 0).optimizer)
     assert [size * 12 / kept[0] for size in kept] == [3 * FP32, BF16 + BF16 + FP32, 3 * BF16]
