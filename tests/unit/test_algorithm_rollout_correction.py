@@ -204,6 +204,9 @@ def test_a_step_without_tokens_gives_no_nan() -> None:
     nothing = np.zeros((2, 3), dtype=np.bool_)
     result = _correct((np.zeros((2, 3)), np.zeros((2, 3)), nothing), presets.get("geometric_token_tis"))
     assert not any(math.isnan(value) for value in result.metrics.values())
+    # Where nothing was compared, nothing differs.
+    assert {result.metrics[f"ratio_{name}"] for name in ("min", "q01", "q50", "q99", "max")} == {1.0}
+    assert (result.metrics["kl"], result.metrics["kl_k3"]) == (0.0, 0.0)
 
 
 def test_unknown_presets_and_criteria_are_errors_with_the_nearest() -> None:
