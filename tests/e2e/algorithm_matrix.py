@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from megarl.controller.ranks import Ranks
+from megarl.controller.settings import kl_controller, role_layouts
 from omegaconf import OmegaConf
 
 from megarl.checks.algorithm import ESTIMATORS
@@ -21,9 +23,7 @@ from megarl.checks.run import CheckedPPO, check_ppo
 from megarl.config.schema import POLICY_LOSSES
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
-from megarl.controller.ranks import Ranks
 from megarl.controller.run import Run
-from megarl.controller.settings import kl_controller, role_layouts
 from megarl.launchers.start import serve_if_not_controller, worker_group
 from megarl.monitor.sinks import open_tracker
 from megarl.ranks.spec import RunSpec

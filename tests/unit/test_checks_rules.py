@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -272,13 +272,15 @@ def test_every_rule_is_broken_by_some_config_here() -> None:
     models = dict.fromkeys((f"{MODELS}.model", "critic.model", "reward.model"), model_shape())
     models_mistaken = models | {f"{MODELS}.model": model_shape().with_value_head()}
     roles = [roles_in(c, **found) for c in configs for found in (models, models_mistaken)]
-    of_a_config: Mapping[str, str] = {"c": "PPOConfig"}
-    of_configs = [_rules_of(module, of_a_config) for module in (rules, algorithm_rules, effects)]
-    of_roles, of_a_role = (_rules_of(rules, reads) for reads in ({"roles": "Sequence[Role]"}, {"role": "Role"}))
-    tried = [
-        *((name, rule, configs) for found in of_configs for name, rule in found.items()),
-        *((name, rule, roles) for name, rule in of_roles.items()),
-        *((name, rule, [role for of_run in roles for role in of_run]) for name, rule in of_a_role.items()),
+    tried: list[tuple[str, Callable[..., list[Problem]], Sequence[object]]] = [
+        (name, rule, read)
+        for reads, read in (
+            ({"c": "PPOConfig"}, configs),
+            ({"roles": "Sequence[Role]"}, roles),
+            ({"role": "Role"}, [role for of_run in roles for role in of_run]),
+        )
+        for module in (rules, algorithm_rules, effects)
+        for name, rule in _rules_of(module, reads).items()
     ]
     names = [name for name, _, _ in tried]
     assert len(names) > 20 and {"settings_have_an_effect", "a_model_is_named", "axes_make_sense"} <= set(names)

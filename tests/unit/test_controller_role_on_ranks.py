@@ -58,9 +58,8 @@ class Ranks:
 
     def __call__(self, rank: int, verb: str, argument: Any) -> Any:
         """Answer on the rank that reports results."""
-        is_output = rank in self.layout.output_ranks()
-        answer = {"score": self.score, "update": self.update}[verb](argument)
-        return answer if is_output else None
+        answer = self.score(argument) if verb == "score" else self.update(argument)
+        return answer if rank in self.layout.output_ranks() else None
 
     def score(self, work: ScoreWork) -> Tensor:
         """Return the tokens of every row at the temperature."""

@@ -222,7 +222,7 @@ def test_a_schedule_knows_all_optimizer_steps_of_its_run_and_the_actor_has_none_
     def totals(**more: object) -> dict[str, int | None]:
         config = ppo_config(**changes, **more)
         roles = with_total_steps(config, roles_in(config), 10)
-        return {role.name: role.training and role.training.total_steps for role in roles}
+        return {role.name: role.training.total_steps if role.training else None for role in roles}
 
     # A step has 128 prompts x 4 = 512 rollouts: 2 mini-batches of the actor's, 4 of the critic's.
     assert totals(**GAE) == {"actor": 8 * 2 * 3, "ref": None, "critic": 10 * 4}
