@@ -57,8 +57,9 @@ def test_values_of_the_rooms_that_compute_alone_cannot_be_changed() -> None:
     paths = [path for room in rooms for path in sorted((REPOSITORY / "megarl").glob(room))]
     found, changeable = 0, []
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            decorators = [ast.unparse(d) for d in node.decorator_list] if isinstance(node, ast.ClassDef) else []
+        classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+        for node in classes:
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
             if any(name.startswith("dataclass") for name in decorators):
                 found += 1
                 changeable += [] if "dataclass(frozen=True)" in decorators else [f"{path.name}: {node.name}"]

@@ -408,8 +408,8 @@ def _checked(*typed: str) -> CheckedRun[PPOConfig]:
 def test_the_run_that_mistakes_are_made_in_makes_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     checked = _checked()
-    assert (checked.num_prompts, checked.num_steps, checked.notes) == (24, 3, ())
-    assert checked.batch.num_rollouts == 32
+    assert (checked.num_rows, checked.num_steps, checked.notes) == (24, 3, ())
+    assert checked.batches["actor"].num_rollouts == 32
 
 
 @pytest.mark.parametrize("name", MISTAKES)
