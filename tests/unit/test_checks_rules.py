@@ -135,6 +135,12 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({**GAE, "critic.optim.beta": []}, ["critic.optim.beta"], "two numbers"),
     ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
     ({**JUDGE, f"reward.model.megatron.{PP}": 3}, [f"reward.model.megatron.{PP}"], "must divide the 8 ranks"),
+    (
+        {f"{ACTOR}.policy_loss": "gspo", f"{ACTOR}.loss_agg_mode": "token-mean"},
+        [f"{ACTOR}.loss_agg_mode"],
+        "makes gspo another algorithm",
+    ),
+    ({f"{ACTOR}.policy_loss": "gpg", f"{ACTOR}.ppo_epochs": 2}, [f"{ACTOR}.ppo_epochs"], "gpg has no ratio"),
     ({**JUDGE, "reward.model.coef": 0.0}, ["reward.model.coef"], "the reward model would be kept for nothing"),
     ({"reward.model.coef": 2.0}, ["reward.model.coef"], "only where reward.model.path names a model"),
     ({**JUDGE, "reward.num_workers": 4}, ["reward.num_workers"], "only where a function scores"),
