@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megarl.train.policy import Policy
 
 from megarl.batching.pack import pack
 from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Layout
 from megarl.plan.activations import Pass, chunk_bytes
 from megarl.train.megatron.model import ModelSpec
+from megarl.train.policy import Policy
 from megarl.types import Batch
 from megarl.weights.model_shape import read_model_shape
 from megarl.weights.sources import RandomSource

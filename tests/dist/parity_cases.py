@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megarl.train.policy import Policy
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from megarl.train.actor import Actor
 from megarl.train.megatron.build import unwrap
 from megarl.train.megatron.model import ModelSpec
 from megarl.train.megatron.optimizer import OptimizerSpec
+from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec
 from megarl.types import Batch
 from megarl.weights.model_shape import read_model_shape

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from megarl.train.policy import Policy
 from torch import Tensor
 
 from megarl.parallel.layout import Layout
@@ -17,6 +16,7 @@ from megarl.ranks.publish import Publisher
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.megatron.build import transformer_engine_present
 from megarl.train.megatron.model import ModelSpec
+from megarl.train.policy import Policy
 from megarl.types import Batch, GenerationRequest
 from megarl.weights.model_shape import read_model_shape
 from megarl.weights.sources import SafetensorsSource
