@@ -112,7 +112,7 @@ def _local(micros: Sequence[Rows]) -> tuple[list[int], Micros]:
 def _shares(
     batch: Sequences, plan: Sequence[MiniBatch], dp_size: int, first_is_on_policy: bool
 ) -> list[tuple[Sequences, tuple[OptimizerStep, ...], list[int]]]:
-    """Return for every data-parallel rank its rows of ``batch``, the plan in terms of those, and which rows they are."""
+    """Return the rows of every data-parallel rank, the plan in terms of those, and their indices in ``batch``."""
     totals = [mini_batch_totals(batch.mask_BS[list(mini.rows)].sum(-1)) for mini in plan]
     shares = []
     for dp in range(dp_size):

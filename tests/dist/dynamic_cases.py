@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megarl.controller.ranks import Ranks, RoleLayout
 from torch import Tensor
 
 from megarl.batching.balance import TokenBudget, pass_cost
 from megarl.batching.plan import MiniBatch, plan_update
 from megarl.batching.zigzag import num_parts
-from megarl.controller.ranks import Ranks, RoleLayout
 from megarl.parallel.layout import Layout
 from megarl.plan.step_time import active_parameters
 from megarl.train.actor import Actor

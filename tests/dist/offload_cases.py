@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megarl.train.policy import Policy
+from tests.dist.parity_cases import Piece, pieces
 from torch import Tensor
 
 from megarl.algorithm.aggregate import mini_batch_totals
@@ -22,12 +24,10 @@ from megarl.train.actor import Actor
 from megarl.train.critic import Critic
 from megarl.train.megatron.model import Model, ModelSpec
 from megarl.train.megatron.optimizer import OptimizerSpec
-from megarl.train.policy import Policy
 from megarl.train.work import Metrics, OptimizerStep, PolicyLossSpec, ValueLossSpec
 from megarl.types import Batch
 from megarl.weights.model_shape import read_model_shape
 from megarl.weights.sources import SafetensorsSource
-from tests.dist.parity_cases import Piece, pieces
 
 NUM_ROUNDS = 3
 

@@ -47,12 +47,12 @@ def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) 
 
     join_ranks()
     import torch
+    from megarl.train.policy import Policy
 
     from megarl.parallel.layout import Layout
     from megarl.ranks.publish import Publisher
     from megarl.rollout.vllm import VllmEngine, VllmSpec
     from megarl.train.megatron.model import ModelSpec
-    from megarl.train.policy import Policy
     from megarl.weights.model_shape import read_model_shape
     from megarl.weights.sources import SafetensorsSource
 
