@@ -51,7 +51,7 @@ PPO = replace(work.PPO, entropy_coef=0.0)
 SEQUENCE_SUM = replace(PPO, loss_agg_mode="seq-mean-token-sum", kl_type="mse")
 SEQUENCE_SUM_NORM = replace(PPO, loss_agg_mode="seq-mean-token-sum-norm", max_tokens=20, entropy_coef=0.05)
 SEQUENCE_MEAN = replace(PPO, loss_agg_mode="seq-mean-token-mean", kl_coef=None)
-REPLICATED = {"use_distributed_optimizer": False}
+REPLICATED: dict[str, Any] = {"use_distributed_optimizer": False}
 
 
 @dataclass(frozen=True)
