@@ -12,12 +12,13 @@ import json
 import statistics
 from pathlib import Path
 
-PARTS = ("generate", "score", "old_logprobs", "ref_logprobs", "advantages", "update_actor", "publish")
+PARTS = ("generate", "score", "resample", "log_probs", "advantages", "update_critic", "update_actor", "publish")
 
 
 def breakdown(run_folder: Path) -> dict[str, float]:
     """Return the median seconds of every part of a step, of ``other`` and of the whole ``step``."""
-    steps = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["step"] > 1]
     if not steps:
         raise SystemExit(f"{run_folder}: a breakdown needs a run of at least two steps")
     times = {p: [s[f"time_s/{p}"] for s in steps] for p in (*PARTS, "step") if f"time_s/{p}" in steps[0]}

@@ -16,6 +16,8 @@ from megarl.algorithm.group import Groups, groups_of
 from megarl.algorithm.registry import Registry
 from megarl.algorithm.returns import generalized_advantages, rewards_to_go, whitened
 from megarl.algorithm.token_rewards import on_last_token
+from megarl.catalog import ESTIMATORS
+from megarl.catalog import Needs as Needs  # users' files take it from here, beside the registry
 from megarl.errors import AlgorithmError
 
 
@@ -57,27 +59,10 @@ class Advantages:
     returns_BS: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What an estimator needs besides rewards.
-
-    values: a critic's. greedy_baseline: the reward of a greedy rollout of every prompt. min_group_size: the fewest
-    rollouts a prompt must have for the estimate to say anything.
-    """
-
-    values: bool = False
-    greedy_baseline: bool = False
-    min_group_size: int = 1
-
-
 class Estimator(Protocol):
     """The signature of every advantage estimator."""
 
     def __call__(self, inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages: ...
-
-
-_REWARDS_ALONE = Needs()
-_A_GROUP = Needs(min_group_size=2)
 
 
 class EstimatorRegistry(Registry[Estimator]):
@@ -87,19 +72,22 @@ class EstimatorRegistry(Registry[Estimator]):
         super().__init__(key)
         self._needs: dict[str, Needs] = {}
 
-    def register(self, name: str, needs: Needs = _REWARDS_ALONE) -> Callable[[Estimator], Estimator]:
-        """Enter the decorated estimator under ``name``. Raises ConfigError where the name is taken."""
+    def register(self, name: str, needs: Needs | None = None) -> Callable[[Estimator], Estimator]:
+        """Enter the decorated estimator under ``name``. Raises ConfigError where the name is taken.
+
+        needs: of an estimator that megarl.catalog doesn't name; rewards alone unless given.
+        """
         enter = super().register(name)
 
         def enter_with_needs(entry: Estimator) -> Estimator:
             entered = enter(entry)
-            self._needs[name] = needs
+            self._needs[name] = needs or ESTIMATORS.get(name, Needs())
             return entered
 
         return enter_with_needs
 
     def needs(self, name: str) -> Needs:
-        """Return what the estimator called ``name`` needs. Raises ConfigError with the nearest known name."""
+        """Return the Needs of the estimator called ``name``. Raises ConfigError with the nearest known name."""
         self.get(name)
         return self._needs[name]
 
@@ -129,7 +117,7 @@ def estimate_advantages(name: str, inputs: AdvantageInputs, settings: AdvantageS
     return Advantages(found.advantages_BS.to(dtype), None if found.returns_BS is None else found.returns_BS.to(dtype))
 
 
-@estimators.register("gae", Needs(values=True))
+@estimators.register("gae")
 def gae(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Weigh the critic's temporal differences, then whiten: A_t = sum_{k >= t} (gamma lam)^(k - t) delta_k.
 
@@ -146,7 +134,7 @@ def gae(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     return Advantages(whitened(advantages_BS, mask_BS).to(dtype), returns_BS.to(dtype))
 
 
-@estimators.register("grpo", _A_GROUP)
+@estimators.register("grpo")
 def grpo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Normalise each reward by its group: A_i = (r_i - mean(r)) / (std(r) + epsilon), on every masked token.
 
@@ -158,7 +146,7 @@ def grpo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     return _on_masked_tokens(_over_std(groups.deviation(rewards_B), rewards_B, groups, settings), inputs)
 
 
-@estimators.register("rloo", _A_GROUP)
+@estimators.register("rloo")
 def rloo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the mean of the others in the group: A_i = r_i - sum_{j != i} r_j / (n - 1), on every masked token.
 
@@ -170,7 +158,7 @@ def rloo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     return _on_masked_tokens(groups.deviation(rewards_B) * size_B / (size_B - 1).clamp(min=1), inputs)
 
 
-@estimators.register("remax", Needs(greedy_baseline=True))
+@estimators.register("remax")
 def remax(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the reward of the prompt's greedy rollout: A_t = sum_{k >= t} r_k - b, on every masked token.
 
@@ -194,7 +182,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, settings: AdvantageSettings) ->
     return Advantages(whitened(returns_BS, inputs.mask_BS).to(inputs.rewards_B.dtype))
 
 
-@estimators.register("reinforce_plus_plus_baseline", _A_GROUP)
+@estimators.register("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the group's mean, then whiten over the step: A' = r_i - mean(r), A = (A' - mean(A')) / std(A').
 
@@ -206,7 +194,7 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs, settings: AdvantageSet
     return Advantages(whitened(deviation_BS, inputs.mask_BS).to(inputs.rewards_B.dtype))
 
 
-@estimators.register("opo", _A_GROUP)
+@estimators.register("opo")
 def opo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the baseline of least variance: A_i = r_i - sum_j l_j r_j / sum_j l_j, on every masked token.
 
@@ -217,7 +205,7 @@ def opo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     return _on_masked_tokens(groups.deviation(rewards_B, inputs.mask_BS.sum(-1).double()), inputs)
 
 
-@estimators.register("gpg", _A_GROUP)
+@estimators.register("gpg")
 def gpg(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Subtract the group's mean and make up for groups without spread: A_i = B / (B - M) * (r_i - mean(r)).
 
@@ -229,7 +217,7 @@ def gpg(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     return _on_masked_tokens(groups.deviation(rewards_B) * len(rewards_B) / num_informative, inputs)
 
 
-@estimators.register("grpo_passk", _A_GROUP)
+@estimators.register("grpo_passk")
 def grpo_passk(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
     """Credit the best of a group alone, with its lead: A_best = (r_best - r_second) / (std(r) + epsilon).
 

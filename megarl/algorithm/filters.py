@@ -22,7 +22,7 @@ def in_group_with_spread(rewards_B: Tensor, group_B: Tensor) -> Tensor:
 
 
 def overlong_penalty(num_tokens_B: Tensor, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> Tensor:
-    """Return what to add to the reward of each response, at most 0 and at least -``factor``; float32 [B].
+    """Return the penalty to add to the reward of each response, from -``factor`` to 0; float32 [B].
 
     With l response tokens, L = max_tokens and c = buffer_tokens: 0 where l <= L - c; factor * (L - c - l) / c where
     L - c < l <= L; -factor beyond. DAPO, arXiv:2503.14476, equation 13, soft overlong punishment.

@@ -34,7 +34,7 @@ class Groups:
         return self._extreme(values_B, "amax")
 
     def has_spread(self, values_B: Tensor) -> Tensor:
-        """Return whether the row's group has two different values. One with a NaN has, so that it can't go unseen."""
+        """Return True for rows whose group has two different values. A NaN is different, so that it can't go unseen."""
         return self.largest(values_B) != self.least(values_B)
 
     def deviation(self, values_B: Tensor, weights_B: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ class KLController(Protocol):
         """Return the controller for the next step, after ``num_rollouts`` with a KL of ``kl``."""
 
     def state(self) -> State:
-        """Return its type and numbers, of which ``from_state`` makes an equal controller."""
+        """Return the controller's type and numbers, of which ``from_state`` makes an equal controller."""
 
 
 kl_controllers: Registry[Callable[[KLControlSettings], KLController]] = Registry("algorithm.kl_ctrl.type")
@@ -57,11 +57,11 @@ class FixedKL:
     coef: float
 
     def after(self, kl: float, num_rollouts: int) -> FixedKL:
-        """Return itself."""
+        """Return the same controller: the coefficient stays."""
         return self
 
     def state(self) -> State:
-        """Return what ``from_state`` makes an equal controller of."""
+        """Return the type and numbers, of which ``from_state`` makes an equal controller."""
         return {"type": "fixed", **asdict(self)}
 
 
@@ -88,7 +88,7 @@ class AdaptiveKL:
         return replace(self, coef=self.coef * (1.0 + error * num_rollouts / self.horizon))
 
     def state(self) -> State:
-        """Return what ``from_state`` makes an equal controller of."""
+        """Return the type and numbers, of which ``from_state`` makes an equal controller."""
         return {"type": "adaptive", **asdict(self)}
 
 

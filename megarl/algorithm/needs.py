@@ -1,40 +1,42 @@
-"""What a run needs because of its algorithm: a critic, a reference, a reward model. Loads no torch."""
+"""The needs of a run's algorithm: a critic, a reference, a reward model. Loads no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from megarl.catalog import ESTIMATORS, POLICY_LOSSES, LossNeeds, Needs
 from megarl.config.schema import PPOConfig
 
-
-@dataclass(frozen=True)
-class EstimatorNeeds:
-    """What an estimator needs. uses: keys of ``algorithm`` that it reads, among those that not all do."""
-
-    values: bool = False
-    greedy_baseline: bool = False
-    min_group_size: int = 1
-    uses: tuple[str, ...] = ()
+# Keys of ``algorithm`` that some estimators read and others don't.
+KEYS_OF_ESTIMATORS = tuple(dict.fromkeys(name for needs in ESTIMATORS.values() for name in needs.uses))
 
 
-# The estimators of megarl.algorithm.advantage, which can't be asked here: it imports torch. A test compares the two.
-ESTIMATORS = {
-    "gae": EstimatorNeeds(values=True, uses=("gamma", "lam")),
-    "grpo": EstimatorNeeds(min_group_size=2, uses=("norm_adv_by_std_in_grpo",)),
-    "grpo_passk": EstimatorNeeds(min_group_size=2, uses=("norm_adv_by_std_in_grpo",)),
-    "rloo": EstimatorNeeds(min_group_size=2),
-    "remax": EstimatorNeeds(greedy_baseline=True),
-    "reinforce_plus_plus": EstimatorNeeds(uses=("gamma",)),
-    "reinforce_plus_plus_baseline": EstimatorNeeds(min_group_size=2),
-    "opo": EstimatorNeeds(min_group_size=2),
-    "gpg": EstimatorNeeds(min_group_size=2),
-}
-NEUTRAL = {"gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True}
+def uses_kl_loss(c: PPOConfig) -> bool:
+    """Whether the loss has a KL term: where null leaves it open, grpo without another has one unless it is kl_free."""
+    asked, algorithm = c.actor_rollout_ref.actor.use_kl_loss, c.algorithm
+    is_open = algorithm.adv_estimator == "grpo" and not algorithm.use_kl_in_reward and not algorithm.kl_free
+    return is_open if asked is None else asked
 
 
 def needs_reference(c: PPOConfig) -> bool:
     """Whether any KL term compares with the reference."""
-    return c.actor_rollout_ref.actor.use_kl_loss or c.algorithm.use_kl_in_reward
+    return uses_kl_loss(c) or c.algorithm.use_kl_in_reward
+
+
+def loss_needs(c: PPOConfig) -> LossNeeds:
+    """Return the LossNeeds of the run's policy loss; one of the user's own has those of any."""
+    return POLICY_LOSSES.get(c.actor_rollout_ref.actor.policy_loss, LossNeeds())
+
+
+def aggregation(c: PPOConfig) -> str:
+    """Return the aggregation of the policy loss: the paper's own where the config has null."""
+    return c.actor_rollout_ref.actor.loss_agg_mode or loss_needs(c).aggregations[0]
+
+
+def clip_range(c: PPOConfig) -> tuple[float, float]:
+    """Return the lower and upper clip range of the policy loss: the paper's own where the config has null."""
+    actor, needs = c.actor_rollout_ref.actor, loss_needs(c)
+    both = (actor.clip_ratio, actor.clip_ratio) if actor.clip_ratio is not None else (needs.clip_low, needs.clip_high)
+    low = both[0] if actor.clip_ratio_low is None else actor.clip_ratio_low
+    return low, both[1] if actor.clip_ratio_high is None else actor.clip_ratio_high
 
 
 def needs_reward_model(c: PPOConfig) -> bool:
@@ -52,11 +54,27 @@ def needs_critic(c: PPOConfig) -> bool:
     return estimator_needs(c).values
 
 
-def estimator_needs(c: PPOConfig) -> EstimatorNeeds:
-    """Return what the run's estimator needs.
+def needs_old_logprobs(c: PPOConfig) -> bool:
+    """Whether anything but the first update of a step reads log-probs by the actor before it.
 
-    One of the user's own has values where critic.enable asks for them, and may read every key. What else it needs it
-    says where it is registered, which is checked once its file is loaded.
+    Weights and rejections of rollout correction do, KL in the reward, losses that choose tokens, and further epochs.
     """
-    own = EstimatorNeeds(values=bool(c.critic.enable), uses=tuple(NEUTRAL))
+    actor, correction = c.actor_rollout_ref.actor, c.algorithm.rollout_correction
+    corrects = correction.preset not in (None, "metrics_only") or correction.level or correction.rejections
+    return bool(corrects or c.algorithm.use_kl_in_reward or loss_needs(c).chosen_tokens or actor.ppo_epochs > 1)
+
+
+def reuses_update(c: PPOConfig) -> bool:
+    """Whether the old log-probs of a step's first mini-batch are those of its own update, detached."""
+    is_bypassed = c.algorithm.rollout_correction.bypass
+    return not (needs_old_logprobs(c) or is_bypassed or c.actor_rollout_ref.actor.separate_old_log_probs)
+
+
+def estimator_needs(c: PPOConfig) -> Needs:
+    """Return the Needs of the run's estimator.
+
+    An estimator of the user's own has values where critic.enable asks for them, and may read every key. Its other
+    needs are said where it is registered, and checked once its file is loaded.
+    """
+    own = Needs(values=bool(c.critic.enable), uses=KEYS_OF_ESTIMATORS)
     return ESTIMATORS.get(c.algorithm.adv_estimator, own)

@@ -19,12 +19,13 @@ from megarl.algorithm.advantage import (
     estimate_advantages,
     estimators,
 )
-from megarl.algorithm.covariance import select_tokens, token_selectors
+from megarl.algorithm.covariance import select_tokens
 from megarl.algorithm.filters import in_group_with_spread
 from megarl.algorithm.kl import KLEstimator, kl_estimators
 from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
 from megarl.algorithm.loss_specs import PolicyLossSpec, ValueLossSpec
 from megarl.algorithm.metrics import logprob_difference, masked_mean
+from megarl.algorithm.needs import aggregation, clip_range, reuses_update, uses_kl_loss
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, correct_rollouts, presets
 from megarl.algorithm.samples import Samples
@@ -32,6 +33,7 @@ from megarl.algorithm.seeds import seed_of
 from megarl.algorithm.token_rewards import penalize_rewards
 from megarl.algorithm.user_file import user_errors_named
 from megarl.algorithm.value_loss import explained_variance
+from megarl.catalog import AGGREGATIONS
 from megarl.config.schema import PPOConfig, RolloutCorrectionConfig
 from megarl.types import Metrics, PolicyBatch, RolloutBatch, Sequences, ValueBatch
 
@@ -72,17 +74,18 @@ class Update:
 class Recipe:
     """The algorithm of an RL run. The coefficient of the KL in the reward is all that changes from step to step.
 
-    reuses_update: whether old log-probs are those of the first mini-batch's own update, where nothing needs them before
-    it: no correction of rollouts, no KL in the reward, no loss that chooses tokens, one epoch.
+    reuses_update: whether the old log-probs of the first mini-batch are those of its own update.
     """
 
     def __init__(self, config: PPOConfig) -> None:
-        algorithm, models = config.algorithm, config.actor_rollout_ref
+        algorithm = config.algorithm
         self.seed = config.trainer.seed
         self.estimate = _estimator(config)
         self.policy_loss = _policy_loss(config)
         self.value_loss = ValueLossSpec(
-            config.critic.cliprange_value, config.critic.loss_agg_mode, config.data.max_response_length
+            config.critic.cliprange_value,
+            config.critic.loss_agg_mode or AGGREGATIONS[0],
+            config.data.max_response_length,
         )
         control = algorithm.kl_ctrl
         self.kl_controller: KLController = kl_controllers.get(control.type)(
@@ -94,15 +97,7 @@ class Recipe:
         self.correction = _correction(algorithm.rollout_correction)
         self.bypasses = algorithm.rollout_correction.bypass
         self.critic_warmup_steps = config.critic.warmup_steps if estimators.needs(algorithm.adv_estimator).values else 0
-        self.reuses_update = not (
-            models.actor.separate_old_log_probs
-            or models.actor.ppo_epochs > 1
-            or self.kl_in_reward is not None
-            or self.correction.level is not None
-            or self.correction.rejections
-            or self.policy_loss.name in token_selectors.names()
-            or self.bypasses
-        )
+        self.reuses_update = reuses_update(config)
 
     def old_logprobs(self, samples: Samples, actor: ActorLogprobs, step: int) -> Tensor | None:
         """Return log-probs [B, S] by the actor before its update; None where the update's own will do.
@@ -120,7 +115,7 @@ class Recipe:
     def train_batch(
         self, samples: Samples, old_BS: Tensor | None, ref_BS: Tensor | None, values_BS: Tensor | None, step: int
     ) -> TrainBatch:
-        """Return what the step trains on. old_BS, ref_BS, values_BS: [B, S], None where nothing needs them."""
+        """Return the TrainBatch of a step. old_BS, ref_BS, values_BS: [B, S], None where nothing needs them."""
         batch, rewards_B = samples.batch, samples.rewards.scores_B
         token_rewards_BS, metrics = self._penalize(batch, rewards_B, old_BS, ref_BS)
         inputs = AdvantageInputs(
@@ -210,7 +205,7 @@ def _of_correction(metrics: Mapping[str, float]) -> Metrics:
 
 
 def _differences(batch: RolloutBatch, old_BS: Tensor) -> Metrics:
-    """Return how far the engine's log-probs are from the trainer's."""
+    """Return the differences between the engine's log-probs and the trainer's."""
     difference = logprob_difference(old_BS, batch.rollout_logprobs_BS, batch.mask_BS)
     return {
         "rollout_train/logprob_diff_mean": difference.mean_abs,
@@ -243,10 +238,11 @@ def _estimator(config: PPOConfig) -> Callable[[AdvantageInputs], Advantages]:
 def _policy_loss(config: PPOConfig) -> PolicyLossSpec:
     models = config.actor_rollout_ref
     actor, extra = models.actor, models.actor.policy_loss_settings
+    clip_low, clip_high = clip_range(config)
     return PolicyLossSpec(
         settings=PolicyLossSettings(
-            clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
-            clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+            clip_low=clip_low,
+            clip_high=clip_high,
             clip_c=actor.clip_ratio_c,
             tau_positive=extra.tau_positive,
             tau_negative=extra.tau_negative,
@@ -255,8 +251,8 @@ def _policy_loss(config: PPOConfig) -> PolicyLossSpec:
             cov_high=extra.cov_high,
             cov_kl_coef=extra.cov_kl_coef,
         ),
-        loss_agg_mode=actor.loss_agg_mode,
-        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else None,
+        loss_agg_mode=aggregation(config),
+        kl_coef=actor.kl_loss_coef if uses_kl_loss(config) else None,
         kl_type=actor.kl_loss_type,
         temperature=models.rollout.temperature,
         name=actor.policy_loss,

@@ -191,7 +191,7 @@ def _k3(log_ratio: Tensor) -> Tensor:
 
 
 def _mismatch(log_ratio_N: Tensor) -> dict[str, float]:
-    """Return how far the two distributions are apart, over all tokens, rejected ones included."""
+    """Return the metrics of the distance between the two distributions, over all tokens, rejected ones included."""
     sorted_N = log_ratio_N.exp().sort().values
     last = len(sorted_N) - 1
     # Of the two neighbours of a quantile the lower; torch.quantile refuses as many tokens as a large step has.

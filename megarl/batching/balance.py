@@ -28,7 +28,7 @@ class TokenBudget:
     sequence_multiple: int = 1
 
     def over(self, lengths: Sequence[int]) -> Spread:
-        """Return what spreads rows of these lengths over ranks, for ``plan_update``."""
+        """Return the Spread of rows of these lengths over ranks, for ``plan_update``."""
         return lambda rows, dp_size: spread_rows(rows, lengths, dp_size, self)
 
 

@@ -20,7 +20,7 @@ def num_parts(cp: int) -> int:
 
 
 def parts(cp: int, cp_rank: int) -> tuple[int, ...]:
-    """Return which parts of every sequence a rank holds, in its order."""
+    """Return the parts of every sequence that a rank holds, in its order."""
     return (0,) if cp == 1 else (cp_rank, 2 * cp - 1 - cp_rank)
 
 

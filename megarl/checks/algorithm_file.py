@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.algorithm.advantage import estimators
-from megarl.algorithm.needs import ESTIMATORS
 from megarl.algorithm.policy_loss import policy_losses
 from megarl.algorithm.user_file import load_user_file
+from megarl.catalog import ESTIMATORS
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem, nearest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from megarl.catalog import SINKS
 from megarl.checks.algorithm import ALGORITHM_RULES
 from megarl.checks.axes import (
     RANKS,
@@ -22,8 +23,6 @@ from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig, TrainedMe
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.roles import Role, num_ranks
 from megarl.weights.model_shape import ModelShape
-
-KNOWN_SINKS = ("console", "tensorboard", "jsonl", "wandb")
 
 Problems = Iterator[Problem]
 
@@ -102,8 +101,8 @@ def warm_up_ends_before_the_run(role: Role, total_steps: int) -> Problems:
 def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
     """Every logger exists."""
     for sink in sinks:
-        if sink not in KNOWN_SINKS:
-            yield Problem("trainer.logger", sink, f"must be among {', '.join(KNOWN_SINKS)}", nearest(sink, KNOWN_SINKS))
+        if sink not in SINKS:
+            yield Problem("trainer.logger", sink, f"must be among {', '.join(SINKS)}", nearest(sink, SINKS))
 
 
 def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:

@@ -117,7 +117,7 @@ def _convert(kind: Any, value: Any) -> tuple[Any, str | None]:
 
 
 def _out_of_range(value: float, rule: Mapping[str, Any]) -> str | None:
-    """Return what is allowed, if ``value`` isn't."""
+    """Return the sentence of the bound that a number breaks, None where it is within its range."""
     low, above, high = rule["low"], rule["above"], rule["high"]
     if math.isnan(value) or math.isinf(value):
         return "must be a finite number"

@@ -11,35 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
-from hydra.core.utils import setup_globals
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.config.command_line import SEARCHPATH, CommandLine, key_of, parse_command_line
-from megarl.config.composition_errors import composition_errors
-from megarl.config.picked_files import (
-    EXPERIMENT,
-    OURS,
-    check_config_name,
-    check_values_stand_in_sections,
-    file_names,
-    overrides_of_files,
-    picks_a_file,
-)
+from megarl.config.command_line import CommandLine, parse_command_line
+from megarl.config.composition_errors import hydra_errors_named
+from megarl.config.files import OURS, group_names, names_in
 from megarl.config.provenance import find_origins, read_sources, with_origins
-from megarl.errors import Absent, ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError, nearest
+from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
 USER_ERROR, RUN_ERROR = 2, 1
+EXPERIMENT = "experiment"
 _USER_ERRORS = (ConfigError, DataError, ModelFolderError, RewardError)
 _NO_SECTION = re.compile(r"node `([\w.]+)` is not a container")
-_INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 HELP = """\
 usage: python -m megarl.{program} [--config-dir=FOLDER] [--config-name=FILE] [key=value ...]
@@ -53,30 +46,42 @@ usage: python -m megarl.{program} [--config-dir=FOLDER] [--config-name=FILE] [ke
 docs/overview.md tells what a run does. A mistake in the config ends a run before it starts, with exit code 2."""
 
 
+class OwnConfigs(SearchPathPlugin):
+    """Lets Hydra find megarl's own configs after those in the user's folder."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder of megarl's configs."""
+        search_path.append("megarl", f"file://{OURS}")
+
+
+Plugins.instance().register(OwnConfigs)
+
+
 @dataclass(frozen=True)
 class Composition:
-    """A composed config, interpolations unresolved, and what it was composed of.
-
-    typed: the overrides as typed; passed: as Hydra got them; search_path: where it looked for files, in order.
-    """
+    """A composed config, interpolations unresolved, of a command line. passed: the overrides as Hydra got them."""
 
     config: DictConfig
-    typed: tuple[str, ...]
-    loader: ConfigLoaderImpl
-    config_name: str
+    line: CommandLine
     passed: tuple[str, ...]
-    search_path: tuple[str, ...]
-    value_overrides: tuple[Override, ...]
+
+    @property
+    def typed(self) -> tuple[str, ...]:
+        """The overrides as typed."""
+        return tuple(str(o.input_line) for o in self.line.overrides)
 
     def located(self, error: ConfigError) -> ConfigError:
         """Return ``error`` with the file and line, or the command line, that each value came from."""
         try:
-            with _self_is_last():
-                found = self.loader.compute_defaults_list(self.config_name, list(self.passed), RunMode.RUN)
-            sources = read_sources(found.defaults, self.search_path)
-        except OSError:  # a file went away since it was composed: the error counts, where it came from is extra
+            with _hydra(self.line) as loader, hydra_errors_named(self.line):
+                found = loader.compute_defaults_list(self.line.config_name, list(self.passed), RunMode.RUN)
+            sources = read_sources(found.defaults, self.line.config_dir)
+        except (
+            ConfigError,
+            OSError,
+        ):  # a file has changed since it was composed: ``error`` counts, its origin is extra
             return error
-        overrides = [(o.key_or_group, None if o.is_delete() else o.value()) for o in self.value_overrides]
+        overrides = [(o.key_or_group, None if o.is_delete() else o.value()) for o in self.line.overrides]
         return with_origins(error, find_origins(sources, overrides))
 
     def values(self) -> dict[str, Any]:
@@ -84,21 +89,16 @@ class Composition:
         try:
             values = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            raise ConfigError([self._unresolved(str(error.full_key), str(error).splitlines()[0])]) from error
+            found = str(error).splitlines()[0]
+            if section := _NO_SECTION.search(found):
+                value = OmegaConf.select(self.config, section[1])
+                problem = Problem(section[1], value, "must be a section with keys of its own")
+            else:
+                key = str(error.full_key)
+                problem = Problem(key, found, "must be a value, or the name of another key", f"set {key}")
+            raise ConfigError([problem]) from error
         assert isinstance(values, dict)
         return {str(k): v for k, v in values.items()}
-
-    def _unresolved(self, key: str, found: str) -> Problem:
-        if value := _NO_SECTION.search(found):
-            section = value[1]
-            fix = f"set a key in it, as in {section}.{key.rpartition('.')[2]}=VALUE"
-            return Problem(section, _raw_text(self.config, section), "must be a section with keys of its own", fix)
-        deleted = [o.key_or_group for o in self.value_overrides if o.is_delete()]
-        for target in _INTERPOLATION.findall(_raw_text(self.config, key)):
-            gone = next((d for d in deleted if f"{target}.".startswith(f"{d}.")), None)
-            if gone is not None:
-                return Problem(gone, Absent(), f"is missing, and {key} is taken from it", f"leave ~{gone} out")
-        return Problem(key, found, "must be a value, or the name of another key", f"set {key}")
 
 
 def run_hydra(
@@ -141,37 +141,53 @@ def errors_reported() -> Iterator[None]:
 
 
 def compose(line: CommandLine) -> Composition:
-    """Compose what a command line names. Raises ConfigError for files, groups and overrides that can't be."""
-    version.setbase("1.3")
-    setup_globals()
-    loader = _loader(line)
-    name = line.config_name
-    searched = [str(o.input_line) for o in line.overrides if o.key_or_group == SEARCHPATH]
-    with composition_errors(loader, name), _self_is_last():
-        check_config_name(loader, line, searched)
-        picks = tuple(o for o in line.overrides if picks_a_file(loader, o))
-        files = overrides_of_files(loader, name, picks, searched)
-        values = tuple(o for o in line.overrides if o not in picks and o.key_or_group != SEARCHPATH)
-        check_values_stand_in_sections(loader, values)
-        # Set whether or not the key exists: an unknown one is then reported with the others and its nearest match.
-        passed = [*searched, *files, *(f"++{key_of(o)}={o.get_value_string()}" for o in values if not o.is_delete())]
-        config = loader.load_configuration(name, passed, RunMode.RUN)
+    """Return the Composition of a command line. Raises ConfigError for files, groups and overrides that can't be."""
+    with _hydra(line) as loader:
+        passed = tuple(text for override in line.overrides for text in _for_hydra(override, line, loader))
+        with hydra_errors_named(line):
+            config = loader.load_configuration(line.config_name, list(passed), RunMode.RUN)
     HydraConfig.instance().set_config(config)  # for ${hydra:...} in a value
-    search_path = [f"{s.schema}://{s.path}" for s in config.hydra.runtime.config_sources]
     with open_dict(config):
         del config["hydra"]
-    typed = tuple(str(o.input_line) for o in line.overrides)
-    run = Composition(config, typed, loader, name, tuple(passed), tuple(search_path), values)
-    _delete(run)
-    return run
+    return Composition(config, line, passed)
 
 
 @contextmanager
-def _self_is_last() -> Iterator[None]:
-    """Keep Hydra from warning of a file without `_self_`: its own values come last, as a reader expects."""
-    with warnings.catch_warnings():
+def _hydra(line: CommandLine) -> Iterator[ConfigLoader]:
+    """Yield Hydra's loader of the user's configs and megarl's.
+
+    Its warning of a file without `_self_` is silenced: the file's own values come last, as a reader expects.
+    """
+    if line.config_dir is not None and not line.config_dir.is_dir():
+        raise ConfigError([Problem("--config-dir", str(line.config_dir), "is no folder", "correct the path")])
+    with initialize_config_dir(str(line.config_dir or OURS), version_base="1.3"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*_self_", category=UserWarning)
-        yield
+        yield GlobalHydra.instance().config_loader()
+
+
+def _for_hydra(override: Override, line: CommandLine, loader: ConfigLoader) -> Iterator[str]:
+    """Yield an override as Hydra takes it.
+
+    A value is set whether or not its key exists: an unknown key is then reported with the others and its nearest
+    match. A recipe comes after the user's own file, not in the slot before it, for the command line has the last word.
+    """
+    key, value = override.key_or_group, override.value()
+    if key == EXPERIMENT and override.package is None:
+        with hydra_errors_named(line):
+            choices = loader.compute_defaults_list(line.config_name, [], RunMode.RUN).overrides.known_choices
+        if EXPERIMENT in choices:
+            yield f"~{EXPERIMENT}"
+        if value is not None:
+            yield f"+{EXPERIMENT}@_global_={override.get_value_string()}"
+    elif override.is_delete() or "/" in key or override.package:
+        yield str(override.input_line)
+    elif key in group_names(line.config_dir) and not isinstance(value, dict):  # data={...} sets values
+        if not isinstance(value, str | list):
+            options = names_in(line.config_dir, key)
+            raise ConfigError([Problem(key, value, "must be the name of a file", f"one of {', '.join(options)}")])
+        yield str(override.input_line)
+    else:
+        yield f"++{key}={override.get_value_string()}"
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
@@ -190,53 +206,6 @@ def _escaped(value: Any) -> Any:
     return value
 
 
-def _loader(line: CommandLine) -> ConfigLoaderImpl:
-    """Return Hydra's loader of megarl's configs and, after them, of the user's folder."""
-    search_path = create_config_search_path(OURS)
-    if line.config_dir is not None:
-        if not line.config_dir.is_dir():
-            raise ConfigError([Problem("--config-dir", str(line.config_dir), "is no folder", "correct the path")])
-        last = SearchPathQuery(provider="schema")
-        search_path.prepend(provider="command-line", path=f"file://{line.config_dir}", anchor=last)
-    return ConfigLoaderImpl(search_path)
-
-
-def _delete(run: Composition) -> None:
-    """Take away what ``~key`` names. Raises ConfigError for keys that aren't there, or have another value."""
-    problems = []
-    for override in (o for o in run.value_overrides if o.is_delete()):
-        above, _, name = override.key_or_group.rpartition(".")
-        section = _select(run.config, above)
-        if not isinstance(section, DictConfig) or name not in section:
-            known = [str(k) for k in section] if isinstance(section, DictConfig) else []
-            problems.append(Problem(override.key_or_group, Absent(), "no such key to take away", nearest(name, known)))
-            continue
-        value, asked = section._get_node(name), override.value()
-        if asked is not None and OmegaConf.create({"v": value})["v"] != asked:
-            problems.append(Problem(override.key_or_group, asked, "is not its value", f"~{override.key_or_group}"))
-            continue
-        with open_dict(section):
-            section.pop(name)
-    if problems:
-        raise ConfigError(problems)
-
-
-def _select(config: DictConfig, key: str) -> Any:
-    """Return the node at ``key`` unresolved, None where there is none."""
-    node: Any = config
-    for part in filter(None, key.split(".")):
-        node = node._get_node(part) if isinstance(node, DictConfig) and part in node else None
-    return node
-
-
-def _raw_text(config: DictConfig, key: str) -> str:
-    """Return a value as it stands in its file, interpolations unresolved."""
-    node = _select(config, key)
-    return "" if node is None else str(node._value())
-
-
 def _help(text: str, config_name: str) -> str:
-    loader = ConfigLoaderImpl(create_config_search_path(OURS))
-    experiments, main = (", ".join(file_names(loader, group)) for group in (EXPERIMENT, ""))
-    program = Path(sys.argv[0]).stem
-    return text.format(program=program, experiments=experiments, main=main, default=config_name)
+    experiments, main = (", ".join(names_in(None, group)) for group in (EXPERIMENT, ""))
+    return text.format(program=Path(sys.argv[0]).stem, experiments=experiments, main=main, default=config_name)

@@ -10,10 +10,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
-
 from megarl.config.build import section_of
+from megarl.config.defaults import default_values
 from megarl.config.schema import PPOConfig, SFTConfig
 
 _INTRODUCTION = """\
@@ -22,7 +20,7 @@ _INTRODUCTION = """\
 Written by `python -m megarl.config.docs > docs/config.md` from megarl/config/schema.py and conf/; don't edit it.
 
 Set a key on the command line as `section.key=value`. A name that doesn't exist is an error with the nearest that does.
-What has to hold between keys is in megarl/checks/rules.py and algorithm_rules.py. `--cfg job` prints a composed config
+What has to hold between keys is in megarl/checks/rules.py and algorithm.py. `--cfg job` prints a composed config
 without running it.
 """
 _PARTS = (
@@ -43,14 +41,6 @@ def config_reference() -> str:
         # What two trainers have alike is told once.
         lines += [part for part in _sections(schema, default_values(config_name), "") if part not in lines]
     return "\n".join(lines)
-
-
-def default_values(config_name: str) -> dict[str, Any]:
-    """Return what a main config composes to without overrides, interpolations unresolved."""
-    with initialize_config_module("megarl.conf", version_base="1.3"):
-        values = OmegaConf.to_container(compose(config_name), resolve=False)
-    assert isinstance(values, dict)
-    return {str(name): value for name, value in values.items()}
 
 
 def _sections(schema: Any, values: Mapping[str, Any] | None, path: str) -> Iterator[str]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
 from hydra.core.default_element import ResultDefault
 
+from megarl.config.files import find_config, shown_path
 from megarl.errors import ConfigError, Problem
 
 COMMAND_LINE = "command line"
-OWN_PACKAGE = "megarl.conf"
-_FILE, _PACKAGE = "file://", "pkg://"
 _MERGE = "tag:yaml.org,2002:merge"
 _REFERENCE = re.compile(r"\$\{(\.*[A-Za-z_][\w.\[\]]*)\}")
 _KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+|\[\d+\])*")
@@ -55,12 +53,18 @@ def find_origins(sources: Iterable[Source], overrides: Iterable[tuple[str, objec
             root.value = [pair for pair in root.value if pair[0].value != "defaults"]
             _add_node(origins, source.package, root, source.file, root.start_mark.line + 1)
     for key, value in overrides:
-        _add_value(origins, key, value)
+        node = yaml.compose(yaml.safe_dump(value), Loader=yaml.SafeLoader)
+        assert node is not None, "a value has a document"
+        _add_node(origins, key, node, COMMAND_LINE, None)
     return origins
 
 
-def _add_node(origins: dict[str, Origin], key: str, node: yaml.Node, file: str, line: int) -> None:
-    """Note what a YAML node sets. line: of the node's key."""
+def _add_node(origins: dict[str, Origin], key: str, node: yaml.Node, file: str, line: int | None) -> None:
+    """Enter the origin of every key that a YAML node sets. line: of the node's key; None for an override."""
+
+    def line_of(child: yaml.Node) -> int | None:
+        return None if line is None else child.start_mark.line + 1
+
     if isinstance(node, yaml.MappingNode) and (node.value or not key):
         # What is merged in (`<<`) gives way to what stands beside it, wherever it stands.
         for name, child in sorted(node.value, key=lambda pair: pair[0].tag != _MERGE):
@@ -68,29 +72,16 @@ def _add_node(origins: dict[str, Origin], key: str, node: yaml.Node, file: str, 
                 for merged in child.value if isinstance(child, yaml.SequenceNode) else [child]:
                     _add_node(origins, key, merged, file, line)
             else:
-                _add_node(origins, _joined(key, name.value), child, file, name.start_mark.line + 1)
+                _add_node(origins, _joined(key, name.value), child, file, line_of(name))
     elif isinstance(node, yaml.MappingNode):
-        _set_empty(origins, key, Origin(file, line))
+        if not any(k.startswith(f"{key}.") for k in origins):  # {} is merged and so takes nothing away
+            _set(origins, key, Origin(file, line))
     elif isinstance(node, yaml.SequenceNode):
         _set(origins, key, Origin(file, line))
         for i, child in enumerate(node.value):
-            _add_node(origins, f"{key}[{i}]", child, file, child.start_mark.line + 1)
-    elif node.value != "???" or key not in origins:  # merged over a value, ??? leaves it
+            _add_node(origins, f"{key}[{i}]", child, file, line_of(child))
+    elif node.value != "???" or key not in origins or line is None:  # merged over a value, ??? leaves it
         _set(origins, key, Origin(file, line, _references(key, node.value)))
-
-
-def _add_value(origins: dict[str, Origin], key: str, value: object) -> None:
-    """Note what an override sets."""
-    if isinstance(value, Mapping) and value:
-        for name, child in value.items():
-            _add_value(origins, _joined(key, str(name)), child)
-    elif isinstance(value, Mapping):
-        _set_empty(origins, key, Origin(COMMAND_LINE))
-    else:
-        references = _references(key, value) if isinstance(value, str) else ()
-        _set(origins, key, Origin(COMMAND_LINE, refers_to=references))
-        for i, child in enumerate(value if isinstance(value, list) else []):
-            _add_value(origins, f"{key}[{i}]", child)
 
 
 def _set(origins: dict[str, Origin], key: str, origin: Origin) -> None:
@@ -101,12 +92,6 @@ def _set(origins: dict[str, Origin], key: str, origin: Origin) -> None:
         if key[len(above)] == ".":
             origins.pop(above, None)
     origins[key] = origin
-
-
-def _set_empty(origins: dict[str, Origin], key: str, origin: Origin) -> None:
-    """Set ``key`` to {}, which is merged and so takes nothing away."""
-    if not any(k.startswith(f"{key}.") for k in origins):
-        _set(origins, key, origin)
 
 
 def _joined(key: str, name: str) -> str:
@@ -132,7 +117,7 @@ def _references(key: str, value: str) -> tuple[str, ...]:
 
 
 def describe_origin(key: str, origins: Mapping[str, Origin]) -> str:
-    """Return where ``key`` was set and, for what is taken from another key, where that was; "" where nothing was.
+    """Return the place where ``key`` was set and, for a value taken from another key, that key's place; "" for none.
 
     A key that isn't there has the origin of the leaf it would be under.
     """
@@ -165,48 +150,7 @@ def _origin_of(problem: Problem, origins: Mapping[str, Origin]) -> str:
     return "; ".join(f"{key}: {origin}" for key, origin in found.items())
 
 
-def read_sources(defaults: Sequence[ResultDefault], search_path: Sequence[str]) -> list[Source]:
-    """Read the files of Hydra's defaults list, in its order. search_path: ``file://...`` and ``pkg://...`` entries.
-
-    Raises: OSError for a file that can no longer be read.
-    """
-    sources = []
-    for default in defaults:
-        path = default.config_path or ""
-        place = next((p for p in search_path if is_config(p, path)), None)
-        if place is not None and not path.startswith("hydra/"):
-            sources.append(Source(default.package or "", shown_name(place, path), read_config(place, path)))
-    return sources
-
-
-def is_config(place: str, config_path: str) -> bool:
-    """Whether there is a file of that name at one place of the search path."""
-    if place.startswith(_PACKAGE):
-        return files(place.removeprefix(_PACKAGE)).joinpath(_file_name(config_path)).is_file()
-    return place.startswith(_FILE) and Path(place.removeprefix(_FILE), _file_name(config_path)).is_file()
-
-
-def read_config(place: str, config_path: str) -> str:
-    """Return the text of a file at one place of the search path."""
-    if place.startswith(_PACKAGE):
-        return files(place.removeprefix(_PACKAGE)).joinpath(_file_name(config_path)).read_text(encoding="utf-8")
-    return Path(place.removeprefix(_FILE), _file_name(config_path)).read_text(encoding="utf-8")
-
-
-def shown_name(place: str, config_path: str) -> str:
-    """Return a file's name as a user knows it: ``conf/...`` for ours, relative to here for one that lies below."""
-    if place == _PACKAGE + OWN_PACKAGE:
-        return f"conf/{_file_name(config_path)}"
-    if place.startswith(_PACKAGE):
-        return place.removeprefix(_PACKAGE).replace(".", "/") + f"/{_file_name(config_path)}"
-    return shown_path(Path(place.removeprefix(_FILE), _file_name(config_path)))
-
-
-def shown_path(path: Path) -> str:
-    """Return ``path`` relative to the working directory where it lies below, else absolute."""
-    path, here = path.absolute(), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _file_name(config_path: str) -> str:
-    return config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"
+def read_sources(defaults: Sequence[ResultDefault], folder: Path | None) -> list[Source]:
+    """Return the Source of every file of Hydra's defaults list, in its order. folder: of the user's own files."""
+    found = [(default.package or "", find_config(folder, default.config_path or "")) for default in defaults]
+    return [Source(package, shown_path(p), p.read_text(encoding="utf-8")) for package, p in found if p is not None]

@@ -9,6 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megarl.catalog import (
+    AGGREGATIONS,
+    CORRECTION_PRESETS,
+    CRITERIA,
+    KL_CONTROLLERS,
+    KL_ESTIMATORS,
+    KL_LOSSES,
+    POLICY_LOSSES,
+)
+
 
 def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, above: float | None = None,
         high: float | None = None) -> Any:  # fmt: skip
@@ -18,17 +28,6 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 MOMENT_DTYPES = ("float32", "bfloat16")
-
-# Names of the registries in megarl.algorithm, which can't be asked here: they import torch. A test compares them.
-POLICY_LOSSES = ("ppo_clip", "gspo", "geo_mean", "cispo", "sapo", "gpg", "clip_cov", "kl_cov")
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
-KL_TYPES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
-CRITERIA = ("token", "sequence", "geometric", "sequence_k3", "worst_token")
-CORRECTION_PRESETS = (
-    "metrics_only", "token_tis", "sequence_tis", "sequence_mis", "icepop", "geometric", "geometric_token_tis",
-    "geometric_sequence_tis", "k3", "k3_token_tis", "k3_sequence_tis",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,9 @@ class ActorConfig:
     )
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
-    clip_ratio: float = key("clip range of the probability ratio, both sides", above=0.0, high=1.0)
+    clip_ratio: float | None = key(
+        "clip range of the probability ratio, both sides; null: the policy loss's own", above=0.0, high=1.0
+    )
     clip_ratio_low: float | None = key("lower side alone; null: clip_ratio", above=0.0, high=1.0)
     clip_ratio_high: float | None = key("upper side alone; null: clip_ratio", above=0.0)
     clip_ratio_c: float | None = key(
@@ -198,10 +199,12 @@ class ActorConfig:
     policy_loss: str = key(f"policy loss: {', '.join(POLICY_LOSSES)}, or one of algorithm.path")
     policy_loss_settings: PolicyLossConfig = key("settings of some policy losses")
     entropy_coeff: float = key("weight of the entropy bonus", low=0.0)
-    use_kl_loss: bool = key("add KL to the reference to the loss")
+    use_kl_loss: bool | None = key(
+        "add KL to the reference to the loss; null: where grpo has no other and isn't kl_free"
+    )
     kl_loss_coef: float = key("weight of that KL", low=0.0)
-    kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_TYPES)
-    loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
+    kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_LOSSES)
+    loss_agg_mode: str | None = key("how token losses become one; null: the policy loss's own", choices=AGGREGATIONS)
     separate_old_log_probs: bool = key(
         "compute old log-probs in a pass of their own also where the update's own would do"
     )
@@ -309,7 +312,7 @@ class RewardConfig:
 class KLControlConfig:
     """The coefficient of the KL in the reward."""
 
-    type: str = key("fixed, or steered towards target_kl", choices=("fixed", "adaptive"))
+    type: str = key("fixed, or steered towards target_kl", choices=KL_CONTROLLERS)
     kl_coef: float = key("coefficient, at the start where adaptive", low=0.0)
     target_kl: float = key("mean KL a token to keep, in nats (adaptive)", above=0.0)
     horizon: int = key("rollouts over which the coefficient is corrected (adaptive)", low=1)
@@ -391,7 +394,7 @@ class CriticConfig:
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
-    loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
+    loss_agg_mode: str | None = key("how token losses become one; null: token-mean", choices=AGGREGATIONS)
     warmup_steps: int = key("steps at the start that train the critic alone", low=0)
     megatron: TrainedMegatronConfig | None = key("axes, on Megatron; the actor's unless given")
     fsdp_config: TrainedFsdpConfig | None = key("offload, on FSDP; the actor's unless given")

@@ -9,10 +9,14 @@ from megarl.types import GenerationRequest, Group, Prompt, Sampling
 
 if TYPE_CHECKING:
     from megarl.algorithm.samples import Rewards
+    from megarl.launchers.group import WorkerGroup
 
 
 class Observer:
-    """Told of every generation and every scoring of a run; this one ignores them."""
+    """Told of the ranks, every generation and every scoring of a run; this one ignores them."""
+
+    def opened(self, group: WorkerGroup) -> None:
+        """Take note of the ranks of a run that has started."""
 
     def generated(self, requests: Sequence[GenerationRequest], sampling: Sampling, groups: Sequence[Group]) -> None:
         """Take note of the rollouts of some requests."""

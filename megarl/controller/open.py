@@ -61,11 +61,12 @@ def open_run(
     observer: Observer,
 ) -> Iterator[Run[Samples]]:
     """Open an RL run. values: of the config, for the sinks."""
-    spec = RankSpec(inputs.roles, config.trainer.seed, _engine(config, inputs.roles[0]), algorithm_file)
+    spec = RankSpec(inputs.roles, config.trainer.seed, engine_spec(config, inputs.roles[0]), algorithm_file)
     with (
         worker_group(spec, config.trainer) as group,
         _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks,
     ):
+        observer.opened(group)
         yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
 
 
@@ -167,7 +168,8 @@ def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any]
     return open_tracker(sinks, run_dir, trainer.project_name, trainer.experiment_name, values, num_steps)
 
 
-def _engine(config: PPOConfig, actor: Role) -> VllmSpec:
+def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
+    """Return the VllmSpec of a run's engine."""
     rollout = config.actor_rollout_ref.rollout
     return VllmSpec(
         model_folder=actor.model.here(),
@@ -211,7 +213,7 @@ def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Samplin
 
 
 def _stop_token_ids(config: PPOConfig, inputs: PPOInputs) -> tuple[int, ...]:
-    """Return what ends a response: the user's tokens, and the tokenizer's end of sequence unless ignored."""
+    """Return the tokens that end a response: the user's, and the tokenizer's end of sequence unless ignored."""
     rollout, end = config.actor_rollout_ref.rollout, inputs.tokenizer.eos_token_id
     own = () if end is None or rollout.ignore_eos else (int(end),)
     return (*rollout.stop_token_ids, *own)

@@ -97,7 +97,7 @@ class RoleOnRanks:
         return [works[self.role.layout.coordinates(rank).dp] for rank in range(self.group.world_size)]
 
     def _answers(self, answers: Sequence[A | None]) -> list[A]:
-        """Return what the ranks that report answered, by data-parallel rank."""
+        """Return the answers of the ranks that report, by data-parallel rank."""
         found = [answers[rank] for rank in self.role.layout.output_ranks()]
         return [answer for answer in found if answer is not None]
 

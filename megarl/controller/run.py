@@ -70,7 +70,7 @@ class RecipeOf(Protocol[S_contra]):
     def train_batch(
         self, samples: S_contra, old_BS: Tensor | None, ref_BS: Tensor | None, values_BS: Tensor | None, step: int
     ) -> TrainBatch:
-        """Return what the step trains on."""
+        """Return the TrainBatch of a step."""
         ...
 
     def metrics(self, samples: S_contra, batch: TrainBatch, update: Update | None) -> Metrics:

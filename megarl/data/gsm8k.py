@@ -40,7 +40,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """Return what the user says."""
+        """Return the user's message."""
         return f"{self.question} {INSTRUCTION}"
 
     @property

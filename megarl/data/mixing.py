@@ -44,7 +44,7 @@ class MixedOrder:
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """Return how many rows each file gives to an epoch: the weights' shares, rounded so that they add up."""
+        """Return the rows that each file gives to an epoch: the weights' shares, rounded so that they add up."""
         total, ends = sum(self.file_sizes), list(accumulate(self.weights))
         bounds = [0, *(round(total * end / ends[-1]) for end in ends)]
         return tuple(stop - start for start, stop in pairwise(bounds))

@@ -60,7 +60,7 @@ def read_build(module: str) -> Build | None:
 
 
 def read_gpus() -> tuple[str, str]:
-    """Return what nvidia-smi lists, and why it doesn't. Both are empty where there is no such tool."""
+    """Return the text that nvidia-smi lists, and its error. Both are empty where there is no such tool."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "", ""

@@ -39,7 +39,7 @@ Ranges = Mapping[str, SpecifierSet]
 
 
 def ranges_of(requires: Iterable[str], extra: str = "") -> dict[str, SpecifierSet]:
-    """Return which versions a distribution asks for on this machine, by name, those of its ``extra`` included."""
+    """Return the versions that a distribution asks for on this machine by name, those of its ``extra`` included."""
     asked: dict[str, SpecifierSet] = {}
     for line in requires:
         requirement = Requirement(line)

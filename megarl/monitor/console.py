@@ -128,7 +128,7 @@ def _printable(text: str) -> str:
 
 
 def _columns(text: str) -> int:
-    """Return how many terminal columns a printable text takes."""
+    """Return the number of terminal columns that a printable text takes."""
     return sum(_char_columns(char) for char in text)
 
 

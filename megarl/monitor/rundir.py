@@ -80,7 +80,7 @@ def git_commit(folder: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Return what git prints, or an empty string where it refuses."""
+    """Return the output of git, or an empty string where it refuses."""
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
 

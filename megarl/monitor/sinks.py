@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from megarl.catalog import SINKS
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.monitor.console import Progress
 
@@ -151,7 +152,6 @@ _OPEN: Mapping[str, Callable[[_Run], Sink]] = {
     "tensorboard": lambda run: TensorboardSink(run.folder / "tensorboard"),
     "wandb": lambda run: WandbSink(run.folder, run.project, run.experiment, run.config),
 }
-SINK_NAMES = tuple(_OPEN)
 
 
 def open_tracker(
@@ -176,7 +176,7 @@ def open_tracker(
 
 
 def _unknown(name: str) -> Problem:
-    return Problem("trainer.logger", name, f"is not one of {', '.join(SINK_NAMES)}", nearest(name, SINK_NAMES))
+    return Problem("trainer.logger", name, f"is not one of {', '.join(SINKS)}", nearest(name, SINKS))
 
 
 def _not_installed(name: str) -> ConfigError:

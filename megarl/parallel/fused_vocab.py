@@ -103,7 +103,8 @@ def fused_vocab_parallel_logprobs(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``vocab_parallel_logprobs`` does of the logits hidden_LH @ weight_VH.T, up to rounding.
+    """Return log-probs and entropies of the logits hidden_LH @ weight_VH.T, those of ``vocab_parallel_logprobs``
+    up to rounding.
 
     hidden_LH: the same on all ranks of ``group``; their gradients, of which each rank returns its part, are to be
     added up by the caller. weight_VH: this rank's slice. rows_N: the row that predicts each target; the others are not

@@ -70,7 +70,7 @@ class Pass:
 
 
 def layer_bytes(p: Pass, layer: int, *, selective: bool = False) -> int:
-    """Return what one layer keeps. selective: the attention core is computed again."""
+    """Return the bytes that one layer keeps. selective: the attention core is computed again."""
     per_token = 2 * _norm_bytes(p, p.hidden, 1) + _attention_bytes(p, selective)
     if p.shape.has_experts(layer):
         return p.local_tokens * per_token + _experts_bytes(p)
@@ -78,7 +78,7 @@ def layer_bytes(p: Pass, layer: int, *, selective: bool = False) -> int:
 
 
 def _norm_bytes(p: Pass, width: int, num_scales: int) -> int:
-    """Return what RMSNorm keeps of a token: input and scale; unfused the normalised input too, all in float32."""
+    """Return the bytes that RMSNorm keeps of a token: input and scale; unfused, all in float32, its output too."""
     if p.fused:
         return p.dtype_bytes * width + _FP32 * num_scales
     return _FP32 * (2 * width + num_scales)
@@ -111,14 +111,14 @@ def _attention_bytes(p: Pass, selective: bool) -> int:
 
 
 def _mlp_bytes(p: Pass, hidden: int, ffn: int) -> int:
-    """Return what a gated feed-forward network of ``ffn`` columns on this rank keeps of a token."""
+    """Return the bytes that a gated feed-forward network of ``ffn`` columns on this rank keeps of a token."""
     halves = 2 * ffn
     activation = 0 if p.fused else 2 * ffn  # silu of one half, and the other half with megatron's offset of zero
     return p.dtype_bytes * (hidden + halves + activation + ffn)
 
 
 def _experts_bytes(p: Pass) -> int:
-    """Return what router, dispatch, experts and combination keep of a micro-batch, tokens being spread evenly."""
+    """Return the bytes that router, dispatch, experts and combination keep, tokens being spread evenly."""
     shape, b = p.shape, p.dtype_bytes
     tokens = p.local_tokens // (p.layout.tp if p.layout.sequence_parallel else 1)
     routed = tokens * shape.experts_per_token
@@ -134,7 +134,7 @@ def _experts_bytes(p: Pass) -> int:
 
 
 def chunk_bytes(p: Pass, stage: int, chunk: int, recompute: RecomputeConfig | None = None) -> int:
-    """Return what model chunk ``chunk`` of pipeline stage ``stage`` keeps of one micro-batch.
+    """Return the bytes that model chunk ``chunk`` of pipeline stage ``stage`` keeps of one micro-batch.
 
     The first chunk of the first stage has the embedding, the last one of the last stage the head and the log-probs.
     Any other has sent its output to the next stage, and Megatron keeps it until the backward pass.
@@ -165,12 +165,12 @@ def _hidden_bytes(p: Pass) -> int:
 
 
 def _head_of(p: Pass, stage: int, chunk: int) -> int:
-    """Return what a chunk keeps after its layers: 0 but in the last one of the last stage."""
+    """Return the bytes that a chunk keeps after its layers: 0 but in the last one of the last stage."""
     return head_bytes(p) if stage == p.layout.pp - 1 and chunk == p.layout.vpp - 1 else 0
 
 
 def head_bytes(p: Pass) -> int:
-    """Return what the last norm, the output layer and the log-probs keep."""
+    """Return the bytes that the last norm, the output layer and the log-probs keep."""
     norm, b = _norm_bytes(p, p.hidden, 1), p.dtype_bytes
     if p.shape.value_head:
         return p.local_tokens * (norm + b * p.hidden + b)
@@ -181,7 +181,7 @@ def head_bytes(p: Pass) -> int:
 
 
 def recomputed_bytes(p: Pass, stage: int, chunk: int, recompute: RecomputeConfig | None) -> int:
-    """Return how far the backward pass of a chunk exceeds what the chunk kept, at most, by what it computes again.
+    """Return the most bytes by which recomputation in the backward pass of a chunk exceeds those that it kept.
 
     It goes through the head and the layers from the end, and what it has passed is gone.
     """

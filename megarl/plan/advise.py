@@ -91,7 +91,7 @@ def advise(
 
 
 def _smaller_engine(c: PPOConfig, plan: RunPlan) -> dict[str, object]:
-    """Return how much less the engine has to take where it alone is what doesn't fit; empty where that is no way."""
+    """Return a smaller share for the engine as a change of the config; empty where that doesn't make the run fit."""
     over = {phase.name: phase.device_bytes - plan.device.memory_bytes for phase in plan.phases}
     awake = max(over.pop("generate"), over.pop("publish"))
     if awake <= 0 or max(over.values()) > 0:
@@ -133,6 +133,7 @@ def _time(c: PPOConfig, plan: RunPlan) -> StepTime:
         plan.device,
         ranks_per_node=plan.ranks_per_node,
         num_rollouts=plan.batches[plan.roles[0].name].num_rollouts,
+        num_scored_rollouts=plan.num_scored_rollouts,
         max_prompt=c.data.max_prompt_length,
         max_response=c.data.max_response_length,
         max_num_seqs=c.actor_rollout_ref.rollout.max_num_seqs,

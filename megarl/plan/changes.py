@@ -169,7 +169,7 @@ def fitting_changes(
 
 
 def is_valid(c: PPOConfig, find: FindModel) -> bool:
-    """Return whether a config breaks no rule of its own nor of its models."""
+    """Return True for a config that breaks no rule of its own nor of its models."""
     roles = roles_of(c, find)
     return not run_problems(c, roles) and not model_problems(c, roles)
 

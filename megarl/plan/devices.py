@@ -227,7 +227,7 @@ def device(name: str, ranks_per_node: int = 1, key: str = "device") -> Device:
 
 
 def this_device(ranks_per_node: int) -> Device:
-    """Return what a rank of this machine runs on: its first GPU, as nvidia-smi names and measures it, or the machine.
+    """Return the device that a rank of this machine runs on: its first GPU, as nvidia-smi names it, or the machine.
 
     A GPU that isn't known has the speeds of the known one with the nearest memory.
     """

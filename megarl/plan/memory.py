@@ -31,7 +31,7 @@ SLEEPING_ENGINE_BYTES = 1 * GIB
 ENGINE_WORK_BYTES = 3 * GIB
 PROCESS_HOST_BYTES = 4 * GIB
 LOGPROB_CHUNKS_BYTES = 4 * 64 * MIB
-PUBLISH_BUCKETS_BYTES = 3 * 256 * MIB
+PUBLISH_BUCKETS_BYTES = 2 * 256 * MIB
 CPU_KV_CACHE_BYTES = 1 * GIB
 
 ASSUMED = (
@@ -146,12 +146,12 @@ def _phases_of_rank(
 
     yield _loading(roles, device, rank)
     yield phase("generate", awake=True)
-    for role in roles:
+    for role in sorted(roles, key=lambda role: role.name != "reward_model"):  # rollouts are scored before all else
         yield phase(f"{role.name} scoring", *_scoring(role, rank, fused), busy=role.name)
     for role in reversed(trained):
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
         yield phase(f"{role.name} update", *work, busy=role.name, update=True)
-    buckets = min(PUBLISH_BUCKETS_BYTES, 3 * engine.weights_bytes)
+    buckets = min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes)
     yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
 
 
@@ -227,14 +227,14 @@ def _updating(role: Role, num_micro_batches: int, rank: int, fused: bool) -> Ite
 
 
 def _count_of(moment: Moment) -> str:
-    """Return how many micro-batches a stage keeps; of chunks that take turns, how many of their forward passes."""
+    """Return the number of micro-batches that a stage keeps, in words, or of forward passes of its chunks."""
     count = sum(moment.num_held)
     kind = "micro-batch" if len(moment.num_held) == 1 else "chunk pass"
     return f"{count} {kind}{'es' if count != 1 else ''}"
 
 
 def _backward_work_bytes(p: Pass, stage: int, chunk: int) -> int:
-    """Return what a chunk's backward pass holds at its widest place beside what was kept: a layer's, or the logits'."""
+    """Return the bytes of a chunk's backward pass at its widest place, a layer or the logits, beside the kept ones."""
     layer = _layer_work_bytes(p, layers_of_chunks(p.shape.num_layers, p.layout, stage)[chunk])
     if stage == p.layout.pp - 1 and chunk == p.layout.vpp - 1 and not p.shape.value_head:
         return max(layer, _logits_bytes(p) + _head_gradient_bytes(p))
@@ -251,14 +251,14 @@ def _logits_bytes(p: Pass) -> int:
 
 
 def _head_gradient_bytes(p: Pass) -> int:
-    """Return what a fused head holds of gradients beside its blocks: of its weight, and of hidden states in float32."""
+    """Return the bytes of a fused head's gradients beside its blocks: weight, and hidden states in float32."""
     if not p.fused_head:
         return 0
     return p.shape.hidden_size * (p.vocab * p.dtype_bytes + p.local_tokens * 4)
 
 
 def _layer_work_bytes(p: Pass, layers: Iterable[int]) -> int:
-    """Return what any of ``layers`` holds at its widest place, unkept: residual, gathered input, projections."""
+    """Return the unkept bytes of any of ``layers`` at its widest place: residual, gathered input, projections."""
     shape, layout = p.shape, p.layout
     have_experts = {shape.has_experts(layer) for layer in layers}
     feed_forward = 4 * shape.ffn_size // layout.tp if False in have_experts else 0

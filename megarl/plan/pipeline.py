@@ -26,7 +26,7 @@ class Moment:
     chunk: int
 
     def bytes_of(self, chunk_bytes: Sequence[int]) -> int:
-        """Return what all chunks keep, given what each keeps of a micro-batch."""
+        """Return the bytes that all chunks keep, given those that each keeps of a micro-batch."""
         return sum(held * size for held, size in zip(self.num_held, chunk_bytes, strict=True))
 
 

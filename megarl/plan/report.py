@@ -11,6 +11,7 @@ from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
 from megarl.plan.changes import Change
 from megarl.plan.memory import GIB, Phase
+from megarl.plan.publish import PlanningCost, planning_cost
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.topology import Axis, Topology
 
@@ -22,6 +23,7 @@ def plan_text(plan: RunPlan, changes: Sequence[Change] | None = None, notes: Seq
     """Return the whole plan. changes: what would make a run fit that doesn't; None where nobody asked."""
     parts = [
         ("Batch", _batch_lines(plan)),
+        ("Algorithm", list(plan.algorithm)),
         ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
         (_memory_title(plan), _memory_lines(plan)),
         ("Publish, checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
@@ -40,7 +42,15 @@ def _batch_lines(plan: RunPlan) -> list[str]:
         lines += [f"{name}:", *batch.describe().splitlines()]
     share = actor[1].num_rollouts // plan.roles[0].layout.dp
     lines.append(f"{share:,} rollouts a data-parallel rank, at most {plan.tokens_per_step:,} tokens a step")
+    scored, rollouts = plan.num_scored_rollouts, actor[1].num_rollouts
+    lines.append(f"old log-probs: a pass over {scored:,} of {rollouts:,} rollouts" + _why_fewer(scored, rollouts))
     return lines
+
+
+def _why_fewer(scored: int, rollouts: int) -> str:
+    if scored == rollouts:
+        return ""
+    return "; the first mini-batch takes those of its own update" if scored else "; none needs one"
 
 
 def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
@@ -63,7 +73,7 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
 
 
 def _node_lines(plan: RunPlan) -> list[str]:
-    """Return which ranks, and which of the actor's stages, are on which node; of many nodes the first and last."""
+    """Return lines that name the ranks and the actor's stages on each node; of many nodes the first and last."""
     size, actor = plan.ranks_per_node, plan.roles[0]
     nodes = range(plan.num_ranks // size)
     if len(nodes) == 1:
@@ -121,9 +131,15 @@ def _publish_lines(plan: RunPlan) -> list[str]:
         f"publish, in GB a rank at most: keeps {traffic.kept_bytes / _GB:.2f}; within its node sends "
         f"{traffic.sent_within / _GB:.2f} and receives {traffic.received_within / _GB:.2f}; to and from other nodes "
         f"{traffic.sent_across / _GB:.2f} and {traffic.received_across / _GB:.2f}",
+        f"  {traffic.num_exchanges:,} exchanges between all ranks",
         f"  {traffic.seconds:.2g} s at {plan.device.link_bytes_per_s / _GB:g} GB/s within a node and "
         f"{plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes",
     ]
+
+
+def _planning_cost(plan: RunPlan) -> PlanningCost:
+    actor = plan.roles[0]
+    return planning_cost(actor.shape, actor.layout, plan.engine_tp, plan.ranks_per_node)
 
 
 def _checkpoint_lines(plan: RunPlan) -> list[str]:
@@ -194,7 +210,9 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
         "num_ranks": plan.num_ranks,
         "ranks_per_node": plan.ranks_per_node,
         "batches": {name: asdict(batch) for name, batch in plan.batches.items()},
+        "algorithm": list(plan.algorithm),
         "tokens_per_step": plan.tokens_per_step,
+        "num_scored_rollouts": plan.num_scored_rollouts,
         "layout": [
             {
                 "role": t.role,
@@ -218,7 +236,7 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
         ],
         "engine": asdict(plan.engine) | {"num_cached_tokens": plan.engine.num_cached_tokens},
         "host_bytes_per_node": plan.host_bytes_per_node,
-        "publish": asdict(plan.traffic) if plan.traffic else None,
+        "publish": asdict(plan.traffic) | asdict(_planning_cost(plan)) if plan.traffic else None,
         "checkpoint": asdict(plan.checkpoint),
         "verdict": {
             "fits": plan.fits,

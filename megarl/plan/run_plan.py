@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from megarl.algorithm.needs import reuses_update
 from megarl.batching.plan import BatchPlan
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
+from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
@@ -33,13 +35,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that follows from a config, the models' sizes and a device."""
+    """Everything that follows from a config, the models' sizes and a device.
+
+    algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
+    """
 
     device: Device
     num_ranks: int
     ranks_per_node: int
     batches: Mapping[str, BatchPlan]
+    algorithm: tuple[str, ...]
     tokens_per_step: int
+    num_scored_rollouts: int
     max_sequence: int
     roles: tuple[Role, ...]
     topologies: tuple[Topology, ...]
@@ -94,7 +101,9 @@ def plan_run(c: PPOConfig, roles: tuple[Role, ...], device: Device, *, with_traf
         num_ranks=ranks,
         ranks_per_node=per_node,
         batches=batches,
+        algorithm=algorithm_lines(c),
         tokens_per_step=batches[actor.name].num_rollouts * sequence,
+        num_scored_rollouts=_num_scored_rollouts(c, batches[actor.name]),
         max_sequence=sequence,
         roles=roles,
         topologies=tuple(topology_of(role, per_node, micro_batches.get(role.name, 1)) for role in roles),
@@ -104,6 +113,12 @@ def plan_run(c: PPOConfig, roles: tuple[Role, ...], device: Device, *, with_traf
         traffic=publish_traffic(*publication) if with_traffic else None,
         checkpoint=_checkpoint(actor.shape, b),
     )
+
+
+def _num_scored_rollouts(c: PPOConfig, batch: BatchPlan) -> int:
+    if c.algorithm.rollout_correction.bypass:
+        return 0
+    return batch.num_rollouts - (batch.mini_batch_size if reuses_update(c) else 0)
 
 
 @cache

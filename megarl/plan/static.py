@@ -116,7 +116,7 @@ def static_bytes(
     optimizer_on_host: bool = False,
     adam_bytes: int | None = None,
 ) -> StaticBytes:
-    """Return what ``rank`` holds of a role.
+    """Return the bytes that ``rank`` holds of a role.
 
     dtype_bytes: of a parameter; below 4, and on the host, Adam steps float32 copies. adam_bytes: that Adam keeps of one
     parameter, where it isn't all float32. Adam's step counters, 4 bytes a
@@ -164,7 +164,7 @@ class Stored:
 
 
 def stored_of(role: Role) -> Stored:
-    """Return what decides the bytes that ranks hold of a role."""
+    """Return the facts that decide the bytes that ranks hold of a role."""
     backend = role.backend
     return Stored(
         role.shape,

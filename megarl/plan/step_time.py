@@ -50,17 +50,19 @@ def step_time(
     *,
     ranks_per_node: int,
     num_rollouts: int,
+    num_scored_rollouts: int,
     max_prompt: int,
     max_response: int,
     max_num_seqs: int,
     epochs: int,
 ) -> StepTime:
-    """Return the estimate of a step of ``num_rollouts`` rollouts."""
+    """Return the estimate of a step of ``num_rollouts`` rollouts, so many of which need a pass of old log-probs."""
     actor, ranks = roles[0], roles[0].layout.world_size
     tokens = num_rollouts * (max_prompt + max_response)
     score = update = move = 0.0
     for role in roles:
-        score += _pass_seconds(role, tokens, device, ranks_per_node, 1)
+        scored = num_scored_rollouts / num_rollouts if role is actor else 1
+        score += scored * _pass_seconds(role, tokens, device, ranks_per_node, 1)
         if role.is_trained:
             recompute = recompute_of(role)
             passes = 4 if recompute is not None and recompute.granularity == "full" else 3

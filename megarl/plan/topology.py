@@ -69,7 +69,7 @@ def bubble_share(layout: Layout, num_micro_batches: int) -> float:
 
 
 def _stride(layout: Layout, axis: str) -> int:
-    """Return how far apart neighbours on an axis are."""
+    """Return the number of ranks from one neighbour on an axis to the next."""
     origin = layout.coordinates(0)
     return layout.rank(replace(origin, **{axis: 1})) if getattr(layout, axis) > 1 else 1
 

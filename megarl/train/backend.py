@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megarl.batching.pack import MicroBatch
     from megarl.roles import Role
     from megarl.types import Metrics, Sequences
+    from megarl.weights.shard import Peers
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class Backend(Protocol):
         ...
 
     def forward(self, micros: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], T]) -> list[T]:
-        """Return what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
+        """Return a list of what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
         ...
 
     def step(self, micros: Sequence[MicroBatch], loss: Loss, num_sequences: int) -> Metrics | Skipped:
@@ -99,6 +100,10 @@ class Backend(Protocol):
 
     def resident(self) -> AbstractContextManager[None]:
         """Have the parameters on the device for the duration: whoever reads or writes them does it in here."""
+        ...
+
+    def peers(self) -> tuple[Peers, ...]:
+        """Return the shards of the role's model on all ranks, in rows of Hugging Face tensors, as a tuple of Peers."""
         ...
 
     def parameters(self) -> Mapping[str, Tensor]:

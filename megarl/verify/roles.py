@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.batching.size import rollouts_a_pass, tokens_a_pass
 from megarl.config.build import build_config
-from megarl.config.docs import default_values
+from megarl.config.defaults import default_values
 from megarl.config.schema import TrainedMegatronConfig
 from megarl.parallel.layout import Layout
 from megarl.roles import ModelFacts, Role, Training, residency_of

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl.errors import ResourceError
+from megarl.weights.cells import cells_of
 from megarl.weights.files import MAX_FILE_BYTES, Shapes, plan_files
-from megarl.weights.reshard import Resharder
+from megarl.weights.reshard import Resharder, node_size
 from megarl.weights.reshard_plan import plan_reshard
-from megarl.weights.shard import Shard, whole
+from megarl.weights.shard import Peers, peers_of, whole
 
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -31,7 +32,7 @@ def export_hf(
     *,
     template: Path,
     shapes: Shapes,
-    sources: Sequence[Sequence[Shard]],
+    sources: Sequence[Peers],
     parameters: Mapping[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
@@ -41,7 +42,7 @@ def export_hf(
 ) -> None:
     """Write ``out``: weights in ``dtype``, with config and tokenizer of the folder ``template``. Collective.
 
-    shapes: of the tensors that ranks hold. sources: the shards of every rank. parameters: this rank's. zeros: shapes of
+    shapes: of the tensors that ranks hold. sources: what all ranks hold. parameters: this rank's. zeros: shapes of
     tensors that no rank holds, which are zero. fields: of config.json, to replace. What ``out`` held before is gone;
     ``whole_folder`` keeps it until the end. Raises ResourceError on every rank where the disk is too small.
     """
@@ -50,13 +51,13 @@ def export_hf(
     total_bytes = sum(torch.Size(s).numel() for s in sizes.values()) * dtype.itemsize
     _make_room(out, total_bytes)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dims = {seg.tensor: shard.dim for shards in sources for shard in shards for seg in shard.segments}
+    held = cells_of(sources, node_size(device))
     for first in range(0, len(files), world_size):
         wave = files[first : first + world_size]
-        targets = [[whole(n, shapes[n], dims[n]) for n in names if n in shapes] for names in wave]
-        targets += [[] for _ in range(world_size - len(wave))]
-        tensors = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in targets[rank]}
-        Resharder(plan_reshard(sources, targets), dtype=dtype).run(parameters, tensors, device)
+        targets = peers_of([[whole(n, shapes[n]) for n in names if n in shapes] for names in wave])
+        own = [n for n in wave[rank] if n in shapes] if rank < len(wave) else []
+        tensors = {n: torch.empty(shapes[n], dtype=dtype, device=device) for n in own}
+        Resharder(plan_reshard(held, targets, rank), dtype=dtype).run(parameters, tensors, device)
         if rank < len(wave):
             filled = {n: t.cpu() for n, t in tensors.items()}
             filled |= {n: torch.zeros(zeros[n], dtype=dtype) for n in wave[rank] if n in zeros}

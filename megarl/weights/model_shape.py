@@ -88,7 +88,7 @@ class ModelShape:
         }
 
     def has_experts(self, layer: int) -> bool:
-        """Return whether ``layer`` is a mixture of experts."""
+        """Return True for a ``layer`` that is a mixture of experts."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
     @property
@@ -209,7 +209,7 @@ def _experts(family: str, config: Mapping[str, Any], source: str) -> dict[str, A
 
 
 def _default_head_dim(family: str, hidden_size: int, num_heads: int) -> int:
-    """Return what transformers takes for a head_dim that config.json doesn't name."""
+    """Return the head_dim that transformers takes where config.json names none."""
     return 128 if family == "Qwen3ForCausalLM" else hidden_size // num_heads
 
 

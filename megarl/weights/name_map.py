@@ -9,16 +9,15 @@ which the map names the slices: ``w13_weight.5`` is ``w13_weight[5]``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megarl.parallel.layout import Layout, layers_of_chunks
 from megarl.weights.model_shape import ModelShape
-from megarl.weights.shard import Segment, Shard, clip
-
-VLLM_VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to a multiple of this before it splits it
+from megarl.weights.shard import Pattern, Peers, Shard, whole
+from megarl.weights.split import split_shard
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,17 @@ class Entry:
         """Whether every expert of a layer has this parameter."""
         return "{e}" in self.hf[0]
 
-    def places(self, shape: ModelShape, layers: Sequence[int], experts: Sequence[int]) -> Iterator[dict[str, int]]:
-        """Yield what the names' ``i`` and ``e`` are, for all of ``layers`` and ``experts`` that have this parameter."""
+    def patterns(
+        self, shard: Shard, shape: ModelShape, layers: Iterable[int], experts: Iterable[int]
+    ) -> Iterator[Pattern]:
+        """Yield the one Pattern of those of ``layers`` and ``experts`` that have this parameter, as ``shard`` says."""
         if self.stage in ("embedding", "head"):
-            yield {}
+            yield Pattern(shard)
             return
-        for i in layers:
-            if self.stage == "layer" or shape.has_experts(i) == (self.stage == "moe"):
-                yield from ({"i": i, "e": e} for e in experts) if self.is_expert else ({"i": i},)
+        those = tuple(i for i in layers if self.stage == "layer" or shape.has_experts(i) == (self.stage == "moe"))
+        these = tuple(experts) if self.is_expert else (0,)
+        if those and these:
+            yield Pattern(shard, those, these)
 
 
 _LAYER = "model.layers.{i}."
@@ -170,9 +172,11 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face checkpoint, in checkpoint order."""
     layers, experts = range(shape.num_layers), range(shape.num_experts)
     return {
-        name.format(**place): size
+        name.format(i=i, e=e): size
         for entry in entries(shape)
-        for place in entry.places(shape, layers, experts)
+        for pattern in entry.patterns(whole(entry.hf[0], entry.sizes[0]), shape, layers, experts)
+        for i in pattern.layers
+        for e in pattern.experts
         for name, size in zip(entry.hf, entry.sizes, strict=True)
     }
 
@@ -183,7 +187,10 @@ def hf_zeros(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def megatron_shards(shape: ModelShape, layout: Layout, rank: int) -> tuple[Shard, ...]:
-    """Return the shards of one rank of the trainer, by Megatron's names with global indices of layers and experts."""
+    """Return the shards of one rank of the trainer as a tuple of Shard, by Megatron's names.
+
+    Layers and experts have their index in the model.
+    """
     place, expert = layout.coordinates(rank), layout.expert_coordinates(rank)
     return _megatron_shards(shape, layout, place.pp, place.tp, expert.etp, expert.ep)
 
@@ -193,18 +200,39 @@ def _megatron_shards(
     shape: ModelShape, layout: Layout, stage: int, tp_rank: int, etp_rank: int, ep_rank: int
 ) -> tuple[Shard, ...]:
     """Return the shards that data-parallel ranks share."""
+    patterns = _megatron_patterns(shape, layout, stage, tp_rank, etp_rank, ep_rank)
+    return tuple(shard for _, pattern in patterns for shard in pattern.shards())
+
+
+def megatron_peers(shape: ModelShape, layout: Layout) -> tuple[Peers, ...]:
+    """Return the Peers of a trainer, as a tuple: those that share experts, and those that share everything else."""
+    ranks: dict[tuple[bool, int, int, int], list[int]] = defaultdict(list)
+    for rank in range(layout.world_size):
+        place, expert = layout.coordinates(rank), layout.expert_coordinates(rank)
+        ranks[False, place.pp, place.tp, 0].append(rank)
+        ranks[True, expert.pp, expert.etp, expert.ep].append(rank)
+    peers = []
+    for (of_experts, stage, at, ep_rank), members in ranks.items():
+        patterns = _megatron_patterns(shape, layout, stage, at, at, ep_rank)
+        held = tuple(pattern for entry, pattern in patterns if entry.is_expert == of_experts)
+        peers += [Peers(tuple(members), held)] if held else []
+    return tuple(peers)
+
+
+def _megatron_patterns(
+    shape: ModelShape, layout: Layout, stage: int, tp_rank: int, etp_rank: int, ep_rank: int
+) -> Iterator[tuple[Entry, Pattern]]:
+    """Yield each entry with the Pattern of the ranks at a place."""
     layers = [layer for chunk in layers_of_chunks(shape.num_layers, layout, stage) for layer in chunk]
     experts = local_experts(shape, layout.ep, ep_rank)
-    shards = []
     for entry in entries(shape):
         if (entry.stage == "embedding" and stage != 0) or (entry.stage == "head" and stage != layout.pp - 1):
             continue
         if shape.tied and layout.pp == 1 and entry.megatron == ("output_layer.weight",):
             continue  # the same parameter as the embedding
         at, parts = (etp_rank, layout.expert_tp) if entry.is_expert else (tp_rank, layout.tp)
-        for place in entry.places(shape, layers, experts):
-            shards.append(_shard(entry.megatron[0], entry, place, shape, at, parts, "megatron"))
-    return tuple(shards)
+        shard = split_shard(entry.megatron[0], entry.hf, entry.sizes[0], entry.split, shape, at, parts, "megatron")
+        yield from ((entry, pattern) for pattern in entry.patterns(shard, shape, layers, experts))
 
 
 def local_experts(shape: ModelShape, ep: int, ep_rank: int) -> range:
@@ -215,65 +243,22 @@ def local_experts(shape: ModelShape, ep: int, ep_rank: int) -> range:
 
 @lru_cache(maxsize=64)
 def vllm_shards(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Shard, ...]:
-    """Return the shards of one rank of a vLLM engine of ``tp`` ranks, which split each expert as well."""
+    """Return the shards of one of the ``tp`` ranks of a vLLM engine as a tuple of Shard: of each expert a part."""
+    return tuple(shard for pattern in vllm_patterns(shape, tp, tp_rank) for shard in pattern.shards())
+
+
+def vllm_peers(shape: ModelShape, tp: int, ranks: Sequence[int]) -> tuple[Peers, ...]:
+    """Return the Peers of vLLM engines, as a tuple. Each engine is ``tp`` of ``ranks`` in a row."""
+    return tuple(Peers(tuple(ranks[at::tp]), vllm_patterns(shape, tp, at)) for at in range(tp))
+
+
+def vllm_patterns(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Pattern, ...]:
+    """Return the patterns that ``vllm_shards`` are instances of, as a tuple of Pattern."""
     layers, experts = range(shape.num_layers), range(shape.num_experts)
     return tuple(
-        _shard(entry.vllm, entry, place, shape, tp_rank, tp, "vllm")
+        pattern
         for entry in entries(shape)
         if not (shape.tied and entry.vllm == "lm_head.weight")
-        for place in entry.places(shape, layers, experts)
+        for shard in [split_shard(entry.vllm, entry.hf, entry.sizes[0], entry.split, shape, tp_rank, tp, "vllm")]
+        for pattern in entry.patterns(shard, shape, layers, experts)
     )
-
-
-def _shard(
-    name: str, entry: Entry, place: dict[str, int], shape: ModelShape, tp_rank: int, tp: int, dialect: str
-) -> Shard:
-    """Build one rank's shard of one parameter."""
-    hf = [n.format(**place) for n in entry.hf]
-    full = entry.sizes[0]
-    dim = 1 if entry.split == "row" else 0
-    if entry.split == "replicated":
-        segments: tuple[Segment, ...] = (Segment(hf[0], 0, full[0]),)
-    elif entry.split == "vocab":
-        multiple = tp if dialect == "megatron" else math.lcm(VLLM_VOCAB_MULTIPLE, tp)
-        segments = _even([Segment(hf[0], 0, full[0])], -(-full[0] // multiple) * multiple, tp_rank, tp)
-    elif entry.split == "row":
-        segments = _even([Segment(hf[0], 0, full[1])], full[1], tp_rank, tp)
-    elif entry.split == "glu":
-        segments = tuple(s for n in hf for s in _even([Segment(n, 0, full[0])], full[0], tp_rank, tp))
-    elif dialect == "megatron":
-        blocks = _interleaved_qkv(shape, hf)
-        segments = _even(blocks, sum(b.length for b in blocks), tp_rank, tp)
-    else:
-        segments = _stacked_qkv(shape, hf, tp_rank, tp)
-    rows = sum(s.length for s in segments)
-    return Shard(name.format(**place), (*full[:dim], rows, *full[dim + 1 :]), dim, segments)
-
-
-def _even(blocks: list[Segment], rows: int, tp_rank: int, tp: int) -> tuple[Segment, ...]:
-    """Cut the tp_rank-th of ``tp`` equal windows out of a stack of ``rows`` rows."""
-    return clip(blocks, rows * tp_rank // tp, rows * (tp_rank + 1) // tp)
-
-
-def _interleaved_qkv(shape: ModelShape, hf: Sequence[str]) -> list[Segment]:
-    """Megatron's order: for every kv head its query heads, then its key, then its value.
-
-    With fewer kv heads than ranks Megatron still cuts this stack evenly and gathers the whole of it after the matmul.
-    """
-    q, k, v = hf
-    per_group, dim = shape.num_heads // shape.num_kv_heads * shape.head_dim, shape.head_dim
-    blocks = []
-    for g in range(shape.num_kv_heads):
-        blocks.append(Segment(q, g * per_group, (g + 1) * per_group))
-        blocks += [Segment(k, g * dim, (g + 1) * dim), Segment(v, g * dim, (g + 1) * dim)]
-    return blocks
-
-
-def _stacked_qkv(shape: ModelShape, hf: Sequence[str], tp_rank: int, tp: int) -> tuple[Segment, ...]:
-    """vLLM's order: this rank's query heads, its keys, its values; kv heads are replicated where there are too few."""
-    q, k, v = hf
-    rows, dim = shape.num_heads * shape.head_dim, shape.head_dim
-    heads = max(1, shape.num_kv_heads // tp)
-    first = tp_rank * shape.num_kv_heads // tp
-    kv = (first * dim, (first + heads) * dim)
-    return (Segment(q, rows * tp_rank // tp, rows * (tp_rank + 1) // tp), Segment(k, *kv), Segment(v, *kv))

@@ -2,55 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.weights.reshard_plan import Move, cut_into_buckets
+from megarl.weights.cells import Window
+from megarl.weights.flow import Rows, Stream
+from megarl.weights.reshard_plan import BUCKET_BYTES, RankPlan
 
-BUCKET_BYTES = 256 << 20
+Tensors = Mapping[str, Tensor]
 
 
 class Resharder:
-    """Executes one plan, again and again, between this rank's source and target parameters.
+    """Executes one rank's plan, again and again, between its source and target parameters.
 
-    Pieces that stay on their rank are copied in place. The others travel in all-to-all exchanges of at most
-    ``bucket_bytes`` a rank, in the targets' dtype, so that the extra memory is bounded.
+    What stays on the rank is copied in place. The rest travels in ``num_exchanges`` all-to-alls, in the targets' dtype.
+    In each, every stream has as large a part of what it carries in all, so that all ranks send and receive all the
+    time. A rank then has one buffer to send and one to receive, each of ``bucket_bytes`` and at most a row a peer.
     """
 
-    def __init__(self, moves: Sequence[Move], *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.rank, self.world_size, self.dtype = dist.get_rank(), dist.get_world_size(), dtype
-        self.local = [m for m in moves if m.source.rank == m.target.rank == self.rank]
-        travelling = [m for m in moves if m.source.rank != m.target.rank]
-        self.buckets = cut_into_buckets(travelling, bucket_bytes // dtype.itemsize)
+    def __init__(self, plan: RankPlan, *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.plan, self.dtype = plan, dtype
+        self.num_exchanges = plan.num_exchanges(max(1, bucket_bytes // dtype.itemsize))
+        self._buffer_numels = tuple(self._most_numel(streams) for streams in (plan.sends, plan.receives))
 
     @torch.no_grad()
-    def run(self, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], device: torch.device) -> None:
+    def run(self, sources: Tensors, targets: Tensors, device: torch.device) -> None:
         """Fill ``targets`` in place from the ``sources`` of all ranks. Every rank must call this together."""
-        for move in self.local:
-            move.target.view(targets, move.length).copy_(move.source.view(sources, move.length))
-        for bucket in self.buckets:
-            self._exchange(bucket, sources, targets, device)
+        for flow in self.plan.kept:
+            for rows in flow.rows(0, flow.numel):
+                _target(rows, targets).copy_(_source(rows, sources))
+        if not self.num_exchanges:
+            return
+        send, receive = (torch.empty(n, dtype=self.dtype, device=device) for n in self._buffer_numels)
+        for index in range(self.num_exchanges):
+            self._exchange(index, sources, targets, send, receive)
 
-    def _exchange(
-        self, bucket: Sequence[Move], sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], device: torch.device
-    ) -> None:
-        """Carry out one all-to-all. Both ends walk the plan in the same order, so no metadata travels."""
-        outgoing = sorted((m for m in bucket if m.source.rank == self.rank), key=lambda m: m.target.rank)
-        incoming = sorted((m for m in bucket if m.target.rank == self.rank), key=lambda m: m.source.rank)
-        send_sizes, recv_sizes = [0] * self.world_size, [0] * self.world_size
-        for move in outgoing:
-            send_sizes[move.target.rank] += move.numel
-        for move in incoming:
-            recv_sizes[move.source.rank] += move.numel
-        pieces = [m.source.view(sources, m.length).to(self.dtype).reshape(-1) for m in outgoing]
-        send = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype, device=device)
-        recv = torch.empty(sum(recv_sizes), dtype=self.dtype, device=device)
-        dist.all_to_all_single(recv, send.to(device), recv_sizes, send_sizes)
-        offset = 0
-        for move in incoming:
-            view = move.target.view(targets, move.length)
-            view.copy_(recv[offset : offset + move.numel].view(view.shape))
-            offset += move.numel
+    def _most_numel(self, streams: Mapping[int, Stream]) -> int:
+        """Return the elements that an exchange has at most of all streams, as an int."""
+        if not self.num_exchanges:
+            return 0
+        of_each = (-(-s.numel // self.num_exchanges) + s.widest_row for s in streams.values())
+        return min(sum(of_each), sum(s.numel for s in streams.values()))
+
+    def _exchange(self, index: int, sources: Tensors, targets: Tensors, send: Tensor, receive: Tensor) -> None:
+        """Carry out one all-to-all. Both ends cut their stream in the same places, so no metadata travels."""
+        outgoing, incoming = self._cuts(self.plan.sends, index), self._cuts(self.plan.receives, index)
+        sent, received = 0, 0
+        for rank, (start, stop) in outgoing.items():
+            for rows in self.plan.sends[rank].rows(start, stop):
+                send[sent : sent + rows.numel].view(rows.sizes).copy_(_source(rows, sources))
+                sent += rows.numel
+        receive_sizes, send_sizes = _sizes(incoming), _sizes(outgoing)
+        dist.all_to_all_single(receive[: sum(receive_sizes)], send[:sent], receive_sizes, send_sizes)
+        for rank, (start, stop) in incoming.items():
+            for rows in self.plan.receives[rank].rows(start, stop):
+                _target(rows, targets).copy_(receive[received : received + rows.numel].view(rows.sizes))
+                received += rows.numel
+
+    def _cuts(self, streams: Mapping[int, Stream], index: int) -> dict[int, tuple[int, int]]:
+        """Return from where to where an exchange carries each stream, by the other rank."""
+        count = self.num_exchanges
+        return {rank: (stream.cut(index, count), stream.cut(index + 1, count)) for rank, stream in streams.items()}
+
+
+def _sizes(cuts: Mapping[int, tuple[int, int]]) -> list[int]:
+    """Return the number of elements for each rank of the world, as a list of ints."""
+    sizes = [0] * dist.get_world_size()
+    for rank, (start, stop) in cuts.items():
+        sizes[rank] = stop - start
+    return sizes
+
+
+def _source(rows: Rows, parameters: Tensors) -> Tensor:
+    assert rows.move.source is not None
+    return _view(rows, rows.move.source, parameters)
+
+
+def _target(rows: Rows, parameters: Tensors) -> Tensor:
+    return _view(rows, rows.move.target, parameters)
+
+
+def _view(rows: Rows, window: Window, parameters: Tensors) -> Tensor:
+    """Return the rows as a view of their parameter. ``a.5`` is slice 5 of parameter ``a`` where none is named so."""
+    name = window.name.format(i=rows.layer, e=rows.expert)
+    view = parameters.get(name)
+    if view is None:
+        stack, _, index = name.rpartition(".")
+        view = parameters[stack][int(index)]
+    view = view.narrow(0, window.starts[0] + rows.first_row, rows.num_rows)
+    for dim in range(1, len(window.starts)):
+        size = rows.move.sizes[dim]
+        if view.shape[dim] != size:
+            view = view.narrow(dim, window.starts[dim], size)
+    return view
+
+
+def node_size(device: torch.device) -> int:
+    """Return the number of ranks on the fullest node, as an int. Collective."""
+    last = torch.tensor(int(os.environ.get("LOCAL_RANK", dist.get_rank())), device=device)
+    dist.all_reduce(last, op=dist.ReduceOp.MAX)
+    return int(last) + 1

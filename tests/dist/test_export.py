@@ -16,7 +16,7 @@ from megarl.verify.reference import load
 from megarl.verify.roles import role_on
 from megarl.verify.work import backend_on_rank
 from megarl.weights.hf_export import MAX_FILE_BYTES, export_hf
-from megarl.weights.name_map import hf_shapes, megatron_shards
+from megarl.weights.name_map import hf_shapes
 from tests.dist.tiny_models import MODELS, save_tiny_model
 
 TP2_PP2 = Layout(4, tp=2, pp=2)
@@ -31,7 +31,7 @@ def _export(role: Role, out: Path, max_file_bytes: int) -> None:
         out,
         template=Path(role.model.here()),
         shapes=hf_shapes(role.shape),
-        sources=[megatron_shards(role.shape, role.layout, rank) for rank in range(role.layout.world_size)],
+        sources=backend.peers(),
         parameters=backend.parameters(),
         dtype=backend.model.dtype,
         device=backend.device,

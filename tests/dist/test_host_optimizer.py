@@ -165,7 +165,7 @@ def _load(actor: MegatronBackend, other: MegatronBackend) -> None:
     }
     with actor.model.groups.active():
         _optimizer(actor).inner.load_state_dict(state)
-    _optimizer(actor).scheduler.load_state_dict(_optimizer(other).scheduler.state_dict())
+    _optimizer(actor).num_updates = _optimizer(other).num_updates
 
 
 def _saved(actor: MegatronBackend, metadata: dict[str, str], is_loading: bool = False) -> Any:

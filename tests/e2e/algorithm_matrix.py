@@ -16,19 +16,19 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from megarl.checks.algorithm import ESTIMATORS
-from megarl.checks.run import CheckedPPO, check_ppo
-from megarl.config.schema import POLICY_LOSSES
+from megarl.catalog import ESTIMATORS, POLICY_LOSSES
+from megarl.checks.run import CheckedRun, check_ppo
+from megarl.config.schema import PPOConfig
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
-from megarl.controller.ranks import Ranks
-from megarl.controller.run import Run
-from megarl.controller.settings import kl_controller, role_layouts
+from megarl.controller.observer import Observer
+from megarl.controller.open import engine_spec, rollout_run
 from megarl.launchers.start import serve_if_not_controller, worker_group
 from megarl.monitor.sinks import open_tracker
-from megarl.ranks.spec import RunSpec
+from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
+from megarl.roles import with_total_steps
 
 NO_KL = "actor_rollout_ref.actor.use_kl_loss=false"
 KL = {
@@ -61,7 +61,7 @@ def algorithms() -> dict[str, tuple[str, ...]]:
         for where, overrides in KL.items()
     }
     grpo = ("algorithm.adv_estimator=grpo", *KL["none"])
-    for loss in POLICY_LOSSES[1:]:
+    for loss in tuple(POLICY_LOSSES)[1:]:
         cases[f"loss {loss}"] = (*grpo, f"actor_rollout_ref.actor.policy_loss={loss}")
     cases["dapo"], cases["dr_grpo"] = DAPO, DR_GRPO
     cases["entropy bonus"] = (*grpo, "actor_rollout_ref.actor.entropy_coeff=0.01")
@@ -77,7 +77,7 @@ def algorithms() -> dict[str, tuple[str, ...]]:
     return cases
 
 
-def compose_config(overrides: tuple[str, ...]) -> tuple[CheckedPPO, dict[str, Any]]:
+def compose_config(overrides: tuple[str, ...]) -> tuple[CheckedRun[PPOConfig], dict[str, Any]]:
     """Return the checked run of the tiny recipe with ``overrides``, and its plain values."""
     own = ["hydra.searchpath=[pkg://megarl.conf]", "trainer.run_dir=matrix", *overrides]
     values = cast(dict[str, Any], OmegaConf.to_container(compose("rl", own), resolve=True))
@@ -91,20 +91,20 @@ def main(out: Path) -> None:
             ("algorithm.adv_estimator=gae", *KL["in_loss"], "actor_rollout_ref.actor.optim.lr=1e-6")
         )
         cases = {name: compose_config(overrides) for name, overrides in algorithms().items()}
-        spec = RunSpec(everything.config, "model", 1000, "model", 1000)
+        trainer = everything.config.trainer
+        roles = with_total_steps(everything.config, everything.roles, 1000)
+        spec = RankSpec(roles, trainer.seed, engine_spec(everything.config, everything.actor))
         reward, results = RewardSpec(path="reward.py"), {}
-        with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec) as group:
+        with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec, trainer) as group:
             for name, (checked, values) in cases.items():
                 config = checked.config
                 folder = Path("matrix") / name
                 folder.mkdir(parents=True)
                 inputs = read_ppo_inputs(checked)
-                layouts = role_layouts(config, inputs.shape, inputs.critic_shape)
-                ranks = Ranks(group, layouts, config.actor_rollout_ref.rollout.tensor_model_parallel_size)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
-                    train(Run(config, ranks, inputs, pool, tracker, folder, kl_controller(config)))
+                    train(rollout_run(config, inputs, group, pool, tracker, folder, Observer()))
                 lines = (folder / "metrics.jsonl").read_text().splitlines()
-                results[name] = [json.loads(line) for line in lines]
+                results[name] = [step for line in lines if (step := json.loads(line))["step"] > 0]
     out.write_text(json.dumps(results))
 
 

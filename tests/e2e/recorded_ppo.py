@@ -1,4 +1,4 @@
-"""main_ppo that also records what every rank answers to each greedy request, as JSON in the file RECORDED_TO."""
+"""main_ppo that also records what every replica answers to each greedy request, as JSON in the file RECORDED_TO."""
 
 from __future__ import annotations
 
@@ -8,39 +8,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.main_ppo import main
-from megarl.types import GenerationRequest, Rollout, Sampling
+from megarl.config.compose import run_hydra
+from megarl.controller.observer import Observer
+from megarl.launchers.group import WorkerGroup
+from megarl.main_ppo import main, run_ppo
+from megarl.types import GenerationRequest, Group, Sampling
 
 RECORDED_TO = "MEGARL_TEST_RECORDED_TO"
 
 
-def record_greedy() -> list[dict[str, Any]]:
-    """Make ``Ranks.generate`` ask all replicas everything that is greedy; return the list that is filled."""
-    from megarl.controller.ranks import Ranks
+class GreedyAnswers(Observer):
+    """Asks all replicas everything that is greedy."""
 
-    generate, record = Ranks.generate, []
+    def __init__(self) -> None:
+        self.record: list[dict[str, Any]] = []
 
-    def recorded(self: Ranks, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
-        if sampling.temperature == 0:
-            answers = self.group.call("generate", [(requests, sampling)] * self.group.world_size)
-            record.append(
-                {
-                    "prompts": [request.token_ids for request in requests],
-                    "max_tokens": sampling.max_tokens,
-                    "versions": sorted({r.policy_version for rank in answers for (r,) in rank}),
-                    "answers_by_rank": [[r.token_ids for (r,) in rank] for rank in answers],
-                }
-            )
-        return generate(self, requests, sampling)
+    def opened(self, group: WorkerGroup) -> None:
+        """Take note of the ranks."""
+        self.group = group
 
-    Ranks.generate = recorded  # type: ignore[method-assign]
-    return record
+    def generated(self, requests: Sequence[GenerationRequest], sampling: Sampling, groups: Sequence[Group]) -> None:
+        """Ask every replica for the answers to greedy requests."""
+        from megarl.launchers.group import everywhere
+        from megarl.ranks.work import GenerateWork
+        from megarl.ranks.worker import Worker
+
+        if sampling.temperature != 0:
+            return
+        answers = everywhere(self.group, Worker.generate, GenerateWork(tuple(requests), sampling))
+        told = [answer for answer in answers if answer is not None]
+        self.record.append(
+            {
+                "prompts": [request.token_ids for request in requests],
+                "max_tokens": sampling.max_tokens,
+                "versions": sorted({r.policy_version for replica in told for (r,) in replica}),
+                "answers_by_replica": [[r.token_ids for (r,) in replica] for replica in told],
+            }
+        )
 
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "0":
-        recorded = record_greedy()
-        main()
-        Path(os.environ[RECORDED_TO]).write_text(json.dumps(recorded))
+        observer = GreedyAnswers()
+        run_hydra("ppo_trainer", lambda values, overrides: run_ppo(values, overrides, observer))
+        Path(os.environ[RECORDED_TO]).write_text(json.dumps(observer.record))
     else:
         main()

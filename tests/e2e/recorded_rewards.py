@@ -6,42 +6,41 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megarl.main_ppo import main
-from megarl.types import Prompt, Rollout
+from megarl.config.compose import run_hydra
+from megarl.controller.observer import Observer
+from megarl.main_ppo import main, run_ppo
+from megarl.types import Group, Prompt
+
+if TYPE_CHECKING:
+    from megarl.algorithm.samples import Rewards
 
 RECORDED_TO = "MEGARL_TEST_RECORDED_TO"
 
 
-def record_rewards() -> list[dict[str, Any]]:
-    """Make ``Run.score`` note what it answers; return the list that is filled."""
-    from megarl.controller.report import Rewards
-    from megarl.controller.run import Run
+class ScoredRollouts(Observer):
+    """Keeps the tokens and rewards of everything that is scored."""
 
-    score, record = Run.score, []
+    def __init__(self) -> None:
+        self.record: list[dict[str, Any]] = []
 
-    def recorded(self: Run, prompts: Sequence[Prompt], groups: Sequence[tuple[Rollout, ...]]) -> Rewards:
-        rewards = score(self, prompts, groups)
-        record.append(
+    def scored(self, prompts: Sequence[Prompt], groups: Sequence[Group], rewards: Rewards) -> None:
+        """Keep the rollouts."""
+        rollouts = [(p, r) for p, group in zip(prompts, groups, strict=True) for r in group]
+        self.record.append(
             {
-                "tokens": [
-                    [*p.token_ids, *r.token_ids] for p, group in zip(prompts, groups, strict=True) for r in group
-                ],
+                "tokens": [[*p.token_ids, *r.token_ids] for p, r in rollouts],
                 "scores": rewards.scores_B.tolist(),
                 "of_function": [result.score for result in rewards.results],
             }
         )
-        return rewards
-
-    Run.score = recorded  # type: ignore[method-assign]
-    return record
 
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "0":
-        recorded = record_rewards()
-        main()
-        Path(os.environ[RECORDED_TO]).write_text(json.dumps(recorded))
+        observer = ScoredRollouts()
+        run_hydra("ppo_trainer", lambda values, overrides: run_ppo(values, overrides, observer))
+        Path(os.environ[RECORDED_TO]).write_text(json.dumps(observer.record))
     else:
         main()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megarl.checks.algorithm import ESTIMATORS
+from megarl.catalog import ESTIMATORS
 from tests.e2e.algorithm_matrix import KL, algorithms
 from tests.launch import run, torchrun
 from tests.tiny_task import NUM_RANKS

@@ -29,8 +29,13 @@ class Done:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of each step, without what depends on the clock."""
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in line.items() if not k.startswith(("time_s", "wall_time"))} for line in lines]
+        return [
+            {k: v for k, v in line.items() if not k.startswith(("time_s", "wall_time"))} for line in self.lines()[1:]
+        ]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return all lines of metrics.jsonl: the first is of the validation before training."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,15 @@ def test_ray_and_torchrun_compute_the_same_numbers(runs: dict[str, Done]) -> Non
     on_ray, under_torchrun = (runs[name].metrics() for name in ("ray", "torchrun"))
     assert [line["step"] for line in on_ray] == list(range(1, NUM_STEPS + 1))
     assert on_ray == under_torchrun
+
+
+def test_the_validations_before_training_and_at_the_end_are_in_the_metrics(runs: dict[str, Done]) -> None:
+    before, *_, last = runs["ray"].lines()
+    assert before["step"] == 0 and 0 <= before["val/reward_mean"] <= 1
+    assert last["step"] == NUM_STEPS and 0 <= last["val/reward_mean"] <= 1
+    printed = runs["ray"].finished.stdout
+    assert f"before training: {before['val/reward_mean']:.3f}" in printed
+    assert f"after {NUM_STEPS} steps: {last['val/reward_mean']:.3f}" in printed
 
 
 def test_every_step_trains_on_rewards_that_differ(runs: dict[str, Done]) -> None:
@@ -101,7 +115,7 @@ def test_the_output_ends_with_the_report_of_before_and_after(runs: dict[str, Don
 def test_a_newcomer_reads_nothing_but_the_run(runs: dict[str, Done], launcher: str) -> None:
     finished = runs[launcher].finished
     steps = [line for line in finished.stdout.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in steps] == ["1", "2", "3"]
+    assert [line.split()[1] for line in steps] == ["0", "1", "2", "3"]
     assert finished.stderr == ""
 
 

@@ -93,18 +93,18 @@ def test_every_rollout_of_training_and_validation_has_the_score_that_transformer
 
 
 def test_metrics_tell_the_model_s_part_from_the_function_s(done: Done) -> None:
-    assert [line["step"] for line in done.metrics] == [1, 2, 3]
-    for line, batch in zip(done.metrics, done.scored[1:-1], strict=True):
+    assert [line["step"] for line in done.metrics] == [0, 1, 2, 3]
+    for line, batch in zip(done.metrics[1:], done.scored[1:-1], strict=True):
         assert line["reward/mean"] == pytest.approx(_mean(batch["scores"]), abs=1e-5)
         assert line["reward/model_mean"] == pytest.approx(_mean(batch["of_model"]), abs=1e-4)
         assert line.get("reward/function_mean") == (
             pytest.approx(_mean(batch["of_function"]), abs=1e-5) if batch["of_function"] else None
         )
-        assert line["actor/grad_norm"] > 0 and line["time_s/reward_model"] > 0
+        assert line["actor/grad_norm"] > 0 and line["time_s/score_reward_model"] > 0
 
 
 def test_the_plan_knows_the_reward_model(done: Done) -> None:
-    assert any(f"reward model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP"))
+    assert any(f"reward_model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP"))
 
 
 def _mean(values: list[float]) -> float:

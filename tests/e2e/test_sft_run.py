@@ -31,9 +31,10 @@ def test_the_loss_falls(finished: Finished, tiny_task: Path) -> None:
 
 
 def test_the_last_lines_name_the_loss_and_a_model_that_loads(finished: Finished, tiny_task: Path) -> None:
-    loss, model = finished.stdout.splitlines()[-2:]
+    measure, loss, _, model = finished.stdout.splitlines()[-4:]
     folder = tiny_task / "runs/sft/checkpoints/final"
-    assert loss.startswith(f"loss after {NUM_STEPS} steps: ")
+    assert measure.startswith("validation loss over ")
+    assert loss.strip().startswith(f"after {NUM_STEPS} steps: ")
     assert model == f"model: {folder}"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
 

@@ -60,7 +60,7 @@ def strike(tiny_task: Path, command: list[str], name: str, fault: str) -> Struck
 def killed(tiny_task: Path) -> dict[str, Struck]:
     """Kill rank 1 in the second step of an RL run, under both launchers."""
     commands = {"ray": python(*RL), "torchrun": torchrun(NUM_RANKS, *RL)}
-    return {name: strike(tiny_task, c, f"killed_{name}", "kill:1:update_actor:2") for name, c in commands.items()}
+    return {name: strike(tiny_task, c, f"killed_{name}", "kill:1:update:2") for name, c in commands.items()}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def failed(tiny_task: Path) -> dict[str, Struck]:
     commands = {"ray": (1, python(*SFT)), "torchrun": (1, torchrun(NUM_RANKS, *SFT))}
     commands["torchrun_controller"] = 0, torchrun(NUM_RANKS, *SFT)
     return {
-        name: strike(tiny_task, command, f"failed_{name}", f"raise:{rank}:update_sft:2")
+        name: strike(tiny_task, command, f"failed_{name}", f"raise:{rank}:update:2")
         for name, (rank, command) in commands.items()
     }
 
@@ -106,7 +106,7 @@ def test_torchrun_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck])
 def test_rewards_that_raise_hang_or_are_no_number_are_counted_and_the_run_goes_on(
     killed: dict[str, Struck], launcher: str
 ) -> None:
-    [step_1] = (killed[launcher].folder / "metrics.jsonl").read_text().splitlines()
+    *_before_training, step_1 = (killed[launcher].folder / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(step_1)
     outcomes = {name: metrics[f"reward/num_{name}"] for name in ("raised", "invalid", "timeout")}
     assert outcomes == {"raised": 4, "invalid": 4, "timeout": 4}
@@ -125,7 +125,7 @@ def test_a_failure_on_a_rank_ends_the_run_at_once(failed: dict[str, Struck], nam
 def test_the_first_traceback_is_that_of_the_rank_that_failed(failed: dict[str, Struck], name: str, rank: int) -> None:
     error = failed[name].finished.stderr
     before, traceback = error.split("Traceback (most recent call last):\n", 1)
-    assert before.splitlines()[-1].endswith(f"rank {rank} failed in update_sft:")
+    assert before.splitlines()[-1].endswith(f"rank {rank} failed in update:")
     assert "ArithmeticError: broken by the test" in traceback
 
 

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # From the bottom up. A module may import the layers below its own, and within its own package.
 LAYERS = (
-    {"types", "errors"},
+    {"types", "errors", "catalog"},
     {"config"},
     {"parallel"},
     {"weights"},

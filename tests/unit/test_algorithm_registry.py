@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
+from megarl import catalog
 from megarl.algorithm.advantage import (
     AdvantageInputs,
     Advantages,
@@ -11,21 +14,38 @@ from megarl.algorithm.advantage import (
     estimators,
 )
 from megarl.algorithm.aggregate import aggregations
+from megarl.algorithm.covariance import token_selectors
 from megarl.algorithm.kl import kl_estimators
+from megarl.algorithm.kl_control import kl_controllers
 from megarl.algorithm.policy_loss import policy_losses
 from megarl.algorithm.registry import Registry
+from megarl.algorithm.rollout_correction import criteria, presets
 from megarl.errors import ConfigError
+from megarl.monitor import sinks
 
 
-def test_every_name_that_the_config_promises_is_registered() -> None:
-    group_estimators = {"grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"}
-    assert set(estimators.names()) == group_estimators | {"gae", "remax", "reinforce_plus_plus"}
-    losses = {"ppo_clip", "gspo", "cispo", "geo_mean", "clip_cov", "kl_cov", "sapo", "gpg"}
-    assert set(policy_losses.names()) == losses
-    values = {"kl", "abs", "low_var_kl", "k1", "k3"}
-    assert set(kl_estimators.names()) == values | {"mse", "k2"} | {f"{name}+" for name in values}
-    modes = {"token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"}
-    assert set(aggregations.names()) == modes
+@pytest.mark.parametrize(
+    ("names", "registered"),
+    [
+        (catalog.ESTIMATORS, estimators.names()),
+        (catalog.POLICY_LOSSES, policy_losses.names()),
+        ([name for name, needs in catalog.POLICY_LOSSES.items() if needs.chosen_tokens], token_selectors.names()),
+        (catalog.KL_LOSSES, kl_estimators.names()),
+        (catalog.KL_CONTROLLERS, kl_controllers.names()),
+        (catalog.AGGREGATIONS, aggregations.names()),
+        (catalog.CRITERIA, criteria.names()),
+        (catalog.CORRECTION_PRESETS, presets.names()),
+        (catalog.SINKS, sinks._OPEN),
+    ],
+)
+def test_the_functions_of_megarl_are_those_that_the_catalog_names(
+    names: Iterable[str], registered: Iterable[str]
+) -> None:
+    assert sorted(names) == sorted(registered)
+
+
+def test_penalties_in_the_reward_are_the_estimators_whose_value_counts() -> None:
+    assert set(catalog.KL_ESTIMATORS) == {name for name in kl_estimators.names() if not name.endswith("+")}
 
 
 def test_every_estimator_says_what_it_needs() -> None:
@@ -34,6 +54,10 @@ def test_every_estimator_says_what_it_needs() -> None:
     assert [name for name, need in needs.items() if need.greedy_baseline] == ["remax"]
     alone = {name for name, need in needs.items() if need.min_group_size == 1}
     assert alone == {"gae", "remax", "reinforce_plus_plus"}
+
+
+def test_an_estimator_needs_what_the_catalog_says() -> None:
+    assert {name: estimators.needs(name) for name in estimators.names()} == dict(catalog.ESTIMATORS)
 
 
 def test_a_users_estimator_is_registered_with_its_needs() -> None:

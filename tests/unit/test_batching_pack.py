@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.batching.pack import MicroBatch, pack, rollouts_to_batch, sequences_to_batch
-from megarl.types import Batch, Rollout
+from megarl.types import Rollout, RolloutBatch
 
 Case = tuple[list[list[int]], list[list[bool]], list[int]]
 
@@ -34,7 +34,6 @@ def test_the_rows_of_a_batch_are_padded_on_the_right_and_their_first_token_is_no
     assert batch.tokens_BS.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.lengths_B.tolist() == [3, 1]
     assert batch.mask_BS.tolist() == [[False, False, True], [False, False, False]]
-    assert batch.group_B.tolist() == [0, 1]
     assert (batch.tokens_BS.dtype, batch.mask_BS.dtype, len(batch)) == (torch.int64, torch.bool, 2)
 
 
@@ -195,8 +194,7 @@ def test_rows_of_a_batch_keep_all_their_columns_in_the_order_asked_for() -> None
     assert len(batch.rows([])) == 0 and batch.rows([]).tokens_BS.shape == (0, 3)
 
 
-def _columns(batch: Batch) -> list[list[float]]:
-    assert batch.rollout_logprobs_BS is not None
+def _columns(batch: RolloutBatch) -> list[list[float]]:
     return [
         *batch.tokens_BS.tolist(),
         batch.lengths_B.tolist(),

@@ -102,28 +102,33 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["experiment=quikstart"], ["experiment = 'quikstart': no such file", "did you mean 'quickstart'?"]),
+        (["experiment=quikstart"], ["experiment = 'quikstart'  (command line): no such file", "'quickstart'?"]),
         (["expermient=quickstart"], ["expermient = 'quickstart'", "did you mean 'experiment'?"]),
         (["--config-name=ppo_megatron_trianer"], ["no such file", "did you mean 'ppo_megatron_trainer'?"]),
+        (["--config-name=mine"], ["--config-name = 'mine': no such file", "--config-dir=FOLDER --config-name=FILE"]),
         (["--config-dir=nowhere"], ["--config-dir", "is no folder"]),
         (["--confg-dir=."], ["no such flag", "did you mean '--config-dir'?"]),
         (["--multirun"], ["--multirun: no such flag"]),
         (["--cfg", "all"], ["--cfg", "invalid choice: 'all'"]),
         (["--resolve"], ["--resolve: has no effect without --cfg job"]),
-        (["data.prompt_key='abc"], ["data.prompt_key = \"'abc\": can't be read", "quote"]),
-        (["data.train_files[0]=x"], ["an item of a list can't be set alone"]),
+        (["data.prompt_key='abc"], ["data.prompt_key='abc: ", "quotes"]),
+        (["data.train_files[0]=x"], ["data.train_files[0]=x: ", "fix: "]),
         (["word"], ["word: is neither key=value nor a flag"]),
-        (["=3"], ["has no key"]),
-        (["a.b=1,2"], ["is several values", "a.b='[1,2]'"]),
-        (["experiment=quickstart", "+experiment=gsm8k_tiny"], ["is set more than once"]),
-        (["a.b=1", "~a.b"], ["a.b = '1 and ~': is set more than once"]),
-        (["hydra.run.dir=x"], ["hydra.run.dir = 'x': has no effect"]),
-        (["~data.trian_batch_size"], ["no such key to take away", "did you mean 'train_batch_size'?"]),
-        (["~data.prompt_key=other"], ["is not its value"]),
-        (["~actor_rollout_ref.actor.shuffle"], ["actor.shuffle  (command line): is missing, and critic.shuffle"]),
-        (["~critic=megatron_critic"], ["critic = 'megatron_critic': is dp_critic"]),
-        (["model=hf_model"], ["model@actor_rollout_ref.model=hf_model"]),
-        (["nothing@x=3"], ["no such group of files"]),
+        (["=3"], ["=3: has no key"]),
+        (["a.b=1,2"], ["a.b = '1,2': is several values", "key='[a,b]'"]),
+        (["experiment=quickstart", "+experiment=gsm8k_tiny"], ["+experiment=gsm8k_tiny", "Multiple values for exp"]),
+        (["hydra.run.dir=x"], ["hydra.run.dir=x: has no effect"]),
+        (["~data.trian_batch_size"], ["~data.trian_batch_size  (command line): can't be", "does not exist"]),
+        (["~data.prompt_key=other"], ["~data.prompt_key=other  (command line)", "is prompt and not other"]),
+        (
+            ["~actor_rollout_ref.actor.shuffle"],
+            ["critic.shuffle = ", "actor_rollout_ref.actor.shuffle at command line"],
+        ),
+        (["~critic=megatron_critic"], ["~critic=megatron_critic  (command line): can't be"]),
+        (["model=hf_model"], ["model=hf_model  (command line)", "override model@actor_rollout_ref.model"]),
+        (["nothing@x=3"], ["nothing@x=3  (command line)", "'nothing' does not exist"]),
+        (["data=3"], ["data = 3: must be the name of a file", "legacy_data"]),
+        (["critic=null"], ["critic = None: must be the name of a file", "dp_critic"]),
         (["data.train_batch_size=${no.key}"], ["Interpolation key 'no.key' not found", "(command line)"]),
         (["data.prompt_key=???"], ["data.prompt_key", "(command line)"]),
     ],
@@ -163,15 +168,51 @@ def test_a_mistake_in_the_users_own_file_names_the_file(
     assert all(part in error for part in told), error
 
 
-def test_a_file_that_ours_would_hide_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "ppo_trainer.yaml").write_text("data: {train_batch_size: 5}\n")
-    error = reported(capsys, "--config-dir=.")
-    assert "ppo_trainer.yaml, but also megarl's own conf/ppo_trainer.yaml" in error and "rename your file" in error
+def test_a_file_of_the_users_comes_before_one_of_ours_of_the_same_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "experiment").mkdir()
+    (folder / "experiment/quickstart.yaml").write_text("data: {train_batch_size: 5}\n")
+    assert composed("--config-dir=.", "experiment=quickstart")["data"]["train_batch_size"] == 5
+    (folder / "ppo_trainer.yaml").write_text("defaults: [ppo_trainer]\n")
+    assert "has itself in its defaults" in reported(capsys, "--config-dir=.")
 
 
-def test_a_file_beside_the_user_is_told_how_to_be_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_on_the_command_line_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    error = reported(capsys, "--confg-dir=.", "word", "a.b=1,2", "hydra.verbose=true", "x='")
+    assert error.startswith("ConfigError: 5 problems in the configuration:\n  1. --confg-dir=.: no such flag")
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError, KeyError, AssertionError, OSError])
+@pytest.mark.parametrize(
+    "place", ["compose._for_hydra", "compose.open_dict", "command_line._override", "files._places"]
+)
+def test_a_bug_of_ours_keeps_its_name_and_its_traceback(
+    bug: type[Exception], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise bug("planted")
+
+    monkeypatch.setattr(f"megarl.config.{place}", fail)
+    with pytest.raises(bug, match="planted") as caught:
+        run_hydra(
+            "ppo_trainer", lambda *_: None, ["experiment=quickstart", "data.train_batch_size=3", "critic=dp_critic"]
+        )
+    assert caught.type is bug
+
+
+def test_an_error_is_told_even_where_its_file_has_changed_since(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "mine.yaml").write_text("defaults: [ppo_trainer]\n")
-    assert "fix: --config-dir=. --config-name=mine" in reported(capsys, "--config-name=mine")
+
+    def refuse(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        (folder / "mine.yaml").write_text("defaults: [")
+        raise ConfigError([Problem("data.train_batch_size", 0, "wrong")])
+
+    with pytest.raises(SystemExit):
+        run_hydra("ppo_trainer", refuse, MINE)
+    assert "1. data.train_batch_size = 0: wrong" in capsys.readouterr().err
 
 
 def test_an_error_of_the_task_says_where_its_values_came_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +251,10 @@ def test_the_composed_config_is_printed_without_running(resolve: bool, capsys: p
     assert values["data"]["train_batch_size"] == 3
     assert values["critic"]["shuffle"] == (True if resolve else "${actor_rollout_ref.actor.shuffle}")
     assert "hydra" not in values
+
+
+def test_a_value_may_name_what_hydra_knows(folder: Path) -> None:
+    assert composed("trainer.run_dir=${hydra:runtime.cwd}/x")["trainer"]["run_dir"] == f"{folder}/x"
 
 
 def test_help_says_how_a_run_is_started(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megarl.config.docs import allowed_in_words, config_reference, default_in_words, default_values, type_in_words
+from megarl.config.defaults import default_values
+from megarl.config.docs import allowed_in_words, config_reference, default_in_words, type_in_words
 from megarl.config.schema import OptimConfig, key
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"

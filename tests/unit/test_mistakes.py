@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from megarl.checks.run import CheckedPPO, check_ppo
+from megarl.checks.run import CheckedRun, check_ppo
 from megarl.config.command_line import parse_command_line
 from megarl.config.compose import compose
+from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, RewardError
 from tests.launch import python, run
 
@@ -243,7 +244,7 @@ MISTAKES = {
     "a file for a section": _of("data=train.parquet", says="no such file in data/"),
     "a sweep": _of(f"{ROLLOUT}.n=4,8", says="is several values, and a run has one"),
     "spaces around the sign": Mistake(
-        ("trainer.seed", "=", "1"), ("trainer.seed", "'='", "1"), "is neither key=value nor a flag"
+        ("trainer.seed", "=", "1"), ("trainer.seed", "=", "1"), "is neither key=value nor a flag"
     ),
     # Values.
     "a word for a number": _of(f"{ACTOR}.optim.lr=abc", says="must be a number"),
@@ -395,7 +396,7 @@ def _line(*typed: str) -> list[str]:
     return [*(f"{key}={value}" for key, value in SOUND.items() if key not in keys), *typed]
 
 
-def _checked(*typed: str) -> CheckedPPO:
+def _checked(*typed: str) -> CheckedRun[PPOConfig]:
     """Do in this process what main_ppo does before it starts anything."""
     composed = compose(parse_command_line(_line(*typed), MAIN))
     try:
@@ -407,8 +408,8 @@ def _checked(*typed: str) -> CheckedPPO:
 def test_the_run_that_mistakes_are_made_in_makes_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     checked = _checked()
-    assert (checked.num_prompts, checked.num_steps, checked.notes) == (24, 3, ())
-    assert checked.batch.num_rollouts == 32
+    assert (checked.num_rows, checked.num_steps, checked.notes) == (24, 3, ())
+    assert checked.batches["actor"].num_rollouts == 32
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -89,7 +89,7 @@ def test_an_unknown_sink_is_an_error_that_names_the_nearest(tmp_path: Path) -> N
         open_tracker(["console", "tensorbord"], tmp_path, "project", "experiment", {})
     text = str(caught.value)
     assert "trainer.logger = 'tensorbord'" in text
-    assert "console, jsonl, tensorboard, wandb" in text
+    assert "console, tensorboard, jsonl, wandb" in text
     assert "did you mean 'tensorboard'?" in text
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megarl.checkpoint.whole_folder import whole_folder
 from megarl.weights.hf_export import export_hf
-from megarl.weights.shard import whole
+from megarl.weights.shard import peers_of, whole
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_tensors_that_no_rank_holds_are_zeros_and_fields_replace_those_of_the_te
         out,
         template=template,
         shapes={"weight": (2, 3)},
-        sources=[[whole("weight", (2, 3), 0)]],
+        sources=peers_of([[whole("weight", (2, 3))]]),
         parameters={"weight": weight},
         dtype=torch.float32,
         device=torch.device("cpu"),

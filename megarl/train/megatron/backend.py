@@ -18,7 +18,8 @@ from megarl.train.megatron.optimizer import Optimizer
 from megarl.train.megatron.output import MegatronOutput
 from megarl.types import Metrics, Sequences
 from megarl.weights.hf_export import export_hf
-from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_shards
+from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_peers
+from megarl.weights.shard import Peers
 from megarl.weights.sources import TensorSource
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class MegatronBackend:
         return self.model.pack(sequences, micro_batches)
 
     def forward(self, micros: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], T]) -> list[T]:
-        """Return what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
+        """Return a list of what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
 
         def told(micro: MicroBatch, output: MegatronOutput) -> tuple[Tensor, T]:
             return output.tensor.new_zeros(()), read(micro, output)
@@ -59,6 +60,10 @@ class MegatronBackend:
         """Have the parameters on the device for the duration."""
         return self.model.resident()
 
+    def peers(self) -> tuple[Peers, ...]:
+        """Return the shards of the role's model on all ranks, as a tuple of Peers."""
+        return megatron_peers(self.role.shape, self.role.layout)
+
     def parameters(self) -> dict[str, Tensor]:
         """Return this rank's parameters by the name map's names. They can be used while they are resident."""
         return self.model.parameters()
@@ -68,13 +73,13 @@ class MegatronBackend:
 
         Raises ResourceError on every rank where the disk is too small.
         """
-        shape, layout = self.role.shape, self.role.layout
+        shape = self.role.shape
         with self.resident():
             export_hf(
                 out,
                 template=template,
                 shapes=hf_shapes(shape),
-                sources=[megatron_shards(shape, layout, rank) for rank in range(layout.world_size)],
+                sources=self.peers(),
                 parameters=self.parameters(),
                 dtype=self.model.dtype,
                 device=self.device,

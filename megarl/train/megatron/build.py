@@ -107,7 +107,7 @@ def transformer_config(
 
 
 def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
-    """Return what Megatron is told about experts, nothing in a dense model.
+    """Return the fields of TransformerConfig about experts, none in a dense model.
 
     Megatron weights the chosen experts either by the softmax over all of them, or by that over the chosen ones, which
     is the same as dividing the former by their sum. The router computes in float32: rounded logits tie often, and
@@ -208,7 +208,7 @@ def build_model(
     """Build the model chunks of this rank's pipeline stage, weights uninitialised; ``groups`` must be active.
 
     A chunk takes (tokens [B, S / cp], positions, mask None, packed_seq_params), and of a model with experts what
-    ``tell_routers`` says as padding_mask. The last one of the last stage returns this rank's slice of the logits
+    the keyword of ``sequences_for_routers``. The last one of the last stage returns this rank's slice of the logits
     [B, S / cp, V / tp], or values [B, S / cp, 1] where the shape has a value head. fused_head: hidden states
     [B, S / cp, H] in place of logits, which are these times ``output_weight``.
     """

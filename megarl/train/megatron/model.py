@@ -22,6 +22,7 @@ from megarl.roles import Role
 from megarl.train.megatron.attention import describe_packing
 from megarl.train.megatron.build import build_model, load_weights, named_parameters
 from megarl.train.megatron.output import MegatronOutput
+from megarl.train.megatron.router import sequences_for_routers
 from megarl.train.offload import Offload
 from megarl.types import Sequences
 from megarl.weights.sources import TensorSource
@@ -131,16 +132,16 @@ class MegatronModel:
         return results
 
     def forward(self, chunk: torch.nn.Module, micro: MicroBatch) -> Tensor:
-        """Return what a chunk of this stage makes of a micro-batch, and of the activations it was handed."""
+        """Return the output of a chunk of this stage for a micro-batch, and for the activations it was handed."""
         cp, cp_rank = self.layout.cp, self.groups.place.cp
         packing = describe_packing(list(micro.lengths), self.device, cp, cp_rank) if micro.lengths else None
-        sequences = micro.sequences.to(self.device) if self.shape.num_experts else None
+        for_routers = sequences_for_routers(micro.sequences.to(self.device)) if self.shape.num_experts else {}
         output: Tensor = chunk(
             micro.tokens.to(self.device),
             micro.positions.to(self.device),
             None,
             packed_seq_params=packing,
-            padding_mask=sequences,
+            **for_routers,
         )
         return output
 

@@ -26,7 +26,7 @@ from megarl.weights.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Sequences:
+class RoutedSequences:
     """What the routers must know of a mini-batch: its sequences on all ranks, and at most how many share a pass."""
 
     total: int
@@ -44,15 +44,15 @@ class Router(TopKRouter):
     def __init__(self, losses: RouterLosses, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.losses = losses
-        self._sequences = Sequences(1, 1)
+        self._sequences = RoutedSequences(1, 1)
         self._sums: Tensor | None = None
 
-    def start(self, sequences: Sequences) -> None:
+    def start(self, sequences: RoutedSequences) -> None:
         """Begin a mini-batch."""
         self._sequences, self._sums = sequences, None
 
     def sums(self) -> Tensor:
-        """Return what this rank added up since the start, float64: ``_TOLD`` numbers, then tokens by expert [E]."""
+        """Return the sums of this rank since the start, float64: ``_TOLD`` numbers, then tokens by expert [E]."""
         zeros = torch.zeros(len(_TOLD) + self.config.num_moe_experts, dtype=torch.float64)
         return zeros if self._sums is None or not self._counts else self._sums.cpu()
 
@@ -124,6 +124,7 @@ class Router(TopKRouter):
         self._sums = sums if self._sums is None else self._sums + sums
 
 
+_CARRIER = "padding_mask"
 _TOLD = ("tokens", "entropy", "load_balance", "z")
 
 
@@ -135,24 +136,32 @@ def _scores(logits_TE: Tensor, function: str) -> Tensor:
     return sigmoid_TE / sigmoid_TE.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
-def tell_routers(model: torch.nn.Module) -> None:
-    """Have the routers of a chunk know what it is given as a padding mask: the sequences of positions.
+def sequences_for_routers(sequences: Tensor) -> dict[str, Tensor]:
+    """Return the keyword that brings ``sequences`` of a micro-batch to the routers of a chunk.
 
-    Megatron passes a mask along with hidden states, also where a layer is computed again, but keeps only whether its
-    entries are zero. With recompute.method=block it leaves it out of the layers that are not computed again: those have
-    what the chunk was given.
+    Megatron leaves no other way: it hands its padding mask to every layer together with the hidden states, also where
+    a layer is computed again while a later micro-batch is on its way. ``tell_routers`` takes it out again.
+    """
+    return {_CARRIER: sequences}
+
+
+def tell_routers(model: torch.nn.Module) -> None:
+    """Have the routers of a chunk know the sequences of ``sequences_for_routers``.
+
+    With recompute.method=block Megatron hands nothing to the layers that are not computed again: those have what the
+    chunk was given.
     """
 
     own = list(routers([model]))
 
     def remember(chunk: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
         for router in own:
-            router.sequences_BS = keywords.get("padding_mask")
+            router.sequences_BS = keywords.get(_CARRIER)
 
     def hand_over(layer: MoELayer, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if keywords["padding_mask"] is not None:
-            layer.router.sequences_BS = keywords["padding_mask"]
-        return inputs, keywords | {"padding_mask": None}
+        if keywords[_CARRIER] is not None:
+            layer.router.sequences_BS = keywords[_CARRIER]
+        return inputs, keywords | {_CARRIER: None}
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     for module in model.modules():
@@ -167,7 +176,7 @@ def routers(chunks: Iterable[torch.nn.Module]) -> Iterator[Router]:
 
 
 def routing_metrics(chunks: Sequence[torch.nn.Module], shape: ModelShape, device: torch.device) -> dict[str, float]:
-    """Return how tokens were routed since the start, over all layers and ranks; collective over all ranks.
+    """Return metrics of the routing since the start, over all layers and ranks; collective over all ranks.
 
     load_max, load_min: tokens of the busiest and of the idlest expert of all layers, over the mean of its layer.
     load_entropy: of the share of tokens by expert, over log E, mean of layers: 1 where all get the same.

@@ -7,6 +7,7 @@ the time of it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -45,6 +46,7 @@ class _Finder(MetaPathFinder):
 def _broken(method: Callable[..., Any], kind: str, rank: str, call: int) -> Callable[..., Any]:
     calls = itertools.count(1)
 
+    @functools.wraps(method)  # calls travel by the names of their functions
     def maybe(*args: Any) -> Any:
         if os.environ["RANK"] == rank and next(calls) == call:
             Path(os.environ["MEGARL_TEST_STRUCK"]).write_text(str(time.time()))

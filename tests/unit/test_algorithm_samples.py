@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarl.controller.report import Rewards
+from megarl.algorithm.samples import Rewards
 from megarl.types import RewardResult
 
 

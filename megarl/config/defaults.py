@@ -1,0 +1,36 @@
+"""The defaults of all keys, as conf/ alone tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+
+@cache
+def default_values(config_name: str) -> Mapping[str, Any]:
+    """Return the plain values of a main config without overrides, interpolations unresolved."""
+    # Whoever composes configs of their own at this moment, as a notebook may, goes on afterwards.
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra
+    hydra.clear()
+    try:
+        with initialize_config_module("megarl.conf", version_base="1.3"):
+            values = OmegaConf.to_container(compose(config_name), resolve=False)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
+
+
+def default_of(key: str, config_name: str = "ppo_megatron_trainer") -> object:
+    """Return the default of a dotted key as a plain value."""
+    value: Any = default_values(config_name)
+    for name in key.split("."):
+        value = value[name]
+    assert not (isinstance(value, str) and "${" in value), f"{key} has no default of its own: {value}"
+    return value
