@@ -272,7 +272,7 @@ def _actor(c: PPOConfig, find: FindModel) -> Role:
         training_of(
             actor.optim, actor.lr_scheduler, actor.ppo_mini_batch_size, epochs=actor.ppo_epochs, shuffle=actor.shuffle
         ),
-        _residency(backend),
+        residency_of(backend),
         c.actor_rollout_ref.model.use_remove_padding,
         c.actor_rollout_ref.model.use_fused_kernels,
     )
@@ -296,7 +296,7 @@ def _reference(c: PPOConfig, find: FindModel) -> Role:
             ((f"{REF}.log_prob_micro_batch_size_per_gpu", ref.log_prob_micro_batch_size_per_gpu), *_actor_sizes(c)),
             ((f"{REF}.log_prob_max_token_len_per_gpu", ref.log_prob_max_token_len_per_gpu), *_actor_tokens(c)),
         ),
-        residency=_residency(backend),
+        residency=residency_of(backend),
         packed=c.actor_rollout_ref.model.use_remove_padding,
         fused_head=c.actor_rollout_ref.model.use_fused_kernels,
     )
@@ -330,7 +330,7 @@ def _critic(c: PPOConfig, find: FindModel) -> Role:
             epochs=critic.ppo_epochs,
             shuffle=critic.shuffle,
         ),
-        _residency(backend),
+        residency_of(backend),
         c.actor_rollout_ref.model.use_remove_padding,
     )
 
@@ -355,7 +355,7 @@ def _reward_model(c: PPOConfig, find: FindModel) -> Role:
             ((f"{REWARD_MODEL}.micro_batch_size_per_gpu", model.micro_batch_size_per_gpu), *_actor_sizes(c)),
             ((f"{REWARD_MODEL}.forward_max_token_len_per_gpu", model.forward_max_token_len_per_gpu), *_actor_tokens(c)),
         ),
-        residency=_residency(backend),
+        residency=residency_of(backend),
         packed=c.actor_rollout_ref.model.use_remove_padding,
     )
 
@@ -374,7 +374,7 @@ def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
         size,
         size,
         training_of(c.optim, c.lr_scheduler, c.data.train_batch_size),
-        _residency(c.megatron),
+        residency_of(c.megatron),
         c.model.use_remove_padding,
         c.model.use_fused_kernels,
     )
@@ -421,7 +421,8 @@ def _backend_of(key: str, *sections: BackendConfig | None) -> BackendConfig:
     return given
 
 
-def _residency(backend: BackendConfig) -> Residency:
+def residency_of(backend: BackendConfig) -> Residency:
+    """Return where the tensors of a role with this section of a backend wait between uses."""
     match backend:
         case TrainedMegatronConfig():
             return Residency(
