@@ -359,7 +359,7 @@ def _frozen(
     counts_tokens = _actor_scores_by_tokens(c) if by_tokens is None else by_tokens
     sizes, budgets = (size, *_actor_sizes(c)), (tokens, *_actor_tokens(c))
     scoring = _batching(_longest(c), layout, counts_tokens, sizes, budgets)
-    residency, packed = _residency(backend), model_config.use_remove_padding
+    residency, packed = residency_of(backend), model_config.use_remove_padding
     return Role(name, key, model, backend, layout, model_config.dtype, scoring, residency=residency, packed=packed)
 
 
