@@ -47,7 +47,9 @@ class Reference:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model of ``folder``."""
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    ).eval()
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def read_json(file: Path, kind: str) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # neither JSON nor, perhaps, text
-        raise ModelFolderError(f"{file} is not valid JSON: {error}") from error
+        raise ModelFolderError(f"{file} is truncated or no {kind}: it is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ModelFolderError(f"{file} is nested so deep that it can't be read; it is no {kind}") from error
     except OSError as error:
