@@ -48,7 +48,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    ).eval()
 
 
 @torch.no_grad()
