@@ -348,9 +348,9 @@ NEAREST = {
 def _write_files(folder: Path) -> None:
     """Write what mistakes name beside the tiny task's own files."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    _copy_model(folder, "moe", architectures=["Qwen3MoeForCausalLM"], **experts)
+    _copy_model(folder, "moe", architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", **experts)
     _copy_model(folder, "wide", num_attention_heads=12, num_key_value_heads=4, intermediate_size=96)
-    _copy_model(folder, "deep", num_hidden_layers=4)
+    _copy_model(folder, "deep", num_hidden_layers=4, layer_types=["full_attention"] * 4)
     _copy_model(folder, "few_tokens", vocab_size=7)
     _copy_model(folder, "critic", architectures=["Qwen3ForTokenClassification"], id2label={"0": "value"})
     judge: dict[str, Any] = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
@@ -360,7 +360,7 @@ def _write_files(folder: Path) -> None:
     _copy_model(folder, "short_judge", **judge | {"max_position_embeddings": 21})
     _copy_model(folder, "other_judge", **judge)
     _rename_token(folder / "other_judge" / "tokenizer.json")
-    _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"])
+    _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"], model_type="gpt2")
     (folder / "bare").mkdir()
     shutil.copy(folder / "model" / "config.json", folder / "bare")
     (folder / "no_config").mkdir()
