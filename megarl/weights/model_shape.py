@@ -10,6 +10,7 @@ from typing import Any
 
 from megarl.errors import ModelFolderError
 from megarl.weights.config_fields import Fields, read_json, shown
+from megarl.weights.folder import expanded
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -157,7 +158,7 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
 
     Raises ModelFolderError where the file is absent or broken, or the architecture is not one of FAMILIES.
     """
-    path = Path(folder).expanduser() / "config.json"
+    path = expanded(folder, key) / "config.json"
     if not path.is_file():
         found = "no config.json in this folder" if path.parent.is_dir() else "no such folder"
         raise ModelFolderError(
