@@ -60,7 +60,7 @@ _ROPE_FIELDS = frozenset(
     }
 )
 # Far above any model's, and small enough that counting what a model has takes no second.
-_MOST_LAYERS, _MOST_EXPERTS, _MOST_EXPERTS_IN_ALL = 2048, 8192, 2**18
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_EXPERTS_IN_ALL = 2048, 8192, 2**16
 _MOST_WIDE, _MOST_HEADS, _MOST_TOKENS, _MOST_POSITIONS = 2**22, 2**14, 2**26, 2**31
 # What transformers calls a family's language model, and its models with a number a token, as a critic is, or a number
 # for a whole text, as a reward model is.

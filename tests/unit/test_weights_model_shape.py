@@ -363,7 +363,7 @@ def test_an_absurd_size_is_an_error_in_no_time(field: str) -> None:
 
 def test_as_many_experts_as_no_machine_holds_are_an_error_in_no_time() -> None:
     config = _config("Qwen3MoeForCausalLM", **EXPERTS | {"num_experts": 8192}, num_hidden_layers=2048)
-    assert "num_experts = 8192 x num_hidden_layers = 2048 must be at most 262,144" in _error(config)
+    assert "num_experts = 8192 x num_hidden_layers = 2048 must be at most 65,536" in _error(config)
 
 
 def test_two_numbers_of_experts_are_an_error() -> None:
