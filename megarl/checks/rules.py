@@ -279,13 +279,14 @@ def the_engine_serves_the_heads(actor: Role, platform: PlatformName | None) -> P
     shape, key, path = actor.shape, f"{actor.model.key}.path", actor.model.path
     if platform and not vllm_serves(shape.head_dim, platform):
         served = VLLM_HEAD_SIZES[platform]
-        yield Problem(key, path, f"its head_dim = {shape.head_dim} is none that vLLM serves on {platform}: {served}")
+        allowed = f"its head_dim = {shape.head_dim} is none that vLLM serves on {platform}: {served}"
+        yield Problem(key, path, allowed, "take a model with heads of such a size")
     if shape.family.startswith("Qwen2") and shape.head_dim * shape.num_heads != shape.hidden_size:
         allowed = (
             f"its head_dim = {shape.head_dim} x {shape.num_heads} heads isn't its hidden_size = {shape.hidden_size}, "
             f"which is all that vLLM serves of {shape.family}"
         )
-        yield Problem(key, path, allowed)
+        yield Problem(key, path, allowed, "take a model whose heads are its hidden size together")
 
 
 def the_longest_sequence_fits_the_model(c: PPOConfig | SFTConfig, shape: ModelShape) -> Problems:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megarl.errors import ModelFolderError
 from megarl.weights.config_fields import Fields, read_json, shown
+from megarl.weights.folder import expanded
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -59,7 +60,7 @@ _ROPE_FIELDS = frozenset(
     }
 )
 # Far above any model's, and small enough that counting what a model has takes no second.
-_MOST_LAYERS, _MOST_EXPERTS, _MOST_EXPERTS_IN_ALL = 2048, 8192, 2**18
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_EXPERTS_IN_ALL = 2048, 8192, 2**16
 _MOST_WIDE, _MOST_HEADS, _MOST_TOKENS, _MOST_POSITIONS = 2**22, 2**14, 2**26, 2**31
 # What transformers calls a family's language model, and its models with a number a token, as a critic is, or a number
 # for a whole text, as a reward model is.
@@ -157,7 +158,7 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
 
     Raises ModelFolderError where the file is absent or broken, or the architecture is not one of FAMILIES.
     """
-    path = Path(folder).expanduser() / "config.json"
+    path = expanded(folder, key) / "config.json"
     if not path.is_file():
         found = "no config.json in this folder" if path.parent.is_dir() else "no such folder"
         raise ModelFolderError(

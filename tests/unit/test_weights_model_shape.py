@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.errors import ModelFolderError
+from megarl.weights.folder import resolve_model_folder
 from megarl.weights.model_shape import _NEUTRAL, FAMILIES, ModelShape, Rope, parse_model_shape, read_model_shape
 
 
@@ -362,7 +363,7 @@ def test_an_absurd_size_is_an_error_in_no_time(field: str) -> None:
 
 def test_as_many_experts_as_no_machine_holds_are_an_error_in_no_time() -> None:
     config = _config("Qwen3MoeForCausalLM", **EXPERTS | {"num_experts": 8192}, num_hidden_layers=2048)
-    assert "num_experts = 8192 x num_hidden_layers = 2048 must be at most 262,144" in _error(config)
+    assert "num_experts = 8192 x num_hidden_layers = 2048 must be at most 65,536" in _error(config)
 
 
 def test_two_numbers_of_experts_are_an_error() -> None:
@@ -466,6 +467,12 @@ def test_a_folder_is_read_with_its_tilde_expanded(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(_config()))
     assert read_model_shape("~") == read_model_shape(tmp_path) == parse_model_shape(_config(), "")
+
+
+def test_the_home_of_nobody_is_an_error_that_names_the_key() -> None:
+    for read in (read_model_shape, resolve_model_folder):
+        with pytest.raises(ModelFolderError, match=r"critic\.model\.path = '~nobody_here/x'"):
+            read("~nobody_here/x", "critic.model.path")
 
 
 def _folder_error(folder: Path) -> str:
