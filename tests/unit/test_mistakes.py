@@ -94,7 +94,7 @@ MISTAKES = {
         "must divide the model's 4 attention heads",
     ),
     "TP beside key-value heads": _of(
-        f"{RANKS}=3", f"{MINI}=3", f"{MICRO}=1", "data.train_batch_size=3", f"{MODEL}.path=wide", f"{ROLLOUT}.{TP}=3",
+        f"{RANKS}=3", f"{MINI}=3", f"{MICRO}=1", "data.train_batch_size=3", f"{MODEL}.path=wide", f"{AXES}.{TP}=3",
         says="must divide the model's 4 key-value heads, or be a multiple of them",
     ),
     "an engine wider than the model": _of(
