@@ -23,7 +23,7 @@ class Row:
     ours: str | None = None
     by: str | None = None
     default: Any = None
-    off: tuple[Any, ...] = ()
+    idle: tuple[Any, ...] = ()
     where: str | None = None
     note: str = ""
 
@@ -37,11 +37,11 @@ class Row:
 def verl_rows() -> Mapping[str, Row]:
     """Return every row by verl's key."""
     rows = yaml.safe_load(Path(__file__).with_name("verl_keys.yaml").read_text(encoding="utf-8"))
-    return {row["verl"]: Row(**{**row, "off": tuple(row.get("off", ()))}) for row in rows}
+    return {row["verl"]: Row(**{**row, "idle": tuple(row.get("idle", ()))}) for row in rows}
 
 
 def verl_row(key: str) -> Row | None:
-    """Return the row of a key of verl's: its own, or that of the nearest section around it; None where there is none."""
+    """Return the row of a key of verl's: its own, or that of the nearest section around it; else None."""
     rows, section = verl_rows(), key
     if key in rows:
         return rows[key]

@@ -64,6 +64,14 @@ class Settings:
         return value if type(value) is int else default
 
     @property
+    def is_megatron(self) -> bool:
+        """Whether verl's backend is Megatron: also where nothing speaks for FSDP."""
+        engine = self.given.get("model_engine", self.given.get(f"{ACTOR}.strategy"))
+        if engine is not None:
+            return bool(engine == "megatron")
+        return any(".megatron." in key for key in self.given) or not any(".fsdp_config." in key for key in self.given)
+
+    @property
     def has_critic(self) -> bool:
         """Whether verl has a critic in this run."""
         enable = self("critic.enable")
@@ -128,9 +136,9 @@ def _decay_style(value: Any, run: Settings, key: str) -> Any:
 
 
 def _recompute(value: Any, run: Settings, key: str) -> Any:
-    if run(f"{ACTOR}.strategy", "megatron") == "megatron":
+    if run.is_megatron:
         return Unused("verl's Megatron backend doesn't read it")
-    return {"granularity": "full", "method": "uniform", "num_layers": 1} if value else {"granularity": None}
+    return Missing("recomputation on the data-parallel backend") if value else Unused("off")
 
 
 def _precision_aware(role: str) -> Converter:
@@ -148,14 +156,16 @@ def _optimizer_offload(role: str) -> Converter:
 
 
 def _transformer_field(value: Any, run: Settings, key: str) -> Any:
-    field = key.rpartition(".")[2]
+    section, _, field = key.rpartition(".")
+    if field == "moe_aux_loss_coeff" and run(f"{section}.moe_router_load_balancing_type", "none") == "none":
+        return Unused("moe_router_load_balancing_type is none")
     if "pipeline" in field and field in OURS and value:
         return Missing("stages of other sizes than equal ones")
     return Unused("megarl decides this field") if field in OURS else value
 
 
 def _of_fsdp(value: Any, run: Settings, key: str) -> Any:
-    return Unused("the backend is Megatron") if run(f"{ACTOR}.strategy", "megatron") == "megatron" else value
+    return Unused("the backend is Megatron") if run.is_megatron else value
 
 
 def _loss_mode(value: Any, run: Settings, key: str) -> Any:
@@ -207,6 +217,15 @@ def _of_weights(value: Any, run: Settings, key: str) -> Any:
     if run(f"{CORRECTION}.bypass_mode", False):
         return Unused("the ratio of a bypass is the weight")
     return value if run(f"{CORRECTION}.rollout_is") else Unused("there are no weights")
+
+
+def _cap(value: Any, run: Settings, key: str) -> Any:
+    """Return verl's threshold of weights: a number caps them, ``low_high`` is a band."""
+    found = _of_weights(value, run, key)
+    if isinstance(found, str) and "_" in found and not _is_open(found):
+        low, _, high = found.partition("_")
+        return {"band": [float(low), float(high)]}
+    return found if isinstance(found, Unused) else {"cap": found}
 
 
 def _rejections(value: Any, run: Settings, key: str) -> Any:
@@ -279,7 +298,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "unless_false": _unless(False, why="verl packs on Megatron in any case"),
     "unless_null": _unless(None, why="it is left to chance or to the number of rows in verl"),
     "val_temperature": _val_temperature,
-    "weights_cap": _of_weights,
+    "weights_cap": _cap,
     "weights_level": _of_weights,
     "weights_normalized": lambda value, run, key: _of_weights(value, run, key) if value else Unused("off"),
 }

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 _SIGNS = ("&&", "||", ";;", ";", "|", "\n", "&", ")")
@@ -21,7 +22,7 @@ _BRACED = re.compile(r"([A-Za-z_]\w*|[@*0-9])(\[[@*]\])?(:?[-+=?]|,,|\^\^)?(.*)"
 _LIST = re.compile(r'"?\$\{?(\w+|[@*])(\[[@*]\])?(?::\d+)?\}?"?')
 _REDIRECTION = re.compile(r"\d*[<>].*")
 _PREFIXES = ("export", "declare", "local", "readonly", "nohup", "exec", "time", "sudo")
-_TRAINERS = re.compile(r"(verl|recipe)[\w.]*\.\w*(main|trainer)\w*")
+_TRAINERS = re.compile(r"(verl|recipe)(?!.*(generation|eval))[\w.]*\.\w*main\w*")
 _INTEGERS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
     ast.FloorDiv: operator.floordiv,
@@ -32,12 +33,26 @@ _ORDERS: Mapping[str, Callable[[int, int], bool]] = {
 }  # fmt: skip
 
 
-def trainer_call(text: str) -> tuple[str, list[str]] | None:
-    """Return the module of verl's that a script calls first, and the arguments; None where it calls none."""
+@dataclass(frozen=True)
+class Call:
+    """A call of one of verl's trainers. undecided: what a case of the script asks, where nothing here says so."""
+
+    module: str
+    arguments: Sequence[str]
+    undecided: Sequence[str]
+
+
+def trainer_call(text: str, variables: Mapping[str, str]) -> Call | None:
+    """Return the first call in a script, in a branch that isn't read where no other has one; None without any.
+
+    variables: what the script finds set.
+    """
     script = _Script(list(_tokens(text.replace("\r\n", "\n"))))
+    script.variables |= {name: [value] for name, value in variables.items()}
     while script.tokens:
         script.block(True)
-    return script.call
+    found = script.call or script.unread_call
+    return Call(found[0], found[1:], script.undecided) if found else None
 
 
 def _end(text: str, at: int, quoted: bool = False) -> int:
@@ -85,7 +100,9 @@ class _Script:
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.variables: dict[str, list[str]] = {"HOME": ["~"], "PWD": ["."]}
-        self.call: tuple[str, list[str]] | None = None
+        self.call: list[str] = []
+        self.unread_call: list[str] = []
+        self.undecided: list[str] = []
 
     def block(self, is_live: bool, *ends: str) -> tuple[str, bool]:
         """Read commands up to a word of ``ends``; return it, and whether the last command was true."""
@@ -124,10 +141,12 @@ class _Script:
             words = [word]
             while self.tokens and self.tokens[0] not in _SIGNS:
                 words.append(self.tokens.pop(0))
-            if words[0].endswith("()"):  # a function
+            if words[0].endswith("()") and "=" not in words[0]:  # a function
                 self.block(False, "}")
             elif is_live:
                 return self._simple(words)
+            elif not self.unread_call:
+                self.unread_call = self._called(words)
         return is_live
 
     def _if(self, is_live: bool) -> None:
@@ -141,6 +160,7 @@ class _Script:
     def _case(self, is_live: bool) -> None:
         subject = self._text(self.tokens.pop(0))
         end, is_done = self.block(False, "in")[0], False
+        self.undecided += [subject] if is_live and "$" in subject else []
         while end not in ("esac", ""):
             patterns = list[str]()
             while self.tokens and self.tokens[0] not in (")", "esac"):
@@ -163,11 +183,14 @@ class _Script:
         expanded = [text for word in words for text in self._expanded(word)]
         if expanded[:1] in (["["], ["[["], ["test"]):
             return _is_true([word for word in expanded[1:] if word not in ("]", "]]")])
-        for flag, module in zip(expanded, expanded[1:], strict=False):
-            if flag == "-m" and _TRAINERS.fullmatch(module) and self.call is None:
-                rest = expanded[expanded.index(module) + 1 :]
-                self.call = module, [word for word in rest if not _REDIRECTION.fullmatch(word)]
+        self.call = self.call or self._called(words)
         return expanded[:1] not in (["false"], ["source"], ["."])
+
+    def _called(self, words: list[str]) -> list[str]:
+        """Return the module of verl's that a command calls, and what it passes; nothing where it calls none."""
+        at = next((at for at, word in enumerate(words) if _TRAINERS.fullmatch(word) and words[at - 1] == "-m"), None)
+        given = words[at:] if at is not None else []
+        return [text for word in given if not _REDIRECTION.fullmatch(word) for text in self._expanded(word)]
 
     def _assigned(self, value: str) -> list[str]:
         if not (value.startswith("(") and value.endswith(")")):
