@@ -37,7 +37,8 @@ def written(value: Any) -> str:
         return str(value).lower()
     if not isinstance(value, str) or (_PLAIN.fullmatch(value) and parsed(value) == value):
         return str(value)
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    quoted = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + ('\\"' if end[2] else ""), value)
+    return f'"{quoted}"'
 
 
 def needed(found: Translation) -> Translation:

@@ -37,8 +37,8 @@ of verl's keys by mistake is told ours.
 What the script leaves to verl's defaults is set where ours differ: a run means the same. A script's variables, arrays,
 `${X:-default}`, arithmetic, `if` and `case` are followed; what only a shell knows stays as it is and is named as open.
 
-**The three that change what a number means:** `ppo_mini_batch_size` counts rollouts here (%s), warm-up counts
-optimizer steps, and `data.truncation` never cuts a prompt.
+**What changes its meaning most:** `ppo_mini_batch_size` counts rollouts here (%s), warm-up
+counts optimizer steps, and no prompt is ever cut.
 """
 
 
@@ -64,7 +64,7 @@ def _lines(rows: list[Row], section: str) -> Iterator[str]:
     alike: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         key = f"`{row.verl.removeprefix(section + '.')}`"
-        if row.kind == "same" and row.default is None and not row.note or row.kind in ("none", "missing"):
+        if (row.kind == "same" and row.default is None and not row.note) or row.kind in ("none", "missing"):
             alike.setdefault((row.kind, row.note), []).append(key)
             continue
         default = "" if row.default is None else f"verl's default is {_plain(row.default)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,8 +122,3 @@ def without(found: Translation, keys: Mapping[str, str]) -> Translation:
         found.missing,
         found.opened,
     )
-
-
-def features(found: Translation) -> Sequence[str]:
-    """Return what isn't there, each once."""
-    return list(dict.fromkeys(found.missing.values()))
