@@ -135,6 +135,11 @@ def _decay_style(value: Any, run: Settings, key: str) -> Any:
     return value if _is_open(value) or value in ("constant", "cosine", "linear") else Missing(f"the schedule {value}")
 
 
+def _min_lr(value: Any, run: Settings, key: str) -> Any:
+    style = run(f"{key.rpartition('.')[0]}.lr_decay_style")
+    return Unused("the schedule is constant") if style == "constant" else value
+
+
 def _recompute(value: Any, run: Settings, key: str) -> Any:
     if run.is_megatron:
         return Unused("verl's Megatron backend doesn't read it")
@@ -280,6 +285,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "estimator": _estimator,
     "function_name": _function_name,
     "loss_mode": _loss_mode,
+    "min_lr": _min_lr,
     "minus_one_is_null": _minus_one_is_null,
     "num_generations": _num_generations,
     "of_clip_cov": _of_loss("clip_cov"),
