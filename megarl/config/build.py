@@ -32,7 +32,8 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in (n for n in values if n not in fields):
         path = f"{prefix}{name}"
-        fix = ours_for(path, values[name]) or nearest(str(name), fields) or f"keys here: {', '.join(fields)}"
+        hints_at = [hint for hint in (ours_for(path, values[name]), nearest(str(name), fields)) if hint]
+        fix = "; ".join(hints_at) or f"keys here: {', '.join(fields)}"
         problems.append(Problem(path, values[name], "no such key", fix))
     hints = typing.get_type_hints(cls)
     found = {}
