@@ -59,7 +59,12 @@ setup(
     # conf/ sits at the top of the repository, where people look for it, and ships as the package megarl.conf.
     packages=[*find_packages(include=["megarl", "megarl.*"]), "megarl.conf"],
     package_dir={"megarl": "megarl", "megarl.conf": "conf"},
-    package_data={"megarl": ["py.typed"], "megarl.conf": ["**/*.yaml"], "megarl.weights.model_facts": ["*.json"]},
+    package_data={
+        "megarl": ["py.typed"],
+        "megarl.conf": ["**/*.yaml"],
+        "megarl.config": ["*.yaml"],
+        "megarl.weights.model_facts": ["*.json"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -17,7 +17,6 @@ from update import SIZES, Size, make_batch, measure
 
 from megarl.parallel.environment import platform_name
 from megarl.plan.devices import this_device
-from megarl.plan.step_time import active_parameters
 
 
 def update_flops(size: Size) -> float:
@@ -25,7 +24,7 @@ def update_flops(size: Size) -> float:
     lengths = make_batch(size).lengths_B.double()
     shape = size.shape
     attention = 6 * shape.num_layers * shape.num_heads * shape.head_dim * lengths.square().sum()
-    return float(6 * active_parameters(shape) * lengths.sum() + attention)
+    return float(6 * shape.active_parameters * lengths.sum() + attention)
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from megarl.batching.balance import Cost, TokenBudget, pass_cost
 from megarl.batching.plan import Rows, micro_batches, plan_update, split_rows
 
 if TYPE_CHECKING:
-    from megarl.train.actor import Actor
-    from megarl.types import Batch
+    from megarl.train.megatron.backend import MegatronBackend
+    from megarl.types import PolicyBatch
     from megarl.weights.model_shape import ModelShape
 
 MICRO_BATCH_SIZE, NUM_RANKS = 8, 8
@@ -60,7 +60,9 @@ class Measured:
     seconds: float
 
 
-def measure(ways: Sequence[Way], actors: dict[bool, Actor], batch: Batch, repetitions: int) -> dict[str, Measured]:
+def measure(
+    ways: Sequence[Way], actors: dict[bool, MegatronBackend], batch: PolicyBatch, repetitions: int
+) -> dict[str, Measured]:
     """Let the ways take turns; the first turn warms up. actors: by whether they pack."""
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     lengths = batch.lengths_B.tolist()
@@ -75,9 +77,9 @@ def measure(ways: Sequence[Way], actors: dict[bool, Actor], batch: Batch, repeti
     for way in ways:
         [micros] = way.parts(lengths, 1)
         actor = actors[way.packed]
-        computed = sum(actor.pack(batch, rows).tokens.numel() for rows in micros)
+        computed = sum(micro.tokens.numel() for micro in actor.pack(batch, micros))
         saved = max(saved_bytes(actor, batch, rows) for rows in micros)
-        cost = cost_of(actor.spec.shape)
+        cost = cost_of(actor.role.shape)
         loads = [sum(cost(lengths[row]) for micro in part for row in micro) for part in way.parts(lengths, NUM_RANKS)]
         found[way.name] = Measured(
             len(micros),
@@ -89,21 +91,26 @@ def measure(ways: Sequence[Way], actors: dict[bool, Actor], batch: Batch, repeti
     return found
 
 
-def update(actor: Actor, batch: Batch, micros: Sequence[Rows]) -> None:
+def update(actor: MegatronBackend, batch: PolicyBatch, micros: Sequence[Rows]) -> None:
     """Take one optimizer step on all rollouts."""
     from megarl.algorithm.aggregate import mini_batch_totals
+    from megarl.algorithm.loss_specs import PolicyLossSpec
     from megarl.algorithm.policy_loss import PolicyLossSettings
-    from megarl.train.work import OptimizerStep, PolicyLossSpec
+    from megarl.train.actor import Actor
+    from megarl.train.work import OptimizerStep, UpdateWork
 
     loss = PolicyLossSpec(PolicyLossSettings(), "token-mean", kl_coef=None, kl_type="kl", temperature=1.0)
-    actor.update(batch, [OptimizerStep(tuple(micros), *mini_batch_totals(batch.mask_BS.sum(-1)))], loss)
+    step = OptimizerStep(tuple(micros), *mini_batch_totals(batch.mask_BS.sum(-1)))
+    Actor(actor).update(UpdateWork("actor", batch, (step,), loss))
 
 
-def saved_bytes(actor: Actor, batch: Batch, rows: Rows) -> int:
+def saved_bytes(actor: MegatronBackend, batch: PolicyBatch, rows: Rows) -> int:
     """Return the bytes that the forward pass of one micro-batch keeps for its backward pass, parameters left out."""
     import torch
 
-    resident = {parameter.untyped_storage()._cdata for parameter in actor.own_parameters()}
+    from megarl.train.megatron.output import MegatronOutput
+
+    resident = {parameter.untyped_storage()._cdata for parameter in actor.model.own_parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,10 +119,11 @@ def saved_bytes(actor: Actor, batch: Batch, rows: Rows) -> int:
             saved[storage._cdata] = storage
         return tensor
 
-    micro = actor.pack(batch, rows)
-    actor.set_training(True)
-    with actor.resident(), actor.groups.active(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        scores = actor.score(micro, actor.forward(actor.module, micro), 1.0)
+    (micro,), model = actor.pack(batch, [rows]), actor.model
+    model.set_training(True)
+    with model.resident(), model.groups.active(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = MegatronOutput(micro, model.forward(model.module, micro), actor.role, model.module)
+        scores = output.logprobs(1.0)
         total = sum(storage.nbytes() for storage in saved.values())
     del scores
     return total
@@ -123,21 +131,19 @@ def saved_bytes(actor: Actor, batch: Batch, rows: Rows) -> int:
 
 def cost_of(shape: ModelShape) -> Cost:
     """Return what a sequence costs a model."""
-    from megarl.plan.step_time import active_parameters
-
-    return pass_cost(active_parameters(shape), shape.num_layers * shape.num_heads * shape.head_dim)
+    return pass_cost(shape.active_parameters, shape.num_layers * shape.num_heads * shape.head_dim)
 
 
-def gsm8k_rollouts(source: Path, count: int) -> tuple[Batch, ModelShape]:
+def gsm8k_rollouts(source: Path, count: int) -> tuple[PolicyBatch, ModelShape]:
     """Return the first questions of ``source`` with their answers as rollouts, and the shape of a small model."""
     import tempfile
-    from dataclasses import replace
 
     import torch
 
     from megarl.batching.pack import sequences_to_batch
     from megarl.data.gsm8k import find_splits, read_questions, train_tokenizer
     from megarl.data.tiny_qwen3 import tiny_qwen3
+    from megarl.types import PolicyBatch
     from megarl.weights.model_shape import read_model_shape
 
     questions = read_questions(next(iter(find_splits(source).values())))
@@ -154,7 +160,7 @@ def gsm8k_rollouts(source: Path, count: int) -> tuple[Batch, ModelShape]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_qwen3(tokenizer, max_position_embeddings=2048).save_pretrained(folder)
         shape = read_model_shape(folder)
-    return replace(batch, old_logprobs_BS=old_BS, advantages_BS=advantages_BS), shape
+    return PolicyBatch(**vars(batch), old_logprobs_BS=old_BS, advantages_BS=advantages_BS), shape
 
 
 def join_alone() -> None:
@@ -164,24 +170,18 @@ def join_alone() -> None:
         port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
-    from megarl.ranks.spec import join_ranks
+    from megarl.ranks.join import join_ranks
 
     join_ranks()
 
 
-def build_actor(shape: ModelShape, *, packed: bool) -> Actor:
-    """Return a fresh actor on this rank."""
-    import torch
-
+def build_actor(shape: ModelShape, *, packed: bool) -> MegatronBackend:
+    """Return the backend of a fresh actor on this rank."""
     from megarl.parallel.layout import Layout
-    from megarl.train.actor import Actor
-    from megarl.train.megatron.model import ModelSpec
-    from megarl.train.megatron.optimizer import OptimizerSpec
-    from megarl.weights.sources import RandomSource
+    from megarl.verify.roles import TRAINING, role_on
+    from megarl.verify.work import backend_on_rank
 
-    optimizer = OptimizerSpec(1e-5, 0.0, 0.0, (0.9, 0.95), 1e-8, 1.0, "constant", 0, 1000, True)
-    spec = ModelSpec(shape, Layout(1), torch.float32, torch.device("cpu"), packed)
-    return Actor(spec, RandomSource(shape, 0), optimizer)
+    return backend_on_rank(role_on(Layout(1), shape, training=TRAINING, packed=packed))
 
 
 def table(found: dict[str, Measured], lengths: Sequence[int]) -> str:

@@ -20,11 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.batching.plan import micro_batches
 from megarl.weights.model_shape import ModelShape, Rope
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from megarl.batching.pack import MicroBatch
     from megarl.parallel.layout import Layout
     from megarl.parallel.platform import Platform
-    from megarl.train.megatron.optimizer import OptimizerSpec
-    from megarl.train.policy import Policy
-    from megarl.types import Batch
+    from megarl.roles import Training
+    from megarl.train.megatron.backend import MegatronBackend
+    from megarl.types import PolicyBatch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
@@ -82,13 +83,12 @@ SIZES = {
 }
 
 
-def make_batch(size: Size) -> Batch:
+def make_batch(size: Size) -> PolicyBatch:
     """Return random rollouts of different lengths, whose old log-probs are about those of a fresh model."""
-    from dataclasses import replace
-
     import torch
 
     from megarl.batching.pack import sequences_to_batch
+    from megarl.types import PolicyBatch
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(size.length * 2 // 3, size.length + 1, (size.rollouts,), generator=generator).tolist()
@@ -96,8 +96,8 @@ def make_batch(size: Size) -> Batch:
     batch = sequences_to_batch(tokens, [[i >= size.length // 4 for i in range(n)] for n in lengths])
     noise_BS, advantages_BS = (torch.randn(batch.tokens_BS.shape, generator=generator) for _ in range(2))
     level = -float(torch.tensor(size.shape.vocab_size).log())
-    return replace(
-        batch,
+    return PolicyBatch(
+        **vars(batch),
         old_logprobs_BS=(level + 0.1 * noise_BS) * batch.mask_BS,
         advantages_BS=advantages_BS * batch.mask_BS,
     )
@@ -119,7 +119,9 @@ class BareMicro:
 class BareLoop:
     """What one would write with megatron-core alone."""
 
-    def __init__(self, policy: Policy, spec: OptimizerSpec, batch: Batch, micros: list[MicroBatch]) -> None:
+    def __init__(
+        self, backend: MegatronBackend, training: Training, batch: PolicyBatch, micros: list[MicroBatch]
+    ) -> None:
         import torch
         from megatron.core.distributed import (
             DistributedDataParallel,
@@ -130,8 +132,9 @@ class BareLoop:
 
         from megarl.train.megatron.attention import describe_packing
 
-        device, self.groups = policy.spec.device, policy.groups
-        assert batch.old_logprobs_BS is not None and batch.advantages_BS is not None
+        device, model = backend.device, backend.model
+        self.groups = model.groups
+        assert batch.old_logprobs_BS is not None
         self.total_tokens = int(batch.mask_BS.sum())
         self.micros = [
             BareMicro(
@@ -146,22 +149,22 @@ class BareLoop:
             for micro in micros
         ]
         with self.groups.active():
-            config: Any = policy.module.config
+            config: Any = model.module.config
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-            self.ddp = DistributedDataParallel(config, ddp_config, policy.module)
+            self.ddp = DistributedDataParallel(config, ddp_config, model.module)
             config.no_sync_func = self.ddp.no_sync
             config.finalize_model_grads_func = lambda chunks, *_, **__: finalize_model_grads(chunks, None)
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     optimizer="adam",
-                    lr=spec.lr,
-                    weight_decay=spec.weight_decay,
-                    adam_beta1=spec.betas[0],
-                    adam_beta2=spec.betas[1],
-                    adam_eps=spec.eps,
-                    clip_grad=spec.clip_grad,
-                    bf16=policy.spec.dtype == torch.bfloat16,
-                    params_dtype=policy.spec.dtype,
+                    lr=training.lr,
+                    weight_decay=training.weight_decay,
+                    adam_beta1=training.betas[0],
+                    adam_beta2=training.betas[1],
+                    adam_eps=training.eps,
+                    clip_grad=training.clip_grad,
+                    bf16=model.dtype == torch.bfloat16,
+                    params_dtype=model.dtype,
                     use_distributed_optimizer=True,
                 ),
                 [self.ddp],
@@ -210,54 +213,36 @@ def measure(size: Size, tp: int, pp: int, repetitions: int, *, bare: bool = True
     The rank is still in its world afterwards. Raises SystemExit where the loops disagree on loss or gradient norm: they
     wouldn't do the same work.
     """
-    from megarl.ranks.spec import join_ranks
+    from megarl.ranks.join import join_ranks
 
     platform = join_ranks()
     import torch
     import torch.distributed as dist
 
+    from megarl.algorithm.loss_specs import PolicyLossSpec
     from megarl.algorithm.policy_loss import PolicyLossSettings
     from megarl.parallel.layout import Layout
     from megarl.train.actor import Actor
-    from megarl.train.megatron.model import ModelSpec
-    from megarl.train.megatron.optimizer import OptimizerSpec
-    from megarl.train.policy import Policy
-    from megarl.train.work import OptimizerStep, PolicyLossSpec
-    from megarl.weights.sources import RandomSource
+    from megarl.verify.roles import TRAINING, role_on
+    from megarl.verify.work import backend_on_rank, update
 
     layout: Layout = Layout(dist.get_world_size(), tp=tp, pp=pp, sequence_parallel=tp > 1)
-    device = platform.device(int(os.environ["LOCAL_RANK"]))
-    dtype = torch.bfloat16 if platform.name == "cuda" else torch.float32
-    model = ModelSpec(size.shape, layout, dtype, device)
-    optimizer = OptimizerSpec(
-        lr=LR,
-        min_lr=LR,
-        weight_decay=0.01,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        clip_grad=1.0,
-        schedule="constant",
-        warmup_steps=0,
-        total_steps=1000,
-        use_distributed_optimizer=True,
-    )
+    dtype = "bfloat16" if platform.name == "cuda" else "float32"
+    training = replace(TRAINING, lr=LR, min_lr=LR, weight_decay=0.01, eps=1e-8)
+    role = role_on(layout, size.shape, dtype=dtype, training=training, micro_batch_size=size.micro_batch_size)
     batch = make_batch(size)
-    starts = range(0, size.rollouts, size.micro_batch_size)
-    rows = tuple(tuple(range(start, start + size.micro_batch_size)) for start in starts)
-    step = OptimizerStep(rows, int(batch.mask_BS.sum()), len(batch))
     loss = PolicyLossSpec(PolicyLossSettings(CLIP, CLIP, None), "token-mean", None, "low_var_kl", 1.0)
-
-    actor = Actor(model, RandomSource(size.shape, 0), optimizer)
+    actor = Actor(backend_on_rank(role))
 
     def ours() -> tuple[float, float]:
-        (metrics,) = actor.update(batch, [step], loss)
+        (metrics,) = update(actor, batch, loss).metrics
         return metrics.get("loss", 0.0), metrics["grad_norm"]
 
     loops: dict[str, Callable[[], tuple[float, float]]] = {"megarl": ours}
     if bare:
-        policy = Policy(model, RandomSource(size.shape, 0))
-        micros = [policy.pack(batch, part) for part in rows]
-        loops["bare"] = BareLoop(policy, optimizer, batch, micros).update
+        backend = backend_on_rank(replace(role, training=None))
+        micros = backend.pack(batch, micro_batches(range(len(batch)), size.micro_batch_size))
+        loops["bare"] = BareLoop(backend, training, batch, micros).update
     times, cpu_times, told = take_turns(loops, repetitions, platform)
     for mine, theirs in zip(told["megarl"], told.get("bare", told["megarl"]), strict=True):
         if any(abs(a - b) > 1e-2 * abs(b) + 1e-4 for a, b in zip(mine, theirs, strict=True)):
@@ -265,7 +250,7 @@ def measure(size: Size, tp: int, pp: int, repetitions: int, *, bare: bool = True
     tokens = int(batch.lengths_B.sum())
     peak = torch.cuda.max_memory_allocated() if platform.name == "cuda" else 0
     seconds = {"times_s": times, "cpu_times_s": cpu_times}
-    return {"tokens": tokens, "device": str(device), "dtype": str(dtype), "peak_bytes": peak, **seconds}
+    return {"tokens": tokens, "device": str(actor.backend.device), "dtype": dtype, "peak_bytes": peak, **seconds}
 
 
 def take_turns(
@@ -326,7 +311,7 @@ def table(results: dict[str, dict[str, Any]], size: str) -> str:
     first = next(iter(results.values()))
     lines = [
         f"`python benchmarks/update.py --layouts {' '.join(results)} --size {size}` with {versions}, Python "
-        f"{sys.version.split()[0]}, {first['device']}, {first['dtype'].removeprefix('torch.')}, medians of "
+        f"{sys.version.split()[0]}, {first['device']}, {first['dtype']}, medians of "
         f"{len(first['times_s']['bare'])}:",
         "",
         "| layout | tokens an update | bare loop, tokens/s | megarl, tokens/s | ratio | of neighbours | by CPU time |",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -30,10 +32,16 @@ class LossNeeds:
     """What a policy loss needs. uses: keys of ``actor_rollout_ref.actor`` that it reads, among those that not all do.
 
     chosen_tokens: whether some tokens of a step are chosen before the update, see megarl.algorithm.covariance.
+    aggregations: those that leave it the algorithm of its paper, the paper's first. clip_low, clip_high: the paper's.
+    max_epochs: passes over the rollouts of a step that it allows, None for any number.
     """
 
     uses: tuple[str, ...] = ()
     chosen_tokens: bool = False
+    aggregations: tuple[str, ...] = AGGREGATIONS
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    max_epochs: int | None = None
 
 
 _SPREAD = ("norm_adv_by_std_in_grpo",)
@@ -49,23 +57,24 @@ ESTIMATORS: Mapping[str, Needs] = {
     "gpg": Needs(min_group_size=2),
 }
 
+_OF_SEQUENCES = ("seq-mean-token-mean",)
 _CLIPS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
 _TAUS = ("policy_loss_settings.tau_positive", "policy_loss_settings.tau_negative")
 _SHARE, _BAND = "policy_loss_settings.cov_share", ("policy_loss_settings.cov_low", "policy_loss_settings.cov_high")
 POLICY_LOSSES: Mapping[str, LossNeeds] = {
     "ppo_clip": LossNeeds(uses=(*_CLIPS, "clip_ratio_c")),
-    "gspo": LossNeeds(uses=_CLIPS),
-    "geo_mean": LossNeeds(uses=_CLIPS),
-    "cispo": LossNeeds(uses=_CLIPS),
-    "sapo": LossNeeds(uses=_TAUS),
-    "gpg": LossNeeds(),
+    "gspo": LossNeeds(uses=_CLIPS, aggregations=_OF_SEQUENCES, clip_low=3e-4, clip_high=4e-4),
+    "geo_mean": LossNeeds(uses=_CLIPS, aggregations=_OF_SEQUENCES, clip_low=0.4, clip_high=0.4),
+    # MiniMax-M1 bounds the weight above alone, and doesn't publish by how much.
+    "cispo": LossNeeds(uses=_CLIPS, clip_low=1.0),
+    "sapo": LossNeeds(uses=_TAUS, aggregations=(*_OF_SEQUENCES, "token-mean")),
+    "gpg": LossNeeds(max_epochs=1),
     "clip_cov": LossNeeds(uses=(*_CLIPS, _SHARE, *_BAND), chosen_tokens=True),
     "kl_cov": LossNeeds(uses=(_SHARE, "policy_loss_settings.cov_kl_coef"), chosen_tokens=True),
 }
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-
-# Those with a + have the value of the name before it and the unbiased gradient of mse, which counts in a loss alone.
+# "kl" is k1 with the gradient of the KL. A name with a + has the value of the name before it and the unbiased gradient
+# of mse, which counts in a loss alone.
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_LOSSES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
 KL_CONTROLLERS = ("fixed", "adaptive")

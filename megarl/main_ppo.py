@@ -9,7 +9,7 @@ from typing import Any
 from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
 from megarl.controller.observer import Observer
-from megarl.launchers.start import check_world_size, serve_if_not_controller
+from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -20,6 +20,7 @@ def main() -> None:
     with interrupts_told():
         if not serve_if_not_controller():
             run_hydra("ppo_trainer", run_ppo)
+            end_rank()
 
 
 def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Observer | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
-from megarl.launchers.start import check_world_size, serve_if_not_controller
+from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 
@@ -18,6 +18,7 @@ def main() -> None:
     with interrupts_told():
         if not serve_if_not_controller():
             run_hydra("sft_trainer", run_sft)
+            end_rank()
 
 
 def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:

@@ -272,7 +272,7 @@ def _actor(c: PPOConfig, find: FindModel) -> Role:
         training_of(
             actor.optim, actor.lr_scheduler, actor.ppo_mini_batch_size, epochs=actor.ppo_epochs, shuffle=actor.shuffle
         ),
-        _residency(backend),
+        residency_of(backend),
         c.actor_rollout_ref.model.use_remove_padding,
         c.actor_rollout_ref.model.use_fused_kernels,
     )
@@ -280,24 +280,17 @@ def _actor(c: PPOConfig, find: FindModel) -> Role:
 
 def _reference(c: PPOConfig, find: FindModel) -> Role:
     ref = c.actor_rollout_ref.ref
-    backend = _backend_of(REF, ref.megatron, ref.fsdp_config)
-    layout, own = layout_of(backend, num_ranks(c)), ref.log_prob_use_dynamic_bsz
-    return Role(
-        "ref",
-        REF,
-        _policy(c, find),
-        backend,
-        layout,
-        c.actor_rollout_ref.model.dtype,
-        _batching(
-            _longest(c),
-            layout,
-            _actor_scores_by_tokens(c) if own is None else own,
-            ((f"{REF}.log_prob_micro_batch_size_per_gpu", ref.log_prob_micro_batch_size_per_gpu), *_actor_sizes(c)),
-            ((f"{REF}.log_prob_max_token_len_per_gpu", ref.log_prob_max_token_len_per_gpu), *_actor_tokens(c)),
+    return replace(
+        _frozen(
+            c,
+            "ref",
+            REF,
+            _policy(c, find),
+            _backend_of(REF, ref.megatron, ref.fsdp_config),
+            ref.log_prob_use_dynamic_bsz,
+            (f"{REF}.log_prob_micro_batch_size_per_gpu", ref.log_prob_micro_batch_size_per_gpu),
+            (f"{REF}.log_prob_max_token_len_per_gpu", ref.log_prob_max_token_len_per_gpu),
         ),
-        residency=_residency(backend),
-        packed=c.actor_rollout_ref.model.use_remove_padding,
         fused_head=c.actor_rollout_ref.model.use_fused_kernels,
     )
 
@@ -330,34 +323,44 @@ def _critic(c: PPOConfig, find: FindModel) -> Role:
             epochs=critic.ppo_epochs,
             shuffle=critic.shuffle,
         ),
-        _residency(backend),
+        residency_of(backend),
         c.actor_rollout_ref.model.use_remove_padding,
     )
 
 
 def _reward_model(c: PPOConfig, find: FindModel) -> Role:
     model = c.reward.model
-    backend = _backend_of(REWARD_MODEL, model.megatron, None)
-    layout, own = layout_of(backend, num_ranks(c)), model.use_dynamic_bsz
     facts = find(ModelFacts(REWARD_MODEL, model.path))
-    return Role(
+    return _frozen(
+        c,
         "reward_model",
         REWARD_MODEL,
         # Of a model that isn't here only the facts of the language model that it was made from are known.
         facts if facts.folder is not None else facts.with_value_head(),
-        backend,
-        layout,
-        c.actor_rollout_ref.model.dtype,
-        _batching(
-            _longest(c),
-            layout,
-            _actor_scores_by_tokens(c) if own is None else own,
-            ((f"{REWARD_MODEL}.micro_batch_size_per_gpu", model.micro_batch_size_per_gpu), *_actor_sizes(c)),
-            ((f"{REWARD_MODEL}.forward_max_token_len_per_gpu", model.forward_max_token_len_per_gpu), *_actor_tokens(c)),
-        ),
-        residency=_residency(backend),
-        packed=c.actor_rollout_ref.model.use_remove_padding,
+        _backend_of(REWARD_MODEL, model.megatron),
+        model.use_dynamic_bsz,
+        (f"{REWARD_MODEL}.micro_batch_size_per_gpu", model.micro_batch_size_per_gpu),
+        (f"{REWARD_MODEL}.forward_max_token_len_per_gpu", model.forward_max_token_len_per_gpu),
     )
+
+
+def _frozen(
+    c: PPOConfig,
+    name: str,
+    key: str,
+    model: ModelFacts,
+    backend: BackendConfig,
+    by_tokens: bool | None,
+    size: tuple[str, int | None],
+    tokens: tuple[str, int | None],
+) -> Role:
+    """Return a role that only scores. by_tokens, size, tokens: its own; null ones are as the actor's log-prob pass."""
+    layout, model_config = layout_of(backend, num_ranks(c)), c.actor_rollout_ref.model
+    counts_tokens = _actor_scores_by_tokens(c) if by_tokens is None else by_tokens
+    sizes, budgets = (size, *_actor_sizes(c)), (tokens, *_actor_tokens(c))
+    scoring = _batching(_longest(c), layout, counts_tokens, sizes, budgets)
+    residency, packed = residency_of(backend), model_config.use_remove_padding
+    return Role(name, key, model, backend, layout, model_config.dtype, scoring, residency=residency, packed=packed)
 
 
 def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
@@ -374,7 +377,7 @@ def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
         size,
         size,
         training_of(c.optim, c.lr_scheduler, c.data.train_batch_size),
-        _residency(c.megatron),
+        residency_of(c.megatron),
         c.model.use_remove_padding,
         c.model.use_fused_kernels,
     )
@@ -421,7 +424,8 @@ def _backend_of(key: str, *sections: BackendConfig | None) -> BackendConfig:
     return given
 
 
-def _residency(backend: BackendConfig) -> Residency:
+def residency_of(backend: BackendConfig) -> Residency:
+    """Return where the tensors of a role with this section of a backend wait between uses."""
     match backend:
         case TrainedMegatronConfig():
             return Residency(

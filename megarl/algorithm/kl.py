@@ -4,8 +4,9 @@ With x sampled by the actor and log-ratio d = log actor(x) - log reference(x). I
 J. Schulman, http://joschu.net/blog/kl-approx.html, names them k1, k2, k3.
 
 Each is an estimate of the KL's value, as a penalty in the reward needs. As a loss, what counts is its gradient: on
-policy that of ``kl`` has mean zero (it holds nothing back), that of ``mse`` is the exact gradient of KL(actor ||
-reference) in expectation, and that of ``low_var_kl`` is the one of KL(reference || actor).
+policy that of ``k1`` has mean zero (it holds nothing back), that of ``mse`` is the exact gradient of KL(actor ||
+reference) in expectation, and that of ``low_var_kl`` is the one of KL(reference || actor). ``kl`` is the value of
+``k1`` with the gradient of ``mse``: the KL itself.
 
 Shape suffixes: B rollouts, S sequence, T packed tokens.
 """
@@ -33,9 +34,8 @@ class KLEstimator(Protocol):
 kl_estimators: Registry[KLEstimator] = Registry("actor_rollout_ref.actor.kl_loss_type")
 
 
-@kl_estimators.register("kl")
 @kl_estimators.register("k1")
-def kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return k1 = d: unbiased, of high variance, negative on many tokens."""
     return logprobs - ref_logprobs
 
@@ -77,6 +77,7 @@ def _straight_through(value: KLEstimator) -> KLEstimator:
     return estimate
 
 
+kl_estimators.register("kl")(_straight_through(k1))
 for _name in KL_LOSSES:
     if _name.endswith("+"):
         kl_estimators.register(_name)(_straight_through(kl_estimators.get(_name.removesuffix("+"))))

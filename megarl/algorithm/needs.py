@@ -9,9 +9,34 @@ from megarl.config.schema import PPOConfig
 KEYS_OF_ESTIMATORS = tuple(dict.fromkeys(name for needs in ESTIMATORS.values() for name in needs.uses))
 
 
+def uses_kl_loss(c: PPOConfig) -> bool:
+    """Whether the loss has a KL term: where null leaves it open, grpo without another has one unless it is kl_free."""
+    asked, algorithm = c.actor_rollout_ref.actor.use_kl_loss, c.algorithm
+    is_open = algorithm.adv_estimator == "grpo" and not algorithm.use_kl_in_reward and not algorithm.kl_free
+    return is_open if asked is None else asked
+
+
 def needs_reference(c: PPOConfig) -> bool:
     """Whether any KL term compares with the reference."""
-    return c.actor_rollout_ref.actor.use_kl_loss or c.algorithm.use_kl_in_reward
+    return uses_kl_loss(c) or c.algorithm.use_kl_in_reward
+
+
+def loss_needs(c: PPOConfig) -> LossNeeds:
+    """Return the LossNeeds of the run's policy loss; one of the user's own has those of any."""
+    return POLICY_LOSSES.get(c.actor_rollout_ref.actor.policy_loss, LossNeeds())
+
+
+def aggregation(c: PPOConfig) -> str:
+    """Return the aggregation of the policy loss: the paper's own where the config has null."""
+    return c.actor_rollout_ref.actor.loss_agg_mode or loss_needs(c).aggregations[0]
+
+
+def clip_range(c: PPOConfig) -> tuple[float, float]:
+    """Return the lower and upper clip range of the policy loss: the paper's own where the config has null."""
+    actor, needs = c.actor_rollout_ref.actor, loss_needs(c)
+    both = (actor.clip_ratio, actor.clip_ratio) if actor.clip_ratio is not None else (needs.clip_low, needs.clip_high)
+    low = both[0] if actor.clip_ratio_low is None else actor.clip_ratio_low
+    return low, both[1] if actor.clip_ratio_high is None else actor.clip_ratio_high
 
 
 def needs_reward_model(c: PPOConfig) -> bool:
@@ -35,9 +60,8 @@ def needs_old_logprobs(c: PPOConfig) -> bool:
     Weights and rejections of rollout correction do, KL in the reward, losses that choose tokens, and further epochs.
     """
     actor, correction = c.actor_rollout_ref.actor, c.algorithm.rollout_correction
-    loss = POLICY_LOSSES.get(actor.policy_loss, LossNeeds())
     corrects = correction.preset not in (None, "metrics_only") or correction.level or correction.rejections
-    return bool(corrects or c.algorithm.use_kl_in_reward or loss.chosen_tokens or actor.ppo_epochs > 1)
+    return bool(corrects or c.algorithm.use_kl_in_reward or loss_needs(c).chosen_tokens or actor.ppo_epochs > 1)
 
 
 def reuses_update(c: PPOConfig) -> bool:

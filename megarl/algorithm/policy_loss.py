@@ -122,7 +122,8 @@ def gspo(inputs: PolicyLossInputs, settings: PolicyLossSettings) -> TokenLoss:
     1 than those of tokens, and so must the clip be: the paper has 3e-4 and 4e-4. GSPO, arXiv:2507.18071, section 4.3
     (GSPO-token).
     """
-    mean_N = _sequence_mean(_log_ratio(inputs), inputs).detach()
+    log_ratio_N = inputs.logprobs_N - inputs.old_logprobs_N
+    mean_N = _clamped(_sequence_mean(log_ratio_N, inputs).detach())
     ratio_N = mean_N.exp() * torch.exp(inputs.logprobs_N - inputs.logprobs_N.detach())
     return _weighted(*_clipped_surrogate(ratio_N, inputs.advantages_N, settings), inputs)
 
@@ -135,10 +136,10 @@ def geo_mean(inputs: PolicyLossInputs, settings: PolicyLossSettings) -> TokenLos
     is of the log-ratio, 0.4 on both sides in the paper. With seq-mean-token-mean the sum is -A exp(mean c), the
     paper's. GMPO, arXiv:2507.20673.
     """
-    log_ratio_N, sign_N = _log_ratio(inputs), inputs.advantages_N.sign()
+    log_ratio_N, sign_N = inputs.logprobs_N - inputs.old_logprobs_N, inputs.advantages_N.sign()
     bounded_N = log_ratio_N.clamp(-settings.clip_low, settings.clip_high)
     is_clipped_N = sign_N * bounded_N < sign_N * log_ratio_N
-    ratio_N = _sequence_mean(torch.where(is_clipped_N, bounded_N, log_ratio_N), inputs).exp()
+    ratio_N = _clamped(_sequence_mean(torch.where(is_clipped_N, bounded_N, log_ratio_N), inputs)).exp()
     return _weighted(-inputs.advantages_N * ratio_N, is_clipped_N, inputs)
 
 
@@ -204,7 +205,12 @@ def kl_cov(inputs: PolicyLossInputs, settings: PolicyLossSettings) -> TokenLoss:
 
 
 def _log_ratio(inputs: PolicyLossInputs) -> Tensor:
-    return (inputs.logprobs_N - inputs.old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return _clamped(inputs.logprobs_N - inputs.old_logprobs_N)
+
+
+def _clamped(log_ratio_N: Tensor) -> Tensor:
+    """Return log-ratios within bounds, so that no exponential overflows."""
+    return log_ratio_N.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
 def _ratio(inputs: PolicyLossInputs) -> Tensor:

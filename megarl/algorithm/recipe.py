@@ -25,7 +25,7 @@ from megarl.algorithm.kl import KLEstimator, kl_estimators
 from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
 from megarl.algorithm.loss_specs import PolicyLossSpec, ValueLossSpec
 from megarl.algorithm.metrics import logprob_difference, masked_mean
-from megarl.algorithm.needs import reuses_update
+from megarl.algorithm.needs import aggregation, clip_range, reuses_update, uses_kl_loss
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, correct_rollouts, presets
 from megarl.algorithm.samples import Samples
@@ -33,6 +33,7 @@ from megarl.algorithm.seeds import seed_of
 from megarl.algorithm.token_rewards import penalize_rewards
 from megarl.algorithm.user_file import user_errors_named
 from megarl.algorithm.value_loss import explained_variance
+from megarl.catalog import AGGREGATIONS
 from megarl.config.schema import PPOConfig, RolloutCorrectionConfig
 from megarl.types import Metrics, PolicyBatch, RolloutBatch, Sequences, ValueBatch
 
@@ -82,7 +83,9 @@ class Recipe:
         self.estimate = _estimator(config)
         self.policy_loss = _policy_loss(config)
         self.value_loss = ValueLossSpec(
-            config.critic.cliprange_value, config.critic.loss_agg_mode, config.data.max_response_length
+            config.critic.cliprange_value,
+            config.critic.loss_agg_mode or AGGREGATIONS[0],
+            config.data.max_response_length,
         )
         control = algorithm.kl_ctrl
         self.kl_controller: KLController = kl_controllers.get(control.type)(
@@ -235,10 +238,11 @@ def _estimator(config: PPOConfig) -> Callable[[AdvantageInputs], Advantages]:
 def _policy_loss(config: PPOConfig) -> PolicyLossSpec:
     models = config.actor_rollout_ref
     actor, extra = models.actor, models.actor.policy_loss_settings
+    clip_low, clip_high = clip_range(config)
     return PolicyLossSpec(
         settings=PolicyLossSettings(
-            clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
-            clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+            clip_low=clip_low,
+            clip_high=clip_high,
             clip_c=actor.clip_ratio_c,
             tau_positive=extra.tau_positive,
             tau_negative=extra.tau_negative,
@@ -247,8 +251,8 @@ def _policy_loss(config: PPOConfig) -> PolicyLossSpec:
             cov_high=extra.cov_high,
             cov_kl_coef=extra.cov_kl_coef,
         ),
-        loss_agg_mode=actor.loss_agg_mode,
-        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else None,
+        loss_agg_mode=aggregation(config),
+        kl_coef=actor.kl_loss_coef if uses_kl_loss(config) else None,
         kl_type=actor.kl_loss_type,
         temperature=models.rollout.temperature,
         name=actor.policy_loss,

@@ -8,9 +8,11 @@ from pathlib import Path
 from megarl.algorithm.needs import (
     KEYS_OF_ESTIMATORS,
     estimator_needs,
+    loss_needs,
     needs_critic,
     needs_reference,
     needs_reward_model,
+    uses_kl_loss,
 )
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.config.defaults import default_of
@@ -79,7 +81,7 @@ def grpo_has_a_kl_term_or_says_not(c: PPOConfig) -> Problems:
 def a_kl_term_weighs_something(c: PPOConfig) -> Problems:
     """A reference that is kept for a KL term has a say: an adaptive coefficient that starts at 0 stays there too."""
     terms = (
-        (c.actor_rollout_ref.actor.use_kl_loss, "actor_rollout_ref.actor.", "kl_loss_coef", "use_kl_loss"),
+        (uses_kl_loss(c), "actor_rollout_ref.actor.", "kl_loss_coef", "use_kl_loss"),
         (c.algorithm.use_kl_in_reward, "algorithm.", "kl_ctrl.kl_coef", "use_kl_in_reward"),
     )
     weights = (c.actor_rollout_ref.actor.kl_loss_coef, c.algorithm.kl_ctrl.kl_coef)
@@ -142,6 +144,18 @@ def dynamic_sampling_has_groups(c: PPOConfig) -> Problems:
         allowed = "must be at least 2: the first generation is the step's own, and replaces nothing"
         key = "algorithm.filter_groups.max_num_gen_batches"
         yield Problem(key, c.algorithm.filter_groups.max_num_gen_batches, allowed, f"{key}=10")
+
+
+def the_policy_loss_is_that_of_its_paper(c: PPOConfig) -> Problems:
+    """Aggregation and epochs leave the policy loss the algorithm whose name it has."""
+    actor, needs = c.actor_rollout_ref.actor, loss_needs(c)
+    key, mode, name = "actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, actor.policy_loss
+    if mode is not None and mode not in needs.aggregations:
+        allowed = f"makes {name} another algorithm: its paper has {' or '.join(needs.aggregations)}"
+        yield Problem(key, mode, allowed, f"{key}=null, or another policy_loss")
+    if needs.max_epochs is not None and actor.ppo_epochs > needs.max_epochs:
+        key, allowed = "actor_rollout_ref.actor.ppo_epochs", f"{name} has no ratio: a second pass would be off policy"
+        yield Problem(key, actor.ppo_epochs, allowed, f"{key}={needs.max_epochs}, or another policy_loss")
 
 
 def covariances_lie_between_two_bounds(c: PPOConfig) -> Problems:
@@ -221,6 +235,7 @@ ALGORITHM_RULES = (
     estimator_settings_have_an_effect,
     the_kl_controller_has_an_effect,
     dynamic_sampling_has_groups,
+    the_policy_loss_is_that_of_its_paper,
     covariances_lie_between_two_bounds,
     the_overlong_buffer_is_within_the_response,
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.algorithm.needs import needs_old_logprobs, needs_reward_function, needs_reward_model
+from megarl.algorithm.needs import needs_old_logprobs, needs_reward_function, needs_reward_model, uses_kl_loss
 from megarl.catalog import POLICY_LOSSES
 from megarl.config.defaults import default_of
 from megarl.config.schema import PPOConfig
@@ -56,7 +56,7 @@ def _one_side_is_clipped_by_it(c: PPOConfig) -> bool:
     return actor.clip_ratio_low is None or actor.clip_ratio_high is None
 
 
-_KL_LOSS = (lambda c: c.actor_rollout_ref.actor.use_kl_loss, f"{ACTOR}.use_kl_loss is on", f"{ACTOR}.use_kl_loss=true")
+_KL_LOSS = (uses_kl_loss, f"{ACTOR}.use_kl_loss is on", f"{ACTOR}.use_kl_loss=true")
 _KL_REWARD = (
     lambda c: c.algorithm.use_kl_in_reward,
     "algorithm.use_kl_in_reward is on",

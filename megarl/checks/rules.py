@@ -19,10 +19,13 @@ from megarl.checks.axes import (
     the_model_fits_its_axes,
 )
 from megarl.checks.effects import settings_have_an_effect
+from megarl.checks.vllm_facts import VLLM_HEAD_SIZES, vllm_serves
 from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
+from megarl.parallel.environment import PlatformName
 from megarl.roles import Role, num_ranks
 from megarl.weights.model_shape import ModelShape
+from megarl.weights.split import VLLM_VOCAB_MULTIPLE
 
 Problems = Iterator[Problem]
 
@@ -129,6 +132,15 @@ def an_engine_step_holds_its_sequences(c: PPOConfig) -> Problems:
         yield Problem(key, tokens, allowed, f"{key}=null")
 
 
+def a_prompt_fits_an_engine_step(c: PPOConfig, platform: PlatformName | None, longest_tokens: int) -> Problems:
+    """On CPU an engine step holds the longest prompt and response: prompts aren't cut there, as seeds don't bear it."""
+    tokens = c.actor_rollout_ref.rollout.max_num_batched_tokens
+    if platform == "cpu" and tokens is not None and tokens < longest_tokens:
+        key = "actor_rollout_ref.rollout.max_num_batched_tokens"
+        sizes = f"data.max_prompt_length + data.max_response_length = {longest_tokens}"
+        yield Problem(key, tokens, f"must be at least {sizes} on CPU, where no prompt is cut", f"{key}=null")
+
+
 def training_and_rollout_share_devices(c: PPOConfig) -> Problems:
     """hybrid_engine is on."""
     if not c.actor_rollout_ref.hybrid_engine:
@@ -194,9 +206,13 @@ def axes_make_sense(role: Role) -> Problems:
         yield from a_precision_aware_optimizer_has_its_place(key, backend, role.dtype)
 
 
-def run_problems(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Problem]:
-    """Return the problems of a run that need no file."""
+def run_problems(
+    c: PPOConfig | SFTConfig, roles: Sequence[Role], platform: PlatformName | None = None
+) -> list[Problem]:
+    """Return the problems of a run that need no file. platform: None leaves out what one platform alone demands."""
     problems = [p for rule in _PPO_RULES for p in rule(c)] if isinstance(c, PPOConfig) else []
+    if isinstance(c, PPOConfig):
+        problems += a_prompt_fits_an_engine_step(c, platform, roles[0].scoring.sequence_tokens)
     problems += a_token_budget_holds_every_rollout(roles)
     problems += a_token_budget_counts_no_padding(roles)
     for models in {role.model.key: role for role in reversed(roles)}.values():
@@ -209,8 +225,13 @@ def run_problems(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Proble
     return without_followers(problems, roles)
 
 
-def model_problems(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Problem]:
-    """Return the problems between a config and the config.json of its models, of those that are known."""
+def model_problems(
+    c: PPOConfig | SFTConfig, roles: Sequence[Role], platform: PlatformName | None = None
+) -> list[Problem]:
+    """Return the problems between a config and the config.json of its models, of those that are known.
+
+    platform: as in ``run_problems``.
+    """
     problems: list[Problem] = []
     actor, known = roles[0], [role for role in roles if role.model.known_shape is not None]
     for role in known:
@@ -222,19 +243,50 @@ def model_problems(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Prob
     for role in {role.model.key: role for role in reversed(known)}.values():
         problems += the_model_has_the_right_head(role)
     if actor in known:
-        problems += _engine_problems(c, actor) if isinstance(c, PPOConfig) else []
+        problems += _engine_problems(c, actor, platform) if isinstance(c, PPOConfig) else []
         problems += the_longest_sequence_fits_the_model(c, actor.shape)
     return without_followers(problems, roles)
 
 
-def _engine_problems(c: PPOConfig, actor: Role) -> Problems:
+def _engine_problems(c: PPOConfig, actor: Role, platform: PlatformName | None) -> Problems:
     """Yield the problems between the engine and the model that it runs."""
     shape, rollout = actor.shape, c.actor_rollout_ref.rollout
     yield from stop_tokens_are_in_the_vocabulary(rollout.stop_token_ids, shape)
     key, tp = "actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size
+    yield from the_engine_splits_the_model(key, shape, tp)
+    yield from the_engine_serves_the_heads(actor, platform)
+
+
+def the_engine_splits_the_model(key: str, shape: ModelShape, tp: int) -> Problems:
+    """All that vLLM splits divides by the ranks of a replica. key: of the number of those."""
     yield from a_tensor_split_fits(key, shape, tp)
     if shape.num_experts and shape.expert_ffn_size % tp:
         yield Problem(key, tp, f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size")
+    if shape.shared_expert_ffn_size % tp:
+        size = shape.shared_expert_ffn_size
+        yield Problem(key, tp, f"must divide the shared expert's feed-forward size of {size}")
+    padded = -(-shape.vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
+    if padded % tp:
+        allowed = (
+            f"must divide the model's vocabulary of {shape.vocab_size} padded to a multiple of {VLLM_VOCAB_MULTIPLE}, "
+            f"{padded}: vLLM demands it"
+        )
+        yield Problem(key, tp, allowed)
+
+
+def the_engine_serves_the_heads(actor: Role, platform: PlatformName | None) -> Problems:
+    """vLLM has attention for heads of the model's size, and takes that size from the same field."""
+    shape, key, path = actor.shape, f"{actor.model.key}.path", actor.model.path
+    if platform and not vllm_serves(shape.head_dim, platform):
+        served = VLLM_HEAD_SIZES[platform]
+        allowed = f"its head_dim = {shape.head_dim} is none that vLLM serves on {platform}: {served}"
+        yield Problem(key, path, allowed, "take a model with heads of such a size")
+    if shape.family.startswith("Qwen2") and shape.head_dim * shape.num_heads != shape.hidden_size:
+        allowed = (
+            f"its head_dim = {shape.head_dim} x {shape.num_heads} heads isn't its hidden_size = {shape.hidden_size}, "
+            f"which is all that vLLM serves of {shape.family}"
+        )
+        yield Problem(key, path, allowed, "take a model whose heads are its hidden size together")
 
 
 def the_longest_sequence_fits_the_model(c: PPOConfig | SFTConfig, shape: ModelShape) -> Problems:

@@ -14,16 +14,17 @@ from typing import Any, Generic, TypeVar
 
 from megarl.batching.plan import BatchPlan
 from megarl.checks.rules import model_problems, run_problems, warm_up_ends_before_the_run
-from megarl.checks.tokenizer_file import differing_token
+from megarl.checks.tokenizer_file import differing_token, largest_token
 from megarl.config.build import build_config
 from megarl.config.schema import FSDP_STRATEGIES, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.data.parquet import check_footer
 from megarl.data.prompts import prompt_columns
 from megarl.errors import ConfigError, MegarlError, ModelFolderError, Problem
+from megarl.parallel.environment import PlatformName, platform_name
 from megarl.reward.registry import load_reward
 from megarl.roles import ModelFacts, Role, batch_plan, role_named, roles_of
 from megarl.weights.folder import resolve_model_folder
-from megarl.weights.model_facts.shipped import shipped_config
+from megarl.weights.model_facts.shipped import nearest_shipped, shipped_config
 from megarl.weights.model_shape import parse_model_shape, read_model_shape
 
 C = TypeVar("C", PPOConfig, SFTConfig)
@@ -93,15 +94,19 @@ class _Findings:
             raise ConfigError(problems)
 
 
-def check_ppo(values: Mapping[str, Any], *, files_may_be_missing: bool = False) -> CheckedRun[PPOConfig]:
+def check_ppo(
+    values: Mapping[str, Any], *, files_may_be_missing: bool = False, platform: PlatformName | None = None
+) -> CheckedRun[PPOConfig]:
     """Check an RL run. Raises the named error of all that is wrong.
 
     files_may_be_missing: for a plan made far from the cluster; weights and data files are then noted as unchecked, and
-    a model that isn't here is taken from the architectures that megarl ships.
+    a model that isn't here is taken from the architectures that megarl ships. platform: of the run; unless given this
+    machine's, and cuda where files may be missing.
     """
     config = _built(values)
     found = _Findings([] if files_may_be_missing else None)
-    roles = _checked_roles(config, found)
+    platform = platform or ("cuda" if files_may_be_missing else platform_name())
+    roles = _checked_roles(config, found, platform)
     found.problems += _a_token_means_the_same(roles)
     num_rows = _check_data_files(config, found, found.notes)
     _check_reward(config, found)
@@ -118,7 +123,7 @@ def check_sft(values: Mapping[str, Any]) -> CheckedRun[SFTConfig]:
     """Check an SFT run. Raises the named error of all that is wrong."""
     config = build_config(SFTConfig, values)
     found = _Findings()
-    roles = _checked_roles(config, found)
+    roles = _checked_roles(config, found, platform_name())
     found.problems += _optimizers_are_installed(roles)
     columns = {config.data.messages_key: f"data.messages_key = {config.data.messages_key!r}"}
     for file in (*config.data.train_files, *config.data.val_files):
@@ -143,7 +148,7 @@ def schedule_problems(checked: CheckedRun[PPOConfig], num_steps: int | None) -> 
         yield from warm_up_ends_before_the_run(critic, num_steps * batches["critic"].num_optimizer_steps)
 
 
-def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings) -> tuple[Role, ...]:
+def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings, platform: PlatformName) -> tuple[Role, ...]:
     """Return the roles of a run, of which those facts are missing that could not be found; note all problems."""
     known: dict[str, ModelFacts] = {}
 
@@ -156,13 +161,16 @@ def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings) -> tuple[Rol
         return known[facts.key]
 
     roles = roles_of(config, find)
-    found.problems += run_problems(config, roles)
+    found.problems += run_problems(config, roles, platform)
     for role in roles:
         if role.training:
             of_a_step = "ppo_mini_batch_size" if isinstance(config, PPOConfig) else "data.train_batch_size"
             with found.of(role.at(of_a_step), role.training.mini_batch_size):
                 batch_plan(config, role)
-    found.problems += model_problems(config, roles)
+    found.problems += model_problems(config, roles, platform)
+    model = roles[0].model
+    with found.of(f"{model.key}.path", model.path):
+        found.problems += _the_embedding_holds_the_tokenizer(model)
     return roles
 
 
@@ -183,23 +191,40 @@ def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
     """Return the facts of a model in a folder. notes: where given, those that megarl ships may stand for them."""
     assert facts.path is not None
     try:
-        folder = resolve_model_folder(facts.path)
-    except ModelFolderError:
-        shipped = shipped_config(facts.path) if notes is not None else None
-        if notes is None or shipped is None:
+        folder = resolve_model_folder(facts.path, f"{facts.key}.path")
+    except ModelFolderError as error:
+        if notes is None:
             raise
+        shipped = shipped_config(facts.path)
+        if shipped is None:
+            hint = nearest_shipped(facts.path)
+            raise ModelFolderError(f"{error}; megarl ships no facts of it either. {hint}".rstrip()) from error
         notes.append(
             f"{facts.path} isn't on this machine: its weights and tokenizer are unchecked, its sizes are megarl's own "
             "facts"
         )
         return replace(facts, known_shape=parse_model_shape(shipped, facts.path))
-    shape = read_model_shape(folder)
+    shape = read_model_shape(folder, f"{facts.key}.path")
     is_read_as_text = facts.key != "reward.model"
     if is_read_as_text and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelFolderError(
             f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; copy it from the base model"
         )
     return replace(facts, known_shape=shape, folder=folder)
+
+
+def _the_embedding_holds_the_tokenizer(model: ModelFacts) -> Iterator[Problem]:
+    """Yield a tokenizer with a token that the model has no embedding of. model: the one whose tokenizer is used."""
+    if model.folder is None or (largest := largest_token(model.folder)) is None:
+        return
+    number, token = largest
+    if number >= model.shape.vocab_size:
+        allowed = (
+            f"its tokenizer has token {number}, {token!r}, but its embedding only the {model.shape.vocab_size} of "
+            "config.json's vocab_size, counted from 0"
+        )
+        fix = "take the tokenizer that the model was trained with, or resize the embedding"
+        yield Problem(f"{model.key}.path", model.path, allowed, fix)
 
 
 def _a_token_means_the_same(roles: Sequence[Role]) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from megarl.config.verl_keys import ours_for
 from megarl.errors import Absent, ConfigError, Problem, nearest
 
 T = TypeVar("T")
@@ -30,10 +31,10 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
         return None
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in (n for n in values if n not in fields):
-        hint = nearest(str(name), fields)
-        problems.append(
-            Problem(f"{prefix}{name}", values[name], "no such key", hint or f"keys here: {', '.join(fields)}")
-        )
+        path = f"{prefix}{name}"
+        hints_at = [hint for hint in (ours_for(path, values[name]), nearest(str(name), fields)) if hint]
+        fix = "; ".join(hints_at) or f"keys here: {', '.join(fields)}"
+        problems.append(Problem(path, values[name], "no such key", fix))
     hints = typing.get_type_hints(cls)
     found = {}
     for name, field in fields.items():

@@ -7,14 +7,22 @@ from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 
 @cache
 def default_values(config_name: str) -> Mapping[str, Any]:
     """Return the plain values of a main config without overrides, interpolations unresolved."""
-    with initialize_config_module("megarl.conf", version_base="1.3"):
-        values = OmegaConf.to_container(compose(config_name), resolve=False)
+    # Whoever composes configs of their own at this moment, as a notebook may, goes on afterwards.
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra
+    hydra.clear()
+    try:
+        with initialize_config_module("megarl.conf", version_base="1.3"):
+            values = OmegaConf.to_container(compose(config_name), resolve=False)
+    finally:
+        GlobalHydra.instance().hydra = outer
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}
 

@@ -190,7 +190,9 @@ class ActorConfig:
     )
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
-    clip_ratio: float = key("clip range of the probability ratio, both sides", above=0.0, high=1.0)
+    clip_ratio: float | None = key(
+        "clip range of the probability ratio, both sides; null: the policy loss's own", above=0.0, high=1.0
+    )
     clip_ratio_low: float | None = key("lower side alone; null: clip_ratio", above=0.0, high=1.0)
     clip_ratio_high: float | None = key("upper side alone; null: clip_ratio", above=0.0)
     clip_ratio_c: float | None = key(
@@ -199,10 +201,12 @@ class ActorConfig:
     policy_loss: str = key(f"policy loss: {', '.join(POLICY_LOSSES)}, or one of algorithm.path")
     policy_loss_settings: PolicyLossConfig = key("settings of some policy losses")
     entropy_coeff: float = key("weight of the entropy bonus", low=0.0)
-    use_kl_loss: bool = key("add KL to the reference to the loss")
+    use_kl_loss: bool | None = key(
+        "add KL to the reference to the loss; null: where grpo has no other and isn't kl_free"
+    )
     kl_loss_coef: float = key("weight of that KL", low=0.0)
     kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_LOSSES)
-    loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
+    loss_agg_mode: str | None = key("how token losses become one; null: the policy loss's own", choices=AGGREGATIONS)
     separate_old_log_probs: bool = key(
         "compute old log-probs in a pass of their own also where the update's own would do"
     )
@@ -402,7 +406,7 @@ class CriticConfig:
     ppo_epochs: int = key("passes over the rollouts of a step", low=1)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
-    loss_agg_mode: str = key("how token losses become one", choices=AGGREGATIONS)
+    loss_agg_mode: str | None = key("how token losses become one; null: token-mean", choices=AGGREGATIONS)
     warmup_steps: int = key("steps at the start that train the critic alone", low=0)
     megatron: TrainedMegatronConfig | None = key("axes, on Megatron; the actor's unless given")
     fsdp_config: TrainedFsdpConfig | None = key("offload, on FSDP; the actor's unless given")

@@ -26,7 +26,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     if folder.startswith(("/", ".", "~")) and not path.is_dir():
         raise ModelFolderError(f"{folder} is not a folder. fix: correct the path of the model")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else folder, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
         raise ModelFolderError(f"no tokenizer can be loaded from {folder}: {type(error).__name__}: {error}") from error
     if not tokenizer.chat_template:

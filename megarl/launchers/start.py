@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,20 @@ def serve_if_not_controller() -> bool:
     from megarl.launchers.torchrun_group import serve
 
     serve()
+    end_rank()
     return True
+
+
+def end_rank() -> None:
+    """End a process that torchrun started, whose run went well; return in any other.
+
+    Python's own end would run the destructors of gloo's threads, which now and then abort a process that has done all.
+    """
+    if _torchrun_rank() is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from megarl.config.command_line import FlagParser, take_flags
 from megarl.config.compose import errors_reported, run_hydra
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
+from megarl.parallel.environment import PlatformName
 from megarl.plan.advise import advise
 from megarl.plan.changes import device_with_memory, fitting_changes
 from megarl.plan.devices import Device, device
@@ -53,7 +54,8 @@ def main() -> None:
     def task(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
         if flags.gpus is not None:
             values = _on(values, flags.gpus)
-        checked = check_ppo(values, files_may_be_missing=True)
+        platform: PlatformName = "cpu" if flags.device.lower() == "cpu" else "cuda"
+        checked = check_ppo(values, files_may_be_missing=True, platform=platform)
         config = checked.config
         place = device_with_memory(device(flags.device, config.trainer.n_gpus_per_node, "--device"), flags.gpu_memory)
         if flags.advise:

@@ -146,7 +146,7 @@ def _phases_of_rank(
 
     yield _loading(roles, device, rank)
     yield phase("generate", awake=True)
-    for role in roles:
+    for role in sorted(roles, key=lambda role: role.name != "reward_model"):  # rollouts are scored before all else
         yield phase(f"{role.name} scoring", *_scoring(role, rank, fused), busy=role.name)
     for role in reversed(trained):
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)

@@ -23,6 +23,7 @@ def plan_text(plan: RunPlan, changes: Sequence[Change] | None = None, notes: Seq
     """Return the whole plan. changes: what would make a run fit that doesn't; None where nobody asked."""
     parts = [
         ("Batch", _batch_lines(plan)),
+        ("Algorithm", list(plan.algorithm)),
         ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
         (_memory_title(plan), _memory_lines(plan)),
         ("Publish, checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
@@ -209,6 +210,7 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
         "num_ranks": plan.num_ranks,
         "ranks_per_node": plan.ranks_per_node,
         "batches": {name: asdict(batch) for name, batch in plan.batches.items()},
+        "algorithm": list(plan.algorithm),
         "tokens_per_step": plan.tokens_per_step,
         "num_scored_rollouts": plan.num_scored_rollouts,
         "layout": [

@@ -11,6 +11,7 @@ from megarl.algorithm.needs import reuses_update
 from megarl.batching.plan import BatchPlan
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
+from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
@@ -36,13 +37,14 @@ class Checkpoint:
 class RunPlan:
     """Everything that follows from a config, the models' sizes and a device.
 
-    num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
+    algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     """
 
     device: Device
     num_ranks: int
     ranks_per_node: int
     batches: Mapping[str, BatchPlan]
+    algorithm: tuple[str, ...]
     tokens_per_step: int
     num_scored_rollouts: int
     max_sequence: int
@@ -99,6 +101,7 @@ def plan_run(c: PPOConfig, roles: tuple[Role, ...], device: Device, *, with_traf
         num_ranks=ranks,
         ranks_per_node=per_node,
         batches=batches,
+        algorithm=algorithm_lines(c),
         tokens_per_step=batches[actor.name].num_rollouts * sequence,
         num_scored_rollouts=_num_scored_rollouts(c, batches[actor.name]),
         max_sequence=sequence,

@@ -26,7 +26,8 @@ class VllmSpec:
     """How to build one rank of an engine.
 
     model_folder: a Hugging Face folder, read for its config alone. dtype: ``float32`` or ``bfloat16``.
-    max_model_len: tokens of prompt and response together. max_num_batched_tokens: None leaves it to vLLM.
+    max_model_len: tokens of prompt and response together. max_num_batched_tokens: None leaves it to vLLM; at least
+    max_model_len on CPU, where no prefill is cut.
     gpu_memory_utilization: share of the device's memory that weights, activations and KV cache may take.
     kv_cache_bytes: size of this rank's KV cache instead; None on CPU is VLLM_CPU_KVCACHE_SPACE.
     free_cache_engine: whether ``sleep`` frees memory.
@@ -150,6 +151,7 @@ def _start(spec: VllmSpec) -> LLM:
     return LLM(
         model=spec.model_folder,
         skip_tokenizer_init=True,
+        trust_remote_code=False,
         load_format="dummy",
         dtype=spec.dtype,
         tensor_parallel_size=spec.tensor_parallel_size,
@@ -170,7 +172,13 @@ def _start(spec: VllmSpec) -> LLM:
 
 def _platform_arguments(spec: VllmSpec) -> dict[str, Any]:
     if platform_name() == "cpu":
-        return {"worker_cls": "megarl.rollout.vllm_cpu.CpuWorker", "enforce_eager": True}
+        return {
+            "worker_cls": "megarl.rollout.vllm_cpu.CpuWorker",
+            "enforce_eager": True,
+            # A seeded request whose prefill is cut dies there: "CPU Generator does not use offset". Without cutting, a
+            # step must hold max_model_len tokens; unless told how many, vLLM raises its own choice to that.
+            "enable_chunked_prefill": False,
+        }
     return {
         "enable_sleep_mode": spec.free_cache_engine,
         "enforce_eager": spec.enforce_eager,

@@ -10,9 +10,9 @@ from megarl.checks.axes import (
     chunks_take_turns_on_a_pipeline,
     the_model_fits_its_axes,
 )
-from megarl.config.schema import MegatronConfig
 from megarl.errors import Absent, ConfigError, Problem, nearest
 from megarl.parallel.layout import Layout
+from megarl.verify.roles import megatron_section
 from megarl.weights.model_shape import ModelShape
 
 ONE_RANK = "one_rank"
@@ -96,25 +96,10 @@ def _layouts(ranks: int) -> Iterator[Layout]:
 def _is_allowed(shape: ModelShape, layout: Layout) -> bool:
     if layout.etp is not None and not shape.num_experts:
         return False
-    megatron, key = _config_of(layout), ""
+    megatron, key = megatron_section(layout), ""
     broken = [
         *axes_divide_the_ranks(key, megatron, layout.world_size),
         *chunks_take_turns_on_a_pipeline(key, megatron),
         *the_model_fits_its_axes(key, shape, megatron),
     ]
     return not broken
-
-
-def _config_of(layout: Layout) -> MegatronConfig:
-    """Return the keys that give a layout: the inverse of ``layout_of``."""
-    return MegatronConfig(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        sequence_parallel=layout.sequence_parallel,
-        param_offload=False,
-        override_transformer_config={},
-    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megarl.parallel.layout import Layout
-from megarl.train.work import Metrics
+from megarl.types import Metrics
 from megarl.verify.figures import (
     BF16,
     DISTRIBUTED_GRAD_NORM,

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from megarl.batching.pack import sequences_to_batch
-from megarl.types import Batch
+from megarl.types import PolicyBatch, Sequences
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 3)
 PROMPT_LENGTH = 2
@@ -31,14 +29,14 @@ TEMPERATURE = 0.7
 class Reference:
     """A model's folder, what it is asked, and what Hugging Face says of it.
 
-    everything: masks every token but the first of each row. rollouts: the same tokens as rollouts of a policy close to
+    everything: counts every token but the first of each row. rollouts: the same tokens as rollouts of a policy close to
     the model. logprobs_BS: of everything. rounded_logprobs_BS: with the weights rounded to bfloat16, in float32.
     hf_bf16: the mean difference between those and what Hugging Face says when it computes in bfloat16.
     """
 
     folder: Path
-    everything: Batch
-    rollouts: Batch
+    everything: Sequences
+    rollouts: PolicyBatch
     logprobs_BS: Tensor
     rounded_logprobs_BS: Tensor
     hf_bf16: float
@@ -46,31 +44,34 @@ class Reference:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model of ``folder``."""
+    from transformers import AutoModelForCausalLM  # here, since ranks shouldn't wait for it
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    ).eval()
 
 
 @torch.no_grad()
-def make_reference(folder: Path, vocab_size: int, num_rows: int) -> Reference:
+def make_reference(folder: Path, vocab_size: int, num_rows: int = len(LENGTHS)) -> Reference:
     """Ask Hugging Face about the model in ``folder`` and ``num_rows`` random rows."""
     generator = torch.Generator().manual_seed(0)
-    lengths = list(islice(cycle(LENGTHS), num_rows))
-    tokens = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
-    everything = sequences_to_batch(tokens, [[True] * length for length in lengths])
-    trained_on = sequences_to_batch(tokens, [_mask(length) for length in lengths])
+    trained_on = random_sequences(list(islice(cycle(LENGTHS), num_rows)), vocab_size, generator)
+    everything = with_every_token(trained_on)
     model = load(folder)
-    logprobs_BS = _logprobs_BS(model, everything)
+    logprobs_BS = hf_logprobs_BS(model, everything, TEMPERATURE)
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
-    rounded_BS = _logprobs_BS(model, everything)
-    in_bf16_BS = _logprobs_BS(load(folder, torch.bfloat16), everything)
+    rounded_BS = hf_logprobs_BS(model, everything, TEMPERATURE)
+    in_bf16_BS = hf_logprobs_BS(load(folder, torch.bfloat16), everything, TEMPERATURE)
 
     def near_logprobs_BS() -> Tensor:
         noise_BS = 0.2 * torch.randn(logprobs_BS.shape, generator=generator)
         return (logprobs_BS + noise_BS) * trained_on.mask_BS
 
-    rollouts = replace(
-        trained_on,
+    rollouts = PolicyBatch(
+        **vars(trained_on),
         old_logprobs_BS=near_logprobs_BS(),
         ref_logprobs_BS=near_logprobs_BS(),
         advantages_BS=torch.randn(logprobs_BS.shape, generator=generator) * trained_on.mask_BS,
@@ -79,9 +80,39 @@ def make_reference(folder: Path, vocab_size: int, num_rows: int) -> Reference:
     return Reference(folder, everything, rollouts, logprobs_BS, rounded_BS, hf_bf16)
 
 
-def mean_difference(found_BS: Tensor, expected_BS: Tensor, batch: Batch) -> float:
+def random_sequences(lengths: Sequence[int], vocab_size: int, generator: torch.Generator) -> Sequences:
+    """Return rows of random tokens, each a prompt and a response, whose tokens count if it has two or more."""
+    tokens = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    masks = [[i >= PROMPT_LENGTH and length > PROMPT_LENGTH + 1 for i in range(length)] for length in lengths]
+    return sequences_to_batch(tokens, masks)
+
+
+def with_every_token(sequences: Sequences) -> Sequences:
+    """Return the sequences, in which every token but the first of each row counts."""
+    mask_BS = torch.arange(sequences.tokens_BS.shape[1]) < sequences.lengths_B[:, None]
+    mask_BS[:, 0] = False
+    return replace(sequences.alone(), mask_BS=mask_BS)
+
+
+def mean_difference(found_BS: Tensor, expected_BS: Tensor, sequences: Sequences) -> float:
     """Return the mean absolute difference over the masked tokens: rounding to bfloat16 makes the largest a draw."""
-    return float((found_BS - expected_BS).abs()[batch.mask_BS].mean())
+    return float((found_BS - expected_BS).abs()[sequences.mask_BS].mean())
+
+
+def hf_logits_BSV(model: Any, sequences: Sequences) -> Tensor:
+    """Return the logits that predict token s at position s, in float32; zero for first tokens and padding."""
+    rows = []
+    for tokens_S, length in zip(sequences.tokens_BS, sequences.lengths_B.tolist(), strict=True):
+        logits_SV = model(tokens_S[None, :length]).logits[0, :-1].float()
+        rows.append(F.pad(logits_SV, (0, 0, 1, len(tokens_S) - length)))
+    return torch.stack(rows)
+
+
+def hf_logprobs_BS(model: Any, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """Return log-probs of the masked tokens under softmax(logits / temperature), zero elsewhere."""
+    scaled_BSV = (hf_logits_BSV(model, sequences) / temperature).log_softmax(-1)
+    logprobs_BS: Tensor = scaled_BSV.gather(-1, sequences.tokens_BS[..., None])[..., 0] * sequences.mask_BS
+    return logprobs_BS
 
 
 @torch.no_grad()
@@ -90,17 +121,3 @@ def greedy(folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> l
     model = load(folder)
     asked = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return [model.generate(torch.tensor([prompt]), **asked)[0, len(prompt) :].tolist() for prompt in prompts]
-
-
-def _logprobs_BS(model: Any, batch: Batch) -> Tensor:
-    """Return log-probs of the masked tokens under softmax(logits / TEMPERATURE), zero elsewhere."""
-    rows = []
-    for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):
-        logits_SV = model(tokens_S[None, :length]).logits[0, :-1].float() / TEMPERATURE
-        logprobs_S = logits_SV.log_softmax(-1).gather(-1, tokens_S[1:length, None])[:, 0]
-        rows.append(F.pad(logprobs_S, (1, len(tokens_S) - length)))
-    return torch.stack(rows) * batch.mask_BS
-
-
-def _mask(length: int) -> list[bool]:
-    return [position >= PROMPT_LENGTH and length > PROMPT_LENGTH + 1 for position in range(length)]

@@ -29,6 +29,9 @@ _SIZES: Mapping[str, Any] = MappingProxyType(
 _EXPERTS: Mapping[str, Any] = MappingProxyType(
     {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 )
+_ROUTER_LOSSES: Mapping[str, Any] = MappingProxyType(
+    {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01}
+)
 _TINY: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
@@ -55,6 +58,11 @@ class Subject:
             f"key-value heads, vocabulary of {shape.vocab_size:,}, embeddings {'tied' if shape.tied else 'untied'}"
             + (experts if shape.num_experts else "")
         )
+
+    @property
+    def router_losses(self) -> dict[str, Any]:
+        """Fields of Megatron's configuration that add the router's losses where there are experts."""
+        return dict(_ROUTER_LOSSES) if self.shape.num_experts else {}
 
     def write(self, parent: Path) -> Path:
         """Return the model's folder, of float32 weights in ``parent`` unless it is the user's."""

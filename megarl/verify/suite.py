@@ -20,7 +20,8 @@ from megarl.verify.figures import Figure, Row, Tolerances
 from megarl.verify.layouts import ONE_RANK, Layouts, quick
 from megarl.verify.measure import engine_figure, export_figure, logprob_figures, training_figures
 from megarl.verify.pool import RankPool, RanksFailed
-from megarl.verify.reference import TEMPERATURE, Reference, greedy, make_reference
+from megarl.verify.reference import Reference, greedy, make_reference
+from megarl.verify.roles import TRAINING, role_on
 from megarl.verify.subject import Subject
 from megarl.verify.work import GREEDY, Examined, Task, answer, examine, prompts
 from megarl.weights.model_shape import ModelShape
@@ -88,7 +89,8 @@ def _examined(
 ) -> tuple[Row, list[Examined] | None]:
     """Return the row of a layout without its engine, and what ranks found, None where they failed."""
     start_s, out, reference = time.monotonic(), suite.scratch / "exported", of.reference
-    task = Task(reference.folder, layout, reference.everything, reference.rollouts, TEMPERATURE, out)
+    role = role_on(layout, reference.folder, training=TRAINING, override_transformer_config=of.subject.router_losses)
+    task = Task(role, reference.everything, reference.rollouts, out)
     try:
         found = pool.run(examine, task, world_size=layout.world_size, timeout_s=suite.timeout_s)
     except RanksFailed as failed:
@@ -111,9 +113,8 @@ def _answered(
     engine_tp = largest_engine(subject.shape, layout.world_size)
     with _pool(suite, context, layout.world_size) as pool:
         try:
-            answers = pool.run(
-                answer, folder, layout, engine_tp, out, world_size=layout.world_size, timeout_s=suite.timeout_s
-            )
+            asked = role_on(layout, folder), engine_tp, out
+            answers = pool.run(answer, *asked, world_size=layout.world_size, timeout_s=suite.timeout_s)
         except RanksFailed as failed:
             return _row(subject, row.layout, layout, list(row.figures.values()), start_s, str(failed))
     expected = greedy(out, prompts(subject.shape.vocab_size), GREEDY.max_tokens)

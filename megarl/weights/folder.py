@@ -7,12 +7,20 @@ from pathlib import Path
 from megarl.errors import ModelFolderError
 
 
-def resolve_model_folder(path: str) -> str:
+def expanded(path: str | Path, key: str) -> Path:
+    """Return the Path of a folder with its tilde expanded. key: what names it, for the error."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~someone, whom this machine doesn't know
+        raise ModelFolderError(f"{key} = {str(path)!r}: {error} Write the folder out") from error
+
+
+def resolve_model_folder(path: str, key: str = "model.path") -> str:
     """Return the local folder of a model: itself, or the snapshot in the Hugging Face cache that bears its name.
 
-    Raises ModelFolderError where it is neither.
+    key: what names it, for the error. Raises ModelFolderError where it is neither.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path, key)
     if folder.is_dir():
         return str(folder.resolve())
     from huggingface_hub import snapshot_download
@@ -22,6 +30,6 @@ def resolve_model_folder(path: str) -> str:
         return str(snapshot_download(path, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelFolderError(
-            f"model.path = {path!r} is neither a folder nor a model in the local Hugging Face cache; "
+            f"{key} = {path!r} is neither a folder nor a model in the local Hugging Face cache; "
             f"give a folder, or download it first: hf download {path}"
         ) from error

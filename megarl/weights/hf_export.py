@@ -61,12 +61,20 @@ def export_hf(
         if rank < len(wave):
             filled = {n: t.cpu() for n, t in tensors.items()}
             filled |= {n: torch.zeros(zeros[n], dtype=dtype) for n in wave[rank] if n in zeros}
-            save_file(filled, out / _file_name(first + rank, len(files)), metadata={"format": "pt"})
+            _write_weights(out / _file_name(first + rank, len(files)), filled)
     dist.barrier()
     if rank == 0:
         _write_index(out, files, total_bytes)
         _copy_template(template, out, dtype, fields)
     dist.barrier()
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that is as readable as any other new file; safetensors makes its own for the owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _make_room(folder: Path, needed_bytes: int) -> None:

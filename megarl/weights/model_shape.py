@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from megarl.errors import ModelFolderError, nearest
+from megarl.errors import ModelFolderError
+from megarl.weights.config_fields import Fields, read_json, shown
+from megarl.weights.folder import expanded
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -18,6 +20,48 @@ FAMILIES = (
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",
 )
+# What config.json calls a family in its model_type. Another one has other defaults, in transformers and in vLLM.
+_MODEL_TYPES = MappingProxyType(
+    dict(zip(FAMILIES, ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral"), strict=True))
+)
+# Key-value heads of a config.json that doesn't name them, by transformers' classes; Llama has as many as heads.
+_KV_HEADS = MappingProxyType(
+    {
+        "Qwen2ForCausalLM": 32,
+        "Qwen3ForCausalLM": 32,
+        "Qwen2MoeForCausalLM": 16,
+        "Qwen3MoeForCausalLM": 4,
+        "MixtralForCausalLM": 8,
+    }
+)
+# Fields that change the mathematics, in transformers or in vLLM, and the values at which they don't. Not among them are
+# attention_dropout (log-probs are those without), pretraining_tp (the same product in parts) and losses of the router.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "bias": (False,),  # vLLM's word for attention_bias in Llama
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False,),
+        "attention_chunk_size": (),
+        "dual_chunk_attention_config": (),
+        "is_causal": (True,),
+        "is_encoder_decoder": (False,),
+        "partial_rotary_factor": (1,),
+        "logit_scale": (1,),
+        "router_jitter_noise": (0,),
+        "per_layer_config": (),
+    }
+)
+_ROPE_FIELDS = frozenset(
+    {
+        *("rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
+        *("original_max_position_embeddings", "partial_rotary_factor"),
+    }
+)
+# Far above any model's, and small enough that counting what a model has takes no second.
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_EXPERTS_IN_ALL = 2048, 8192, 2**16
+_MOST_WIDE, _MOST_HEADS, _MOST_TOKENS, _MOST_POSITIONS = 2**22, 2**14, 2**26, 2**31
 # What transformers calls a family's language model, and its models with a number a token, as a critic is, or a number
 # for a whole text, as a reward model is.
 _LANGUAGE_MODEL, _CRITIC, _REWARD_MODEL = "ForCausalLM", "ForTokenClassification", "ForSequenceClassification"
@@ -109,22 +153,19 @@ class ModelShape:
         return -(-self.vocab_size // tp) * tp
 
 
-def read_model_shape(folder: str | Path) -> ModelShape:
-    """Read ``folder``/config.json.
+def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
+    """Read ``folder``/config.json and return its ModelShape. key: what names the folder, for the error.
 
     Raises ModelFolderError where the file is absent or broken, or the architecture is not one of FAMILIES.
     """
-    path = Path(folder).expanduser() / "config.json"
+    path = expanded(folder, key) / "config.json"
     if not path.is_file():
         found = "no config.json in this folder" if path.parent.is_dir() else "no such folder"
         raise ModelFolderError(
-            f"model.path = {str(folder)!r}: {found}; "
+            f"{key} = {str(folder)!r}: {found}; "
             "give a Hugging Face model folder (config.json, tokenizer files, *.safetensors)"
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # neither JSON nor, perhaps, text
-        raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
+    config = read_json(path, "config.json of a model")
     if not isinstance(config, dict):
         raise ModelFolderError(f"{path} holds no fields: it must be a JSON object")
     return parse_model_shape(config, str(path))
@@ -134,120 +175,147 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
     """Turn the fields of a config.json into a ModelShape; ``source`` names it in errors.
 
     A token classification model of a supported family is a critic, if it has one label, and a sequence classification
-    model a reward model.
+    model a reward model. Raises ModelFolderError for a field that is missing, not what it must be, or has a value that
+    would change the mathematics unseen.
     """
-    architecture = (config.get("architectures") or ["(none)"])[0]
+    fields = Fields(config, source)
+    architecture = (*fields.items("architectures", str, "texts"), "(none)")[0]
     family = architecture.replace(_CRITIC, _LANGUAGE_MODEL).replace(_REWARD_MODEL, _LANGUAGE_MODEL)
     if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
         raise ModelFolderError(
-            f"{source}: architecture {architecture!r} is not supported; supported are {known}. "
-            f"{nearest(architecture, FAMILIES)}".rstrip()
+            f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     has_value_head = architecture != family
-    if has_value_head and len(config.get("id2label") or "01") != 1:  # transformers has two labels unless told
+    if has_value_head:
+        _check_labels(architecture, fields)
+    _refuse_unsupported(family, fields)
+    heads, kv_heads, head_dim = _heads(family, fields)
+    return ModelShape(
+        family=family,
+        num_layers=fields.whole("num_hidden_layers", 1, _MOST_LAYERS),
+        hidden_size=fields.whole("hidden_size", 1, _MOST_WIDE),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_size=fields.whole("intermediate_size", 1, _MOST_WIDE),
+        vocab_size=fields.whole("vocab_size", 1, _MOST_TOKENS),
+        max_positions=fields.whole("max_position_embeddings", 1, _MOST_POSITIONS),
+        norm_eps=fields.number("rms_norm_eps", 0, 1, 1e-5 if family == "MixtralForCausalLM" else 1e-6),
+        rope=_rope(family, fields),
+        tied=fields.flag("tie_word_embeddings", False) and not has_value_head,
+        qkv_bias=family == "Qwen2ForCausalLM" or (family == "Qwen2MoeForCausalLM" and fields.flag("qkv_bias", True)),
+        qk_norm=family.startswith("Qwen3"),
+        init_std=fields.number("initializer_range", 0, 10, 0.02),
+        value_head=has_value_head,
+        **_experts(family, fields),
+    )
+
+
+def _check_labels(architecture: str, fields: Fields) -> None:
+    """Refuse a classifier of several labels."""
+    labels = len(fields.inner("id2label").values) or fields.whole("num_labels", 0, _MOST_TOKENS, 2)
+    if labels != 1:  # transformers has two labels unless told
         role = "critic" if architecture.endswith(_CRITIC) else "reward model"
-        raise ModelFolderError(f"{source}: {architecture} must have one label to be a {role}, see id2label")
-    _refuse_unsupported(family, config, source)
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        return ModelShape(
-            family=family,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or _default_head_dim(family, hidden, heads)),
-            ffn_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            max_positions=int(config["max_position_embeddings"]),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=_rope(family, config, source),
-            tied=bool(config.get("tie_word_embeddings", False)) and not has_value_head,
-            qkv_bias=family.startswith("Qwen2") and bool(config.get("qkv_bias", True)),
-            qk_norm=family.startswith("Qwen3"),
-            init_std=float(config.get("initializer_range", 0.02)),
-            value_head=has_value_head,
-            **_experts(family, config, source),
+        raise ModelFolderError(f"{fields.source}: {architecture} must have one label to be a {role}, see id2label")
+
+
+def _heads(family: str, fields: Fields) -> tuple[int, int, int]:
+    """Return the heads, the key-value heads and the size of a head, as transformers has them where none is named."""
+    hidden, heads = fields.whole("hidden_size", 1, _MOST_WIDE), fields.whole("num_attention_heads", 1, _MOST_HEADS)
+    kv_heads = fields.whole("num_key_value_heads", 1, _MOST_HEADS, _KV_HEADS.get(family, heads))
+    if heads % kv_heads:
+        raise ModelFolderError(
+            f"{fields.source}: num_key_value_heads = {kv_heads} must divide num_attention_heads = {heads}"
         )
-    except KeyError as error:
-        raise ModelFolderError(f"{source} lacks the field {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ModelFolderError(f"{source} has a field that isn't the number it should be: {error}") from error
+    is_given = "head_dim" in fields or family == "Qwen3ForCausalLM"
+    if hidden % heads and not (is_given and family != "LlamaForCausalLM"):
+        raise ModelFolderError(f"{fields.source}: num_attention_heads = {heads} must divide hidden_size = {hidden}")
+    head_dim = fields.whole("head_dim", 1, _MOST_HEADS, 128 if is_given else hidden // heads)
+    if head_dim % 2:
+        raise ModelFolderError(f"{fields.source}: head_dim = {head_dim} must be even, for a rotary embedding")
+    return heads, kv_heads, head_dim
 
 
-def _experts(family: str, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _experts(family: str, fields: Fields) -> dict[str, Any]:
     """Return ModelShape's fields about experts; none for a family without."""
     if "Moe" not in family and family != "MixtralForCausalLM":
         return {}
     # transformers 5 writes Mixtral's word for Qwen3's experts as well.
-    num_experts = int(config["num_local_experts" if "num_local_experts" in config else "num_experts"])
-    per_token = int(config["num_experts_per_tok"])
+    words = [word for word in ("num_local_experts", "num_experts") if word in fields] or ["num_experts"]
+    num_experts, *other = (fields.whole(word, 1, _MOST_EXPERTS) for word in words)
+    if other and other[0] != num_experts:
+        fields.refuse("num_experts", f"contradicts num_local_experts = {num_experts}; correct one of them")
+    num_layers = fields.whole("num_hidden_layers", 1, _MOST_LAYERS)
+    if num_layers * num_experts > _MOST_EXPERTS_IN_ALL:
+        fields.refuse(words[0], f"x num_hidden_layers = {num_layers} must be at most {_MOST_EXPERTS_IN_ALL:,}")
+    per_token = fields.whole("num_experts_per_tok", 0, _MOST_EXPERTS)
     if not 1 <= per_token <= num_experts:
-        raise ModelFolderError(
-            f"{source}: num_experts_per_tok = {per_token} must be from 1 to the model's {num_experts} experts"
-        )
-    fields: dict[str, Any] = {"num_experts": num_experts, "experts_per_token": per_token}
+        fields.refuse("num_experts_per_tok", f"must be from 1 to the model's {num_experts} experts")
+    found: dict[str, Any] = {"num_experts": num_experts, "experts_per_token": per_token}
     if family == "MixtralForCausalLM":
-        fields["expert_ffn_size"] = int(config["intermediate_size"])
-        fields["norm_topk_prob"] = True
+        found["expert_ffn_size"] = fields.whole("intermediate_size", 1, _MOST_WIDE)
+        found["norm_topk_prob"] = True
     else:
-        step, listed = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
-        layers = range(int(config["num_hidden_layers"]))
-        fields["expert_ffn_size"] = int(config["moe_intermediate_size"])
-        fields["norm_topk_prob"] = bool(config.get("norm_topk_prob", False))
-        fields["dense_layers"] = tuple(i for i in layers if i in listed or (i + 1) % step)
+        step = fields.whole("decoder_sparse_step", 1, 2**31, 1)
+        listed = frozenset(fields.items("mlp_only_layers", int, "layers, counted from 0"))
+        found["expert_ffn_size"] = fields.whole("moe_intermediate_size", 1, _MOST_WIDE)
+        found["norm_topk_prob"] = fields.flag("norm_topk_prob", False)
+        found["dense_layers"] = tuple(i for i in range(num_layers) if i in listed or (i + 1) % step)
     if family == "Qwen2MoeForCausalLM":
-        fields["shared_expert_ffn_size"] = int(config["shared_expert_intermediate_size"])
-        fields["gated_shared_expert"] = True
-    if per_token == 1 and fields["norm_topk_prob"]:
+        found["shared_expert_ffn_size"] = fields.whole("shared_expert_intermediate_size", 1, _MOST_WIDE)
+        found["gated_shared_expert"] = True
+    if per_token == 1 and found["norm_topk_prob"]:
         raise ModelFolderError(
-            f"{source}: num_experts_per_tok = 1 with norm_topk_prob is not supported: every expert's weight would be "
-            "1, and the router would learn nothing"
+            f"{fields.source}: num_experts_per_tok = 1 with norm_topk_prob is not supported: every expert's weight "
+            "would be 1, and the router would learn nothing"
         )
-    return fields
+    return found
 
 
-def _default_head_dim(family: str, hidden_size: int, num_heads: int) -> int:
-    """Return the head_dim that transformers takes where config.json names none."""
-    return 128 if family == "Qwen3ForCausalLM" else hidden_size // num_heads
-
-
-def _refuse_unsupported(family: str, config: Mapping[str, Any], source: str) -> None:
+def _refuse_unsupported(family: str, fields: Fields) -> None:
     """Refuse what would change the mathematics unseen."""
-    for field in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(field):
-            raise ModelFolderError(f"{source}: {field} = {config[field]!r} is not supported, only false")
-    if config.get("sliding_window") and family == "MixtralForCausalLM":  # others ask use_sliding_window first
-        window = config["sliding_window"]
-        raise ModelFolderError(f"{source}: sliding_window = {window!r} is not supported, only null")
-    if config.get("router_jitter_noise"):
-        noise = config["router_jitter_noise"]
-        raise ModelFolderError(f"{source}: router_jitter_noise = {noise!r} is not supported, only 0")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ModelFolderError(f"{source}: hidden_act = {config['hidden_act']!r} is not supported, only 'silu'")
-    if config.get("quantization_config"):
-        raise ModelFolderError(f"{source}: quantized weights can't be trained; give the unquantized model")
+    for field, allowed in _NEUTRAL.items():
+        fields.only(field, allowed)
+    fields.only("model_type", (_MODEL_TYPES[family],))
+    if family in ("LlamaForCausalLM", "MixtralForCausalLM"):  # others ask use_sliding_window first
+        fields.only("sliding_window", ())
+    if family == "Qwen2ForCausalLM":
+        fields.only("qkv_bias", (True,))
+    if not family.startswith("Qwen3"):
+        fields.only("qk_norm", (False,))
+    layers = fields.whole("num_hidden_layers", 1, _MOST_LAYERS)
+    if "layer_types" in fields and fields.items("layer_types", str, "texts") != ("full_attention",) * layers:
+        fields.refuse("layer_types", f"is not supported, only 'full_attention' for each of the {layers} layers")
+    for field in ("quantization_config", "compression_config"):
+        if field in fields:
+            raise ModelFolderError(
+                f"{fields.source}: {field} is there, but quantized weights can't be trained; give the unquantized model"
+            )
 
 
-def _rope(family: str, config: Mapping[str, Any], source: str) -> Rope:
+def _rope(family: str, fields: Fields) -> Rope:
     """Read rope_parameters (transformers 5) or rope_theta with rope_scaling (before)."""
-    new = config.get("rope_parameters")
-    fields = dict(new or config.get("rope_scaling") or {})
-    default = 1e6 if family == "MixtralForCausalLM" else 10000.0
-    theta = float(fields.get("rope_theta") or config.get("rope_theta") or default)
-    kind = str(fields.get("rope_type") or fields.get("type") or "default")
+    new, old = fields.inner("rope_parameters"), fields.inner("rope_scaling")
+    if new.values and old.values and new.values != old.values:
+        fields.refuse("rope_scaling", "contradicts rope_parameters; keep one of them")
+    rope = new if new.values else old
+    for name in rope.values:
+        if name not in _ROPE_FIELDS:
+            rope.refuse(name, f"is not supported; supported are {', '.join(sorted(_ROPE_FIELDS))}")
+    rope.only("partial_rotary_factor", (1,))
+    default = fields.number("rope_theta", 0, 1e15, 1e6 if family == "MixtralForCausalLM" else 10000.0, above=True)
+    theta = rope.number("rope_theta", 0, 1e15, default, above=True)
+    kind = rope.word("rope_type", rope.word("type", "default"))
     if kind == "default":
         return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, kind, float(fields["factor"]))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            kind,
-            float(fields["factor"]),
-            float(fields["low_freq_factor"]),
-            float(fields["high_freq_factor"]),
-            int(fields["original_max_position_embeddings"]),
+    if kind not in ("linear", "llama3"):
+        raise ModelFolderError(
+            f"{fields.source}: rope type {shown(kind)} is not supported; supported are default, linear, llama3"
         )
-    raise ModelFolderError(f"{source}: rope type {kind!r} is not supported; supported are default, linear, llama3")
+    factor = rope.number("factor", 0, 1e6, above=True)
+    if kind == "linear":
+        return Rope(theta, kind, factor)
+    low, high = (rope.number(f"{end}_freq_factor", 0, 1e6, above=True) for end in ("low", "high"))
+    if high <= low:
+        rope.refuse("high_freq_factor", f"must be above low_freq_factor = {low:g}")
+    return Rope(theta, kind, factor, low, high, rope.whole("original_max_position_embeddings", 1, _MOST_POSITIONS))

@@ -58,7 +58,8 @@ class Entry:
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
-_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
 _MEGATRON = "decoder.layers.{i}."
 VALUE_HEAD = "score.weight"  # as transformers' classification models name it
 VALUE_HEAD_BIAS = "score.bias"  # which those of tokens have and megarl's critic has not
@@ -70,7 +71,7 @@ def entries(shape: ModelShape) -> tuple[Entry, ...]:
     hidden, embedding = (shape.hidden_size,), (shape.vocab_size, shape.hidden_size)
     norm = _MEGATRON + "pre_mlp_layernorm.weight"
     return (
-        Entry(("embedding.word_embeddings.weight",), _EMBEDDING, (_EMBEDDING,), (embedding,), "vocab", "embedding"),
+        Entry(("embedding.word_embeddings.weight",), EMBEDDING, (EMBEDDING,), (embedding,), "vocab", "embedding"),
         *_attention(shape),
         _norm(
             (norm, _MEGATRON + "mlp.linear_fc1.layer_norm_weight"), _LAYER + "post_attention_layernorm.weight", hidden
@@ -164,8 +165,8 @@ def _head(shape: ModelShape) -> Entry:
     megatron, hidden = ("output_layer.weight",), shape.hidden_size
     if shape.value_head:
         return _norm(megatron, VALUE_HEAD, (1, hidden), "head")
-    hf = _EMBEDDING if shape.tied else "lm_head.weight"
-    return Entry(megatron, "lm_head.weight", (hf,), ((shape.vocab_size, hidden),), "vocab", "head")
+    hf = EMBEDDING if shape.tied else OUTPUT
+    return Entry(megatron, OUTPUT, (hf,), ((shape.vocab_size, hidden),), "vocab", "head")
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -258,7 +259,7 @@ def vllm_patterns(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Pattern, ..
     return tuple(
         pattern
         for entry in entries(shape)
-        if not (shape.tied and entry.vllm == "lm_head.weight")
+        if not (shape.tied and entry.vllm == OUTPUT)
         for shard in [split_shard(entry.vllm, entry.hf, entry.sizes[0], entry.split, shape, tp_rank, tp, "vllm")]
         for pattern in entry.patterns(shard, shape, layers, experts)
     )

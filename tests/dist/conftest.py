@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from megarl.parallel.environment import apply_environment
+from megarl.parallel.layout import Layout
 from megarl.parallel.platform import install_platform
 from megarl.verify.pool import RankPool
 from tests.dist.ranks import cpu_pool
@@ -17,10 +18,11 @@ apply_environment()
 install_platform()
 pytest.register_assert_rewrite("tests.dist.parity")
 
-from tests.dist import hf_reference  # noqa: E402
-from tests.dist.parity import JOBS, LOOKING, TEMPERATURE, Reference, make_reference  # noqa: E402
-from tests.dist.parity_cases import Examined, Setup, Trained, examine, train  # noqa: E402
-from tests.dist.tiny_models import save_tiny_model  # noqa: E402
+from megarl.verify.reference import Reference, make_reference  # noqa: E402
+from megarl.verify.roles import role_on  # noqa: E402
+from tests.dist import hf_training  # noqa: E402
+from tests.dist.parity import JOBS, Examined, Examiner, Trained, Trainer, ask, examine, train  # noqa: E402
+from tests.dist.tiny_models import VOCAB_SIZE, save_tiny_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,55 +34,49 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="module")
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
-    """Return the maker of references by model. MODEL_SIZES of the test module: over the tiny models' own."""
-    folder, sizes = tmp_path_factory.mktemp("models"), getattr(request.module, "MODEL_SIZES", {})
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+    """Return the maker of references, by model and sizes over the tiny models' own."""
 
     @cache
-    def make(model: str) -> Reference:
-        save_tiny_model(model, folder / model, **sizes)
-        return make_reference(folder / model)
+    def make(model: str, **sizes: int) -> Reference:
+        folder = tmp_path_factory.mktemp(model)
+        save_tiny_model(model, folder, **sizes)
+        return make_reference(folder, VOCAB_SIZE)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def hf_training(reference: Callable[[str], Reference]) -> Callable[[str, str], hf_reference.Training]:
-    """Return the runner of training jobs with Hugging Face and torch, by model and job."""
+def hf_trained(reference: Callable[..., Reference]) -> Callable[..., hf_training.Trained]:
+    """Return the runner of JOBS with Hugging Face and torch, by model, job and sizes."""
 
     @cache
-    def run(model: str, job: str) -> hf_reference.Training:
-        found, asked = reference(model), JOBS[job]
-        return hf_reference.train(found.folder, found.batch, asked.loss, asked.optimizer, asked.steps)
+    def run(model: str, job: str, **sizes: int) -> hf_training.Trained:
+        found, asked = reference(model, **sizes), JOBS[job]
+        return hf_training.train(found.folder, found.rollouts, asked.loss, asked.training, asked.steps)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def examined(
-    request: pytest.FixtureRequest, ranks: RankPool, reference: Callable[[str], Reference]
-) -> Callable[[str, str], list[dict[str, Examined]]]:
-    """Return the examiner by model and one of the test module's LAYOUTS: its answers by rank and packing."""
+def examined(ranks: RankPool, reference: Callable[..., Reference]) -> Examiner:
+    """Return the Examiner, which asks once what several tests want to know."""
 
     @cache
-    def run(model: str, layout: str) -> list[dict[str, Examined]]:
-        asked = request.module.LAYOUTS[layout]
-        setup, batch = Setup(reference(model).folder, asked), reference(model).batch
-        return ranks.run(examine, setup, batch, LOOKING, TEMPERATURE, world_size=asked.world_size)
+    def run(model: str, layout: Layout, **sizes: int) -> list[dict[str, Examined]]:
+        found = reference(model, **sizes)
+        return ask(ranks, examine, role_on(layout, found.folder), found.rollouts)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def trained(
-    request: pytest.FixtureRequest, ranks: RankPool, reference: Callable[[str], Reference]
-) -> Callable[[str, str], list[dict[str, Trained]]]:
-    """Return the runner of the test module's TRAINING jobs, else all, by model and one of its LAYOUTS, likewise."""
+def trained(ranks: RankPool, reference: Callable[..., Reference]) -> Trainer:
+    """Return the Trainer, which does once what several tests want to know of."""
 
     @cache
-    def run(model: str, layout: str) -> list[dict[str, Trained]]:
-        asked, jobs = request.module.LAYOUTS[layout], getattr(request.module, "TRAINING", JOBS)
-        setup = Setup(reference(model).folder, asked)
-        return ranks.run(train, setup, reference(model).batch, jobs, world_size=asked.world_size)
+    def run(model: str, layout: Layout, jobs: tuple[str, ...] = tuple(JOBS), **sizes: int) -> list[dict[str, Trained]]:
+        found, asked = reference(model, **sizes), {name: JOBS[name] for name in jobs}
+        return ask(ranks, train, role_on(layout, found.folder), found.rollouts, asked)
 
     return run

@@ -43,7 +43,7 @@ def main(folders: list[Path]) -> int:
 def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) -> None:
     """Build both sides, publish, generate, and save the answers."""
     os.environ.update(environment)
-    from megarl.ranks.spec import join_ranks
+    from megarl.ranks.join import join_ranks
 
     join_ranks()
     import torch
@@ -51,14 +51,10 @@ def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) 
     from megarl.parallel.layout import Layout
     from megarl.ranks.publish import Publisher
     from megarl.rollout.vllm import VllmEngine, VllmSpec
-    from megarl.train.megatron.model import ModelSpec
-    from megarl.train.policy import Policy
-    from megarl.weights.model_shape import read_model_shape
-    from megarl.weights.sources import SafetensorsSource
+    from megarl.verify.roles import role_on
+    from megarl.verify.work import backend_on_rank
 
-    shape = read_model_shape(folder)
-    spec = ModelSpec(shape, Layout(**layout), torch.float32, torch.device("cpu"))
-    model = Policy(spec, SafetensorsSource(folder, shape))
+    backend = backend_on_rank(role_on(Layout(**layout), folder))
     tp = layout["world_size"]
     engine = VllmEngine(
         VllmSpec(
@@ -70,7 +66,7 @@ def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) 
             kv_cache_bytes=32 * 2**20,
         )
     )
-    Publisher(model, engine, tp).publish(1)
+    Publisher(backend, engine, tp).publish(1)
     rollouts = engine.generate([GenerationRequest(prompt, 0) for prompt in PROMPTS], GREEDY)
     answers = [list(rollout.token_ids) for (rollout,) in rollouts]
     (folder / f"rank{environment['RANK']}.json").write_text(json.dumps(answers))

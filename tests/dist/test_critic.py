@@ -10,22 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForTokenClassification
 
-from megarl.batching.pack import sequences_to_batch
+from megarl.algorithm.loss_specs import ValueLossSpec
 from megarl.parallel.layout import Layout
-from megarl.train.work import ValueLossSpec
-from megarl.types import Batch
+from megarl.roles import Role
+from megarl.train.critic import Critic
+from megarl.types import Metrics, Sequences, ValueBatch
+from megarl.verify.pool import RankPool
+from megarl.verify.reference import random_sequences
+from megarl.verify.roles import TRAINING, role_on
+from megarl.verify.work import backend_on_rank, score, update
 from megarl.weights.model_shape import read_model_shape
-from tests.dist import parity
-from tests.dist.critic_cases import Judged, judge, learn_and_export
-from tests.dist.ranks import RankPool
-from tests.dist.tiny_models import FAMILIES, save_tiny_model
+from tests.dist.parity import ask
+from tests.dist.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
 
 MODEL = "qwen3-tied"  # a critic has no output layer, so there is nothing to tie
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
 CLIP_RANGE, STEPS = 0.3, 3
-OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3, weight_decay=0.0)
+LOSS = ValueLossSpec(CLIP_RANGE, "token-mean")
+LEARNING = replace(TRAINING, lr=1e-3, weight_decay=0.0)
 LAYOUTS = {
     "one_rank": Layout(1),
     "tp1_pp2": Layout(2, pp=2),
@@ -47,6 +50,29 @@ class Expected:
     grad_norms: list[float]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """This data-parallel rank's values on the rank that reports them, and the metrics of its optimizer steps."""
+
+    values_BS: Tensor | None
+    metrics: tuple[Metrics, ...]
+
+
+def _judge(role: Role, batch: ValueBatch, steps: int) -> Judged:
+    """Value the batch on a rank, then take ``steps`` optimizer steps on the whole of it."""
+    critic = Critic(backend_on_rank(role))
+    values_BS = score(critic, batch)
+    return Judged(values_BS, update(critic, batch, LOSS, steps).metrics)
+
+
+def _learn_and_export(role: Role, batch: ValueBatch, out: Path) -> Tensor | None:
+    """Take an optimizer step on a rank, write the critic to ``out``, and return its values as ``_judge`` does."""
+    critic = Critic(backend_on_rank(role))
+    update(critic, batch, LOSS)
+    critic.backend.export(out, Path(role.model.here()))
+    return score(critic, batch)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model with a value head that isn't zero."""
@@ -59,25 +85,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def batch(folder: Path) -> Batch:
+def batch(folder: Path) -> ValueBatch:
     """Return sequences with old values and returns around the model's own values."""
     generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(0, 99, (length,), generator=generator).tolist() for length in LENGTHS]
-    rows = sequences_to_batch(tokens, [[i >= 2 for i in range(length)] for length in LENGTHS])
+    rows = random_sequences(LENGTHS, VOCAB_SIZE, generator)
     noise_BS = torch.randn(rows.tokens_BS.shape, generator=generator)
     values_BS = _values(_model(folder), rows).detach() + 0.5 * noise_BS * rows.mask_BS
-    return replace(rows, values_BS=values_BS, returns_BS=(values_BS + noise_BS.flip(0)) * rows.mask_BS)
+    return ValueBatch(**vars(rows), values_BS=values_BS, returns_BS=(values_BS + noise_BS.flip(0)) * rows.mask_BS)
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path, batch: Batch) -> Expected:
+def expected(folder: Path, batch: ValueBatch) -> Expected:
     """Return what three steps of torch's AdamW do to the same model and loss, written out here."""
-    assert batch.values_BS is not None and batch.returns_BS is not None
     model = _model(folder)
     first_BS = _values(model, batch).detach()
-    adam = torch.optim.AdamW(
-        model.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=0
-    )
+    adam = torch.optim.AdamW(model.parameters(), lr=LEARNING.lr, betas=LEARNING.betas, eps=LEARNING.eps, weight_decay=0)
     losses, norms = [], []
     for _ in range(STEPS):
         adam.zero_grad()
@@ -87,7 +109,7 @@ def expected(folder: Path, batch: Batch) -> Expected:
         error_BS = torch.maximum((values_BS - batch.returns_BS) ** 2, (near_BS - batch.returns_BS) ** 2) / 2
         loss = (error_BS * batch.mask_BS).sum() / batch.mask_BS.sum()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), LEARNING.clip_grad)))
         adam.step()
         losses.append(float(loss.detach()))
     return Expected(first_BS, losses, norms)
@@ -96,15 +118,12 @@ def expected(folder: Path, batch: Batch) -> Expected:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_values_and_three_updates_equal_those_of_torch(
-    ranks: RankPool, folder: Path, batch: Batch, expected: Expected, name: str, packed: bool
+    ranks: RankPool, folder: Path, batch: ValueBatch, expected: Expected, name: str, packed: bool
 ) -> None:
-    layout, loss = LAYOUTS[name], ValueLossSpec(CLIP_RANGE, "token-mean")
-    answers: list[Judged] = ranks.run(
-        judge, folder, layout, packed, batch, loss, OPTIMIZER, STEPS, world_size=layout.world_size
-    )
+    layout = LAYOUTS[name]
+    answers = ask(ranks, _judge, role_on(layout, folder, "critic", training=LEARNING, packed=packed), batch, STEPS)
     reports = [answers[rank] for rank in layout.output_ranks()]
-    values_BS = torch.cat([_there(report.values_BS) for report in reports])
-    torch.testing.assert_close(values_BS, expected.values_BS, rtol=0, atol=2e-5)
+    torch.testing.assert_close(_reported(layout, [a.values_BS for a in answers]), expected.values_BS, rtol=0, atol=2e-5)
     losses = [sum(report.metrics[step]["value_loss"] for report in reports) for step in range(STEPS)]
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     assert [m["grad_norm"] for m in reports[0].metrics] == pytest.approx(expected.grad_norms, rel=1e-5)
@@ -112,28 +131,27 @@ def test_values_and_three_updates_equal_those_of_torch(
 
 
 def test_a_critic_from_a_language_model_values_every_state_at_zero(
-    ranks: RankPool, tmp_path: Path, batch: Batch
+    ranks: RankPool, tmp_path: Path, batch: ValueBatch
 ) -> None:
     save_tiny_model(MODEL, tmp_path)
-    [answer] = ranks.run(
-        judge, tmp_path, Layout(1), True, batch, ValueLossSpec(CLIP_RANGE, "token-mean"), OPTIMIZER, 1, world_size=1
-    )
+    [answer] = ask(ranks, _judge, role_on(Layout(1), tmp_path, "critic", training=LEARNING), batch, 1)
     assert float(answer.values_BS.abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_critic_gives_the_same_values_in_transformers_and_where_it_is_loaded_again(
-    ranks: RankPool, tmp_path: Path, batch: Batch, family: str
+    ranks: RankPool, tmp_path: Path, batch: ValueBatch, family: str
 ) -> None:
+    from transformers import AutoModelForTokenClassification
+
     start, out = tmp_path / "start", tmp_path / "critic"
     save_tiny_model(f"{family}-tied", start)  # from a value head of zeros, which an optimizer step moves
-    layout, loss = Layout(4, tp=2, pp=2), ValueLossSpec(CLIP_RANGE, "token-mean")
-    optimizer = replace(OPTIMIZER, lr=0.1)
-    exported = ranks.run(learn_and_export, start, layout, batch, loss, optimizer, out)
+    layout, training = Layout(4, tp=2, pp=2), replace(LEARNING, lr=0.1)
+    exported = ask(ranks, _learn_and_export, role_on(layout, start, "critic", training=training), batch, out)
     values_BS = _reported(layout, exported)
     assert float(values_BS.abs().max()) > 0.1, "the critic learnt nothing that could be lost"
 
-    again = [a.values_BS for a in ranks.run(judge, out, layout, True, batch, loss, optimizer, 0)]
+    again = [a.values_BS for a in ask(ranks, _judge, role_on(layout, out, "critic", training=training), batch, 0)]
     assert _reported(layout, again).equal(values_BS)
     model, found = AutoModelForTokenClassification.from_pretrained(
         out, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -146,11 +164,12 @@ def test_an_exported_critic_gives_the_same_values_in_transformers_and_where_it_i
 
 def _reported(layout: Layout, answers: list[Tensor | None]) -> Tensor:
     """Return the values of all rows, from the ranks that report them."""
-    return torch.cat([_there(answers[rank]) for rank in layout.output_ranks()])
+    reported = [answers[rank] for rank in layout.output_ranks()]
+    return torch.cat([values_BS for values_BS in reported if values_BS is not None])
 
 
 @torch.no_grad()
-def _values_of_classifier(model: Any, batch: Batch) -> Tensor:
+def _values_of_classifier(model: Any, batch: Sequences) -> Tensor:
     """Return what transformers' own model gives each token's state before it, zero outside the mask."""
     rows = []
     for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):
@@ -159,20 +178,17 @@ def _values_of_classifier(model: Any, batch: Batch) -> Tensor:
     return torch.stack(rows) * batch.mask_BS
 
 
-def _there(values_BS: Tensor | None) -> Tensor:
-    assert values_BS is not None
-    return values_BS
-
-
 def _model(folder: Path) -> Any:
     """Return the trunk with a linear head called ``score``."""
+    from transformers import AutoModel
+
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     model.score = torch.nn.Linear(32, 1, bias=False)
     model.score.weight.data = load_file(folder / "model.safetensors")["score.weight"].clone()
     return model
 
 
-def _values(model: Any, batch: Batch) -> Tensor:
+def _values(model: Any, batch: Sequences) -> Tensor:
     """Return for each masked token the value of the state before it, zero elsewhere."""
     rows = []
     for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):

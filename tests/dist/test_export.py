@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megarl.parallel.layout import Layout
+from megarl.roles import Role
+from megarl.verify.pool import RankPool
+from megarl.verify.reference import load
+from megarl.verify.roles import role_on
+from megarl.verify.work import backend_on_rank
 from megarl.weights.hf_export import MAX_FILE_BYTES, export_hf
-from megarl.weights.name_map import hf_shapes, megatron_peers
-from tests.dist import hf_reference
-from tests.dist.parity_cases import Setup
-from tests.dist.ranks import RankPool
+from megarl.weights.name_map import hf_shapes
 from tests.dist.tiny_models import MODELS, save_tiny_model
 
 TP2_PP2 = Layout(4, tp=2, pp=2)
@@ -22,18 +24,17 @@ TP2_DP2 = Layout(4, tp=2, sequence_parallel=True)
 SMALL_FILE_BYTES = 8192
 
 
-def _export(setup: Setup, out: Path, max_file_bytes: int) -> None:
+def _export(role: Role, out: Path, max_file_bytes: int) -> None:
     """Load a model, and write it as a Hugging Face folder."""
-    model = setup.model()
-    spec = model.spec
+    backend = backend_on_rank(role)
     export_hf(
         out,
-        template=setup.folder,
-        shapes=hf_shapes(spec.shape),
-        sources=megatron_peers(spec.shape, spec.layout),
-        parameters=model.parameters(),
-        dtype=spec.dtype,
-        device=spec.device,
+        template=Path(role.model.here()),
+        shapes=hf_shapes(role.shape),
+        sources=backend.peers(),
+        parameters=backend.parameters(),
+        dtype=backend.model.dtype,
+        device=backend.device,
         max_file_bytes=max_file_bytes,
     )
 
@@ -45,7 +46,7 @@ def test_export_writes_what_was_loaded_bit_for_bit(
 ) -> None:
     folder, out = tmp_path / "loaded", tmp_path / "exported"
     save_tiny_model(model, folder)
-    ranks.run(_export, Setup(folder, TP2_PP2), out, max_file_bytes)
+    ranks.run(_export, role_on(TP2_PP2, folder), out, max_file_bytes)
     _assert_same_weights(folder, out)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (max_file_bytes == SMALL_FILE_BYTES)
     assert _logits(out).equal(_logits(folder))
@@ -57,8 +58,8 @@ def test_an_exported_model_loads_and_exports_again_on_another_layout_in_bf16_too
 ) -> None:
     folder, first, second = tmp_path / "loaded", tmp_path / "first", tmp_path / "second"
     save_tiny_model(model, folder)
-    ranks.run(_export, Setup(folder, TP2_PP2, dtype=torch.bfloat16), first, SMALL_FILE_BYTES)
-    ranks.run(_export, Setup(first, TP2_DP2, dtype=torch.bfloat16), second, MAX_FILE_BYTES)
+    ranks.run(_export, role_on(TP2_PP2, folder, dtype="bfloat16"), first, SMALL_FILE_BYTES)
+    ranks.run(_export, role_on(TP2_DP2, first, dtype="bfloat16"), second, MAX_FILE_BYTES)
     _assert_same_weights(first, second)
     rounded = {name: tensor.bfloat16() for name, tensor in _weights(folder).items()}
     assert [name for name, tensor in _weights(second).items() if not tensor.equal(rounded[name])] == []
@@ -67,7 +68,7 @@ def test_an_exported_model_loads_and_exports_again_on_another_layout_in_bf16_too
 def _logits(folder: Path) -> Tensor:
     """Return what Hugging Face's model in ``folder`` answers to its first tokens."""
     with torch.no_grad():
-        logits: Tensor = hf_reference.load(folder)(torch.arange(20)[None]).logits
+        logits: Tensor = load(folder)(torch.arange(20)[None]).logits
     return logits
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
+from megarl.algorithm.loss_specs import LossSpec
 from megarl.parallel.layout import Layout
-from tests.dist.fused_head_cases import Answer, with_and_without
-from tests.dist.parity import LOOKING, SEQUENCE_SUM_NORM, TELLING, TEMPERATURE, Reference
-from tests.dist.parity_cases import Setup
-from tests.dist.ranks import RankPool
+from megarl.roles import Role
+from megarl.train.actor import Actor
+from megarl.train.reference import Reference as FrozenPolicy
+from megarl.types import Metrics, PolicyBatch
+from megarl.verify.pool import RankPool
+from megarl.verify.reference import TEMPERATURE, Reference
+from megarl.verify.roles import role_on
+from megarl.verify.work import backend_on_rank, score, update
+from tests.dist.parity import LOOKING, REPLICATED, SEQUENCE_SUM_NORM, SFT, TELLING, Piece, ask, gradients_of, pieces
 
 TIED, UNTIED = TELLING
-MODEL_SIZES = {"num_hidden_layers": 4}
+SIZES = {"num_hidden_layers": 4}
 LAYOUTS = {
     "one_rank": Layout(1),
     "tp2": Layout(2, tp=2),
@@ -29,6 +37,29 @@ LAYOUTS = {
 QUICK = {(UNTIED, "tp2+sp"), (TIED, "pp2")}
 TOLERANCE = 2e-6
 BF16_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """logprobs_BS: None on ranks that don't report. gradients, metrics: of one optimizer step."""
+
+    logprobs_BS: Tensor | None
+    metrics: Metrics
+    gradients: list[Piece]
+
+
+def _with_and_without(role: Role, batch: PolicyBatch, loss: LossSpec) -> tuple[Answer, Answer]:
+    """Score ``batch`` and take a step on it with a fused head, then without."""
+    fused, plain = (_answer(replace(role, fused_head=fused_head), batch, loss) for fused_head in (True, False))
+    return fused, plain
+
+
+def _answer(role: Role, batch: PolicyBatch, loss: LossSpec) -> Answer:
+    # A reference scores as an actor does, from a model of its own.
+    logprobs_BS = score(FrozenPolicy(backend_on_rank(replace(role, training=None))), batch, TEMPERATURE)
+    backend = backend_on_rank(role)
+    (metrics,) = update(Actor(backend), batch, loss).metrics
+    return Answer(logprobs_BS, metrics, pieces(backend, gradients_of(backend)))
 
 
 def _assert_alike(fused: Answer, plain: Answer, tolerance: float) -> None:
@@ -57,19 +88,19 @@ def _assert_alike(fused: Answer, plain: Answer, tolerance: float) -> None:
     ],
 )
 def test_log_probs_metrics_and_every_gradient_are_those_without_it(
-    ranks: RankPool, reference: Callable[[str], Reference], model: str, layout: str, packed: bool
+    ranks: RankPool, reference: Callable[..., Reference], model: str, layout: str, packed: bool
 ) -> None:
     """One row a micro-batch, so that one of them has no token that counts. The loss has entropy and KL in it."""
-    setup = Setup(reference(model).folder, LAYOUTS[layout], packed, micro_batch_size=1)
-    asked = reference(model).batch, LOOKING, SEQUENCE_SUM_NORM, TEMPERATURE
-    for fused, plain in ranks.run(with_and_without, setup, *asked, world_size=LAYOUTS[layout].world_size):
+    found = reference(model, **SIZES)
+    role = role_on(LAYOUTS[layout], found.folder, training=LOOKING, packed=packed, micro_batch_size=1, **REPLICATED)
+    for fused, plain in ask(ranks, _with_and_without, role, found.rollouts, SEQUENCE_SUM_NORM):
         _assert_alike(fused, plain, TOLERANCE)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["one_rank", "tp2+sp", "pp2"])
-def test_in_bf16_it_stays_near(ranks: RankPool, reference: Callable[[str], Reference], layout: str) -> None:
-    setup = Setup(reference(TIED).folder, LAYOUTS[layout], dtype=torch.bfloat16)
-    asked = reference(TIED).batch, LOOKING, None, TEMPERATURE
-    for fused, plain in ranks.run(with_and_without, setup, *asked, world_size=LAYOUTS[layout].world_size):
+def test_in_bf16_it_stays_near(ranks: RankPool, reference: Callable[..., Reference], layout: str) -> None:
+    found = reference(TIED, **SIZES)
+    role = role_on(LAYOUTS[layout], found.folder, dtype="bfloat16", training=LOOKING, **REPLICATED)
+    for fused, plain in ask(ranks, _with_and_without, role, found.rollouts, SFT):
         _assert_alike(fused, plain, BF16_TOLERANCE)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.testing import assert_close
 
-from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.train.megatron.optimizer import OptimizerSpec
-from megarl.types import Batch
-from tests.dist import parity
-from tests.dist.host_optimizer_cases import PIECE_NUMEL, Learned, learn, learn_on
-from tests.dist.parity_cases import Setup
-from tests.dist.ranks import RankPool
+from megarl.roles import Role
+from megarl.train.actor import Actor
+from megarl.train.megatron import host_adam
+from megarl.train.megatron.backend import MegatronBackend
+from megarl.train.megatron.optimizer import Optimizer
+from megarl.types import Metrics, Sequences
+from megarl.verify.pool import RankPool
+from megarl.verify.reference import random_sequences
+from megarl.verify.roles import TRAINING, role_on, with_section
+from megarl.verify.work import backend_on_rank, update
+from tests.dist.parity import SFT, ask
 from tests.dist.tiny_models import VOCAB_SIZE, save_tiny_model
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
-OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3, schedule="cosine")
+LEARNING = replace(TRAINING, lr=1e-3, schedule="cosine")
+PIECE_NUMEL = 1000  # of pieces on the way to the host; here a parameter has up to four times that
+STATE = ("param", "exp_avg", "exp_avg_sq")
 LAYOUTS = {
     "tp2_pp2+sp": ("qwen2-tied", Layout(4, tp=2, pp=2, sequence_parallel=True)),
     "dp2": ("qwen2-tied", Layout(2)),
@@ -28,24 +38,155 @@ LAYOUTS = {
 }
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds after its updates, in bytes of storages, each counted once.
+
+    model: parameters and gradient buffers. others: everything else that can be reached from Megatron's optimizer.
+    stepped_numel: elements of parameters that this rank steps. passing: what gradients and parameters pass through.
+    """
+
+    model: int
+    others: int
+    stepped_numel: int
+    num_parameters: int
+    num_optimizers: int
+    passing: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Of each update its metrics; afterwards the weights, and (main parameter, moments) of each parameter."""
+
+    metrics: tuple[Metrics, ...]
+    weights: list[Tensor]
+    state: list[tuple[Tensor, ...]]
+    held: Held
+
+
+def _learn(role: Role, batch: Sequences) -> list[Learned]:
+    """Take three updates of a fresh actor, with the optimizer on the device and on the host."""
+    return [_update(_actor(role, on_host), batch, 3) for on_host in (False, True)]
+
+
+def _learn_on(role: Role, saved_on_host: bool, loaded_on_host: bool, batch: Sequences) -> list[Learned]:
+    """Take an update, hand the state to another actor, and let both take two more, of which they tell."""
+    actor, other = _actor(role, saved_on_host), _actor(role, loaded_on_host)
+    _update(actor, batch, 1)
+    _load(other, actor)
+    return [_update(trained, batch, 2) for trained in (actor, other)]
+
+
+def _actor(role: Role, on_host: bool) -> MegatronBackend:
+    numel, host_adam.PIECE_NUMEL = host_adam.PIECE_NUMEL, PIECE_NUMEL
+    try:
+        return backend_on_rank(with_section(role, optimizer_on_host=on_host))
+    finally:
+        host_adam.PIECE_NUMEL = numel
+
+
+def _update(actor: MegatronBackend, batch: Sequences, times: int) -> Learned:
+    metrics = update(Actor(actor), batch, SFT, times).metrics
+    weights = [parameter.detach().clone() for parameter in actor.model.module.parameters()]
+    state = [tuple(found[name].detach().clone() for name in STATE) for found in _states(actor)]
+    return Learned(metrics, weights, state, _held(actor))
+
+
+def _optimizer(actor: MegatronBackend) -> Optimizer:
+    assert actor.optimizer is not None
+    return actor.optimizer
+
+
+def _states(actor: MegatronBackend) -> Iterator[dict[str, Tensor]]:
+    """Yield main parameter and moments of each parameter that this rank steps, as Megatron saves them."""
+    for optimizer in _optimizer(actor).inner.chained_optimizers:
+        for parameter in optimizer.model_param_group_index_map:
+            yield optimizer._get_main_param_and_optimizer_states(parameter)
+
+
+def _held(actor: MegatronBackend) -> Held:
+    ddp: Any = _optimizer(actor).ddp
+    buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
+    model = [*ddp.parameters(), *(buffer.grad_data for buffer in buffers)]
+    own = _storages(model)
+    others = {name: size for name, size in _storages(_tensors(_optimizer(actor).inner)).items() if name not in own}
+    optimizers = _optimizer(actor).inner.chained_optimizers
+    passing = [
+        tensor
+        for optimizer in optimizers
+        for buffer in getattr(optimizer.optimizer, "_buffers", ())
+        for tensor in vars(buffer).values()
+        if tensor is not None
+    ]
+    mains = [state["param"] for state in _states(actor)]
+    return Held(
+        model=sum(own.values()),
+        others=sum(others.values()),
+        stepped_numel=sum(main.numel() for main in mains),
+        num_parameters=len(mains),
+        num_optimizers=len(optimizers),
+        passing=sum(_storages(passing).values()),
+    )
+
+
+def _storages(tensors: Any) -> dict[int, int]:
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+def _tensors(root: object) -> Iterator[Tensor]:
+    """Yield every tensor in attributes and containers of ``root``, and in attributes of those, as deep as it goes."""
+    seen: set[int] = set()
+    waiting: list[Any] = [root]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or isinstance(found, type | dist.ProcessGroup):
+            continue
+        seen.add(id(found))
+        if isinstance(found, Tensor):
+            yield found
+        if isinstance(found, dict):
+            waiting += [*found.keys(), *found.values()]
+        elif isinstance(found, list | tuple | set):
+            waiting += found
+        waiting += vars(found).values() if hasattr(found, "__dict__") and not callable(found) else ()
+        if isinstance(found, Tensor) and found.is_leaf:
+            waiting.append(found.grad)
+
+
+def _load(actor: MegatronBackend, other: MegatronBackend) -> None:
+    """Take over the state of ``other`` as a checkpoint hands it over, without the files."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    actor.model.module.load_state_dict(other.model.module.state_dict())
+    _saved(actor, metadata, is_loading=True)
+    state = _saved(other, metadata)
+    state["param_state"] = {
+        number: {key: sharded.data.clone() for key, sharded in tensors.items()}
+        for number, tensors in state["param_state"].items()
+    }
+    with actor.model.groups.active():
+        _optimizer(actor).inner.load_state_dict(state)
+    _optimizer(actor).num_updates = _optimizer(other).num_updates
+
+
+def _saved(actor: MegatronBackend, metadata: dict[str, str], is_loading: bool = False) -> Any:
+    with actor.model.groups.active():
+        model = actor.model.module.sharded_state_dict(metadata=metadata)
+        return _optimizer(actor).inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+
+
 @pytest.fixture(scope="module")
-def batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
-    return sequences_to_batch(tokens, [[i >= 2 for i in range(length)] for length in LENGTHS])
+def batch() -> Sequences:
+    return random_sequences(LENGTHS, VOCAB_SIZE, torch.Generator().manual_seed(1))
 
 
-ON_HOST = replace(OPTIMIZER, optimizer_on_host=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("model", "layout"), LAYOUTS.values(), ids=LAYOUTS)
 def test_three_updates_on_the_host_are_those_on_the_device(
-    ranks: RankPool, tmp_path: Path, batch: Batch, model: str, layout: Layout, dtype: torch.dtype
+    ranks: RankPool, tmp_path: Path, batch: Sequences, model: str, layout: Layout, dtype: str
 ) -> None:
     save_tiny_model(model, tmp_path)
-    setup = Setup(tmp_path, layout, dtype=dtype)
-    for device, host in ranks.run(learn, setup, [OPTIMIZER, ON_HOST], batch, world_size=layout.world_size):
+    role = role_on(layout, tmp_path, dtype=dtype, training=LEARNING)
+    for device, host in ask(ranks, _learn, role, batch):
         assert len(host.metrics) == 3
         _assert_close(host, device)
         # Of all that Megatron's optimizer holds, only this isn't parameters and gradients of the model.
@@ -54,7 +195,7 @@ def test_three_updates_on_the_host_are_those_on_the_device(
         assert held.passing == held.num_optimizers * 4 * PIECE_NUMEL * 4
         assert 0 <= held.others - expected <= 8 * held.num_optimizers  # a scale and a flag of each
         # Parameters in float32 are main parameters where Adam is on the device. On the host it has its own.
-        main_bytes = 4 if dtype == torch.float32 else 0
+        main_bytes = 4 if dtype == "float32" else 0
         assert held == replace(
             device_held,
             others=device_held.others + main_bytes * held.stepped_numel + held.passing,
@@ -63,20 +204,20 @@ def test_three_updates_on_the_host_are_those_on_the_device(
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [(ON_HOST, ON_HOST), (OPTIMIZER, ON_HOST), (ON_HOST, OPTIMIZER)],
+    ("saved_on_host", "loaded_on_host"),
+    [(True, True), (False, True), (True, False)],
     ids=["host_to_host", "device_to_host", "host_to_device"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_saved_state_goes_on_wherever_it_is_loaded(
-    ranks: RankPool, tmp_path: Path, batch: Batch, dtype: torch.dtype, saved: OptimizerSpec, loaded: OptimizerSpec
+    ranks: RankPool, tmp_path: Path, batch: Sequences, dtype: str, saved_on_host: bool, loaded_on_host: bool
 ) -> None:
     model, layout = LAYOUTS["dp2"]
     save_tiny_model(model, tmp_path)
-    setup = Setup(tmp_path, layout, dtype=dtype)
-    for first, second in ranks.run(learn_on, setup, saved, loaded, batch, world_size=layout.world_size):
+    role = role_on(layout, tmp_path, dtype=dtype, training=LEARNING)
+    for first, second in ask(ranks, _learn_on, role, saved_on_host, loaded_on_host, batch):
         _assert_close(second, first)
-        if saved == loaded:
+        if saved_on_host == loaded_on_host:
             assert first.metrics == second.metrics
             assert first.held == second.held  # nothing that was loaded is kept beside what was there
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megarl.parallel.layout import Layout
-from tests.dist import hf_reference
+from megarl.verify.reference import load
 from tests.dist.publish_case import GREEDY, PROMPTS
 from tests.dist.tiny_models import save_tiny_model
 
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_greedy_answers_of_published_experts_are_hugging_faces_on_every_rank(
     folders: dict[str, Path], model: str
 ) -> None:
-    hf = hf_reference.load(folders[model])
+    hf = load(folders[model])
     expected = [
         hf.generate(
             torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0

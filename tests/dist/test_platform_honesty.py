@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megarl.parallel.platform import install_platform
-from tests.dist.ranks import RankPool
+from megarl.verify.pool import RankPool
 
 
 def _is_honest() -> bool:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megarl.batching.pack import sequences_to_batch
 from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Layout
-from megarl.types import Batch
-from tests.dist import parity
-from tests.dist.ranks import RankPool
-from tests.dist.recompute_cases import Recomputed, train_with
+from megarl.roles import Role
+from megarl.train.actor import Actor
+from megarl.train.megatron.backend import MegatronBackend
+from megarl.types import Metrics, Sequences
+from megarl.verify.pool import RankPool
+from megarl.verify.reference import random_sequences
+from megarl.verify.roles import TRAINING, role_on, with_section
+from megarl.verify.work import backend_on_rank, update
+from tests.dist.parity import SFT, Piece, ask, pieces
+from tests.dist.saved_bytes import saved_activation_bytes
 from tests.dist.tiny_models import FIVE_LAYERS, VOCAB_SIZE, save_tiny_model
 
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
-OPTIMIZER = replace(parity.OPTIMIZER, lr=1e-3)
 EVERYTHING_KEPT = "everything kept"
 CHOICES = {
-    EVERYTHING_KEPT: None,
+    EVERYTHING_KEPT: RecomputeConfig(None, None, None),
     "selective": RecomputeConfig("selective", None, None),
     "uniform 1": RecomputeConfig("full", "uniform", 1),
     "block 1": RecomputeConfig("full", "block", 1),
@@ -46,11 +50,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
-    return sequences_to_batch(tokens, [[i >= 2 for i in range(length)] for length in LENGTHS])
+@dataclass(frozen=True)
+class Recomputed:
+    """saved_bytes: of one forward pass over the whole batch on one stage; 0 where there are several stages."""
+
+    metrics: tuple[Metrics, ...]
+    weights: list[Piece]
+    saved_bytes: int
+
+
+def _train_with(role: Role, batch: Sequences, choices: dict[str, RecomputeConfig]) -> dict[str, Recomputed]:
+    """Take three optimizer steps from the weights of the folder with each choice of what to compute again."""
+    return {name: _train(with_section(role, recompute=choice), batch) for name, choice in choices.items()}
+
+
+def _train(role: Role, batch: Sequences) -> Recomputed:
+    backend = backend_on_rank(role)
+    saved_bytes = _saved_bytes(backend, batch) if role.layout.pp == 1 else 0
+    metrics = update(Actor(backend), batch, SFT, 3).metrics
+    return Recomputed(metrics, pieces(backend, backend.parameters()), saved_bytes)
+
+
+def _saved_bytes(backend: MegatronBackend, batch: Sequences) -> int:
+    """Measure the model's own forward pass in training mode, without a loss."""
+    (micro,), model = backend.pack(batch, [range(len(batch))]), backend.model
+    model.set_training(True)
+    with model.groups.active():
+        return saved_activation_bytes(lambda: model.forward(model.module, micro), model.own_parameters())
 
 
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["packed", "padded"])
@@ -66,19 +92,13 @@ def batch() -> Batch:
     ],
 )
 def test_recomputing_changes_neither_losses_nor_weights_and_keeps_less(
-    ranks: RankPool, folder: Path, batch: Batch, layout: str, dtype: str, packed: bool
+    ranks: RankPool, folder: Path, layout: str, dtype: str, packed: bool
 ) -> None:
-    answers: list[dict[str, Recomputed]] = ranks.run(
-        train_with,
-        folder,
-        LAYOUTS[layout],
-        getattr(torch, dtype),
-        packed,
-        batch,
-        OPTIMIZER,
-        CHOICES | ({} if LAYOUTS[layout].pp > 1 else ON_ONE_STAGE),
-        world_size=LAYOUTS[layout].world_size,
-    )
+    training = replace(TRAINING, lr=1e-3)
+    role = role_on(LAYOUTS[layout], folder, dtype=dtype, training=training, packed=packed)
+    batch = random_sequences(LENGTHS, VOCAB_SIZE, torch.Generator().manual_seed(1))
+    choices = CHOICES | ({} if role.layout.pp > 1 else ON_ONE_STAGE)
+    answers = ask(ranks, _train_with, role, batch, choices)
     for answer in answers:
         kept = answer[EVERYTHING_KEPT]
         for name, recomputed in answer.items():

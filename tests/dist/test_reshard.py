@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.parallel.layout import Layout
+from megarl.verify.pool import RankPool
 from megarl.weights.cells import cells_of
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, megatron_peers, megatron_shards, vllm_peers, vllm_shards
@@ -18,7 +19,6 @@ from megarl.weights.reshard import Resharder
 from megarl.weights.reshard_plan import plan_reshard
 from megarl.weights.shard import Peers, Segment, Shard, peers_of
 from megarl.weights.sources import fill
-from tests.dist.ranks import RankPool
 from tests.unit.model_shapes import model_shape
 
 CPU = torch.device("cpu")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
-from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.types import Batch
+from megarl.roles import Role
+from megarl.train.reward_model import RewardModel
+from megarl.types import Sequences
 from megarl.verify.pool import RankPool, RanksFailed
-from tests.dist.reward_model_cases import score
-from tests.dist.tiny_models import save_tiny_classifier
+from megarl.verify.reference import random_sequences
+from megarl.verify.roles import role_on
+from megarl.verify.work import backend_on_rank, score
+from tests.dist.parity import ask
+from tests.dist.tiny_models import VOCAB_SIZE, save_tiny_classifier
 
 MODELS = ("llama-untied", "qwen2-untied", "qwen3-tied", "qwen3_moe-untied")
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4, 1, 11, 8, 13)
@@ -39,21 +43,31 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def batch() -> Batch:
+def batch() -> Sequences:
     """Return sequences of which some tokens were sampled; that makes no difference."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(0, 99, (length,), generator=generator).tolist() for length in LENGTHS]
-    return sequences_to_batch(tokens, [[i >= 2 for i in range(length)] for length in LENGTHS])
+    return random_sequences(LENGTHS, VOCAB_SIZE, torch.Generator().manual_seed(1))
+
+
+def _score(role: Role, batch: Sequences) -> dict[bool, Tensor | None]:
+    """Return this data-parallel rank's scores, packed and padded, on the rank that reports them."""
+    return {
+        packed: score(RewardModel(backend_on_rank(replace(role, packed=packed))), batch) for packed in (True, False)
+    }
+
+
+def _role(layout: Layout, folder: Path) -> Role:
+    """Return the role, whose parameters wait on the host between uses."""
+    return role_on(layout, folder, "reward_model", param_offload=True)
 
 
 @pytest.mark.parametrize(("model", "name"), PAIRS)
 def test_a_rollout_s_score_is_what_transformers_makes_of_it_alone(
-    ranks: RankPool, tmp_path: Path, batch: Batch, model: str, name: str
+    ranks: RankPool, tmp_path: Path, batch: Sequences, model: str, name: str
 ) -> None:
     save_tiny_classifier(model, tmp_path, num_hidden_layers=4)
     expected_B, layout = _scores(tmp_path, batch), LAYOUTS[name]
     assert float(expected_B.std()) > 0.1, "the scores differ too little to be told apart"
-    answers = ranks.run(score, tmp_path, layout, batch, world_size=layout.world_size)
+    answers = ask(ranks, _score, _role(layout, tmp_path), batch)
     for packed in (True, False):
         scores_B = torch.cat([answers[rank][packed] for rank in layout.output_ranks()])
         torch.testing.assert_close(scores_B, expected_B, rtol=0, atol=2e-5)
@@ -61,18 +75,20 @@ def test_a_rollout_s_score_is_what_transformers_makes_of_it_alone(
     assert all(answers[rank] == {True: None, False: None} for rank in silent)
 
 
-def test_a_score_that_is_no_finite_number_ends_the_run(ranks: RankPool, tmp_path: Path, batch: Batch) -> None:
+def test_a_score_that_is_no_finite_number_ends_the_run(ranks: RankPool, tmp_path: Path, batch: Sequences) -> None:
     save_tiny_classifier("llama-untied", tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     tensors["score.weight"][0, 0] = torch.inf
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(RanksFailed, match="the reward model gave 12 of 12 rollouts a score that is no finite number"):
-        ranks.run(score, tmp_path, Layout(1), batch, world_size=1)
+        ask(ranks, _score, _role(Layout(1), tmp_path), batch)
 
 
 @torch.no_grad()
-def _scores(folder: Path, batch: Batch) -> Tensor:
+def _scores(folder: Path, batch: Sequences) -> Tensor:
+    from transformers import AutoModelForSequenceClassification
+
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()

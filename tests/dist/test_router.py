@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Layout
-from megarl.types import Batch
-from tests.dist import hf_reference
-from tests.dist.parity import LOOKING, TEMPERATURE, TOLERANCE, TRAINING_TOLERANCE, Reference, assert_pieces_are
-from tests.dist.parity_cases import Examined, Setup, examine
-from tests.dist.ranks import RankPool
+from megarl.types import Sequences
+from megarl.verify.pool import RankPool
+from megarl.verify.reference import Reference, load
+from megarl.verify.roles import role_on
+from tests.dist.hf_training import checkpoint_tensors, sft_loss
+from tests.dist.parity import TOLERANCE, TRAINING_TOLERANCE, Examined, ask, assert_pieces_are, examine
 from tests.dist.tiny_models import EXPERTS
 
 LAYOUTS = {
@@ -34,12 +34,12 @@ LAYOUTS = {
     "tp2xpp2xep2xetp1": Layout(4, tp=2, pp=2, ep=2, etp=1, sequence_parallel=True),
 }
 QUICK = ("pp2xvpp2", "tp2xcp2xetp1", "tp2xpp2xep2xetp1")
-MODEL_SIZES = {"num_hidden_layers": 4}
+SIZES = {"num_hidden_layers": 4}
 BALANCE, Z = 0.5, 0.02
 LOSSES = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": BALANCE, "moe_z_loss_coeff": Z}
 # Of the layers of a stage all are computed again, or one, and Megatron tells those two kinds differently of padding.
 RECOMPUTE = {
-    "kept": None,
+    "kept": RecomputeConfig(None, None, None),
     "recomputed": RecomputeConfig("full", "uniform", 1),
     "one_recomputed": RecomputeConfig("full", "block", 1),
 }
@@ -68,9 +68,9 @@ def _router_logits(model: Any, tokens_S: Tensor) -> list[Tensor]:
     return [logits.flatten(0, -2) for logits in seen]
 
 
-def _expect(folder: Path, batch: Batch) -> Expected:
-    model = hf_reference.load(folder)
-    loss = -hf_reference.logprobs_BS(model, batch)[batch.mask_BS].mean()
+def _expect(folder: Path, batch: Sequences) -> Expected:
+    model = load(folder)
+    loss = sft_loss(model, batch)
     rollouts = [tokens_S[:length] for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True)]
     by_layer = list(zip(*(_router_logits(model, tokens_S) for tokens_S in rollouts), strict=True))
     num_rollouts = int(batch.mask_BS.any(-1).sum())
@@ -84,31 +84,30 @@ def _expect(folder: Path, batch: Batch) -> Expected:
         entropies.append(-torch.cat([(s * s.log()).sum(-1) for s in scores]).mean().item())
         loads.append(torch.cat(chosen).mean(0) / TOPK)
     (loss + BALANCE * sum(balances) + Z * sum(zs)).backward()
-    load = torch.stack(loads)
+    load_LE = torch.stack(loads)
     metrics = {
-        "moe/load_max": load.max() * NUM_EXPERTS,
-        "moe/load_min": load.min() * NUM_EXPERTS,
-        "moe/load_entropy": -(load * load.log()).sum(-1).mean() / torch.tensor(NUM_EXPERTS).log(),
+        "moe/load_max": load_LE.max() * NUM_EXPERTS,
+        "moe/load_min": load_LE.min() * NUM_EXPERTS,
+        "moe/load_entropy": -(load_LE * load_LE.log()).sum(-1).mean() / torch.tensor(NUM_EXPERTS).log(),
         "moe/router_entropy": sum(entropies) / len(entropies),
         "moe/dropped": 0.0,
         "moe/load_balance_loss": torch.stack(balances).mean().item(),
         "moe/z_loss": torch.stack(zs).mean().item(),
     }
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Expected(
-        hf_reference.checkpoint_tensors(model, gradients), {name: float(value) for name, value in metrics.items()}
-    )
+    return Expected(checkpoint_tensors(model, gradients), {name: float(value) for name, value in metrics.items()})
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Callable[[str], Reference]) -> Callable[[str], Expected]:
-    """Return what Hugging Face's model says, by model."""
+def found(reference: Callable[..., Reference]) -> Reference:
+    """Return the model and its rollouts."""
+    return reference(MODEL, **SIZES)
 
-    @cache
-    def run(model: str) -> Expected:
-        return _expect(reference(model).folder, reference(model).batch)
 
-    return run
+@pytest.fixture(scope="module")
+def expected(found: Reference) -> Expected:
+    """Return what Hugging Face's model says."""
+    return _expect(found.folder, found.rollouts)
 
 
 def _assert_equal(answers: list[dict[str, Examined]], wanted: Expected) -> None:
@@ -125,34 +124,27 @@ def _assert_equal(answers: list[dict[str, Examined]], wanted: Expected) -> None:
     "layout", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in LAYOUTS]
 )
 def test_losses_and_statistics_of_the_router_equal_their_formulas(
-    ranks: RankPool,
-    reference: Callable[[str], Reference],
-    expected: Callable[[str], Expected],
-    layout: str,
-    recompute: str,
+    ranks: RankPool, found: Reference, expected: Expected, layout: str, recompute: str
 ) -> None:
-    asked = LAYOUTS[layout]
-    setup = Setup(reference(MODEL).folder, asked, recompute=RECOMPUTE[recompute], transformer_fields=LOSSES)
-    answers = ranks.run(examine, setup, reference(MODEL).batch, LOOKING, TEMPERATURE, world_size=asked.world_size)
-    _assert_equal(answers, expected(MODEL))
+    role = role_on(LAYOUTS[layout], found.folder, recompute=RECOMPUTE[recompute], override_transformer_config=LOSSES)
+    _assert_equal(ask(ranks, examine, role, found.rollouts), expected)
 
 
 def test_without_coefficients_the_gradient_is_that_of_the_loss_alone(
-    ranks: RankPool, reference: Callable[[str], Reference], expected: Callable[[str], Expected]
+    ranks: RankPool, found: Reference, expected: Expected
 ) -> None:
-    setup, batch = Setup(reference(MODEL).folder, LAYOUTS["one_rank"]), reference(MODEL).batch
-    (plain,) = ranks.run(examine, setup, batch, LOOKING, TEMPERATURE, world_size=1)
+    (plain,) = ask(ranks, examine, role_on(LAYOUTS["one_rank"], found.folder), found.rollouts)
     with pytest.raises(AssertionError):
-        assert_pieces_are(plain["packed"].gradients, expected(MODEL).gradients, TOLERANCE)
+        assert_pieces_are(plain["packed"].gradients, expected.gradients, TOLERANCE)
     metrics = plain["packed"].metrics
     assert metrics["moe/load_balance_loss"] == metrics["moe/z_loss"] == 0.0
-    assert metrics["moe/load_max"] == pytest.approx(expected(MODEL).metrics["moe/load_max"], rel=TRAINING_TOLERANCE)
+    assert metrics["moe/load_max"] == pytest.approx(expected.metrics["moe/load_max"], rel=TRAINING_TOLERANCE)
 
 
-def test_what_a_capacity_turns_down_is_counted(ranks: RankPool, reference: Callable[[str], Reference]) -> None:
+def test_what_a_capacity_turns_down_is_counted(ranks: RankPool, found: Reference) -> None:
     """Of n choices each of E experts keeps at most capacity n / E: with 1/2, at least half of them are dropped."""
     fields = {"moe_expert_capacity_factor": 0.5}
-    setup = Setup(reference(MODEL).folder, LAYOUTS["one_rank"], transformer_fields=fields)
-    (answer,) = ranks.run(examine, setup, reference(MODEL).batch, LOOKING, TEMPERATURE, world_size=1)
+    role = role_on(LAYOUTS["one_rank"], found.folder, override_transformer_config=fields)
+    (answer,) = ask(ranks, examine, role, found.rollouts)
     dropped = answer["packed"].metrics["moe/dropped"]
     assert 0.45 < dropped < 0.9  # rounded up to whole tokens

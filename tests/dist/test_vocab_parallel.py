@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megarl.parallel.fused_vocab import fused_vocab_parallel_logprobs
 from megarl.parallel.vocab import vocab_parallel_logprobs
-from tests.dist.ranks import RankPool
+from megarl.verify.pool import RankPool
 
 TOLERANCE = 2e-5
 

@@ -9,17 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    MixtralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
 
 VOCAB_SIZE = 99
 SIZES: dict[str, Any] = {
@@ -40,17 +29,17 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {"rope_parameters": ROPE}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 16}),  # heads wider together than the hidden size
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"rope_parameters": ROPE}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),  # heads wider together than the hidden size
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MOE_FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     # The layers differ: dense ones first, then experts beside one that every token takes.
-    "qwen2_moe": (Qwen2MoeConfig, {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
 }
 FIVE_LAYERS = "qwen3-five_layers"
 MODELS = tuple(f"{family}-{tied}" for family in FAMILIES for tied in ("untied", "tied"))
@@ -59,21 +48,23 @@ MOE_MODELS = ("qwen3_moe-untied", "mixtral-untied", "qwen2_moe-tied")
 
 def save_tiny_model(name: str, folder: Path, **sizes: int) -> None:
     """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: over ours."""
-    _save(AutoModelForCausalLM, name, folder, sizes)
+    _save("AutoModelForCausalLM", name, folder, sizes)
 
 
 def save_tiny_classifier(name: str, folder: Path, **sizes: int) -> None:
-    """Write a sequence classification model of one label, likewise: a reward model."""
-    _save(AutoModelForSequenceClassification, name, folder, sizes | {"num_labels": 1})
+    """Write a sequence classification model of one label, a reward model, in the same way."""
+    _save("AutoModelForSequenceClassification", name, folder, sizes | {"num_labels": 1})
 
 
-def _save(auto: Any, name: str, folder: Path, sizes: dict[str, int]) -> None:
+def _save(auto: str, name: str, folder: Path, sizes: dict[str, int]) -> None:
+    import transformers  # here, since ranks shouldn't wait for it
+
     family, kind = name.split("-")
     config_type, fields = (FAMILIES | MOE_FAMILIES)[family]
     layers = {"num_hidden_layers": 5 if name == FIVE_LAYERS else 2}
-    config = config_type(**SIZES | fields | layers | sizes, tie_word_embeddings=kind == "tied")
+    config = getattr(transformers, config_type)(**SIZES | fields | layers | sizes, tie_word_embeddings=kind == "tied")
     torch.manual_seed(0)
-    model = auto.from_config(config)
+    model = getattr(transformers, auto).from_config(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # Hugging Face starts norms at one and biases at zero
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)

@@ -38,7 +38,7 @@ MISTAKES = {
         ("data.train_bach_size=8",), ("ConfigError", "data.train_bach_size", "did you mean 'train_batch_size'?")
     ),
     "an unknown experiment": Mistake(
-        ("+experiment=quikstart",), ("experiment = 'quikstart': no such file", "did you mean 'quickstart'?")
+        ("+experiment=quikstart",), ("experiment = 'quikstart'", "no such file", "did you mean 'quickstart'?")
     ),
     "groups of one": Mistake(
         ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.actor.ppo_mini_batch_size=8"),

@@ -5,22 +5,17 @@ Shape suffixes: B rollouts, S sequence.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from megarl.parallel.layout import Layout
 from megarl.ranks.publish import Publisher
+from megarl.roles import Role
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.megatron.build import transformer_engine_present
-from megarl.train.megatron.model import ModelSpec
-from megarl.train.policy import Policy
-from megarl.types import Batch, GenerationRequest
-from megarl.weights.model_shape import read_model_shape
-from megarl.weights.sources import SafetensorsSource
-from tests.dist.parity_cases import Setup
+from megarl.train.reference import Reference
+from megarl.types import GenerationRequest, Sequences
+from megarl.verify.work import backend_on_rank, score
 from tests.dist.publish_case import GREEDY, MAX_MODEL_LEN, PROMPTS
 
 KV_CACHE_BYTES = 256 << 20
@@ -31,29 +26,19 @@ def builds_with_transformer_engine() -> bool:
     return transformer_engine_present()
 
 
-def with_every_token(batch: Batch) -> Batch:
-    """Return ``batch`` with every token to be scored but the first of each sequence."""
-    mask_BS = torch.arange(batch.tokens_BS.shape[1]) < batch.lengths_B[:, None]
-    mask_BS[:, 0] = False
-    return replace(batch, mask_BS=mask_BS)
-
-
-def all_logprobs(setup: Setup, batch: Batch, temperature: float) -> Tensor:
-    """Return the log-probs [B, S] of every token but the first of each sequence."""
-    rows, micros = setup.share(with_every_token(batch))
-    logprobs_BS = setup.model().logprobs(rows, micros, temperature)
+def all_logprobs(role: Role, everything: Sequences, temperature: float) -> Tensor:
+    """Return the log-probs [B, S] of every token that counts."""
+    logprobs_BS = score(Reference(backend_on_rank(role)), everything, temperature)
     assert logprobs_BS is not None
     return logprobs_BS
 
 
-def answers_after_publishing(folder: Path, device: str) -> list[list[int]]:
-    """Return the greedy answers of an engine that started random, and got the weights of ``folder`` from a trainer."""
-    shape = read_model_shape(folder)
-    dtype = torch.bfloat16
-    model = Policy(ModelSpec(shape, Layout(1), dtype, torch.device(device)), SafetensorsSource(folder, shape))
+def answers_after_publishing(role: Role) -> list[list[int]]:
+    """Return the greedy answers of an engine that started random, and got the weights of a trainer's role."""
+    backend = backend_on_rank(role)
     engine = VllmEngine(
         VllmSpec(
-            model_folder=str(folder),
+            model_folder=role.model.here(),
             dtype="bfloat16",
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=len(PROMPTS),
@@ -61,7 +46,7 @@ def answers_after_publishing(folder: Path, device: str) -> list[list[int]]:
             kv_cache_bytes=KV_CACHE_BYTES,
         )
     )
-    Publisher(model, engine, 1).publish(1)
+    Publisher(backend, engine, 1).publish(1)
     rollouts = engine.generate([GenerationRequest(prompt, 0) for prompt in PROMPTS], GREEDY)
     answers = [list(rollout.token_ids) for (rollout,) in rollouts]
     engine.shutdown()

@@ -52,7 +52,7 @@ def main(call: Path, result: Path, *options: str) -> None:
         port = server.getsockname()[1]
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(world)
-    from megarl.ranks.spec import join_ranks
+    from megarl.ranks.join import join_ranks
 
     join_ranks()
     function, args = pickle.loads(call.read_bytes())

@@ -40,12 +40,6 @@ THROUGH_OBJECTS = [
     ("megarl/train/megatron/optimizer.py", _OPTIMIZER, "ChainedOptimizer.zero_grad", ""),
     (
         "megarl/train/megatron/optimizer.py",
-        _CORE + "optimizer_param_scheduler",
-        "OptimizerParamScheduler.step",
-        "increment",
-    ),
-    (
-        "megarl/train/megatron/optimizer.py",
         _CORE + "optimizer",
         "OptimizerConfig.use_precision_aware_optimizer_no_fp8_or_ds_fp8",
         "",

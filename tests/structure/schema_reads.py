@@ -23,11 +23,12 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass
 class Classes:
-    """What is known of all classes and functions by their names."""
+    """What is known of all classes and functions by their names. aliases: unions, and type variables of classes."""
 
     bases: dict[str, list[str]] = field(default_factory=dict)
     attributes: dict[str, Env] = field(default_factory=dict)
     returns: Env = field(default_factory=dict)
+    aliases: Env = field(default_factory=dict)
 
     def add(self, tree: ast.Module) -> None:
         """Note every class and function of a source; what annotations mention may come later."""
@@ -42,10 +43,15 @@ class Classes:
                         attributes[line.name] = _names([line.returns])
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self.returns[node.name] = self.returns.get(node.name, UNKNOWN) | _names([node.returns])
+        for line in tree.body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name) and _is_type(line.value):
+                name = line.targets[0].id
+                self.aliases[name] = self.aliases.get(name, UNKNOWN) | _names([line.value])
 
     def known(self, types: Types) -> Types:
         """Return the names among ``types`` that are classes of ours: others tell nothing."""
-        return frozenset(name for name in types if name in self.bases)
+        meant = types.union(*(self.aliases.get(name, UNKNOWN) for name in types))
+        return frozenset(name for name in meant if name in self.bases)
 
     def lineage(self, name: str) -> list[str]:
         """Return a class and all that it inherits from."""
@@ -95,6 +101,12 @@ def _names(annotations: Iterable[ast.expr | None]) -> Types:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.update(_NAME.findall(node.value))
     return frozenset(found)
+
+
+def _is_type(value: ast.expr) -> bool:
+    """Whether a name that gets ``value`` is another word for some classes."""
+    is_union = isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr)
+    return is_union or (isinstance(value, ast.Call) and _called(value) == "TypeVar")
 
 
 class _Reader:

@@ -52,6 +52,20 @@ def test_init_files_hold_a_docstring_alone_so_that_each_name_has_one_home() -> N
     assert found == []
 
 
+def test_values_of_the_rooms_that_compute_alone_cannot_be_changed() -> None:
+    rooms = ["types.py", "roles.py", *(f"{room}/*.py" for room in ("algorithm", "batching", "config", "parallel"))]
+    paths = [path for room in rooms for path in sorted((REPOSITORY / "megarl").glob(room))]
+    found, changeable = 0, []
+    for path in paths:
+        classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+        for node in classes:
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if any(name.startswith("dataclass") for name in decorators):
+                found += 1
+                changeable += [] if "dataclass(frozen=True)" in decorators else [f"{path.name}: {node.name}"]
+    assert found > 40 and changeable == []
+
+
 def test_no_text_names_a_path_of_one_machine() -> None:
     found = [f"{name}: {match}" for name, text in repository_texts() for match in MACHINE_PATH.findall(text)]
     assert found == []

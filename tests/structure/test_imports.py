@@ -29,7 +29,7 @@ LAYERS = (
     {"checkpoint"},
     {"ranks"},
     {"launchers"},
-    {"controller", "doctor"},
+    {"controller", "doctor", "from_verl"},
     {"verify"},
     {"main_ppo", "main_sft"},
 )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
+from megarl.checks.rules import run_problems
 from megarl.config.build import build_config
 from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.errors import Problem
+from megarl.roles import ModelFacts, Role, roles_of
+from megarl.weights.model_shape import ModelShape
 
 
 @cache
@@ -42,3 +47,17 @@ def ppo_config(**changes: object) -> PPOConfig:
 def sft_config(**changes: object) -> SFTConfig:
     """Return an SFT run on 8 ranks that breaks no rule, with ``changes``."""
     return build_config(SFTConfig, composed_values("sft_trainer", **({"model.path": "model"} | changes)))
+
+
+def roles_in(config: PPOConfig | SFTConfig, **shapes: ModelShape) -> tuple[Role, ...]:
+    """Return the roles of a config. shapes: of the models that were found, by the section that names them."""
+
+    def find(facts: ModelFacts) -> ModelFacts:
+        return replace(facts, known_shape=shapes[facts.key], folder="found") if facts.key in shapes else facts
+
+    return roles_of(config, find)
+
+
+def problems_without_files(config: PPOConfig | SFTConfig) -> list[Problem]:
+    """Return the problems of a config that need no file."""
+    return run_problems(config, roles_in(config))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megarl.algorithm.policy_loss import PolicyLossInputs, PolicyLossSettings, policy_losses
+from megarl.algorithm.policy_loss import PolicyLossInputs, PolicyLossSettings, policy_losses, token_loss
 from tests.unit import numpy_policy_loss as reference
 
 NAMES = ["ppo_clip", "gspo", "geo_mean", "cispo", "sapo", "gpg", "clip_cov", "kl_cov"]
@@ -141,6 +141,16 @@ def test_the_gradient_of_gspo_over_a_sequence_is_that_of_its_objective(seed: int
     assert gradient.any(), "must not be clipped"
 
 
+@pytest.mark.parametrize("name", ["gspo", "geo_mean"])
+def test_one_token_far_from_the_old_policy_counts_whole_in_its_sequence(name: str) -> None:
+    # The mean of log-ratios 30, 0 and 0 is 10; with the token at 20 first, as single ratios are bounded, it were 6.7.
+    free = PolicyLossSettings(clip_low=1e9, clip_high=1e9)
+    inputs = replace(_inputs(0, [3]), advantages_N=torch.ones(3, dtype=torch.float64))
+    inputs = replace(inputs, logprobs_N=inputs.old_logprobs_N + torch.tensor([30.0, 0.0, 0.0]))
+    expected = torch.full((3,), -math.exp(10), dtype=torch.float64)
+    torch.testing.assert_close(policy_losses.get(name)(inputs, free).loss_N, expected)
+
+
 def test_a_gspo_sequence_is_clipped_as_a_whole() -> None:
     inputs = replace(_inputs(0, [3]), advantages_N=torch.ones(3, dtype=torch.float64))
     inputs = replace(inputs, logprobs_N=inputs.old_logprobs_N + torch.tensor([2.0, -0.5, 0.0]))
@@ -194,6 +204,24 @@ def test_dual_clip_stops_a_worse_token_at_clip_c_and_a_better_one_never() -> Non
     assert policy_losses.get("ppo_clip")(_one(far, -2.0), dual).clipped_N.item() == 1.0
     assert policy_losses.get("ppo_clip")(_one(far, -2.0), plain).loss_N.item() == pytest.approx(20.0)
     assert policy_losses.get("ppo_clip")(_one(far, 2.0), dual).loss_N.item() == pytest.approx(-2.4)
+
+
+def test_a_token_that_stands_at_the_bound_of_dual_clip_is_not_yet_clipped() -> None:
+    inputs = _one(math.log(3.0), -1.0)
+    at_bound = float(inputs.logprobs_N.detach().exp())
+    result = policy_losses.get("ppo_clip")(inputs, PolicyLossSettings(clip_c=at_bound))
+    assert (result.loss_N.item(), result.clipped_N.item()) == (at_bound, 0.0)
+    (gradient,) = torch.autograd.grad(result.loss_N.sum(), inputs.logprobs_N)
+    assert gradient.item() == at_bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_has_a_gradient_where_the_log_probs_have_one_and_is_a_number_where_they_have_none(name: str) -> None:
+    inputs = _one(0.1, 1.0)
+    learning = token_loss(name, inputs, WIDE)
+    watching = token_loss(name, replace(inputs, logprobs_N=inputs.logprobs_N.detach()), WIDE)
+    assert learning.loss_N.requires_grad and not watching.loss_N.requires_grad
+    assert learning.loss_N.item() == watching.loss_N.item()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -204,6 +204,9 @@ def test_a_step_without_tokens_gives_no_nan() -> None:
     nothing = np.zeros((2, 3), dtype=np.bool_)
     result = _correct((np.zeros((2, 3)), np.zeros((2, 3)), nothing), presets.get("geometric_token_tis"))
     assert not any(math.isnan(value) for value in result.metrics.values())
+    # Where nothing was compared, nothing differs.
+    assert {result.metrics[f"ratio_{name}"] for name in ("min", "q01", "q50", "q99", "max")} == {1.0}
+    assert (result.metrics["kl"], result.metrics["kl_k3"]) == (0.0, 0.0)
 
 
 def test_unknown_presets_and_criteria_are_errors_with_the_nearest() -> None:
@@ -211,3 +214,68 @@ def test_unknown_presets_and_criteria_are_errors_with_the_nearest() -> None:
         presets.get("token_is")
     with pytest.raises(ConfigError, match="did you mean 'geometric'"):
         _with_log_ratios([[0.0]], CorrectionSettings(rejections=(Rejection("geometri"),)))
+
+
+TOKEN_TRUNCATED, SEQUENCE_TRUNCATED = [2.0, 1.0, 1.0, 1.0], [2.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("metrics_only", None),
+        ("token_tis", TOKEN_TRUNCATED),
+        ("sequence_tis", SEQUENCE_TRUNCATED),
+        ("icepop", [3.0, 1.0, 1.0, 1.0]),
+        ("geometric", None),
+        ("geometric_token_tis", TOKEN_TRUNCATED),
+        ("geometric_sequence_tis", SEQUENCE_TRUNCATED),
+        ("k3", None),
+        ("k3_token_tis", TOKEN_TRUNCATED),
+        ("k3_sequence_tis", SEQUENCE_TRUNCATED),
+        ("sequence_mis", SEQUENCE_TRUNCATED),
+    ],
+)
+def test_a_preset_weighs_tokens_or_sequences_up_to_twice_and_icepop_those_in_its_band(
+    name: str, weights: list[float] | None
+) -> None:
+    """One of four tokens is three times as likely to the trainer; each preset's rejections are left out."""
+    result = _with_log_ratios([[math.log(3.0), 0.0, 0.0, 0.0]], replace(presets.get(name), rejections=()))
+    assert (None if result.weights_BS is None else result.weights_BS[0].tolist()) == (
+        None if weights is None else pytest.approx(weights)
+    )
+
+
+def test_icepop_keeps_weights_from_a_half_to_five() -> None:
+    ratios = [0.49, 0.51, 4.9, 5.1]
+    result = _with_log_ratios([[math.log(ratio) for ratio in ratios]], presets.get("icepop"))
+    assert result.weights_BS is not None and result.weights_BS[0].tolist() == pytest.approx([0.0, 0.51, 4.9, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios", "is_left"),
+    [
+        # The geometric mean of a sequence's ratios is within a thousandth of 1.
+        ("geometric", [1.0009, 1.0009], True),
+        ("geometric", [1.0011, 1.0011], False),
+        ("geometric", [0.9991, 0.9991], True),
+        ("geometric", [0.9989, 0.9989], False),
+        ("geometric", [1.5, 1 / 1.5], True),  # they cancel
+        # A token's mean of r - 1 - log r is a hundredth at most.
+        ("k3", [1.14, 1.14], True),  # 0.0090 each
+        ("k3", [1.16, 1.16], False),  # 0.0116 each
+        ("k3", [1.5, 1 / 1.5], False),  # they don't
+        # A sequence is half to twice as likely.
+        ("sequence_mis", [1.4, 1.4], True),
+        ("sequence_mis", [1.5, 1.5], False),
+        ("sequence_mis", [0.72, 0.72], True),
+        ("sequence_mis", [0.7, 0.7], False),
+        ("token_tis", [9.0, 9.0], True),
+    ],
+)
+def test_a_preset_leaves_out_sequences_that_are_too_far_from_the_trainer(
+    name: str, ratios: list[float], is_left: bool
+) -> None:
+    log_ratios = [[math.log(ratio) for ratio in ratios]]
+    named = [each for each in presets.names() if each == name or each.startswith(f"{name}_")]
+    for each in named:
+        assert _with_log_ratios(log_ratios, presets.get(each)).mask_BS.all().item() == is_left, each

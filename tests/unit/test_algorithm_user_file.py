@@ -12,15 +12,16 @@ import torch
 
 from megarl.algorithm.advantage import AdvantageInputs, AdvantageSettings, estimate_advantages, estimators
 from megarl.algorithm.policy_loss import PolicyLossInputs, PolicyLossSettings, policy_losses, token_loss
+from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.registry import Registry
 from megarl.algorithm.user_file import load_user_file
 from megarl.checks.algorithm_file import load_algorithm_file
-from megarl.checks.rules import ppo_problems
 from megarl.config.schema import PPOConfig
-from megarl.controller.settings import estimator, train_sampling
+from megarl.controller.sampler import RolloutSampler
 from megarl.errors import AlgorithmError, ConfigError, Problem
 from megarl.reward.registry import load_reward
-from tests.unit.composed_configs import ppo_config
+from tests.unit.composed_configs import ppo_config, problems_without_files
+from tests.unit.stand_ins import PlainRanks, run_on
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 LOSS = "actor_rollout_ref.actor.policy_loss"
@@ -93,10 +94,10 @@ def test_the_documented_estimator_and_loss_run_as_they_are_written(tmp_path: Pat
     path = tmp_path / "my_algorithm.py"
     path.write_text(example("my_algorithm.py"))
     config = ppo_config(**{"algorithm.path": str(path), "algorithm.adv_estimator": "sign", LOSS: "clip_above", N: 2})
-    assert ppo_problems(config) == []
+    assert problems_without_files(config) == []
     assert load_algorithm_file(config) == str(path)
 
-    advantages = estimator(config)(INPUTS)
+    advantages = Recipe(config).estimate(INPUTS)
     assert advantages.advantages_BS.tolist() == [[1.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     assert advantages.advantages_BS.dtype == torch.float32
 
@@ -204,7 +205,7 @@ def test_what_an_estimator_needs_is_checked_before_the_run(
     tmp_path: Path, needs: str, changes: dict[str, object], key: str, said: str
 ) -> None:
     config = own(write(tmp_path, an_estimator(MASK, needs)), **changes)
-    assert ppo_problems(config) == []
+    assert problems_without_files(config) == []
     [problem] = problems_of(config)
     assert problem.key == key and said in problem.allowed
 
@@ -213,8 +214,10 @@ def test_an_estimator_gets_what_it_needs(tmp_path: Path) -> None:
     path = write(tmp_path, an_estimator(MASK, "Needs(values=True, greedy_baseline=True, min_group_size=4)"))
     config = own(path, **{"critic.enable": True})
     load_algorithm_file(config)
-    assert train_sampling(config, ()).with_greedy
-    assert not train_sampling(ppo_config(), ()).with_greedy
+    with_it, without = (run_on(PlainRanks(8), c, tmp_path) for c in (config, ppo_config()))
+    assert isinstance(with_it.sampler, RolloutSampler) and isinstance(without.sampler, RolloutSampler)
+    assert with_it.sampler.sampling.with_greedy and not without.sampler.sampling.with_greedy
+    assert with_it.critic is not None and without.critic is None
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_an_estimator_that_returns_something_else_is_named(tmp_path: Path, resul
     config = own(write(tmp_path, an_estimator(result)))
     load_algorithm_file(config)
     with pytest.raises(AlgorithmError, match=f"estimator mine .*{said}"):
-        estimator(config)(INPUTS)
+        Recipe(config).estimate(INPUTS)
 
 
 def test_a_critic_needs_returns_to_learn_from(tmp_path: Path) -> None:
@@ -247,13 +250,13 @@ def test_an_estimator_that_raises_is_named_with_file_and_line(tmp_path: Path) ->
     load_algorithm_file(config)
     said = f"algorithm.adv_estimator = 'mine' failed at {path}, line 5: ValueError: wants groups of 3, not 2"
     with pytest.raises(AlgorithmError, match=re.escape(said)):
-        estimator(config)(INPUTS)
+        Recipe(config).estimate(INPUTS)
 
 
 def test_an_error_of_megarls_own_estimator_keeps_its_traceback() -> None:
     config = ppo_config(**{"algorithm.adv_estimator": "gae"})
     with pytest.raises(AssertionError, match="gae needs the critic's values"):
-        estimator(config)(INPUTS)
+        Recipe(config).estimate(INPUTS)
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,23 @@ def test_random_lengths_are_spread_almost_evenly(dp: int) -> None:
     by_rank = spread_rows(tuple(range(len(lengths))), lengths, dp, TokenBudget(2048, COST))
     loads = [sum(COST(lengths[row]) for micro in micros for row in micro) for micros in by_rank]
     assert max(loads) / (sum(loads) / dp) < 1.02
+
+
+def test_a_part_without_room_is_passed_over_though_it_costs_least() -> None:
+    cost, sizes = {0: 10.0, 1: 1.0, 2: 1.0}, {0: 1, 1: 3, 2: 3}
+    assert least_loaded_first(cost, 2) == ((0,), (1, 2))
+    assert least_loaded_first(cost, 2, sizes, limit=6) == ((0,), (1, 2))  # full to the last token
+    assert least_loaded_first(cost, 2, sizes, limit=5) == ((0, 2), (1,))
+
+
+def test_rows_that_no_parts_have_room_for_are_told_by_none() -> None:
+    cost = dict.fromkeys(range(3), 1.0)
+    assert least_loaded_first(cost, 2, dict.fromkeys(cost, 3), limit=5) is None
+    assert least_loaded_first(cost, 3, dict.fromkeys(cost, 3), limit=3) == ((0,), (1,), (2,))
+
+
+def test_no_more_micro_batches_are_made_than_the_fullest_rank_needs() -> None:
+    budget = TokenBudget(10, float)
+    assert spread_rows((0, 1, 2, 3), [5, 5, 5, 5], 2, budget) == (((0, 2),), ((1, 3),))
+    assert spread_rows((0, 1, 2), [6, 6, 6], 1, budget) == (((0,), (1,), (2,)),)
+    assert spread_rows((), [], 2, budget) == (((),), ((),))

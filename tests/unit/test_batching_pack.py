@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.batching.pack import MicroBatch, pack, rollouts_to_batch, sequences_to_batch
-from megarl.types import Batch, Rollout
+from megarl.types import Rollout, RolloutBatch
 
 Case = tuple[list[list[int]], list[list[bool]], list[int]]
 
@@ -34,7 +34,6 @@ def test_the_rows_of_a_batch_are_padded_on_the_right_and_their_first_token_is_no
     assert batch.tokens_BS.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.lengths_B.tolist() == [3, 1]
     assert batch.mask_BS.tolist() == [[False, False, True], [False, False, False]]
-    assert batch.group_B.tolist() == [0, 1]
     assert (batch.tokens_BS.dtype, batch.mask_BS.dtype, len(batch)) == (torch.int64, torch.bool, 2)
 
 
@@ -64,6 +63,23 @@ def test_padded_rows_have_a_line_each() -> None:
     assert micro.positions.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]
     assert micro.lengths == ()
     assert micro.predict_N.tolist() == [0, 4, 5]
+
+
+def test_every_token_says_which_of_the_rows_it_belongs_to_and_padding_that_it_belongs_to_none() -> None:
+    batch = sequences_to_batch([[5, 6, 7], [8, 9]], [[False, True, True], [False, True]])
+    assert pack(batch, [1, 0], packed=True, multiple=4).sequences.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0]]
+    assert pack(batch, [1, 0], packed=False, multiple=4).sequences.tolist() == [[1, 1, 0, 0], [2, 2, 2, 0]]
+    of_rank = [pack(batch, [1, 0], packed=True, cp=2, cp_rank=rank).sequences.tolist() for rank in (0, 1)]
+    assert of_rank == [[[1, 0, 2, 0]], [[1, 0, 2, 2]]]
+
+
+def test_a_position_that_another_context_rank_has_is_minus_one() -> None:
+    batch = sequences_to_batch([[5, 6, 7, 8], [8, 9]], [[False, True, True, True], [False, True]])
+    first, second = (pack(batch, [0, 1], packed=True, cp=2, cp_rank=rank) for rank in (0, 1))
+    # Of four parts the first rank has the outer two, the second the inner two.
+    assert (first.tokens.tolist(), second.tokens.tolist()) == ([[5, 8, 8, 0]], [[6, 7, 9, 0]])
+    assert (first.predict_N.tolist(), second.predict_N.tolist()) == ([0, -1, -1, 2], [-1, 0, 1, -1])
+    assert (first.last_R.tolist(), second.last_R.tolist()) == ([1, -1], [-1, 2])
 
 
 def test_a_row_may_be_left_out_and_the_longest_rows_length_does_not_matter_then() -> None:
@@ -195,8 +211,7 @@ def test_rows_of_a_batch_keep_all_their_columns_in_the_order_asked_for() -> None
     assert len(batch.rows([])) == 0 and batch.rows([]).tokens_BS.shape == (0, 3)
 
 
-def _columns(batch: Batch) -> list[list[float]]:
-    assert batch.rollout_logprobs_BS is not None
+def _columns(batch: RolloutBatch) -> list[list[float]]:
     return [
         *batch.tokens_BS.tolist(),
         batch.lengths_B.tolist(),

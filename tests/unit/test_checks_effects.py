@@ -19,6 +19,7 @@ FUNCTION_TOO = MODEL_ALONE | {"reward.name": "gsm8k"}
 # What turns a setting on; what a loss reads is turned on by the loss.
 TURNED_ON: dict[str, dict[str, object]] = {
     f"{ACTOR}.clip_ratio": {f"{ACTOR}.clip_ratio_low": None},
+    f"{ACTOR}.separate_old_log_probs": {f"{ACTOR}.ppo_epochs": 1},
     f"{ACTOR}.kl_loss_coef": {f"{ACTOR}.use_kl_loss": True},
     f"{ACTOR}.kl_loss_type": {f"{ACTOR}.use_kl_loss": True},
     "algorithm.kl_penalty": {"algorithm.use_kl_in_reward": True},
@@ -44,6 +45,7 @@ TURNED_ON: dict[str, dict[str, object]] = {
 TOKENS = {f"{ACTOR}.use_dynamic_bsz": True}
 BY_TOKENS = ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu", "forward_max_token_len_per_gpu")
 TURNED_OFF: dict[str, object] = {
+    f"{ACTOR}.ppo_epochs": 2,
     f"{ACTOR}.use_kl_loss": False,
     f"{ACTOR}.policy_loss": "gpg",
     f"{ACTOR}.clip_ratio_low": 0.1,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -11,20 +11,11 @@ import pytest
 from megarl.catalog import SINKS
 from megarl.checks import algorithm as algorithm_rules
 from megarl.checks import effects, rules
-from megarl.checks.rules import (
-    critic_model_problems,
-    ppo_model_problems,
-    ppo_problems,
-    require,
-    reward_model_problems,
-    schedule_problems,
-    sft_model_problems,
-    sft_problems,
-)
-from megarl.config.schema import LRSchedulerConfig, PPOConfig
+from megarl.checks.rules import model_problems, require, warm_up_ends_before_the_run
+from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.weights.model_shape import ModelShape
-from tests.unit.composed_configs import ppo_config, sft_config
+from tests.unit.composed_configs import ppo_config, problems_without_files, roles_in, sft_config
 from tests.unit.model_shapes import model_shape
 
 Changes = Mapping[str, object]
@@ -144,6 +135,12 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({**GAE, "critic.optim.beta": []}, ["critic.optim.beta"], "two numbers"),
     ({**GAE, f"critic.megatron.{PP}": 3}, [f"critic.megatron.{PP}"], "must divide the 8 ranks"),
     ({**JUDGE, f"reward.model.megatron.{PP}": 3}, [f"reward.model.megatron.{PP}"], "must divide the 8 ranks"),
+    (
+        {f"{ACTOR}.policy_loss": "gspo", f"{ACTOR}.loss_agg_mode": "token-mean"},
+        [f"{ACTOR}.loss_agg_mode"],
+        "makes gspo another algorithm",
+    ),
+    ({f"{ACTOR}.policy_loss": "gpg", f"{ACTOR}.ppo_epochs": 2}, [f"{ACTOR}.ppo_epochs"], "gpg has no ratio"),
     ({**JUDGE, "reward.model.coef": 0.0}, ["reward.model.coef"], "the reward model would be kept for nothing"),
     ({"reward.model.coef": 2.0}, ["reward.model.coef"], "only where reward.model.path names a model"),
     ({**JUDGE, "reward.num_workers": 4}, ["reward.num_workers"], "only where a function scores"),
@@ -252,43 +249,52 @@ def _problems(check: Callable[[], None]) -> tuple[Problem, ...]:
 def test_a_broken_rule_is_one_problem_with_its_key_and_what_is_allowed(
     changes: Changes, keys: list[str], said: str
 ) -> None:
-    problems = _problems(lambda: require(ppo_problems(ppo_config(**changes))))
+    problems = _problems(lambda: require(problems_without_files(ppo_config(**changes))))
     assert [p.key for p in problems] == keys
     assert said in problems[0].allowed
 
 
 @pytest.mark.parametrize("changes", SOUND)
 def test_a_config_that_breaks_no_rule_passes(changes: Changes) -> None:
-    require(ppo_problems(ppo_config(**changes)))
+    require(problems_without_files(ppo_config(**changes)))
 
 
-def _rules_of(module: ModuleType) -> dict[str, Callable[[PPOConfig], list[Problem]]]:
-    """Return the rules of a whole RL config that a module defines."""
+def _rules_of(module: ModuleType, reads: Mapping[str, str]) -> dict[str, Callable[..., list[Problem]]]:
+    """Return the rules that a module defines of what ``reads`` annotates and nothing else."""
     found = {name: rule for name, rule in vars(module).items() if isinstance(rule, FunctionType)}
-    return {
-        name: rule
-        for name, rule in found.items()
-        if rule.__annotations__.get("c") == "PPOConfig"
-        and rule.__annotations__["return"] in ("Problems", "Iterator[Problem]")
-    }
+    returned = [{**reads, "return": problems} for problems in ("Problems", "Iterator[Problem]")]
+    return {name: rule for name, rule in found.items() if rule.__annotations__ in returned}
 
 
 def test_every_rule_is_broken_by_some_config_here() -> None:
     configs = [ppo_config(**changes) for changes, _, _ in BROKEN]
-    all_rules = _rules_of(rules) | _rules_of(algorithm_rules) | _rules_of(effects)
-    assert len(all_rules) > 15 and "settings_have_an_effect" in all_rules
-    assert [name for name, rule in all_rules.items() if not any(list(rule(c)) for c in configs)] == []
+    models = dict.fromkeys((f"{MODELS}.model", "critic.model", "reward.model"), model_shape())
+    models_mistaken = models | {f"{MODELS}.model": model_shape().with_value_head()}
+    roles = [roles_in(c, **found) for c in configs for found in (models, models_mistaken)]
+    tried: list[tuple[str, Callable[..., list[Problem]], Sequence[object]]] = [
+        (name, rule, read)
+        for reads, read in (
+            ({"c": "PPOConfig"}, configs),
+            ({"roles": "Sequence[Role]"}, roles),
+            ({"role": "Role"}, [role for of_run in roles for role in of_run]),
+        )
+        for module in (rules, algorithm_rules, effects)
+        for name, rule in _rules_of(module, reads).items()
+    ]
+    names = [name for name, _, _ in tried]
+    assert len(names) > 20 and {"settings_have_an_effect", "a_model_is_named", "axes_make_sense"} <= set(names)
+    assert [name for name, rule, of in tried if not any(list(rule(it)) for it in of)] == []
 
 
 def test_all_broken_rules_are_reported_together() -> None:
     changes = {f"{MODELS}.model.path": None, f"{ROLLOUT}.n": 1, "trainer.logger": ["consol", "wand"]}
-    problems = _problems(lambda: require(ppo_problems(ppo_config(**changes))))
+    problems = _problems(lambda: require(problems_without_files(ppo_config(**changes))))
     assert [p.key for p in problems] == [f"{ROLLOUT}.n", f"{MODELS}.model.path", "trainer.logger", "trainer.logger"]
     assert [p.fix for p in problems[2:]] == ["did you mean 'console'?", "did you mean 'wandb'?"]
 
 
 def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
-    [problem] = _problems(lambda: require(ppo_problems(ppo_config(**{"algorithm.adv_estimator": "rlo"}))))
+    [problem] = _problems(lambda: require(problems_without_files(ppo_config(**{"algorithm.adv_estimator": "rlo"}))))
     assert problem.fix == "did you mean 'rloo'?"
 
 
@@ -306,11 +312,17 @@ def test_an_estimators_misspelling_gets_the_nearest_name() -> None:
     ],
 )
 def test_an_sft_config_is_held_to_its_rules(changes: Changes, keys: list[str]) -> None:
-    require(sft_problems(sft_config()))
-    assert [p.key for p in _problems(lambda: require(sft_problems(sft_config(**changes))))] == keys
+    require(problems_without_files(sft_config()))
+    assert [p.key for p in _problems(lambda: require(problems_without_files(sft_config(**changes))))] == keys
 
 
 SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
+
+
+def _of_model(config: PPOConfig | SFTConfig, actors: ModelShape | None = None, **others: ModelShape) -> list[Problem]:
+    """Return the problems of a config with its models. actors: a small one. others: by the section that names them."""
+    models = dict.fromkeys((f"{MODELS}.model", "model"), actors or model_shape())
+    return model_problems(config, roles_in(config, **models, **others))
 
 
 @pytest.mark.parametrize(
@@ -319,15 +331,16 @@ SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
         # The model has 4 heads, 2 key-value heads, 3 layers, a feed-forward size of 8 and 32 positions.
         ({f"{ACTOR}.megatron.{TP}": 8, f"{REF}.megatron.{TP}": 1}, [f"{ACTOR}.megatron.{TP}"]),
         ({f"{ACTOR}.megatron.{PP}": 4, f"{REF}.megatron.{PP}": 1}, [f"{ACTOR}.megatron.{PP}"]),
-        ({f"{ACTOR}.megatron.{TP}": 8}, [f"{ACTOR}.megatron.{TP}", f"{REF}.megatron.{TP}"]),
+        ({f"{ACTOR}.megatron.{TP}": 8}, [f"{ACTOR}.megatron.{TP}"]),  # of the reference's, which follow, not once more
+        ({f"{REF}.megatron.{TP}": 8}, [f"{REF}.megatron.{TP}"]),
         ({f"{ROLLOUT}.{TP}": 8}, [f"{ROLLOUT}.{TP}"]),
         ({"data.max_prompt_length": 17}, ["data.max_prompt_length + data.max_response_length"]),
     ],
 )
 def test_a_model_that_its_axes_cannot_split_is_an_error(changes: Changes, keys: list[str]) -> None:
-    require(ppo_model_problems(ppo_config(**SHORT), model_shape()))
+    require(_of_model(ppo_config(**SHORT)))
     config = ppo_config(**{**SHORT, **changes})
-    assert [p.key for p in _problems(lambda: require(ppo_model_problems(config, model_shape())))] == keys
+    assert [p.key for p in _problems(lambda: require(_of_model(config)))] == keys
 
 
 @pytest.mark.parametrize(
@@ -347,33 +360,28 @@ def test_tensor_parallel_ranks_divide_heads_and_the_feed_forward_layer(
     sizes: Mapping[str, Any], tp: int, said: str
 ) -> None:
     config = ppo_config(**SHORT, **{f"{ROLLOUT}.{TP}": tp, "trainer.n_gpus_per_node": 12})
-    [problem] = _problems(lambda: require(ppo_model_problems(config, replace(model_shape(), **sizes))))
+    [problem] = _problems(lambda: require(_of_model(config, replace(model_shape(), **sizes))))
     assert problem.key == f"{ROLLOUT}.{TP}" and said in problem.allowed
 
 
 def test_more_ranks_than_kv_heads_are_fine_where_they_are_a_multiple() -> None:
-    require(
-        ppo_model_problems(ppo_config(**SHORT, **{f"{ACTOR}.megatron.{TP}": 4, f"{ROLLOUT}.{TP}": 4}), model_shape())
-    )
+    require(_of_model(ppo_config(**SHORT, **{f"{ACTOR}.megatron.{TP}": 4, f"{ROLLOUT}.{TP}": 4})))
 
 
 def test_the_reference_is_not_asked_to_fit_where_no_kl_term_needs_it() -> None:
     changes = {**SHORT, f"{REF}.megatron.{TP}": 8}
-    require(
-        ppo_model_problems(
-            ppo_config(**changes, **{f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True}), model_shape()
-        )
-    )
-    assert len(_problems(lambda: require(ppo_model_problems(ppo_config(**changes), model_shape())))) == 1
+    require(_of_model(ppo_config(**changes, **{f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True})))
+    assert len(_problems(lambda: require(_of_model(ppo_config(**changes))))) == 1
 
 
 def test_a_critic_fits_its_own_axes_and_knows_the_actors_tokens() -> None:
-    config = ppo_config(**GAE)
-    require(critic_model_problems(config, model_shape(), vocab_size=10))
-    [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=11)))
+    config, shape = ppo_config(**SHORT, **GAE), model_shape()
+    require(_of_model(config, shape, **{"critic.model": shape}))
+    more_tokens = replace(shape, vocab_size=11)
+    [problem] = _problems(lambda: require(_of_model(config, more_tokens, **{"critic.model": shape})))
     assert problem.key == "critic.model.path"
-    config = ppo_config(**GAE, **{f"critic.megatron.{PP}": 4})
-    [problem] = _problems(lambda: require(critic_model_problems(config, model_shape(), vocab_size=10)))
+    config = ppo_config(**SHORT, **GAE, **{f"critic.megatron.{PP}": 4})
+    [problem] = _problems(lambda: require(_of_model(config, shape, **{"critic.model": shape})))
     assert problem.key == f"critic.megatron.{PP}"
 
 
@@ -381,11 +389,11 @@ def test_a_reward_model_fits_its_own_axes_and_reads_whole_rollouts_of_the_actors
     judge, sound = model_shape().with_value_head(), {**SHORT, **JUDGE}
 
     def problem(shape: ModelShape, vocab_size: int = 10, **changes: object) -> tuple[str, str]:
-        config = ppo_config(**(sound | changes))
-        [found] = _problems(lambda: require(reward_model_problems(config, shape, vocab_size)))
+        config, actors = ppo_config(**(sound | changes)), replace(model_shape(), vocab_size=vocab_size)
+        [found] = _problems(lambda: require(_of_model(config, actors, **{"reward.model": shape})))
         return found.key, found.allowed
 
-    require(reward_model_problems(ppo_config(**sound), judge, vocab_size=10))
+    require(_of_model(ppo_config(**sound), **{"reward.model": judge}))
     assert problem(judge, **{f"reward.model.megatron.{PP}": 4})[0] == f"reward.model.megatron.{PP}"
     for shape, vocab_size, said in (
         (judge, 11, "its vocabulary of 10 doesn't hold the actor's 11 tokens"),
@@ -397,16 +405,15 @@ def test_a_reward_model_fits_its_own_axes_and_reads_whole_rollouts_of_the_actors
 
 
 def test_an_sft_model_fits_its_axes_and_its_longest_chat() -> None:
-    require(sft_model_problems(sft_config(**{"data.max_length": 32}), model_shape()))
+    require(_of_model(sft_config(**{"data.max_length": 32})))
     config = sft_config(**{"data.max_length": 33, f"megatron.{TP}": 8})
-    keys = [p.key for p in _problems(lambda: require(sft_model_problems(config, model_shape())))]
+    keys = [p.key for p in _problems(lambda: require(_of_model(config)))]
     assert keys == [f"megatron.{TP}", "data.max_length"]
 
 
 def test_warm_up_ends_before_the_run_does() -> None:
-    require(schedule_problems("lr_scheduler", LRSchedulerConfig("cosine", 9), total_steps=10))
-    [problem] = _problems(
-        lambda: require(schedule_problems("lr_scheduler", LRSchedulerConfig("cosine", 10), total_steps=10))
-    )
+    [shorter], [as_long] = (roles_in(sft_config(**{"lr_scheduler.warmup_steps": steps})) for steps in (9, 10))
+    require(warm_up_ends_before_the_run(shorter, total_steps=10))
+    [problem] = _problems(lambda: require(warm_up_ends_before_the_run(as_long, total_steps=10)))
     assert (problem.key, problem.value) == ("lr_scheduler.warmup_steps", 10)
     assert problem.allowed == "must be less than the run's 10 optimizer steps"

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from megarl.batching.plan import plan_batch
-from megarl.checks.rules import num_ranks, ppo_problems, require, sft_problems
+from megarl.checks.rules import require
 from megarl.config.build import build_config
-from megarl.config.schema import DpPPOConfig, PPOConfig, SFTConfig
-from megarl.parallel.layout import layout_of
-from tests.unit.composed_configs import composed_values
+from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.roles import batch_plan
+from tests.unit.composed_configs import composed_values, problems_without_files, roles_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
@@ -28,8 +27,7 @@ def _main_of(experiment: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_a_main_config_has_a_value_for_every_key_of_the_schema(name: str) -> None:
-    schemas: dict[str, type] = {"sft_trainer": SFTConfig, "ppo_trainer": DpPPOConfig}
-    schema = schemas.get(name, PPOConfig)
+    schema = SFTConfig if name == "sft_trainer" else PPOConfig
     assert isinstance(build_config(schema, composed_values(name)), schema)
 
 
@@ -37,24 +35,15 @@ def test_a_main_config_has_a_value_for_every_key_of_the_schema(name: str) -> Non
 def test_a_recipe_breaks_no_rule_and_its_batches_divide(experiment: str) -> None:
     main = _main_of(experiment)
     if main == "sft_trainer":
-        sft = build_config(SFTConfig, composed_values(main, f"experiment={experiment}"))
-        require(sft_problems(sft))
-        size, micro = sft.data.train_batch_size, sft.data.micro_batch_size_per_gpu
-        dp = layout_of(sft.megatron, num_ranks(sft)).dp
-        plan_batch(num_prompts=size, n=1, mini_batch_size=size, micro_batch_size=micro, dp_size=dp)
-        return
-    # Some recipes leave the model to their launch script.
-    values = composed_values(main, f"experiment={experiment}", **{"actor_rollout_ref.model.path": "model"})
-    config = build_config(PPOConfig, values)
-    require(ppo_problems(config))
-    actor = config.actor_rollout_ref.actor
-    plan_batch(
-        num_prompts=config.data.train_batch_size,
-        n=config.actor_rollout_ref.rollout.n,
-        mini_batch_size=actor.ppo_mini_batch_size,
-        micro_batch_size=actor.ppo_micro_batch_size_per_gpu,
-        dp_size=layout_of(actor.megatron, num_ranks(config)).dp,
-    )
+        config: PPOConfig | SFTConfig = build_config(SFTConfig, composed_values(main, f"experiment={experiment}"))
+    else:
+        # Some recipes leave the model to their launch script.
+        values = composed_values(main, f"experiment={experiment}", **{"actor_rollout_ref.model.path": "model"})
+        config = build_config(PPOConfig, values)
+    require(problems_without_files(config))
+    for role in roles_in(config):
+        if role.is_trained:
+            batch_plan(config, role)
 
 
 def test_a_recipe_wins_over_the_main_config_and_the_command_line_over_both() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from megarl.checks.run import CheckedPPO, check_ppo
+from megarl.checks.run import CheckedRun, check_ppo
 from megarl.config.command_line import parse_command_line
 from megarl.config.compose import compose
+from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, RewardError
 from tests.launch import python, run
 
@@ -93,7 +94,7 @@ MISTAKES = {
         "must divide the model's 4 attention heads",
     ),
     "TP beside key-value heads": _of(
-        f"{RANKS}=3", f"{MINI}=3", f"{MICRO}=1", "data.train_batch_size=3", f"{MODEL}.path=wide", f"{ROLLOUT}.{TP}=3",
+        f"{RANKS}=3", f"{MINI}=3", f"{MICRO}=1", "data.train_batch_size=3", f"{MODEL}.path=wide", f"{AXES}.{TP}=3",
         says="must divide the model's 4 key-value heads, or be a multiple of them",
     ),
     "an engine wider than the model": _of(
@@ -347,9 +348,9 @@ NEAREST = {
 def _write_files(folder: Path) -> None:
     """Write what mistakes name beside the tiny task's own files."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    _copy_model(folder, "moe", architectures=["Qwen3MoeForCausalLM"], **experts)
+    _copy_model(folder, "moe", architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", **experts)
     _copy_model(folder, "wide", num_attention_heads=12, num_key_value_heads=4, intermediate_size=96)
-    _copy_model(folder, "deep", num_hidden_layers=4)
+    _copy_model(folder, "deep", num_hidden_layers=4, layer_types=["full_attention"] * 4)
     _copy_model(folder, "few_tokens", vocab_size=7)
     _copy_model(folder, "critic", architectures=["Qwen3ForTokenClassification"], id2label={"0": "value"})
     judge: dict[str, Any] = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
@@ -359,7 +360,7 @@ def _write_files(folder: Path) -> None:
     _copy_model(folder, "short_judge", **judge | {"max_position_embeddings": 21})
     _copy_model(folder, "other_judge", **judge)
     _rename_token(folder / "other_judge" / "tokenizer.json")
-    _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"])
+    _copy_model(folder, "gpt2", architectures=["GPT2LMHeadModel"], model_type="gpt2")
     (folder / "bare").mkdir()
     shutil.copy(folder / "model" / "config.json", folder / "bare")
     (folder / "no_config").mkdir()
@@ -395,7 +396,7 @@ def _line(*typed: str) -> list[str]:
     return [*(f"{key}={value}" for key, value in SOUND.items() if key not in keys), *typed]
 
 
-def _checked(*typed: str) -> CheckedPPO:
+def _checked(*typed: str) -> CheckedRun[PPOConfig]:
     """Do in this process what main_ppo does before it starts anything."""
     composed = compose(parse_command_line(_line(*typed), MAIN))
     try:
@@ -407,8 +408,8 @@ def _checked(*typed: str) -> CheckedPPO:
 def test_the_run_that_mistakes_are_made_in_makes_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     checked = _checked()
-    assert (checked.num_prompts, checked.num_steps, checked.notes) == (24, 3, ())
-    assert checked.batch.num_rollouts == 32
+    assert (checked.num_rows, checked.num_steps, checked.notes) == (24, 3, ())
+    assert checked.batches["actor"].num_rollouts == 32
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -10,7 +10,7 @@ import pytest
 
 from megarl.errors import ConfigError
 from megarl.plan.devices import DEVICES, Device, cpu_device, device, machine_memory_bytes
-from megarl.weights.model_facts.shipped import shipped_config, shipped_names
+from megarl.weights.model_facts.shipped import nearest_shipped, shipped_config, shipped_names
 from megarl.weights.model_shape import parse_model_shape
 
 GIB = 2**30
@@ -105,6 +105,24 @@ def test_a_model_is_found_in_any_case_and_without_its_owner() -> None:
 @pytest.mark.parametrize("name", ["Qwen/Qwen4-1T", "meta-llama/Qwen3-8B", "Qwen3", "", "../shipped"])
 def test_a_model_without_facts_is_none(name: str) -> None:
     assert shipped_config(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Qwen/Qwen3-235B", "Qwen/Qwen3-235B-A22B"),
+        ("qwen3-235b", "Qwen/Qwen3-235B-A22B"),
+        ("Qwen/Qwen3-8b-", "Qwen/Qwen3-8B"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    ],
+)
+def test_a_name_that_is_nearly_right_has_a_nearest_one(name: str, near: str) -> None:
+    assert nearest_shipped(name) == f"did you mean {near!r}?"
+
+
+@pytest.mark.parametrize("name", ["/data/Qwen3-8B", "./Qwen3-8B", "~/Qwen3-8B", "a/b/Qwen3-8B", "zzz"])
+def test_a_folder_is_near_to_no_name(name: str) -> None:
+    assert nearest_shipped(name) == ""
 
 
 def test_a_caller_that_changes_the_facts_does_not_change_them_for_the_next() -> None:

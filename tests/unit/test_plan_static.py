@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,12 +14,12 @@ from megarl.checks.run import check_ppo
 from megarl.parallel.layout import Layout
 from megarl.plan.devices import device
 from megarl.plan.of_run import planned
-from megarl.plan.static import StaticBytes, static_bytes
+from megarl.plan.static import Parameter, StaticBytes, chunk_parameters, static_bytes, static_of
 from megarl.weights.model_facts.shipped import shipped_config
 from megarl.weights.model_shape import ModelShape, parse_model_shape
 from megarl.weights.name_map import hf_shapes, megatron_shards
 from tests.unit.composed_configs import composed_values
-from tests.unit.model_shapes import layouts_of, model_shapes
+from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
 
 BF16, FP32 = 2, 4
 MAIN_WEIGHT_AND_MOMENTS = 3 * FP32
@@ -130,6 +132,72 @@ def test_shares_of_any_model_add_up_over_replicas(data: st.DataObject, dtype_byt
     assert all(s.optimizer <= p.optimizer and s.gradients >= p.gradients for s, p in zip(shared, plain, strict=True))
 
 
+def test_the_parameters_of_a_stage_stand_in_the_order_in_which_megatron_registers_them() -> None:
+    """Its modules' own parameters come before those of their parts; the shared expert after all others."""
+    shape = replace(model_shape("Qwen2MoeForCausalLM"), num_layers=2, num_experts=2)
+    [parameters] = chunk_parameters(shape, Layout(1), 0)
+    names = [parameter.name.removesuffix(".weight") for parameter in parameters]
+    assert (names[0], names[-2:]) == ("embedding.word_embeddings", ["decoder.final_layernorm", "output_layer"])
+    attention = ["input_layernorm", "self_attention.linear_proj", "self_attention.linear_qkv"]
+    attention += ["self_attention.linear_qkv.bias", "pre_mlp_layernorm"]
+    dense, experts = names[1 : len(attention) + 3], names[len(attention) + 3 : -2]
+    assert _in_a_layer(dense) == [*attention, "mlp.linear_fc1", "mlp.linear_fc2"]
+    assert _in_a_layer(experts) == [
+        *attention,
+        "mlp.router",
+        *(f"mlp.experts.local_experts.{expert}.linear_fc{number}" for expert in (0, 1) for number in (1, 2)),
+        *(f"mlp.shared_experts.{name}" for name in ("gate_weight", "linear_fc1", "linear_fc2")),
+    ]
+    [normed] = chunk_parameters(replace(model_shape(), num_layers=1), Layout(1), 0)
+    attention[3:4] = ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    assert _in_a_layer([p.name.removesuffix(".weight") for p in normed[1:-2]]) == [
+        *attention,
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    ]
+
+
+def _in_a_layer(names: Sequence[str]) -> list[str]:
+    return [".".join(name.split(".")[3:]) for name in names]
+
+
+def _elements_by_replica(bucket: Sequence[Parameter], replicas: int) -> tuple[int, np.ndarray]:
+    """Return the size of a bucket, and how many elements of parameters lie in each replica's part of it."""
+    places, end = [], 0
+    for parameter in bucket:
+        start = end + -end % 64
+        end = start + parameter.numel
+        places.append(np.arange(start, end))
+    multiple = math.lcm(replicas, 128)
+    size = end + -end % multiple
+    return size, np.bincount(np.concatenate(places) // (size // replicas), minlength=replicas)
+
+
+@pytest.mark.parametrize("layout", [Layout(3), Layout(6, pp=2), Layout(6, cp=3), Layout(12, pp=2, ep=3)], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_replica_steps_the_elements_that_lie_in_its_part_of_every_bucket(layout: Layout, tied: bool) -> None:
+    """A chunk is one bucket from its last parameter to its first; a tensor that two stages share is one of its own."""
+    shape = replace(model_shape("Qwen3MoeForCausalLM", tied=tied), num_layers=4, num_experts=3, vocab_size=300)
+    for rank in range(layout.world_size):
+        place, expert_place = layout.coordinates(rank), layout.expert_coordinates(rank)
+        numel = stepped = 0
+        for is_expert in (False, True):
+            replicas = layout.edp if is_expert else layout.dp * layout.cp
+            replica = expert_place.edp if is_expert else place.cp + layout.cp * place.dp
+            for chunk in chunk_parameters(shape, layout, place.pp):
+                backward = [p for p in reversed(chunk) if p.is_expert == is_expert]
+                is_shared = [tied and layout.pp > 1 and p.name.startswith(("embedding", "output")) for p in backward]
+                apart = [[p] for p, shared in zip(backward, is_shared, strict=True) if shared]
+                together = [p for p, shared in zip(backward, is_shared, strict=True) if not shared]
+                for bucket in (*apart, together):
+                    size, elements = _elements_by_replica(bucket, replicas)
+                    numel += size
+                    stepped += int(elements[replica])
+        held = static_bytes(shape, layout, rank, dtype_bytes=BF16, trained=True, distributed_optimizer=True)
+        assert held.parameters == BF16 * numel and held.gradients == FP32 * numel
+        assert held.optimizer == MAIN_WEIGHT_AND_MOMENTS * stepped
+
+
 def test_a_plan_of_1024_ranks_of_the_largest_model_takes_seconds() -> None:
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     values = composed_values(
@@ -168,5 +236,5 @@ def test_transformer_engines_adam_keeps_half_a_main_parameter_and_moments_of_the
         changes = {f"actor_rollout_ref.actor.megatron.{name}": value for name, value in settings_of_adam.items()}
         values = composed_values("ppo_megatron_trainer", **run, **changes)
         checked = check_ppo(values, files_may_be_missing=True)
-        kept.append(planned(checked, device("h100", 8)).roles[0].static(0).optimizer)
+        kept.append(static_of(planned(checked, device("h100", 8)).roles[0], 0).optimizer)
     assert [size * 12 / kept[0] for size in kept] == [3 * FP32, BF16 + BF16 + FP32, 3 * BF16]

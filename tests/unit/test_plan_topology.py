@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.parallel.layout import Layout, split_layers
-from megarl.plan.roles import Role
 from megarl.plan.topology import bubble_share, topology_of
-from megarl.weights.model_shape import ModelShape
 from tests.unit.model_shapes import model_shape
+from tests.unit.small_roles import role_on
 
 DENSE = replace(model_shape(), num_layers=24)
 EXPERTS = replace(model_shape("Qwen3MoeForCausalLM"), num_layers=24, num_experts=16)
@@ -29,10 +28,6 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout(stage * pp, tp, pp, cp=cp, ep=ep, etp=etp)
 
 
-def _role(layout: Layout, shape: ModelShape = EXPERTS, num_micro_batches: int = 4, trained: bool = True) -> Role:
-    return Role("actor", shape, layout, 2, 64, 64, num_micro_batches, param_offload=False, trained=trained)
-
-
 def _groups(layout: Layout, axis: str) -> list[list[int]]:
     """Return the ranks that differ on one axis only, in order."""
     found: dict[tuple[int, ...], list[int]] = {}
@@ -45,7 +40,7 @@ def _groups(layout: Layout, axis: str) -> list[list[int]]:
 @settings(max_examples=400, deadline=None)
 @given(layouts(), st.sampled_from([1, 2, 4, 6, 8, 16, 72]))
 def test_every_axis_has_the_size_stride_and_nodes_of_its_groups(layout: Layout, ranks_per_node: int) -> None:
-    axes = topology_of(_role(layout), ranks_per_node).axes
+    axes = topology_of(role_on(layout, EXPERTS), ranks_per_node, 4).axes
     assert [axis.name for axis in axes] == ["tp", "cp", "dp", "pp", "etp", "ep", "edp"]
     for axis in axes:
         groups = _groups(layout, axis.name)
@@ -59,25 +54,25 @@ def test_every_axis_has_the_size_stride_and_nodes_of_its_groups(layout: Layout, 
 
 @given(layouts())
 def test_a_model_without_experts_has_no_axes_of_them(layout: Layout) -> None:
-    topology = topology_of(_role(replace(layout, ep=1, etp=None), DENSE), 8)
+    topology = topology_of(role_on(replace(layout, ep=1, etp=None), DENSE), 8, 4)
     assert [axis.name for axis in topology.axes] == ["tp", "cp", "dp", "pp"]
     assert topology.experts_per_rank == 0
 
 
 @given(layouts())
 def test_stages_take_the_layers_that_the_layout_gives_them_and_ranks_their_share_of_experts(layout: Layout) -> None:
-    topology = topology_of(_role(layout), 8)
+    topology = topology_of(role_on(layout, EXPERTS), 8, 4)
     assert topology.layers == split_layers(24, layout.pp)
     assert topology.experts_per_rank * layout.ep == 16
 
 
 @pytest.mark.parametrize(("tp", "copies"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_key_value_heads_are_copied_where_tp_exceeds_their_number(tp: int, copies: int) -> None:
-    assert topology_of(_role(Layout(8, tp=tp), DENSE), 8).kv_copies == copies
+    assert topology_of(role_on(Layout(8, tp=tp), DENSE), 8, 4).kv_copies == copies
 
 
 def test_groups_that_fit_a_node_but_straddle_two_cross_nodes() -> None:
-    axis = topology_of(_role(Layout(12, tp=4), DENSE), 6).axes[0]
+    axis = topology_of(role_on(Layout(12, tp=4), DENSE), 6, 4).axes[0]
     assert (axis.size, axis.stride, axis.crosses) == (4, 1, True)
 
 
@@ -103,5 +98,5 @@ def test_the_bubble_is_what_a_schedule_of_equal_chunks_leaves_idle(pp: int, micr
 
 def test_a_model_that_is_not_trained_has_no_bubble_of_updates() -> None:
     layout = Layout(8, pp=4)
-    assert topology_of(_role(layout, DENSE, 1, trained=False), 8).bubble == 0
-    assert topology_of(_role(layout, DENSE, 9), 8).bubble == 3 / 12
+    assert topology_of(role_on(layout, DENSE, training=None), 8, 1).bubble == 0
+    assert topology_of(role_on(layout, DENSE), 8, 9).bubble == 3 / 12

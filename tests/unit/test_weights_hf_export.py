@@ -66,6 +66,7 @@ def test_tensors_that_no_rank_holds_are_zeros_and_fields_replace_those_of_the_te
     )
     files = sorted(out.glob("*.safetensors"))
     assert len(files) == (2 if max_file_bytes == 4 else 1)
+    assert {file.stat().st_mode for file in files} == {(out / "config.json").stat().st_mode}
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert tensors.keys() == {"weight", "bias"}
     assert tensors["weight"].equal(weight) and tensors["bias"].equal(torch.zeros(1))

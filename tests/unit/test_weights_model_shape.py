@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megarl.errors import ModelFolderError
-from megarl.weights.model_shape import FAMILIES, ModelShape, Rope, parse_model_shape, read_model_shape
+from megarl.weights.folder import resolve_model_folder
+from megarl.weights.model_shape import _NEUTRAL, FAMILIES, ModelShape, Rope, parse_model_shape, read_model_shape
 
 
 def _config(family: str = "LlamaForCausalLM", /, **fields: object) -> dict[str, Any]:
@@ -252,21 +255,25 @@ def test_a_rotary_embedding_without_its_factor_is_an_error_that_names_the_field(
 
 
 @pytest.mark.parametrize(
-    ("architectures", "found", "hint"),
+    ("architectures", "found"),
     [
-        (["Qwen4ForCausalLM"], "Qwen4ForCausalLM", "did you mean 'Qwen3ForCausalLM'?"),
-        (["GPT2LMHeadModel"], "GPT2LMHeadModel", ""),
-        (["BertForTokenClassification"], "BertForTokenClassification", ""),
-        ([], "(none)", ""),
-        (None, "(none)", ""),
+        (["Qwen4ForCausalLM"], "Qwen4ForCausalLM"),
+        (["GPT2LMHeadModel"], "GPT2LMHeadModel"),
+        (["BertForTokenClassification"], "BertForTokenClassification"),
+        ([], "(none)"),
+        (None, "(none)"),
     ],
 )
-def test_an_unknown_architecture_is_an_error_with_the_nearest_known(
-    architectures: list[str] | None, found: str, hint: str
+def test_an_unknown_architecture_is_an_error_that_names_the_supported_and_proposes_none_of_them(
+    architectures: list[str] | None, found: str
 ) -> None:
     text = _error(_config() | {"architectures": architectures})
-    assert f"architecture '{found}' is not supported; supported are {', '.join(FAMILIES)}" in text
-    assert text.endswith(hint)
+    assert text.endswith(f"architecture '{found}' is not supported; supported are {', '.join(FAMILIES)}")
+
+
+@pytest.mark.parametrize("architectures", [5, "Qwen3ForCausalLM", {"a": 1}, [5], [None]])
+def test_an_architecture_that_is_no_list_of_names_is_an_error(architectures: object) -> None:
+    assert "architectures = " in _error(_config() | {"architectures": architectures})
 
 
 @pytest.mark.parametrize(
@@ -275,7 +282,19 @@ def test_an_unknown_architecture_is_an_error_with_the_nearest_known(
         ("attention_bias", True, "only false"),
         ("mlp_bias", True, "only false"),
         ("use_sliding_window", True, "only false"),
-        ("hidden_act", "gelu", "only 'silu'"),
+        ("hidden_act", "gelu", 'only "silu"'),
+        ("bias", True, "only false"),
+        ("qk_norm", True, "only false"),
+        ("is_causal", False, "only true"),
+        ("sliding_window", 4096, "only null"),
+        ("attention_chunk_size", 8192, "only null"),
+        ("dual_chunk_attention_config", {"chunk_size": 4}, "only null"),
+        ("partial_rotary_factor", 0.5, "only 1"),
+        ("logit_scale", 0.5, "only 1"),
+        ("model_type", "mistral", 'only "llama"'),
+        ("layer_types", ["full_attention", "sliding_attention"], "only 'full_attention' for each of the 2 layers"),
+        ("layer_types", ["full_attention"], "only 'full_attention' for each of the 2 layers"),
+        ("per_layer_config", {"0": {"head_dim": 8}}, "only null"),
     ],
 )
 def test_what_would_change_the_mathematics_unseen_is_refused(field: str, value: object, allowed: str) -> None:
@@ -288,13 +307,41 @@ def test_mixtrals_sliding_window_and_router_noise_are_refused() -> None:
     assert "router_jitter_noise = 0.1 is not supported, only 0" in _error(config | {"router_jitter_noise": 0.1})
 
 
-def test_quantized_weights_are_refused() -> None:
-    assert "give the unquantized model" in _error(_config(quantization_config={"quant_method": "fp8"}))
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+def test_quantized_weights_are_refused(field: str) -> None:
+    assert "give the unquantized model" in _error(_config(**{field: {"quant_method": "fp8"}}))
+
+
+def test_the_biases_of_a_dense_qwen2_are_always_there() -> None:
+    assert "qkv_bias = False is not supported, only true" in _error(_config("Qwen2ForCausalLM", qkv_bias=False))
 
 
 def test_settings_that_say_what_holds_anyway_are_accepted() -> None:
     plain = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
-    assert parse_model_shape(_config(**plain, sliding_window=4096), "") == parse_model_shape(_config(), "")
+    more = {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * 2, "model_type": "qwen3"}
+    family = "Qwen3ForCausalLM"
+    assert parse_model_shape(_config(family, **plain, **more, sliding_window=4096), "") == parse_model_shape(
+        _config(family), ""
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_that_is_not_there_is_what_transformers_makes_of_it(family: str) -> None:
+    from transformers import AutoConfig
+
+    model_type = family.removesuffix("ForCausalLM").lower().replace("moe", "_moe")
+    theirs = AutoConfig.for_model(model_type)
+    fields = {**EXPERTS, "num_attention_heads": 64, "hidden_size": 64 * 64, "num_key_value_heads": None}
+    shape = parse_model_shape(_config(family, **fields), "")
+    assert shape.norm_eps == theirs.rms_norm_eps
+    assert shape.init_std == theirs.initializer_range
+    assert shape.tied == theirs.tie_word_embeddings
+    assert shape.rope.theta == type(theirs).default_theta
+    kv_heads = 64 if model_type == "llama" else theirs.num_key_value_heads
+    assert shape.num_kv_heads == kv_heads
+    assert shape.head_dim == (128 if model_type == "qwen3" else 64)
+    if shape.num_experts and model_type != "mixtral":
+        assert (shape.norm_topk_prob, shape.dense_layers) == (theirs.norm_topk_prob, ())
 
 
 @pytest.mark.parametrize("field", sorted(_config().keys() - {"architectures", "num_key_value_heads"}))
@@ -302,15 +349,130 @@ def test_a_missing_field_is_an_error_that_names_it(field: str) -> None:
     assert f"lacks the field '{field}'" in _error(_config(**{field: None}))
 
 
-@pytest.mark.parametrize("value", ["many", [1], math.nan])
-def test_a_size_that_is_no_number_is_an_error(value: object) -> None:
-    assert "a field that isn't the number it should be" in _error(_config(vocab_size=value))
+@pytest.mark.parametrize("value", ["many", "100", [1], math.nan, math.inf, 1.5, True, 0, -1, 10**12, 10**400])
+def test_a_size_that_is_no_whole_number_in_its_range_is_an_error(value: object) -> None:
+    text = _error(_config(vocab_size=value))
+    assert "vocab_size = " in text and "must be a whole number from 1 to 67,108,864" in text
+    assert len(text) < 200
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"])
+def test_an_absurd_size_is_an_error_in_no_time(field: str) -> None:
+    assert f"{field} = 1000000000000 must be a whole number from 1 to" in _error(_config(**{field: 10**12}))
+
+
+def test_as_many_experts_as_no_machine_holds_are_an_error_in_no_time() -> None:
+    config = _config("Qwen3MoeForCausalLM", **EXPERTS | {"num_experts": 8192}, num_hidden_layers=2048)
+    assert "num_experts = 8192 x num_hidden_layers = 2048 must be at most 65,536" in _error(config)
+
+
+def test_two_numbers_of_experts_are_an_error() -> None:
+    config = _config("Qwen3MoeForCausalLM", **EXPERTS | {"num_local_experts": 4})
+    assert "num_experts = 8 contradicts num_local_experts = 4" in _error(config)
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta", "initializer_range"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-6, "1e-6", 10**400, True])
+def test_a_number_that_is_none_or_not_finite_or_negative_is_an_error(field: str, value: object) -> None:
+    text = _error(_config(**{field: value}))
+    assert f"{field} = " in text and "must be a number" in text
+
+
+@pytest.mark.parametrize("value", ["false", 0, 1, [], {}])
+def test_a_switch_that_is_neither_true_nor_false_is_an_error(value: object) -> None:
+    assert "must be true or false" in _error(_config(tie_word_embeddings=value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 must divide num_attention_heads = 4"),
+        ({"hidden_size": 66}, "num_attention_heads = 4 must divide hidden_size = 66"),
+        ({"head_dim": 15}, "head_dim = 15 must be even"),
+    ],
+)
+def test_heads_that_do_not_come_out_even_are_an_error(fields: dict[str, Any], says: str) -> None:
+    assert says in _error(_config(**fields))
+
+
+ROPE_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"rope_type": "linear", "factor": 0}, "rope_scaling.factor = 0 must be a number above 0"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor = 0.5 is not"),
+    ({"rope_type": "default", "mrope_section": [1]}, "rope_scaling.mrope_section = [1] is not supported"),
+    ({"full_attention": {"rope_type": "default"}}, "rope_scaling.full_attention = "),
+    ({"rope_type": 5}, "rope_scaling.rope_type = 5 must be a text"),
+    ({"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}, "must be above low_freq_factor = 1"),
+]
+
+
+@pytest.mark.parametrize(("rope", "says"), ROPE_MISTAKES)
+def test_what_is_wrong_in_a_rotary_embedding_is_named(rope: dict[str, Any], says: str) -> None:
+    assert says in _error(_config(rope_scaling=rope))
+
+
+def test_two_rotary_embeddings_are_an_error() -> None:
+    both = {"rope_scaling": {"rope_type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}
+    assert "contradicts rope_parameters" in _error(_config(**both))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([10**12, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+_ROPES = st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta", *LLAMA3]), _JSON | st.just("llama3"))
+_FIELDS = sorted(
+    {*_config(), *EXPERTS, *_NEUTRAL, "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"}
+    | {"tie_word_embeddings", "qkv_bias", "qk_norm", "initializer_range", "id2label", "num_labels", "model_type"}
+    | {"sliding_window", "layer_types", "quantization_config", "decoder_sparse_step", "mlp_only_layers"}
+    | {"norm_topk_prob"}
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.sampled_from([*FAMILIES, "Qwen3ForSequenceClassification"]),
+    st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=4),
+    st.none() | _ROPES,
+)
+def test_no_value_of_any_field_is_answered_with_anything_but_a_shape_or_a_named_error(
+    family: str, wrong: dict[str, Any], rope: dict[str, Any] | None
+) -> None:
+    config = _config(family, **EXPERTS | {"num_local_experts": 8}) | {"id2label": {"0": "a"}, "rope_scaling": rope}
+    match _answer({**config, **wrong}):
+        case ModelShape() as shape:
+            assert shape.num_layers > 0 and math.isfinite(shape.norm_eps + shape.init_std + shape.rope.theta)
+        case text:
+            assert text.startswith("somewhere/config.json") and len(text) < 500 and text.encode()
+
+
+def _answer(config: dict[str, Any]) -> ModelShape | str:
+    try:
+        return parse_model_shape(config, "somewhere/config.json")
+    except ModelFolderError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("field", _FIELDS)
+def test_a_value_of_a_wrong_kind_is_an_error_that_names_the_field(field: str) -> None:
+    family = "Qwen2ForCausalLM" if field == "qk_norm" else "Qwen2MoeForCausalLM"
+    family = "MixtralForCausalLM" if field in ("sliding_window", "num_local_experts") else family
+    family = "Qwen3ForSequenceClassification" if field in ("id2label", "num_labels") else family
+    text = _error({**_config(family, **EXPERTS), field: {"\ud800": [[[[[[5]]]]]]} if field != "id2label" else 5})
+    assert f"{field}" in text
+    text.encode()
 
 
 def test_a_folder_is_read_with_its_tilde_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(_config()))
     assert read_model_shape("~") == read_model_shape(tmp_path) == parse_model_shape(_config(), "")
+
+
+def test_the_home_of_nobody_is_an_error_that_names_the_key() -> None:
+    for read in (read_model_shape, resolve_model_folder):
+        with pytest.raises(ModelFolderError, match=r"critic\.model\.path = '~nobody_here/x'"):
+            read("~nobody_here/x", "critic.model.path")
 
 
 def _folder_error(folder: Path) -> str:
@@ -332,6 +494,8 @@ def test_a_missing_folder_and_a_folder_without_config_are_told_apart(tmp_path: P
         (b'{"a": ', "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
         (b"[]", "object"),
+        (b'{"a":' * 100_000, "is nested so deep"),
+        (b'{"vocab_size": ' + b"9" * 9999 + b"}", "is not valid JSON"),
     ],
 )
 def test_a_broken_config_is_an_error_that_names_the_file(tmp_path: Path, content: bytes, told: str) -> None:

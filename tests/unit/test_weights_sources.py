@@ -67,8 +67,9 @@ def test_every_range_of_a_folder_is_read_as_it_was_written(tmp_path: Path, write
             torch.testing.assert_close(source.read(name, 1, 2, 5), tensor[:, 2:5], rtol=0, atol=0)
 
 
-def test_tensors_that_the_model_lacks_are_left_alone(tmp_path: Path) -> None:
-    _single_file(tmp_path, {**_tensors(), "model.rotary_emb.inv_freq": torch.ones(2)})
+@pytest.mark.parametrize("name", ["model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_frequencies_that_the_config_says_as_well_are_left_alone(tmp_path: Path, name: str) -> None:
+    _single_file(tmp_path, {**_tensors(), name: torch.ones(2)})
     assert SafetensorsSource(tmp_path, SHAPE).read(EMBEDDING, 0, 0, 1).shape == (1, SHAPE.hidden_size)
 
 
@@ -114,11 +115,99 @@ def test_a_truncated_file_is_an_error_that_gives_its_size(tmp_path: Path, share:
     assert "download it again" in text
 
 
-@pytest.mark.parametrize("content", ["", '{"weight_map": {"a"', "{}", "[]"])
+@pytest.mark.parametrize("content", ["", '{"weight_map": {"a"', '{"a":' * 100_000])
 def test_a_broken_index_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
     _two_files(tmp_path, _tensors())
     _index(tmp_path).write_text(content)
-    assert f"{_index(tmp_path)} is truncated or not an index of safetensors files" in _error(tmp_path)
+    text = _error(tmp_path)
+    assert str(_index(tmp_path)) in text and "no index of safetensors files" in text
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": [1]}', '{"weight_map": "a"}', "5"])
+def test_an_index_without_a_map_of_files_is_an_error_that_names_the_field(tmp_path: Path, content: str) -> None:
+    _two_files(tmp_path, _tensors())
+    _index(tmp_path).write_text(content)
+    assert "is no index of safetensors files: weight_map = " in _error(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors", "", ".", 5, None, "x"])
+def test_weights_are_read_from_the_folder_alone(tmp_path: Path, file: object) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "x.safetensors").write_bytes(_single_file(tmp_path, _tensors()).read_bytes())
+    _index(folder).write_text(json.dumps({"weight_map": dict.fromkeys(_tensors(), file)}))
+    text = _error(folder)
+    assert f"the file of '{EMBEDDING}' = {file!r} must be a .safetensors file in this folder" in text
+
+
+def test_the_links_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    _single_file(blobs, _tensors()).rename(blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    assert SafetensorsSource(snapshot, SHAPE).read(EMBEDDING, 0, 0, 1).shape == (1, SHAPE.hidden_size)
+
+
+def test_a_folder_in_the_place_of_a_file_is_an_error(tmp_path: Path) -> None:
+    path = _two_files(tmp_path, _tensors())[0]
+    path.unlink()
+    path.mkdir()
+    assert f"{path} is no file" in _error(tmp_path)
+
+
+def test_two_sets_of_weights_are_an_error(tmp_path: Path) -> None:
+    _two_files(tmp_path, _tensors())
+    _single_file(tmp_path, _tensors())
+    assert "has both model.safetensors and model.safetensors.index.json" in _error(tmp_path)
+
+
+WRONG_DTYPES = {
+    torch.int8: "I8",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+}
+
+
+@pytest.mark.parametrize("dtype", WRONG_DTYPES)
+def test_weights_that_are_no_plain_floating_point_numbers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    _single_file(tmp_path, {**_tensors(), "model.norm.weight": torch.ones(6).to(dtype)})
+    assert f"model.norm.weight has dtype {WRONG_DTYPES[dtype]}; supported are F64, F32, BF16, F16" in _error(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_every_floating_point_dtype_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in _tensors().items()}
+    _single_file(tmp_path, tensors)
+    read = SafetensorsSource(tmp_path, SHAPE).read(EMBEDDING, 0, 0, 10)
+    torch.testing.assert_close(read, tensors[EMBEDDING], rtol=0, atol=0)
+
+
+def test_tensors_that_the_config_does_not_imply_are_refused_with_the_first_names(tmp_path: Path) -> None:
+    others = [f"model.layers.{i}.self_attn.q_proj.bias" for i in range(5)]
+    _single_file(tmp_path, {**_tensors(), **{name: torch.zeros(16) for name in others}})
+    text = _error(tmp_path)
+    assert all(f"'{name}'" in text for name in others[:3]) and "and 2 more" in text and others[3] not in text
+    assert "supported are the tensors of Qwen3ForCausalLM" in text
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.layers.3.mlp.gate_proj.weight", "visual.weight"])
+def test_a_tensor_of_another_model_is_refused(tmp_path: Path, name: str) -> None:
+    _single_file(tmp_path, {**_tensors(), name: torch.ones(1, 6)})
+    assert f"implies no place for: '{name}'" in _error(tmp_path)
+
+
+def test_a_tied_output_layer_may_be_there_if_it_is_the_embedding(tmp_path: Path) -> None:
+    shape = model_shape(tied=True)
+    tensors = _tensors(shape)
+    _single_file(tmp_path, {**tensors, "lm_head.weight": tensors[EMBEDDING].clone()})
+    assert SafetensorsSource(tmp_path, shape).read(EMBEDDING, 0, 0, 1).shape == (1, 6)
+    for other in (tensors[EMBEDDING] + 1, tensors[EMBEDDING][:-1].clone()):
+        _single_file(tmp_path, {**tensors, "lm_head.weight": other})
+        assert f"lm_head.weight differs from {EMBEDDING}" in _error(tmp_path, shape)
 
 
 def test_a_critic_that_starts_from_a_language_model_has_a_value_head_of_zeros(tmp_path: Path) -> None:

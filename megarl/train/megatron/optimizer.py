@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megarl.batching.pack import MicroBatch
@@ -22,6 +21,7 @@ from megarl.train.megatron.host_adam import adam_on_host
 from megarl.train.megatron.model import MegatronModel
 from megarl.train.megatron.router import RoutedSequences, routers, routing_metrics
 from megarl.train.offload import Offload
+from megarl.train.schedule import learning_rate
 from megarl.types import Metrics
 
 
@@ -46,7 +46,7 @@ class Optimizer:
             self.chunks = model.chunks = _wrap(model, config)
             with adam_on_host() if stay.optimizer_on_host else nullcontext():
                 self.inner = get_megatron_optimizer(_optimizer_config(model, role.training, config), self.chunks)
-            self.scheduler = _scheduler(self.inner, role.training)
+        self.training, self.num_updates = role.training, 0
         self._grad_norm, self.inner.get_grad_norm = self.inner.get_grad_norm, self._finite_grad_norm
 
     @property
@@ -91,9 +91,7 @@ class Optimizer:
                 chunk.zero_grad_buffer()
             self.inner.zero_grad()
             metrics = summed(self.model.run(micros, loss, forward_only=False))
-            # Before the step, so that the first one is 1/warmup of the way up instead of a step of size zero.
-            self.scheduler.step(1)
-            lr = float(self.inner.param_groups[0]["lr"])
+            lr = self._set_learning_rate()
             try:
                 with self.model.groups.active():
                     _, grad_norm, _ = self.inner.step()
@@ -102,6 +100,15 @@ class Optimizer:
         shape = self.model.shape
         routing = routing_metrics(self.chunks, shape, self.model.device) if shape.num_experts else {}
         return metrics | {"grad_norm": float(grad_norm), "lr": lr} | routing
+
+    def _set_learning_rate(self) -> float:
+        """Give every group of parameters the learning rate of this update and its weight decay; return the rate."""
+        self.num_updates += 1
+        lr = learning_rate(self.training, self.num_updates)
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.training.weight_decay * group.get("wd_mult", 1.0)
+        return lr
 
     def _finite_grad_norm(self) -> float:
         """Stand in for Megatron's get_grad_norm, which its step calls before it changes anything."""
@@ -175,19 +182,3 @@ def _precision_fields(backend: TrainedMegatronConfig) -> dict[str, Any]:
         "exp_avg_dtype": getattr(torch, backend.exp_avg_dtype),
         "exp_avg_sq_dtype": getattr(torch, backend.exp_avg_sq_dtype),
     }
-
-
-def _scheduler(optimizer: object, training: Training) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=training.min_lr,
-        lr_warmup_steps=training.warmup_steps,
-        lr_decay_steps=training.total_steps,
-        lr_decay_style=training.schedule,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

@@ -10,6 +10,8 @@ import json
 from importlib import resources
 from typing import Any
 
+from megarl.errors import nearest
+
 _FOLDER = resources.files("megarl.weights.model_facts")
 
 
@@ -34,3 +36,15 @@ def shipped_config(name: str) -> dict[str, Any] | None:
     text = (_FOLDER / f"{found[0].replace('/', '--', 1)}.json").read_text(encoding="utf-8")
     facts: dict[str, Any] = json.loads(text)
     return facts
+
+
+def nearest_shipped(name: str) -> str:
+    """Return ``did you mean 'owner/name'?`` for the model whose name is closest, or an empty string.
+
+    name: as on Hugging Face; what is written as a folder is near to none.
+    """
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return ""
+    known = {(full if "/" in name else full.split("/")[1]).lower(): full for full in shipped_names()}
+    found = nearest(name.lower(), known)
+    return next((f"did you mean {full!r}?" for lower, full in known.items() if repr(lower) in found), "")

@@ -1,4 +1,4 @@
-"""What megarl has to equal: Hugging Face's eager model in float32 and torch's AdamW, one sequence at a time.
+"""What training has to equal: Hugging Face's eager model in float32 and torch's AdamW, one sequence at a time.
 
 Losses are written out here once more, from their definitions, and share no code with megarl.
 
@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from megarl.algorithm.loss_specs import LossSpec, PolicyLossSpec
 from megarl.algorithm.policy_loss import PolicyLossSettings
-from megarl.train.megatron.optimizer import OptimizerSpec
-from megarl.train.work import PolicyLossSpec
-from megarl.types import Batch
+from megarl.roles import Training
+from megarl.types import PolicyBatch, Sequences
+from megarl.verify.reference import hf_logits_BSV, hf_logprobs_BS, load
 
 
 @dataclass(frozen=True)
-class Training:
+class Trained:
     """What some optimizer steps did: loss and gradient norm of each, the first gradients and the last weights."""
 
     losses: list[float]
@@ -33,48 +32,28 @@ class Training:
     weights: dict[str, Tensor]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Return the model of ``folder``."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-
-
-def logits_BSV(model: Any, batch: Batch) -> Tensor:
-    """Return what predicts token s at position s, zero for the first token and for padding."""
-    rows = []
-    for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True):
-        logits_SV = model(tokens_S[None, :length]).logits[0, :-1]
-        rows.append(F.pad(logits_SV, (0, 0, 1, len(tokens_S) - length)))
-    return torch.stack(rows)
-
-
-def logprobs_BS(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Return the log-probs of the masked tokens, zero elsewhere."""
-    scaled_BSV = (logits_BSV(model, batch) / temperature).log_softmax(-1)
-    return scaled_BSV.gather(-1, batch.tokens_BS[..., None])[..., 0] * batch.mask_BS
-
-
-def train(folder: Path, batch: Batch, loss: PolicyLossSpec | None, optimizer: OptimizerSpec, steps: int) -> Training:
-    """Take optimizer steps on the whole of ``batch``: policy updates, or SFT where ``loss`` is None."""
+def train(folder: Path, batch: PolicyBatch, loss: LossSpec, training: Training, steps: int) -> Trained:
+    """Take optimizer steps on the whole of ``batch``."""
     model = load(folder)
     # Megatron's rule: no weight decay on norms and biases.
     groups = [[p for p in model.parameters() if (p.dim() > 1) == decays] for decays in (False, True)]
     adam = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": optimizer.weight_decay}],
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
+        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": training.weight_decay}],
+        lr=training.lr,
+        betas=training.betas,
+        eps=training.eps,
     )
     losses, grad_norms, gradients = [], [], []
     for _ in range(steps):
         adam.zero_grad()
-        value = _sft_loss(model, batch) if loss is None else _policy_loss(model, batch, loss)
+        value = _policy_loss(model, batch, loss) if isinstance(loss, PolicyLossSpec) else sft_loss(model, batch)
         value.backward()
         losses.append(value.item())
         gradients.append(checkpoint_tensors(model, {name: p.grad.clone() for name, p in model.named_parameters()}))
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad).item())
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad).item())
         adam.step()
     weights = checkpoint_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
-    return Training(losses, grad_norms, gradients[0], weights)
+    return Trained(losses, grad_norms, gradients[0], weights)
 
 
 def checkpoint_tensors(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,13 +75,14 @@ def checkpoint_tensors(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, T
     return {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in found.items()}
 
 
-def _sft_loss(model: Any, batch: Batch) -> Tensor:
-    return -logprobs_BS(model, batch)[batch.mask_BS].mean()
+def sft_loss(model: Any, batch: Sequences) -> Tensor:
+    """Return minus the mean log-prob of the tokens that count."""
+    return -hf_logprobs_BS(model, batch)[batch.mask_BS].mean()
 
 
-def _policy_loss(model: Any, batch: Batch, spec: PolicyLossSpec) -> Tensor:
-    assert batch.old_logprobs_BS is not None and batch.advantages_BS is not None
-    log_softmax_BSV = (logits_BSV(model, batch) / spec.temperature).log_softmax(-1)
+def _policy_loss(model: Any, batch: PolicyBatch, spec: PolicyLossSpec) -> Tensor:
+    assert batch.old_logprobs_BS is not None
+    log_softmax_BSV = (hf_logits_BSV(model, batch) / spec.temperature).log_softmax(-1)
     current_BS = log_softmax_BSV.gather(-1, batch.tokens_BS[..., None])[..., 0]
     loss_BS = _ppo_BS((current_BS - batch.old_logprobs_BS).exp(), batch.advantages_BS, spec.settings)
     loss_BS = loss_BS + spec.entropy_coef * (log_softmax_BSV.exp() * log_softmax_BSV).sum(-1)

@@ -1,0 +1,1 @@
+"""Overrides of a verl run, as overrides of ours."""
