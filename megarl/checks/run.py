@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megarl.batching.plan import BatchPlan
+from megarl.checks.backends import every_role_has_one_backend
 from megarl.checks.rules import model_problems, run_problems, warm_up_ends_before_the_run
 from megarl.checks.tokenizer_file import differing_token, largest_token
 from megarl.config.build import build_config
-from megarl.config.schema import FSDP_STRATEGIES, PPOConfig, SFTConfig, TrainedMegatronConfig
+from megarl.config.schema import PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.data.parquet import check_footer
 from megarl.data.prompts import prompt_columns
 from megarl.errors import ConfigError, MegarlError, ModelFolderError, Problem
@@ -175,15 +176,11 @@ def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings, platform: Pl
 
 
 def _built(values: Mapping[str, Any]) -> PPOConfig:
-    """Return the config, if its backend is built."""
+    """Return the config, if every role has the section of one backend."""
     config = build_config(PPOConfig, values)
-    actor = config.actor_rollout_ref.actor
-    key, fix = (
-        "actor_rollout_ref.actor.strategy",
-        "--config-name=ppo_megatron_trainer, or `defaults: [ppo_megatron_trainer, _self_]`",
-    )
-    if actor.strategy in FSDP_STRATEGIES:
-        raise ConfigError([Problem(key, actor.strategy, "this backend isn't built yet; megatron is", fix)])
+    problems = list(every_role_has_one_backend(config))
+    if problems:
+        raise ConfigError(problems)
     return config
 
 

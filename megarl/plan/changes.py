@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, cast
 
 from megarl.checks.rules import model_problems, run_problems
-from megarl.config.schema import MegatronConfig, PPOConfig
+from megarl.config.schema import ALL_RANKS, FsdpConfig, MegatronConfig, PPOConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
@@ -18,10 +18,10 @@ from megarl.roles import FindModel, roles_of
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
 MEGATRON = f"{ACTOR}.megatron"
+FSDP = f"{ACTOR}.fsdp_config"
 ROLLOUT = "actor_rollout_ref.rollout"
 MAX_COMBINED = 3
 
-_FROZEN_FIELDS = frozenset(field.name for field in fields(MegatronConfig))
 _OF_CRITIC = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": "critic.ppo_micro_batch_size_per_gpu",
     f"{ACTOR}.log_prob_micro_batch_size_per_gpu": "critic.forward_micro_batch_size_per_gpu",
@@ -53,7 +53,7 @@ def changed(config: PPOConfig, values: Mapping[str, object]) -> PPOConfig:
     tree: dict[str, Any] = {}
     for key, value in values.items():
         before = value_of(config, key)
-        followers = [f for f in _followers(key) if f not in values and value_of(config, f) == before]
+        followers = [f for f in _followers(key) if f not in values and value_of(config, f, None) == before]
         for name in (key, *followers):
             *sections, last = name.split(".")
             node = tree
@@ -65,20 +65,21 @@ def changed(config: PPOConfig, values: Mapping[str, object]) -> PPOConfig:
 
 def _followers(key: str) -> Iterator[str]:
     """Yield the keys that megarl's own configs set to the value of ``key``."""
-    if key.startswith(f"{MEGATRON}."):
-        name = key.removeprefix(f"{MEGATRON}.")
-        yield f"critic.megatron.{name}"
-        if name in _FROZEN_FIELDS:
-            yield f"actor_rollout_ref.ref.megatron.{name}"
-            yield f"reward.model.megatron.{name}"
-    elif key in _OF_CRITIC:
+    for section, frozen in ((MEGATRON, MegatronConfig), (FSDP, FsdpConfig)):
+        if key.startswith(f"{section}."):
+            name = key.removeprefix(f"{ACTOR}.")
+            yield f"critic.{name}"
+            if name.split(".")[1] in {field.name for field in fields(frozen)}:
+                yield f"actor_rollout_ref.ref.{name}"
+                yield f"reward.model.{name}"
+    if key in _OF_CRITIC:
         yield _OF_CRITIC[key]
 
 
-def value_of(config: object, key: str) -> Any:
-    """Return the value of a dotted key."""
+def value_of(config: object, key: str, *default: Any) -> Any:
+    """Return the value of a dotted key; the ``default``, if given, where it is in a section that isn't there."""
     for name in key.split("."):
-        config = getattr(config, name)
+        config = getattr(config, name, *default)
     return config
 
 
@@ -93,14 +94,15 @@ def _replaced(config: Any, tree: Mapping[str, Any]) -> Any:
 def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
     """Yield what may save memory, cheapest first; what is so already is left out."""
     models = c.actor_rollout_ref
-    wanted: list[Change] = [
-        Change({f"{MEGATRON}.use_distributed_optimizer": True}, "nothing"),
-        Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step"),
-        Change({f"{MEGATRON}.grad_offload": True}, "allocating gradients again each update"),
-        Change({f"{MEGATRON}.optimizer_offload": True}, "moving optimizer state twice a step"),
-        Change({f"{MEGATRON}.param_offload": True}, "moving parameters for each use"),
+    is_fsdp, section = plan.roles[0].layout.is_fsdp, plan.roles[0].backend_key
+    wanted = [Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step")]
+    if not is_fsdp:
+        wanted.insert(0, Change({f"{MEGATRON}.use_distributed_optimizer": True}, "nothing"))
+        wanted.append(Change({f"{MEGATRON}.grad_offload": True}, "allocating gradients again each update"))
+    wanted += [
+        Change({f"{section}.optimizer_offload": True}, "moving optimizer state twice a step"),
+        Change({f"{section}.param_offload": True}, "moving parameters for each use"),
     ]
-    on_host = {f"{MEGATRON}.optimizer_on_host": True, f"{MEGATRON}.optimizer_offload": False}
     for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         if share < models.rollout.gpu_memory_utilization:
             wanted.append(Change({f"{ROLLOUT}.gpu_memory_utilization": share}, "fewer responses at once"))
@@ -121,22 +123,35 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
     while (tokens := tokens // 2) >= update.least_value:
         wanted.append(Change({update.key: tokens}, "smaller matrix products"))
     wanted.append(Change({f"{MODEL}.use_fused_kernels": True}, "logits computed twice in updates"))
-    full = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
-    wanted.append(Change(recompute, "a third more work in updates"))
-    wanted.append(Change(on_host, "Adam at the host's speed"))
-    tp = value_of(c, f"{MEGATRON}.tensor_model_parallel_size")
-    while (tp := tp * 2) <= c.trainer.n_gpus_per_node:
-        wanted.append(Change({f"{MEGATRON}.tensor_model_parallel_size": tp}, "more exchange between ranks"))
+    wanted += _on_fsdp() if is_fsdp else _on_megatron(c, plan)
     engine_tp = models.rollout.tensor_model_parallel_size
     while (engine_tp := engine_tp * 2) <= c.trainer.n_gpus_per_node:
         wanted.append(Change({f"{ROLLOUT}.tensor_model_parallel_size": engine_tp}, "slower tokens, fewer replicas"))
-    pp, ranks = value_of(c, f"{MEGATRON}.pipeline_model_parallel_size"), plan.num_ranks
-    while (pp := pp * 2) <= ranks:
-        wanted.append(Change({f"{MEGATRON}.pipeline_model_parallel_size": pp}, "waiting stages"))
     for change in wanted:
         if any(value_of(c, key) != value for key, value in change.values.items()):
             yield change
+
+
+def _on_fsdp() -> Iterator[Change]:
+    """Yield what may save memory on FSDP alone."""
+    yield Change({f"{FSDP}.reshard_after_forward": True}, "gathering parameters twice in updates")
+    yield Change({f"{FSDP}.enable_gradient_checkpointing": True}, "a third more work in updates")
+    yield Change({f"{FSDP}.fsdp_size": ALL_RANKS}, "gathering parameters from all nodes")
+
+
+def _on_megatron(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
+    """Yield what may save memory on Megatron alone."""
+    full = {"granularity": "full", "method": "uniform", "num_layers": 1}
+    recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
+    yield Change(recompute, "a third more work in updates")
+    on_host = {f"{MEGATRON}.optimizer_on_host": True, f"{MEGATRON}.optimizer_offload": False}
+    yield Change(on_host, "Adam at the host's speed")
+    tp = value_of(c, f"{MEGATRON}.tensor_model_parallel_size")
+    while (tp := tp * 2) <= c.trainer.n_gpus_per_node:
+        yield Change({f"{MEGATRON}.tensor_model_parallel_size": tp}, "more exchange between ranks")
+    pp = value_of(c, f"{MEGATRON}.pipeline_model_parallel_size")
+    while (pp := pp * 2) <= plan.num_ranks:
+        yield Change({f"{MEGATRON}.pipeline_model_parallel_size": pp}, "waiting stages")
 
 
 def fitting_changes(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -30,6 +31,15 @@ def _take(backend: Backend, work: UpdateWork, step: OptimizerStep, loss: Loss) -
             "optim.lr, raise lr_scheduler.warmup_steps, or look for non-finite rewards and log-probs in metrics.jsonl"
         )
     return told
+
+
+def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
+    """Add up the numbers of the micro-batches; empty on ranks that aren't on the last stage."""
+    sums: dict[str, float] = defaultdict(float)
+    for result in results:
+        for name, value in result.items():
+            sums[name] += float(value)
+    return dict(sums)
 
 
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

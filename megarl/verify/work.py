@@ -25,8 +25,9 @@ from megarl.ranks.worker import RoleOnRank, weights_of
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.actor import Actor
+from megarl.train.backend import Backend
+from megarl.train.backends import backend_of
 from megarl.train.critic import Critic
-from megarl.train.megatron.backend import MegatronBackend
 from megarl.train.reference import Reference
 from megarl.train.work import Micros, OptimizerStep, ScoreWork, Updated, UpdateWork
 from megarl.types import GenerationRequest, Metrics, PolicyBatch, Sampling, Sequences
@@ -119,10 +120,10 @@ def prompts(vocab_size: int) -> list[tuple[int, ...]]:
     return [tuple(token % vocab_size for token in prompt) for prompt in PROMPTS]
 
 
-def backend_on_rank(role: Role) -> MegatronBackend:
+def backend_on_rank(role: Role) -> Backend:
     """Return this rank's part of a role, with the weights of its folder, or with random ones. Collective."""
     device = Platform(platform_name()).device(int(os.environ["LOCAL_RANK"]))
-    return MegatronBackend(role, weights_of(role, seed=0), device)
+    return backend_of(role, weights_of(role, seed=0), device)
 
 
 def score(model: RoleOnRank, sequences: Sequences, temperature: float = 1.0) -> Tensor | None:

@@ -24,7 +24,7 @@ from megarl.parallel.layout import Layout
 from megarl.roles import Role, Training
 from megarl.train.actor import Actor
 from megarl.train.megatron.backend import MegatronBackend
-from megarl.train.megatron.output import MegatronOutput
+from megarl.train.output import ModelOutput
 from megarl.train.work import is_whole
 from megarl.types import Metrics, PolicyBatch, Sequences
 from megarl.verify import work
@@ -152,7 +152,7 @@ def _logits_BSV(backend: MegatronBackend, sequences: Sequences) -> Tensor:
     rows, micros = work.share(backend.role, sequences)
     logits_BSV = torch.zeros(*rows.tokens_BS.shape, vocab_size)
 
-    def place(micro: MicroBatch, output: MegatronOutput) -> None:
+    def place(micro: MicroBatch, output: ModelOutput) -> None:
         parts = [torch.empty_like(output.tensor) for _ in range(layout.tp)]
         dist.all_gather(parts, output.tensor.contiguous(), group=mpu.get_tensor_model_parallel_group())
         own_N, logits_LV = micro.predict_N >= 0, torch.cat(parts, -1).flatten(0, -2)

@@ -13,12 +13,12 @@ from torch import Tensor
 from megarl.batching.pack import MicroBatch
 from megarl.roles import Role
 from megarl.train.backend import Loss, Output, Place, Skipped
+from megarl.train.export import export_model
 from megarl.train.megatron.model import MegatronModel
 from megarl.train.megatron.optimizer import Optimizer
-from megarl.train.megatron.output import MegatronOutput
+from megarl.train.output import ModelOutput
 from megarl.types import Metrics, Sequences
-from megarl.weights.hf_export import export_hf
-from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_peers
+from megarl.weights.name_map import megatron_peers
 from megarl.weights.shard import Peers
 from megarl.weights.sources import TensorSource
 
@@ -41,7 +41,7 @@ class MegatronBackend:
     def forward(self, micros: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], T]) -> list[T]:
         """Return a list of what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
 
-        def told(micro: MicroBatch, output: MegatronOutput) -> tuple[Tensor, T]:
+        def told(micro: MicroBatch, output: ModelOutput) -> tuple[Tensor, T]:
             return output.tensor.new_zeros(()), read(micro, output)
 
         self.model.set_training(False)
@@ -73,19 +73,7 @@ class MegatronBackend:
 
         Raises ResourceError on every rank where the disk is too small.
         """
-        shape = self.role.shape
-        with self.resident():
-            export_hf(
-                out,
-                template=template,
-                shapes=hf_shapes(shape),
-                sources=self.peers(),
-                parameters=self.parameters(),
-                dtype=self.model.dtype,
-                device=self.device,
-                zeros=hf_zeros(shape),
-                fields=shape.critic_fields() if shape.value_head else {},
-            )
+        export_model(self, out, template)
 
     @property
     def _trained(self) -> Optimizer:
