@@ -13,6 +13,7 @@ from megarl.batching.balance import TokenBudget, pass_cost, spread_rows
 from megarl.batching.plan import BatchPlan, MiniBatch, Rows, cut, plan_batch, plan_update, split_rows
 from megarl.batching.size import Batching, rollouts_a_pass, tokens_a_pass
 from megarl.config.schema import (
+    FSDP_STRATEGIES,
     BackendConfig,
     CriticModelConfig,
     FsdpConfig,
@@ -367,19 +368,20 @@ def _frozen(
 
 def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
     """Return the actor of supervised fine-tuning: one optimizer step is a step."""
-    layout = layout_of(c.megatron, num_ranks(c))
+    backend: BackendConfig = c.fsdp_config if c.strategy in FSDP_STRATEGIES else c.megatron
+    layout = layout_of(backend, num_ranks(c))
     size = rollouts_a_pass("data.micro_batch_size_per_gpu", c.data.micro_batch_size_per_gpu, c.data.max_length, layout)
     return Role(
         "actor",
         "",
         find(_named("model", c.model)),
-        c.megatron,
+        backend,
         layout,
         c.model.dtype,
         size,
         size,
         training_of(c.optim, c.lr_scheduler, c.data.train_batch_size),
-        residency_of(c.megatron),
+        residency_of(backend),
         c.model.use_remove_padding,
         c.model.use_fused_kernels,
     )

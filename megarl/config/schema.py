@@ -466,5 +466,7 @@ class SFTConfig:
     model: ModelConfig = key("model")
     optim: OptimConfig = key("optimizer")
     lr_scheduler: LRSchedulerConfig = key("schedule")
-    megatron: TrainedMegatronConfig = key("axes")
+    strategy: str = key("training backend", choices=("megatron", *FSDP_STRATEGIES))
+    megatron: TrainedMegatronConfig = key("axes, where strategy is megatron")
+    fsdp_config: TrainedFsdpConfig = key("sharding and offload, where strategy is fsdp or fsdp2")
     trainer: SFTTrainerConfig = key("trainer")

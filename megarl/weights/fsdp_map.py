@@ -74,14 +74,12 @@ def _of_experts(entry: Entry) -> Iterator[Shard]:
 @lru_cache(maxsize=64)
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of the model in memory, the experts of a layer being one."""
-    return {
-        name.format(i=layer).removesuffix(".{e}"): (shape.num_experts, *pattern.shard.shape)
-        if name.endswith(".{e}")
-        else pattern.shard.shape
-        for pattern in fsdp_patterns(shape, 0, 1)
-        for name in [pattern.shard.name.replace("{e}", "{{e}}")]
-        for layer in pattern.layers
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for pattern in fsdp_patterns(shape, 0, 1):
+        name, is_expert, _ = pattern.shard.name.partition(".{e}")
+        size = (shape.num_experts, *pattern.shard.shape) if is_expert else pattern.shard.shape
+        found |= {name.format(i=layer): size for layer in pattern.layers}
+    return found
 
 
 def name_in_memory(tensor: str) -> str:
