@@ -40,8 +40,13 @@ class Done:
 
 @pytest.fixture(scope="module")
 def runs(tiny_task: Path) -> dict[str, Done]:
-    """Run the same recipe under both launchers."""
-    commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
+    """Run the same recipe under both launchers, and on the other backend."""
+    on_fsdp = [argument.replace("=rl", "=rl_fsdp") for argument in COMMAND]
+    commands = {
+        "ray": python(*COMMAND),
+        "torchrun": torchrun(NUM_RANKS, *COMMAND),
+        "fsdp": torchrun(NUM_RANKS, *on_fsdp),
+    }
     return {name: _run(tiny_task, name, command) for name, command in commands.items()}
 
 
@@ -59,6 +64,13 @@ def test_ray_and_torchrun_compute_the_same_numbers(runs: dict[str, Done]) -> Non
     on_ray, under_torchrun = (runs[name].metrics() for name in ("ray", "torchrun"))
     assert [line["step"] for line in on_ray] == list(range(1, NUM_STEPS + 1))
     assert on_ray == under_torchrun
+
+
+def test_fsdp_computes_the_same_numbers_as_megatron(runs: dict[str, Done]) -> None:
+    on_megatron, on_fsdp = (runs[name].metrics() for name in ("torchrun", "fsdp"))
+    for found, expected in zip(on_fsdp, on_megatron, strict=True):
+        # Sums in which tokens of both signs cancel are near nothing.
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_the_validations_before_training_and_at_the_end_are_in_the_metrics(runs: dict[str, Done]) -> None:

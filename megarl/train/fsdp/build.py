@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ from megarl.weights.fsdp_map import fsdp_shards
 from megarl.weights.sources import TensorSource, fill
 
 R = TypeVar("R")
+
+# FSDP's own call, which no setting changes.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
 
 
 class HiddenHead(torch.nn.Module):
