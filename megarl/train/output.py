@@ -5,6 +5,7 @@ Shape suffixes: N predicted tokens that count, M those of this context rank, P p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,8 +86,8 @@ class ModelOutput:
             return numbers
         own_M = (place_P >= 0).nonzero()[:, 0].to(self.device)
         all_P = [numbers[0].new_zeros(len(place_P)).index_put((own_M,), number_M) for number_M in numbers]
-        together: Tensor = _Together.apply(torch.stack(all_P), self.context_ranks)
-        return together.unbind()
+        add_up: Callable[..., Tensor] = _Together.apply
+        return add_up(torch.stack(all_P), self.context_ranks).unbind()
 
 
 class _Together(torch.autograd.Function):

@@ -174,13 +174,6 @@ def _logits_BSV(backend: Backend, sequences: Sequences) -> Tensor:
     return logits_BSV
 
 
-def megatron_on_rank(role: Role) -> MegatronBackend:
-    """Return this rank's part of a role on Megatron. Collective."""
-    backend = work.backend_on_rank(role)
-    assert isinstance(backend, MegatronBackend)
-    return backend
-
-
 def gradients_of(backend: MegatronBackend) -> dict[str, Tensor]:
     """Return the gradients by the name map's names: whole only without the distributed optimizer."""
     parameters: Any = backend.model.own_parameters()

@@ -66,7 +66,7 @@ def build_root(role: Role, ranks: Ranks, device: torch.device) -> Root:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.requires_grad_(role.is_trained)
     root = Root(model)
-    _shard(root, role, ranks)
+    _shard(root, role, role.backend, ranks)
     root.to_empty(device=device)
     _refill_buffers(model)
     return root
@@ -88,7 +88,7 @@ def _model(role: Role, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _shard(root: Root, role: Role, ranks: Ranks) -> None:
+def _shard(root: Root, role: Role, backend: FsdpConfig, ranks: Ranks) -> None:
     """Shard every layer by itself, and the rest together. Gradients are summed over ranks, not averaged."""
     policy = MixedPrecisionPolicy()
     if role.is_trained and role.dtype != "float32":
@@ -96,7 +96,7 @@ def _shard(root: Root, role: Role, ranks: Ranks) -> None:
     wrap: Any = partial(fully_shard, mesh=ranks.mesh, mp_policy=policy)
     layers = [module for module in root.modules() if type(module).__name__ in (root.model._no_split_modules or ())]
     for layer in layers:
-        wrap(layer, reshard_after_forward=role.backend.reshard_after_forward)
+        wrap(layer, reshard_after_forward=backend.reshard_after_forward)
     wrap(root)
     for module in sharded_modules(root):
         module.set_gradient_divide_factor(1.0)

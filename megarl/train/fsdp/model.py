@@ -79,7 +79,7 @@ class FsdpModel:
         with self.resident():
             for number, micro in enumerate(micros, start=1):
                 # Copies of the model hear of each other's gradients once.
-                self.root.set_requires_all_reduce(number == len(micros))
+                next(sharded_modules(self.root)).set_requires_all_reduce(number == len(micros))
                 loss, result = self.root(partial(self._read, told, micro), **self._inputs(micro))
                 if not forward_only:
                     loss.backward()

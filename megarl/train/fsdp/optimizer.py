@@ -74,7 +74,7 @@ class Optimizer:
         found = [parameter.grad for parameter in self.model.own_parameters()]
         return [gradient.to_local() for gradient in found if isinstance(gradient, DTensor)]
 
-    def _norm(self, gradients: Sequence[Tensor]) -> float:
+    def _norm(self, gradients: list[Tensor]) -> float:
         """Return the L2 norm of the whole gradient."""
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         dist.all_reduce(squares, group=self.model.ranks.parts)

@@ -5,6 +5,7 @@ Shape suffixes: B lines, N heads, L positions of this rank, S of all ranks, D he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ class _Swap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Swap.apply(grads[0], ctx.join, ctx.split, ctx.group), None, None, None
+        return _swapped(grads[0], ctx.join, ctx.split, ctx.group), None, None, None
+
+
+def _swapped(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
+    apply: Callable[..., Tensor] = _Swap.apply
+    return apply(tensor, split, join, group)
 
 
 def positions_to_heads(tensor_BNLD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -38,11 +44,9 @@ def positions_to_heads(tensor_BNLD: Tensor, group: dist.ProcessGroup) -> Tensor:
     copies = -(-group.size() // tensor_BNLD.shape[_HEADS])
     if copies > 1:
         tensor_BNLD = tensor_BNLD.repeat_interleave(copies, _HEADS)
-    swapped: Tensor = _Swap.apply(tensor_BNLD, _HEADS, _POSITIONS, group)
-    return swapped
+    return _swapped(tensor_BNLD, _HEADS, _POSITIONS, group)
 
 
 def heads_to_positions(tensor_BNSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return all heads [B, N, L, D] of this rank's positions."""
-    swapped: Tensor = _Swap.apply(tensor_BNSD, _POSITIONS, _HEADS, group)
-    return swapped
+    return _swapped(tensor_BNSD, _POSITIONS, _HEADS, group)
