@@ -10,7 +10,7 @@ from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
 from megarl.config.secrets import without_secrets
 from megarl.controller.observer import Observer
-from megarl.launchers.start import check_launch, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -18,7 +18,7 @@ from megarl.plan.of_run import fitting_plan
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    with interrupts_told():
+    with interrupts_told(end_process):
         if not serve_if_not_controller():
             run_hydra("ppo_trainer", run_ppo)
             end_rank()

@@ -9,14 +9,14 @@ from typing import Any
 from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
 from megarl.config.secrets import without_secrets
-from megarl.launchers.start import check_launch, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    with interrupts_told():
+    with interrupts_told(end_process):
         if not serve_if_not_controller():
             run_hydra("sft_trainer", run_sft)
             end_rank()

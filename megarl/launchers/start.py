@@ -42,15 +42,22 @@ def serve_if_not_controller() -> bool:
 
 
 def end_rank() -> None:
-    """End a process that was started as a rank, whose run went well; return in any other.
+    """End a process that was started as a rank, whose run went well; return in any other."""
+    if placed_rank() is not None:
+        end_process(0)
 
-    Python's own end would run the destructors of gloo's threads, which now and then abort a process that has done all.
+
+def end_process(code: int) -> None:
+    """End this process with an exit code.
+
+    A rank ends at once: Python's own end would run the destructors of gloo's threads, which now and then abort a
+    process that has done all.
     """
     if placed_rank() is None:
-        return
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megarl.rollout.shared_memory import BYTES_PER_THREAD
 from tests.launch import MARKER, Finished, python, run, torchrun
 from tests.tiny_task import NUM_RANKS
 
@@ -33,32 +34,40 @@ import json, os, psutil, tempfile
 
 def compute_score(data_source, solution_str, ground_truth, extra_info, token):
     assert token == {SECRET!r}
-    found = []
+    found, segments = [], {{}}
     for process in psutil.process_iter():
         try:
             if process.environ().get({MARKER!r}) == os.environ[{MARKER!r}]:
                 listening = [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
                 found.append((" ".join(process.cmdline()), listening))
+                for line in open(f"/proc/{{process.pid}}/maps"):
+                    addresses, _, _, _, inode, *path = line.split(maxsplit=5)
+                    if path and path[0].startswith("/dev/shm/"):
+                        start, end = (int(address, 16) for address in addresses.split("-"))
+                        segments[inode] = (path[0].removeprefix("/dev/shm/"), end - start)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             pass
     folder = tempfile.gettempdir()
     modes = {{name: oct(os.stat(os.path.join(folder, name)).st_mode & 0o777) for name in os.listdir(folder)}}
     with open("seen.json", "w") as file:
-        json.dump([found, modes], file)
+        json.dump([found, modes, list(segments.values())], file)
     return float(len(solution_str))
 """
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run. seen: command lines of its processes with the addresses that they listen on. modes: by name in
-    the temporary folder while it ran. left: what stayed there, and in /dev/shm.
+    """A finished run, and what was seen while it ran.
+
+    seen: command lines of its processes with the addresses that they listen on. modes: by name in the temporary folder.
+    segments: name and bytes of what they mapped of /dev/shm. left: what stayed there and in the temporary folder.
     """
 
     finished: Finished
     folder: Path
     seen: list[tuple[str, list[str]]]
     modes: dict[str, str]
+    segments: list[tuple[str, int]]
     left: set[str]
 
 
@@ -68,12 +77,13 @@ def _run(tiny_task: Path, name: str, command: list[str], temp: Path) -> Done:
     before = _files(temp)
     finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, environ=environ)
     assert finished.code == 0, finished.output
-    seen, modes = json.loads((tiny_task / "seen.json").read_text())
-    return Done(finished, tiny_task / "runs" / name, seen, modes, _files(temp) - before)
+    seen, modes, segments = json.loads((tiny_task / "seen.json").read_text())
+    return Done(finished, tiny_task / "runs" / name, seen, modes, segments, _files(temp) - before)
 
 
 def _files(temp: Path) -> set[str]:
-    return {path.name for folder in (temp, Path("/dev/shm")) for path in folder.iterdir()}
+    shared = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("megarl_", "psm_", "plasma"))}
+    return shared | {path.name for path in temp.iterdir()}
 
 
 @contextmanager
@@ -139,6 +149,13 @@ def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_on_no_command_
 def test_nothing_stays_in_the_temporary_folder_or_in_shared_memory(runs: dict[str, Done], launcher: str) -> None:
     assert runs[launcher].left == set()
     assert runs[launcher].finished.processes == ()
+
+
+@LAUNCHERS
+def test_ranks_take_of_shared_memory_what_is_checked_for_before(runs: dict[str, Done], launcher: str) -> None:
+    of_ranks = [(name, size) for name, size in runs[launcher].segments if not name.startswith(("plasma", "sem."))]
+    assert all("-cpushm_" in name for name, _ in of_ranks)
+    assert 0 < sum(size for _, size in of_ranks) <= NUM_RANKS * BYTES_PER_THREAD
 
 
 def test_a_run_has_a_ray_of_its_own_whose_folder_no_other_user_may_enter(runs: dict[str, Done]) -> None:
