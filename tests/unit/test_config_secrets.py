@@ -10,7 +10,7 @@ from megarl.config.compose import as_yaml
 from megarl.config.secrets import without_secrets
 
 TOKEN = "hf_0123456789abcdef"
-ENVIRON = {"HF_TOKEN": TOKEN, "PWD": "/home/someone", "JUDGE": "a phrase that says nothing", "API_KEY": "short"}
+ENVIRON = {"HF_TOKEN": TOKEN, "PWD": "/where/i/am", "JUDGE": "a phrase that says nothing", "API_KEY": "short"}
 
 
 def test_a_secret_is_a_reference_wherever_it_stands() -> None:
@@ -24,7 +24,7 @@ def test_a_secret_is_a_reference_wherever_it_stands() -> None:
 
 
 def test_a_name_that_an_override_refers_to_is_secret_whatever_it_is() -> None:
-    values = {"key": ENVIRON["JUDGE"], "path": "/home/someone/data", "other": "short"}
+    values = {"key": ENVIRON["JUDGE"], "path": "/where/i/am/data", "other": "short"}
     assert without_secrets(values, environ=ENVIRON) == values
     shown = without_secrets(values, ["reward.kwargs.key=${oc.env:JUDGE}"], ENVIRON)
     assert shown == {**values, "key": "${oc.env:JUDGE}"}
