@@ -11,7 +11,7 @@ from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
 
     from megarl.parallel.platform import Platform
     from megarl.ranks.worker import Worker
@@ -93,7 +93,7 @@ def _told_port(listener: socket.socket | None) -> int:
 
 
 def _tcp_store(host: str, port: int, listener: socket.socket | None = None) -> Store:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
     from torch.distributed.constants import default_pg_timeout
 
     # The store closes what it listens on, so that Python must not.
