@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -15,17 +16,18 @@ from pathlib import Path
 import pytest
 
 from megarl.rollout.shared_memory import BYTES_PER_THREAD
-from tests.launch import MARKER, Finished, python, run, torchrun
+from tests.launch import MARKER, Finished, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS
 
 SECRET = "hf_a_secret_of_the_environment"
 COMMAND = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "reward.path=looking.py"),
     *("reward.kwargs.token=${oc.env:HF_TOKEN}", "trainer.total_training_steps=1", "trainer.val_before_train=false"),
+    "reward.try_first=false",
 )
 # torchrun's own store listens on every interface. With this no part of it does.
 CLOSED_TORCHRUN = (
-    *("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"),
+    *("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--rdzv-endpoint=store"),
     *(f"--nproc-per-node={NUM_RANKS}", *COMMAND),
 )
 # Called while all processes of the run are up. Notes what each of them listens on, and what its command line is.
@@ -63,6 +65,7 @@ class Done:
     segments: name and bytes of what they mapped of /dev/shm. left: what stayed there and in the temporary folder.
     """
 
+    launcher: str
     finished: Finished
     folder: Path
     seen: list[tuple[str, list[str]]]
@@ -71,19 +74,20 @@ class Done:
     left: set[str]
 
 
-def _run(tiny_task: Path, name: str, command: list[str], temp: Path) -> Done:
+def _run(tiny_task: Path, name: str, command: list[str], temp: Path, **more: str) -> Done:
     (tiny_task / "looking.py").write_text(LOOKING)
-    environ = {"HF_TOKEN": SECRET, "TMPDIR": str(temp), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environ = {"HF_TOKEN": SECRET, "TMPDIR": str(temp), **more}
     before = _files(temp)
     finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, environ=environ)
     assert finished.code == 0, finished.output
     seen, modes, segments = json.loads((tiny_task / "seen.json").read_text())
-    return Done(finished, tiny_task / "runs" / name, seen, modes, segments, _files(temp) - before)
+    return Done(name, finished, tiny_task / "runs" / name, seen, modes, segments, _files(temp) - before)
 
 
 def _files(temp: Path) -> set[str]:
-    shared = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("megarl_", "psm_", "plasma"))}
-    return shared | {path.name for path in temp.iterdir()}
+    """Return what is in a temporary folder and in shared memory, but for torch's cache and torchrun's logs."""
+    own = {path.name for path in temp.iterdir() if not path.name.startswith(("torchinductor_", "torchelastic_"))}
+    return own | shared_memory()
 
 
 @contextmanager
@@ -103,41 +107,33 @@ def _another_ray(temp: Path) -> Iterator[None]:
             time.sleep(0.2)
         yield
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_task: Path) -> Iterator[dict[str, Done]]:
-    """Run under each launcher with a temporary folder of the run's own; on Ray beside another Ray."""
-    found: dict[str, Done] = {}
+@pytest.fixture(scope="module", params=["ray", "torchrun", "closed"])
+def done(request: pytest.FixtureRequest, tiny_task: Path) -> Iterator[Done]:
+    """Run under a launcher with a temporary folder of the run's own; on Ray beside another Ray."""
+    launcher: str = request.param
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # short, for Ray's sockets
         temp = Path(name)
-        with _another_ray(temp):
-            found["ray"] = _run(tiny_task, "ray", python(*COMMAND), temp)
-        found["torchrun"] = _run(tiny_task, "torchrun", torchrun(NUM_RANKS, *COMMAND), temp)
-        found["closed"] = _run(tiny_task, "closed", python(*CLOSED_TORCHRUN), temp)
-        yield found
+        if launcher == "ray":
+            with _another_ray(temp):
+                yield _run(tiny_task, launcher, python(*COMMAND), temp)
+        elif launcher == "torchrun":
+            yield _run(tiny_task, launcher, torchrun(NUM_RANKS, *COMMAND), temp)
+        else:
+            yield _run(tiny_task, launcher, python(*CLOSED_TORCHRUN), temp, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
-LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", "torchrun", "closed"])
-
-
-@LAUNCHERS
-def test_every_port_is_on_the_loopback_interface_but_that_of_torchruns_own_store(
-    runs: dict[str, Done], launcher: str
-) -> None:
-    listening = [(line, address) for line, addresses in runs[launcher].seen for address in addresses]
+def test_every_port_is_on_the_loopback_interface_but_that_of_torchruns_own_store(done: Done) -> None:
+    listening = [(line, address) for line, addresses in done.seen for address in addresses]
     assert len(listening) >= NUM_RANKS, "gloo alone listens on every rank"
     reachable = [line for line, address in listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
-    assert [line for line in reachable if launcher != "torchrun" or "torch.distributed.run" not in line] == []
+    assert [line for line in reachable if done.launcher != "torchrun" or "torch.distributed.run" not in line] == []
 
 
-@LAUNCHERS
-def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_on_no_command_line(
-    runs: dict[str, Done], launcher: str
-) -> None:
-    done = runs[launcher]
+def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_on_no_command_line(done: Done) -> None:
     texts = [path.read_bytes() for path in done.folder.rglob("*") if path.is_file()]
     assert len(texts) > 10
     lines = [line for line, _ in done.seen]
@@ -145,26 +141,23 @@ def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_on_no_command_
     assert "token: ${oc.env:HF_TOKEN}" in (done.folder / "config.yaml").read_text()
 
 
-@LAUNCHERS
-def test_nothing_stays_in_the_temporary_folder_or_in_shared_memory(runs: dict[str, Done], launcher: str) -> None:
-    assert runs[launcher].left == set()
-    assert runs[launcher].finished.processes == ()
+def test_nothing_stays_in_the_temporary_folder_or_in_shared_memory(done: Done) -> None:
+    assert done.left == set()
+    assert done.finished.processes == ()
 
 
-@LAUNCHERS
-def test_ranks_take_of_shared_memory_what_is_checked_for_before(runs: dict[str, Done], launcher: str) -> None:
-    of_ranks = [(name, size) for name, size in runs[launcher].segments if not name.startswith(("plasma", "sem."))]
+def test_ranks_take_of_shared_memory_what_is_checked_for_before(done: Done) -> None:
+    of_ranks = [(name, size) for name, size in done.segments if not name.startswith(("plasma", "sem."))]
     assert all("-cpushm_" in name for name, _ in of_ranks)
     assert 0 < sum(size for _, size in of_ranks) <= NUM_RANKS * BYTES_PER_THREAD
 
 
-def test_a_run_has_a_ray_of_its_own_whose_folder_no_other_user_may_enter(runs: dict[str, Done]) -> None:
-    sessions = {name: mode for name, mode in runs["ray"].modes.items() if name.startswith("megarl_")}
-    assert set(sessions.values()) == {"0o700"} and len(sessions) == 1
+def test_a_ray_of_the_runs_own_is_in_a_folder_that_no_other_user_may_enter(done: Done) -> None:
+    sessions = [mode for name, mode in done.modes.items() if name.startswith("megarl_")]
+    assert sessions == (["0o700"] if done.launcher == "ray" else [])
 
 
-@LAUNCHERS
-def test_weights_may_be_read_by_whom_the_files_beside_them_may(runs: dict[str, Done], launcher: str) -> None:
-    final = runs[launcher].folder / "checkpoints" / "final"
+def test_weights_may_be_read_by_whom_the_files_beside_them_may(done: Done) -> None:
+    final = done.folder / "checkpoints" / "final"
     assert {path.stat().st_mode for path in final.iterdir()} == {(final / "config.json").stat().st_mode}
     assert any(path.suffix == ".safetensors" for path in final.iterdir())
