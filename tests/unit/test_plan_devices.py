@@ -180,7 +180,7 @@ def test_ranks_share_the_memory_of_the_machine_they_stand_on() -> None:
 
 def test_ranks_may_hold_what_rays_threshold_and_the_rest_of_the_machine_leave() -> None:
     total, held = 23 * GIB + GIB // 2, GIB
-    assert bytes_for_ranks(total, held) == pytest.approx((0.95 * 23.5 - 1 - 2) * GIB, abs=1)
+    assert bytes_for_ranks(total, held) == pytest.approx((0.95 * 23.5 - 1 - 1) * GIB, abs=1)
     assert bytes_for_ranks(total, total) == 0
 
 
