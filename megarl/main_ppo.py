@@ -8,8 +8,9 @@ from typing import Any
 
 from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
+from megarl.config.secrets import without_secrets
 from megarl.controller.observer import Observer
-from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -17,7 +18,7 @@ from megarl.plan.of_run import fitting_plan
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    with interrupts_told():
+    with interrupts_told(end_process):
         if not serve_if_not_controller():
             run_hydra("ppo_trainer", run_ppo)
             end_rank()
@@ -28,7 +29,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     apply_environment()
     checked = check_ppo(values)
     config = checked.config
-    check_world_size(config)
+    check_launch(config)
     plan = fitting_plan(checked)
 
     # Not before the checks: from here on torch and transformers are loaded.
@@ -51,7 +52,8 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
             print(f"run folder: {run_dir}\n{plan}", flush=True)
             if inputs.num_overlong:
                 print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
-            with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
+            shown = without_secrets(values, overrides)
+            with open_run(config, inputs, algorithm_file, rewards, run_dir, shown, observer or Observer()) as run:
                 train(run)
             report = final_report(run.evaluations, run_dir)
             print(report, flush=True)

@@ -60,7 +60,7 @@ from megarl.doctor.packages import (
     check_vllm,
     ranges_of,
 )
-from megarl.doctor.variables import check_platform, check_variables
+from megarl.doctor.variables import check_cluster, check_platform, check_variables
 from megarl.parallel.environment import PlatformName
 from megarl.rollout.shared_memory import FOLDER as SHARED_MEMORY
 
@@ -79,6 +79,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         *_machine(platform),
         *_storage(environ),
         *check_variables(environ, platform, len(parse_gpus(listing)), read_cores(read_membership())[0]),
+        *check_cluster(environ),
     ]
 
 

@@ -20,6 +20,7 @@ import psutil
 import yaml
 
 from megarl.config.compose import as_yaml
+from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, Problem
 from megarl.monitor.disk import refusals_named, write_file
 
@@ -66,8 +67,8 @@ def run_folder(
     path, lock = _claim(path, may_be_numbered=bool(_OWN_NAME.fullmatch(path.name)) and not is_named)
     try:
         _move_earlier_start(path)
-        write_file(path / "config.yaml", as_yaml(config))
-        write_file(path / "overrides.yaml", yaml.safe_dump(list(overrides)))
+        write_file(path / "config.yaml", as_yaml(config, overrides))
+        write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
         write_file(path / "environment.txt", describe_environment())
         yield path
     except KeyboardInterrupt as interrupt:
