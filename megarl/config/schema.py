@@ -37,7 +37,9 @@ class DataConfig:
     """Prompts."""
 
     train_files: tuple[str, ...] = key("parquet files of prompts to train on; several are merged")
-    train_file_weights: tuple[float, ...] | None = key("shares of an epoch, a number a file; null: every row once")
+    train_file_weights: tuple[float, ...] | None = key(
+        "shares of every step, a number a file; null: every row once in an epoch"
+    )
     val_files: tuple[str, ...] = key("parquet files of prompts to validate on")
     train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1)
     val_batch_size: int = key("prompts of one validation pass through the engine", low=1)

@@ -60,7 +60,7 @@ def try_rewards(pool: RewardPool | None, config: PPOConfig, inputs: PPOInputs) -
     try_reward(
         pool,
         {
-            p.uid: RewardRequest(
+            p.origin: RewardRequest(
                 p.data_source, p.text, p.ground_truth, p.ground_truth, {**p.extra_info, "finish_reason": "stop"}
             )
             for p in first.values()
