@@ -10,6 +10,7 @@ from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
 from megarl.controller.observer import Observer
 from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -31,6 +32,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     check_world_size(config)
     plan = fitting_plan(checked)
 
+    print(stage_line(1, 3, "reading the tokenizer and the prompts"), flush=True)
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.checks.algorithm_file import load_algorithm_file
     from megarl.controller.inputs import read_ppo_inputs
@@ -42,6 +44,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
+    print(stage_line(2, 3, "preparing rewards"), flush=True)
     # Before there is a run folder: they may refuse the user's reward function.
     with open_rewards(config) as rewards:
         try_rewards(rewards, config, inputs)
