@@ -83,7 +83,7 @@ def after_interrupt(path: Path, model_key: str) -> str:
     step, saved = last_step(path), _last_checkpoint(path)
     if step < 1 and saved is None:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
-    text = f"interrupted after step {step}; metrics and rollouts are in {path}"
+    text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
         return f"{text}; no weights were saved (trainer.save_freq says when they are): start again in another folder"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""

@@ -46,7 +46,7 @@ class Actor:
 
 def _samples() -> Samples:
     """Return 2 prompts with 2 rollouts each, of different lengths and rewards."""
-    prompts = [Prompt(f"f:{i}", ids, "", "source", "", {}) for i, ids in enumerate([(5, 6), (7, 8, 9)])]
+    prompts = [Prompt(f"0:{i}", ids, "", "source", "", {}, "") for i, ids in enumerate([(5, 6), (7, 8, 9)])]
     groups = [
         tuple(Rollout(tuple(range(3, 3 + n)), tuple(-0.1 * k - 0.2 for k in range(n)), "stop", 4) for n in lengths)
         for lengths in ((3, 1), (2, 4))
