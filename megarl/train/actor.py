@@ -70,7 +70,8 @@ def _policy_loss(spec: PolicyLossSpec, batch: PolicyBatch, step: OptimizerStep, 
             selected_N=_column(micro, batch.selected_BS, device),
         )
         policy = token_loss(spec.name, inputs, spec.settings)
-        loss_N, corrected = policy.loss_N, {}
+        loss_N = policy.loss_N
+        corrected: dict[str, Tensor] = {}
         if spec.correction is not None:
             engine_N = _column(micro, batch.rollout_logprobs_BS, device)
             assert engine_N is not None
