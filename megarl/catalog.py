@@ -16,8 +16,8 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 class Needs:
     """What an advantage estimator needs besides rewards.
 
-    values: a critic's. greedy_baseline: the reward of a greedy rollout of every prompt. components: parts of the reward
-    by name. min_group_size: the fewest rollouts a prompt must have for the estimate to say anything. uses: keys of
+    values: a critic's. greedy_baseline: the reward of a greedy rollout of every prompt. components: named parts of
+    the reward. min_group_size: the fewest rollouts a prompt must have for the estimate to say anything. uses: keys of
     ``algorithm`` that the estimator reads, among those that not all do; a user's own may read every one.
     """
 

@@ -125,12 +125,12 @@ def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
 
 
 def components_are_named_and_weighed(c: PPOConfig) -> Problems:
-    """An estimator that normalises parts of the reward has some, from the function alone, and a weight for each."""
+    """An estimator that reads components of the reward has some, from the function alone, and a weight for each."""
     names, weights = c.algorithm.gdpo_reward_keys, c.algorithm.gdpo_reward_weights
     key, estimator = "algorithm.gdpo_reward_keys", c.algorithm.adv_estimator
     if estimator_needs(c).components:
         if not names:
-            allowed = f"{estimator} needs the names of the parts that the reward function returns beside its score"
+            allowed = f"{estimator} needs the names of the components that the reward function returns beside its score"
             yield Problem(key, [], allowed, f"{key}=[correct,format]")
         for name, is_on, off in (
             ("algorithm.use_kl_in_reward", c.algorithm.use_kl_in_reward, "false"),
@@ -138,12 +138,14 @@ def components_are_named_and_weighed(c: PPOConfig) -> Problems:
             ("reward.model.path", needs_reward_model(c), "null"),
         ):
             if is_on:
-                allowed = f"is no part of the reward that {estimator} reads: {key} names those of the function"
+                allowed = f"is no component of the reward: {estimator} reads those of the function alone"
                 yield Problem(name, c.reward.model.path or True, allowed, f"{name}={off}, or another estimator")
     if names and not needs_reward_function(c):
-        yield Problem(key, list(names), "names parts of a function's reward, and a model scores alone", f"{key}=[]")
+        yield Problem(
+            key, list(names), "names components of a function's reward, and a model scores alone", f"{key}=[]"
+        )
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1 or name == "score"]:
-        yield Problem(key, list(names), f"must name each part once, and never score: {', '.join(twice)}")
+        yield Problem(key, list(names), f"must name each component once, and never score: {', '.join(twice)}")
     if weights is not None and (len(weights) != len(names) or not all(w > 0 for w in weights)):
         allowed = f"must be a number above 0 for each of the {len(names)} {key}"
         yield Problem("algorithm.gdpo_reward_weights", list(weights), allowed, "algorithm.gdpo_reward_weights=null")

@@ -374,7 +374,9 @@ class AlgorithmConfig:
     gamma: float = key("discount of a token's later rewards", above=0.0, high=1.0)
     lam: float = key("weight of later temporal differences (gae)", low=0.0, high=1.0)
     norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
-    gdpo_reward_keys: tuple[str, ...] = key("parts of the reward function's result that are normalised apart (gdpo)")
+    gdpo_reward_keys: tuple[str, ...] = key(
+        "components of the reward, returned beside its score, to normalise apart (gdpo)"
+    )
     gdpo_reward_weights: tuple[float, ...] | None = key("a weight for each of them; null: 1")
     overlong_filtering: bool = key("leave responses that were cut at the limit out of the loss (DAPO)")
     use_kl_in_reward: bool = key("subtract KL to the reference from the reward of every token")

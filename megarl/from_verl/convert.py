@@ -199,6 +199,11 @@ def _function_name(value: Any, run: Settings, key: str) -> Any:
     return value if path else Unused("no file of yours is named")
 
 
+def _function_argument(value: Any, run: Settings, key: str) -> Any:
+    path = run(f"{key.partition('.reward_kwargs')[0]}.path")
+    return value if path else Unused("no file of yours is named")
+
+
 def _same_response_length(value: Any, run: Settings, key: str) -> Any:
     longest = run("data.max_response_length", 512)
     return Unused("it is data.max_response_length") if value == longest else Missing("a buffer that ends elsewhere")
@@ -219,9 +224,15 @@ def _num_generations(value: Any, run: Settings, key: str) -> Any:
 
 def _of_weights(value: Any, run: Settings, key: str) -> Any:
     """Return what is said of weights, where a run has some: with verl's bypass a clipped loss has none."""
-    if run(f"{CORRECTION}.bypass_mode", False):
+    if run(f"{CORRECTION}.bypass_mode", False) and run(f"{CORRECTION}.loss_type", "ppo_clip") == "ppo_clip":
         return Unused("the ratio of a bypass is the weight")
     return value if run(f"{CORRECTION}.rollout_is") else Unused("there are no weights")
+
+
+def _bypass_loss(value: Any, run: Settings, key: str) -> Any:
+    if value == "ppo_clip" or not run(f"{CORRECTION}.bypass_mode", False):
+        return Unused("the loss is policy_loss.loss_mode's")
+    return "gpg" if value == "reinforce" else Missing(f"the loss {value} beside a bypass")
 
 
 def _cap(value: Any, run: Settings, key: str) -> Any:
@@ -235,8 +246,6 @@ def _cap(value: Any, run: Settings, key: str) -> Any:
 
 def _rejections(value: Any, run: Settings, key: str) -> Any:
     names = [name.strip() for name in str(run(f"{CORRECTION}.rollout_rs") or "").split(",") if name.strip()]
-    if names and run(f"{CORRECTION}.bypass_mode", False):
-        return Missing("rejections beside a bypass")
     if unknown := [name for name in names if name not in _CRITERIA]:
         return Missing(f"rejection by {', '.join(unknown)}")
     bounds = str(run(f"{CORRECTION}.rollout_rs_threshold")).split(",")
@@ -277,12 +286,14 @@ CONVERTERS: Mapping[str, Converter] = {
     "actor_precision_aware": _precision_aware(ACTOR),
     "actor_warmup": _warmup(ACTOR),
     "aggregation": _aggregation,
+    "bypass_loss": _bypass_loss,
     "clip_ratio": lambda value, run, key: Unused("verl clips at clip_ratio_low and clip_ratio_high, 0.2 unless set"),
     "critic_optimizer_offload": _optimizer_offload("critic"),
     "critic_precision_aware": _precision_aware("critic"),
     "critic_warmup": _warmup("critic"),
     "decay_style": _decay_style,
     "estimator": _estimator,
+    "function_argument": _function_argument,
     "function_name": _function_name,
     "loss_mode": _loss_mode,
     "min_lr": _min_lr,

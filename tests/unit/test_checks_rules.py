@@ -217,15 +217,15 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         "a bypass computes none before the update",
     ),
     ({f"{CORRECTION}.off_policy_mask_delta": 0.1, f"{ROLLOUT}.top_p": 0.9}, [f"{ROLLOUT}.top_p"], "of the kept tokens"),
-    ({"algorithm.adv_estimator": "gdpo"}, ["algorithm.gdpo_reward_keys"], "needs the names of the parts"),
+    ({"algorithm.adv_estimator": "gdpo"}, ["algorithm.gdpo_reward_keys"], "needs the names of the components"),
     ({**GDPO, f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "gdpo compares the rollouts of a prompt: at least 2"),
     (
         {**GDPO, "algorithm.use_kl_in_reward": True, f"{ACTOR}.use_kl_loss": False},
         ["algorithm.use_kl_in_reward"],
-        "is no part of the reward that gdpo reads",
+        "is no component of the reward: gdpo reads",
     ),
-    ({**GDPO, "reward.overlong_buffer.enable": True}, ["reward.overlong_buffer.enable"], "is no part of the reward"),
-    ({**GDPO, **JUDGE, "reward.path": "r.py"}, ["reward.model.path"], "is no part of the reward"),
+    ({**GDPO, "reward.overlong_buffer.enable": True}, ["reward.overlong_buffer.enable"], "is no component of the reward"),
+    ({**GDPO, **JUDGE, "reward.path": "r.py"}, ["reward.model.path"], "is no component of the reward"),
     ({**GDPO, "algorithm.gdpo_reward_weights": [1]}, ["algorithm.gdpo_reward_weights"], "for each of the 2"),
     ({**GDPO, "algorithm.gdpo_reward_weights": [1, 0]}, ["algorithm.gdpo_reward_weights"], "a number above 0"),
     ({**GDPO, "algorithm.gdpo_reward_keys": ["a", "a"]}, ["algorithm.gdpo_reward_keys"], "once, and never score: a"),
@@ -234,7 +234,7 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     (
         {**OWN, **JUDGE, "algorithm.gdpo_reward_keys": ["a"]},
         ["algorithm.gdpo_reward_keys"],
-        "names parts of a function's reward, and a model scores alone",
+        "names components of a function's reward, and a model scores alone",
     ),
     (
         {"algorithm.overlong_filtering": True, f"{ROLLOUT}.ignore_eos": True},
