@@ -224,7 +224,7 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         ["algorithm.use_kl_in_reward"],
         "is no component of the reward: gdpo reads",
     ),
-    ({**GDPO, "reward.overlong_buffer.enable": True}, ["reward.overlong_buffer.enable"], "is no component of the reward"),
+    ({**GDPO, "reward.overlong_buffer.enable": True}, ["reward.overlong_buffer.enable"], "is no component"),
     ({**GDPO, **JUDGE, "reward.path": "r.py"}, ["reward.model.path"], "is no component of the reward"),
     ({**GDPO, "algorithm.gdpo_reward_weights": [1]}, ["algorithm.gdpo_reward_weights"], "for each of the 2"),
     ({**GDPO, "algorithm.gdpo_reward_weights": [1, 0]}, ["algorithm.gdpo_reward_weights"], "a number above 0"),

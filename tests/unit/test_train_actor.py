@@ -39,16 +39,18 @@ class TableOutput:
 
 @dataclass
 class Table:
-    """A backend that adds up losses and their gradient, and leaves the table as it is."""
+    """A backend that adds up losses and their gradient, and leaves the table as it is. asked: rollouts of the step."""
 
     logprobs_BS: Tensor
     place: Place = field(default_factory=lambda: Place(0, True))
+    asked: int = 0
 
     def pack(self, sequences: Sequences, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         return [pack(sequences, rows, packed=True) for rows in micro_batches]
 
     def step(self, micros: Sequence[MicroBatch], loss: Loss, num_sequences: int) -> Metrics:
         told: Metrics = {}
+        self.asked = num_sequences
         for micro in micros:
             output = TableOutput(micro.column(self.logprobs_BS))
             total, metrics = loss(micro, cast(Any, output))
@@ -85,10 +87,12 @@ def _updated(
     moved_BS = torch.where(batch.mask_BS, -1.0 - torch.tensor([0.2, 0.1, 0.2])[:, None], 0.0)
     leaf = moved_BS.to(dtype).requires_grad_()
     is_on_policy = batch.old_logprobs_BS is None
-    step = OptimizerStep(tuple(map(tuple, micros)), *mini_batch_totals(batch.mask_BS.sum(-1)), is_on_policy)
-    actor = Actor(cast(Backend, Table(leaf)))
-    told = actor.update(UpdateWork("actor", batch, (step,), spec))
+    totals = mini_batch_totals(batch.mask_BS.sum(-1))
+    step = OptimizerStep(tuple(map(tuple, micros)), *totals, len(batch), is_on_policy)
+    table = Table(leaf)
+    told = Actor(cast(Backend, table)).update(UpdateWork("actor", batch, (step,), spec))
     assert leaf.grad is not None
+    assert table.asked == 3, "the losses of routers are of all sequences, whether or not they are trained on"
     return told, leaf.grad
 
 
