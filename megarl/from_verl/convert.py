@@ -77,6 +77,11 @@ class Settings:
         enable = self("critic.enable")
         return self("algorithm.adv_estimator", "gae") == "gae" if enable is None else bool(enable)
 
+    @property
+    def bypasses(self) -> bool:
+        """Whether verl takes the engine's log-probs for the old ones."""
+        return bool(self(f"{CORRECTION}.bypass_mode", False))
+
     def optimizer_steps(self, role: str) -> int:
         """Return the optimizer steps in one step of the run; verl's mini-batch counts prompts."""
         mini = self.number(f"{ACTOR}.ppo_mini_batch_size", 256)
@@ -174,6 +179,8 @@ def _of_fsdp(value: Any, run: Settings, key: str) -> Any:
 
 
 def _loss_mode(value: Any, run: Settings, key: str) -> Any:
+    if run.bypasses:  # verl then has a loss of its own, whatever loss_mode says
+        return _bypass_loss(run(f"{CORRECTION}.loss_type", "ppo_clip"), run, key)
     return value if _is_open(value) else _LOSSES.get(value, Missing(f"the policy loss {value}"))
 
 
@@ -186,7 +193,7 @@ def _of_loss(loss: str) -> Converter:
 
 
 def _aggregation(value: Any, run: Settings, key: str) -> Any:
-    is_fixed = run(f"{ACTOR}.policy_loss.loss_mode", "vanilla") in _MEAN_OF_SEQUENCES
+    is_fixed = run(f"{ACTOR}.policy_loss.loss_mode", "vanilla") in _MEAN_OF_SEQUENCES and not run.bypasses
     return "seq-mean-token-mean" if is_fixed else value
 
 
@@ -224,15 +231,15 @@ def _num_generations(value: Any, run: Settings, key: str) -> Any:
 
 def _of_weights(value: Any, run: Settings, key: str) -> Any:
     """Return what is said of weights, where a run has some: with verl's bypass a clipped loss has none."""
-    if run(f"{CORRECTION}.bypass_mode", False) and run(f"{CORRECTION}.loss_type", "ppo_clip") == "ppo_clip":
+    if run.bypasses and run(f"{CORRECTION}.loss_type", "ppo_clip") == "ppo_clip":
         return Unused("the ratio of a bypass is the weight")
     return value if run(f"{CORRECTION}.rollout_is") else Unused("there are no weights")
 
 
 def _bypass_loss(value: Any, run: Settings, key: str) -> Any:
-    if value == "ppo_clip" or not run(f"{CORRECTION}.bypass_mode", False):
-        return Unused("the loss is policy_loss.loss_mode's")
-    return "gpg" if value == "reinforce" else Missing(f"the loss {value} beside a bypass")
+    if not run.bypasses:
+        return Unused("there is no bypass")
+    return {"ppo_clip": "ppo_clip", "reinforce": "gpg"}.get(value, Missing(f"the loss {value} beside a bypass"))
 
 
 def _cap(value: Any, run: Settings, key: str) -> Any:
