@@ -92,8 +92,8 @@ class RewardRequest:
 class RewardResult:
     """A reward and how it came about. outcome: ``ok``, ``raised``, ``timeout`` or ``invalid`` (NaN, not a number).
 
-    Of a failure: detail, what happened in a line; kind, what it has in common with others of its cause; traceback, of
-    the function where it raised.
+    components: the parts of the reward that were asked for, in that order. Of a failure: detail, what happened in a
+    line; kind, what it has in common with others of its cause; traceback, of the function where it raised.
     """
 
     score: float
@@ -101,6 +101,7 @@ class RewardResult:
     detail: str = ""
     kind: str = ""
     traceback: str = ""
+    components: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class PolicyBatch(Sequences):
     old_logprobs_BS: by the actor before its update; None where every optimizer step takes its own, detached.
     first_is_on_policy: whether the rows of the first mini-batch have none, since its own log-probs are the old ones.
     policy_weights_BS: factors of the policy loss (rollout correction). selected_BS: tokens that the policy loss treats
-    apart (bool).
+    apart (bool). rollout_logprobs_BS: by the engine, None where no optimizer step compares with them.
     """
 
     advantages_BS: Tensor
@@ -153,6 +154,7 @@ class PolicyBatch(Sequences):
     ref_logprobs_BS: Tensor | None = None
     policy_weights_BS: Tensor | None = None
     selected_BS: Tensor | None = None
+    rollout_logprobs_BS: Tensor | None = None
     first_is_on_policy: bool = False
 
 

@@ -353,7 +353,7 @@ class RejectionConfig:
 class RolloutCorrectionConfig:
     """What to do about the engine's log-probs differing from the trainer's."""
 
-    preset: str | None = key("a named setting of the keys below", choices=CORRECTION_PRESETS)
+    preset: str | None = key("a named setting of the keys below", choices=tuple(CORRECTION_PRESETS))
     level: str | None = key(
         "importance weights of tokens or of whole sequences; null: none", choices=("token", "sequence")
     )
@@ -362,6 +362,9 @@ class RolloutCorrectionConfig:
     normalize: bool = key("divide weights by their mean over the step")
     rejections: tuple[RejectionConfig, ...] = key("what leaves the loss altogether")
     bypass: bool = key("take the engine's log-probs as the old ones, and save the pass that recomputes them")
+    off_policy_mask_delta: float | None = key(
+        "mean of log(engine / policy) a token above which a negative advantage has no loss; null: none", low=0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -373,6 +376,11 @@ class AlgorithmConfig:
     gamma: float = key("discount of a token's later rewards", above=0.0, high=1.0)
     lam: float = key("weight of later temporal differences (gae)", low=0.0, high=1.0)
     norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
+    gdpo_reward_keys: tuple[str, ...] = key(
+        "components of the reward, returned beside its score, to normalise apart (gdpo)"
+    )
+    gdpo_reward_weights: tuple[float, ...] | None = key("a weight for each of them; null: 1")
+    overlong_filtering: bool = key("leave responses that were cut at the limit out of the loss (DAPO)")
     use_kl_in_reward: bool = key("subtract KL to the reference from the reward of every token")
     kl_penalty: str = key("estimator of that KL", choices=KL_ESTIMATORS)
     kl_ctrl: KLControlConfig = key("coefficient of that KL")

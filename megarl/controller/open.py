@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.algorithm.advantage import estimators
 from megarl.algorithm.loss_specs import DemonstrationLossSpec, LossSpec
-from megarl.algorithm.needs import needs_reward_function
+from megarl.algorithm.needs import needs_reward_function, reward_components
 from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.samples import Samples
 from megarl.checkpoint.trainer_state import TrainerState
@@ -48,7 +48,7 @@ def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]
     if not needs_reward_function(config):
         return nullcontext()
     reward = config.reward
-    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs)
+    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs, reward_components(config))
     return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure, reward.batch_timeout_s)
 
 
@@ -145,6 +145,7 @@ def rollout_run(
         roles.get("reward_model"),
         observer,
         RewardLog(run_dir, tracker.warn),
+        reward_components(config),
     )
     publication = Publication(engine, inputs.train_prompts, data.max_response_length)
     stop_token_ids = _stop_token_ids(config, inputs)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megarl.algorithm.filters import in_group_with_spread
 from megarl.algorithm.samples import Rewards, Samples
 from megarl.algorithm.seeds import seed_of
 from megarl.batching.pack import rollouts_to_batch
@@ -93,9 +92,7 @@ class RolloutSampler:
         prompts, groups, n = list(prompts), list(groups), self.sampling.n
         for attempt in range(1, self.max_generations):
             group_B = torch.arange(len(groups)).repeat_interleave(n)
-            # Of what was right, not of how long it was: the penalty of overlong responses would tell equal ones apart.
-            has_spread_B = in_group_with_spread(torch.tensor(rewards.unpenalized), group_B)
-            dull = (~has_spread_B)[::n].nonzero()[:, 0].tolist()
+            dull = (~rewards.has_spread(group_B))[::n].nonzero()[:, 0].tolist()
             if not dull:
                 break
             order = replace(self.order, shuffle=True, seed=seed_of(self.seed, "resample", attempt))

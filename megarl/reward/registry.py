@@ -52,13 +52,15 @@ class RewardSpec:
     """Which reward function to use.
 
     name: one for all rows; None: each row's data_source names it. path: a .py file of the user's with the function.
-    kwargs: keyword arguments of every call, besides those of RewardFunction.
+    kwargs: keyword arguments of every call, besides those of RewardFunction. components: names of the parts of a reward
+    that the function has to return beside its ``score``.
     """
 
     name: str | None = None
     path: str | None = None
     function: str = DEFAULT_FUNCTION
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    components: tuple[str, ...] = ()
 
 
 def register(*names: str) -> Callable[[_Function], _Function]:
