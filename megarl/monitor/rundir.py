@@ -23,6 +23,7 @@ from megarl.config.compose import as_yaml
 from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, Problem
 from megarl.monitor.disk import refusals_named, write_file
+from megarl.parallel.environment import platform_name, products_name
 
 PACKAGES = (
     "megarl",
@@ -184,6 +185,8 @@ def describe_environment() -> str:
         "git_commit": git_commit(Path(__file__).resolve().parent),
         **{name: _version(name) for name in PACKAGES},
     }
+    if platform_name() == "cpu":
+        facts["float32_products"] = products_name()
     return "".join(f"{name}: {value}\n" for name, value in facts.items())
 
 
