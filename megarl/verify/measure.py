@@ -59,6 +59,8 @@ def training_figures(
         (LOSS, GRAD_NORM, [rank.replicated for rank in ranks]),
         (DISTRIBUTED_LOSS, DISTRIBUTED_GRAD_NORM, [rank.distributed for rank in ranks]),
     ):
+        if not steps[0]:
+            continue
         shares = [steps[rank] for rank in layout.output_ranks()]
         losses = [sum(share[i]["loss"] for share in shares) for i in range(len(expected))]
         found.append(Figure(loss, _relative([losses], expected, "loss"), tolerance))

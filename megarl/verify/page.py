@@ -115,13 +115,14 @@ def _explanation(tolerances: Tolerances) -> list[str]:
         f"float32; mean. Tolerance {tolerances.bf16:g} x the mean that Hugging Face's own bfloat16 has.",
         f"- {LOSS}, {GRAD_NORM}: of three optimizer steps of PPO with entropy and KL, and where there are experts with "
         f"load balancing and z-loss, {training}",
-        f"- {DISTRIBUTED_LOSS}, {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer.",
+        f"- {DISTRIBUTED_LOSS}, {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer, on Megatron.",
         f"- {EXPORT}: tensors of a Hugging Face folder that was loaded and exported, equal to the bit.",
         f"- {ENGINE}: greedy tokens of vLLM after a publish, equal to Hugging Face's with the exported weights. Of few "
         "layouts for each model, since engines are started for it.",
         "",
         "Layouts are named by their axes: tp tensor, pp pipeline, vpp chunks of a stage, cp context, dp data, "
-        "ep expert, etp expert-tensor (as tp where unnamed), +sp sequence parallelism.",
+        "ep expert, etp expert-tensor (as tp where unnamed), +sp sequence parallelism; fsdp ranks that have a copy of "
+        "the model between them, copies of it, ulysses ranks that share every sequence.",
     ]
 
 

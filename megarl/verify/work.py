@@ -66,7 +66,8 @@ class Task:
 class Examined:
     """What a rank found. logprobs: in float32 and bfloat16, of its data-parallel rank's rows, None unless it reports.
 
-    replicated, distributed: metrics of every optimizer step with either optimizer.
+    replicated, distributed: metrics of every optimizer step with either optimizer of Megatron; with FSDP's own, and
+    none.
     """
 
     logprobs_BS: Tensor | None
@@ -77,15 +78,17 @@ class Examined:
 
 def examine(task: Task) -> Examined:
     """Score in both dtypes, export what was loaded, and train with both optimizers. Collective."""
-    role, rollouts = task.role, task.rollouts
-    actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=False)))
+    role, rollouts, distributed = task.role, task.rollouts, tuple[Metrics, ...]()
+    is_fsdp = role.layout.is_fsdp
+    actor = Actor(backend_on_rank(role if is_fsdp else with_section(role, use_distributed_optimizer=False)))
     logprobs_BS = score(actor, task.everything, TEMPERATURE)
     actor.backend.export(task.out, Path(role.model.here()))
     replicated = update(actor, rollouts, PPO, NUM_STEPS).metrics
     del actor
-    actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=True)))
-    distributed = update(actor, rollouts, PPO, NUM_STEPS).metrics
-    del actor
+    if not is_fsdp:
+        actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=True)))
+        distributed = update(actor, rollouts, PPO, NUM_STEPS).metrics
+        del actor
     in_bf16 = Reference(backend_on_rank(replace(role, dtype="bfloat16", training=None)))
     return Examined(logprobs_BS, score(in_bf16, task.everything, TEMPERATURE), replicated, distributed)
 
