@@ -20,7 +20,8 @@ Metrics = dict[str, float]
 class Prompt:
     """One prompt, tokenized, with what its reward needs.
 
-    uid: ``<file>:<row>``, stable across epochs and resumes. text: the rendered chat template.
+    uid: ``<place of the file in the list>:<row>``, stable across epochs and resumes. text: the rendered chat template.
+    origin: ``<file>:<row>``, for people.
     """
 
     uid: str
@@ -29,6 +30,7 @@ class Prompt:
     data_source: str
     ground_truth: str
     extra_info: Mapping[str, object]
+    origin: str
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ class DataConfig:
     """Prompts."""
 
     train_files: tuple[str, ...] = key("parquet files of prompts to train on; several are merged")
-    train_file_weights: tuple[float, ...] | None = key("shares of an epoch, a number a file; null: every row once")
+    train_file_weights: tuple[float, ...] | None = key(
+        "shares of every step, a number a file; null: every row once in an epoch"
+    )
     val_files: tuple[str, ...] = key("parquet files of prompts to validate on")
     train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1)
     val_batch_size: int = key("prompts of one validation pass through the engine", low=1)
@@ -54,13 +56,13 @@ class DataConfig:
 class SFTDataConfig:
     """Demonstrations."""
 
-    train_files: tuple[str, ...] = key("parquet files of chats to train on")
-    val_files: tuple[str, ...] = key("parquet files of chats to measure the loss on; may be empty")
-    train_batch_size: int = key("chats in an optimizer step, over all ranks", low=1)
-    micro_batch_size_per_gpu: int = key("chats of a forward/backward on one data-parallel rank", low=1)
+    train_files: tuple[str, ...] = key("parquet files of examples, which are chats, to train on")
+    val_files: tuple[str, ...] = key("parquet files of examples to measure the loss on; may be empty")
+    train_batch_size: int = key("examples in an optimizer step, over all ranks", low=1)
+    micro_batch_size_per_gpu: int = key("examples of a forward/backward on one data-parallel rank", low=1)
     max_length: int = key("tokens of the longest chat", low=2)
     messages_key: str = key("column with the chat messages")
-    overlong_examples: str = key("what to do with longer chats", choices=("filter", "error"))
+    overlong_examples: str = key("what to do with longer examples", choices=("filter", "error"))
     train_shuffle: bool = key("whether each epoch has an order of its own")
 
 

@@ -81,13 +81,13 @@ class Scorer:
         self, pool: RewardPool, prompts: Sequence[Prompt], groups: Sequence[Group], is_part: bool
     ) -> tuple[RewardResult, ...]:
         """Return the function's results, and log what failed."""
-        uids = [p.uid for p, group in zip(prompts, groups, strict=True) for _ in group]
+        origins = [p.origin for p, group in zip(prompts, groups, strict=True) for _ in group]
         results = tuple(pool.score(self._requests(prompts, groups), self.log.tell))
-        self.log.note(uids, results, pool.take_printed())
+        self.log.note(origins, results, pool.take_printed())
         have_all_failed = bool(results) and all(result.outcome != "ok" for result in results)
         if have_all_failed and not is_part and self.config.on_all_failed == "stop":
             raise RewardError(
-                f"the reward function failed on all {len(results)} rollouts of a step. the first, {uids[0]}: "
+                f"the reward function failed on all {len(results)} rollouts of a step. the first, {origins[0]}: "
                 f"{results[0].outcome}: {results[0].detail}\n{results[0].traceback}\n"
                 f"all kinds of failure: {self.log.path}\n"
                 "fix the function, or go on with reward.score_on_failure by reward.on_all_failed=continue"

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from megarl.errors import RewardError, nearest
 from megarl.reward.math import (
+    ends_with_marked_number,
     last_number,
     marked_number,
     score_exact_match,
@@ -40,6 +41,7 @@ _WHY_UNMATCHABLE: Mapping[str, Callable[[str], str]] = {
     "gsm8k": why_no_number,
     "openai/gsm8k": why_no_number,
     "gsm8k_flexible": why_no_number,
+    "gsm8k_format": why_no_number,
     "verbs": why_no_single_mark,
 }
 DEFAULT_FUNCTION = "compute_score"
@@ -84,6 +86,14 @@ def gsm8k(data_source: str, solution_str: str, ground_truth: str, extra_info: Ma
 def gsm8k_flexible(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]) -> float:
     """Score the last number in the response, wherever it stands."""
     return score_number(last_number(solution_str), ground_truth)
+
+
+@register("gsm8k_format")
+def gsm8k_format(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]) -> float:
+    """Score 0.2 for a response that ends by itself with its one ``#### <number>``, and 1 where the number is right."""
+    if extra_info.get("finish_reason") == "length" or not ends_with_marked_number(solution_str):
+        return 0.0
+    return max(0.2, score_number(marked_number(solution_str), ground_truth))
 
 
 @register("exact_match")

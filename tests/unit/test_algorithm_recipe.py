@@ -47,7 +47,7 @@ class Actor:
 
 def _samples(cut: Sequence[int] = ()) -> Samples:
     """Return 2 prompts with 2 rollouts each, of different lengths and rewards. cut: lengths that end at the limit."""
-    prompts = [Prompt(f"f:{i}", ids, "", "source", "", {}) for i, ids in enumerate([(5, 6), (7, 8, 9)])]
+    prompts = [Prompt(f"0:{i}", ids, "", "source", "", {}, "") for i, ids in enumerate([(5, 6), (7, 8, 9)])]
     groups = [
         tuple(
             Rollout(
