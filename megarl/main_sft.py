@@ -10,6 +10,7 @@ from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
 from megarl.config.secrets import without_secrets
 from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
+from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 
@@ -29,6 +30,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     config = checked.config
     check_launch(config)
 
+    print(stage_line(1, 2, "reading the tokenizer and the examples"), flush=True)
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.inputs import read_sft_inputs
     from megarl.controller.loop import train

@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.config.command_line import CommandLine, parse_command_line
+from megarl.config.command_line import CommandLine, end_quietly_with_the_reader, parse_command_line
 from megarl.config.composition_errors import hydra_errors_named
 from megarl.config.files import OURS, group_names, names_in
 from megarl.config.provenance import find_origins, read_sources, with_origins
@@ -118,6 +118,8 @@ def run_hydra(
     """
     with errors_reported():
         line = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_name)
+        if arguments is None and (line.wants_help or line.prints_config):
+            end_quietly_with_the_reader()
         if line.wants_help:
             print(_help(help_text, config_name))
             return

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import megarl
+from megarl.config.command_line import end_quietly_with_the_reader
 from megarl.doctor.accelerator import (
     COMPANIONS,
     check_apex,
@@ -154,4 +155,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_quietly_with_the_reader()
     sys.exit(main())

@@ -23,6 +23,7 @@ from megarl.config.compose import as_yaml
 from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, Problem
 from megarl.monitor.disk import refusals_named, write_file
+from megarl.parallel.environment import platform_name, products_name
 
 PACKAGES = (
     "megarl",
@@ -83,7 +84,7 @@ def after_interrupt(path: Path, model_key: str) -> str:
     step, saved = last_step(path), _last_checkpoint(path)
     if step < 1 and saved is None:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
-    text = f"interrupted after step {step}; metrics and rollouts are in {path}"
+    text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
         return f"{text}; no weights were saved (trainer.save_freq says when they are): start again in another folder"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
@@ -184,6 +185,8 @@ def describe_environment() -> str:
         "git_commit": git_commit(Path(__file__).resolve().parent),
         **{name: _version(name) for name in PACKAGES},
     }
+    if platform_name() == "cpu":
+        facts["float32_products"] = products_name()
     return "".join(f"{name}: {value}\n" for name, value in facts.items())
 
 

@@ -100,7 +100,12 @@ class VllmEngine:
         return dict(self._parameters)
 
     def publish_done(self, policy_version: int) -> None:
-        """Forget the KV cache of older weights and stamp ``policy_version`` on every later rollout."""
+        """Forget the KV cache of older weights and stamp ``policy_version`` on every later rollout.
+
+        On CPU, pack the weights for its kernels, which compute with packed copies.
+        """
+        if platform_name() == "cpu":
+            self._llm.collective_rpc("pack_weights")
         if not self._llm.reset_prefix_cache():
             raise PublishError("vLLM kept its prefix cache, so requests are still running while weights change")
         self._policy_version = policy_version

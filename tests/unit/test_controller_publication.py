@@ -32,7 +32,7 @@ def _published(trainers: float, times: int) -> tuple[Publication, PlainRanks]:
 
     ranks = PlainRanks(1, answer)
     actor = RoleOnRanks(role_on(Layout(1)), ranks, 0, Stopwatch(), temperature=0.7)
-    prompts = [Prompt(f"f:{row}", (3, 4), "", "", "", {}) for row in range(20)]
+    prompts = [Prompt(f"f:{row}", (3, 4), "", "", "", {}, "") for row in range(20)]
     publication = Publication(EngineOnRanks(ranks, 1, Observer()), prompts, max_tokens=2)
     for _ in range(times):
         publication.publish(actor)
