@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from megarl.parallel.environment import apply_environment, products_name
+from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
@@ -19,18 +19,14 @@ def join_ranks() -> Platform:
     import torch
     import torch.distributed as dist
 
-    from megarl.parallel.cpu.products import use_products
     from megarl.parallel.platform import install_platform
 
     platform = install_platform()
     platform.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(platform.backend)
+    platform.agree_on_products()
     if platform.name == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        # torchrun asks the processor of each host, which may differ: all ranks do as the first one.
-        products = [products_name()]
-        dist.broadcast_object_list(products)
-        use_products(products[0])
     return platform
 
 
