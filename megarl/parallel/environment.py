@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from megarl.errors import ConfigError, Problem
+from megarl.errors import ConfigError, Problem, ResourceError
 
 PlatformName = Literal["cpu", "cuda"]
 ProductsName = Literal["onednn", "torch"]
@@ -59,6 +59,16 @@ def platform_name(environ: Mapping[str, str] = os.environ) -> PlatformName:
     if environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or _torch_is_cpu_build():
         return "cpu"
     return "cuda" if _driver_shows_gpu() else "cpu"
+
+
+def check_platform(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ResourceError where ``MEGARL_PLATFORM`` asks for cuda on a machine whose driver shows no GPU, or none."""
+    if environ.get(OVERRIDE) == "cuda" and not _driver_shows_gpu():
+        raise ResourceError(
+            f"{OVERRIDE}=cuda, but no NVIDIA driver shows a GPU on this machine (nvidia-smi -L lists none). fix: unset "
+            f"{OVERRIDE} or set it to cpu, start the command on a node with a GPU, or install the driver; "
+            "python -m megarl.doctor looks at it"
+        )
 
 
 def products_name(environ: Mapping[str, str] = os.environ) -> ProductsName:
