@@ -37,6 +37,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     from megarl.controller.loop import train
     from megarl.controller.open import open_rewards, open_run, try_rewards
     from megarl.controller.report import final_report
+    from megarl.controller.resume import AUTO, find_resumption, is_finished
     from megarl.monitor.disk import write_file
     from megarl.monitor.rundir import run_folder
 
@@ -46,12 +47,17 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     with open_rewards(config) as rewards:
         try_rewards(rewards, config, inputs)
         path = Path(config.trainer.run_dir).expanduser().absolute()
-        with run_folder(path, values, overrides, "actor_rollout_ref.model.path") as run_dir:
+        may_go_on, model_key = config.trainer.resume == AUTO, "actor_rollout_ref.model.path"
+        with run_folder(path, values, overrides, model_key, may_go_on=may_go_on) as run_dir:
             write_file(run_dir / "plan.txt", plan + "\n")
             print(f"run folder: {run_dir}\n{plan}", flush=True)
+            resumption = find_resumption(config.trainer, run_dir, values, overrides)
+            if is_finished(resumption, inputs.num_steps):
+                return
             if inputs.num_overlong:
                 print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
-            with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
+            observer = observer or Observer()
+            with open_run(config, inputs, algorithm_file, rewards, run_dir, values, resumption, observer) as run:
                 train(run)
             report = final_report(run.evaluations, run_dir)
             print(report, flush=True)

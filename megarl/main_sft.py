@@ -33,15 +33,20 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.loop import train
     from megarl.controller.open import open_sft_run
     from megarl.controller.report import final_report
+    from megarl.controller.resume import AUTO, find_resumption, is_finished
     from megarl.monitor.disk import write_file
     from megarl.monitor.rundir import run_folder
 
     inputs = read_sft_inputs(checked)
     plan = checked.batches["actor"].describe()
-    with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
+    path, may_go_on = Path(config.trainer.run_dir).expanduser().absolute(), config.trainer.resume == AUTO
+    with run_folder(path, values, overrides, "model.path", may_go_on=may_go_on) as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
         print(f"run folder: {run_dir}\n{plan}", flush=True)
-        with open_sft_run(config, inputs, run_dir, values) as run:
+        resumption = find_resumption(config.trainer, run_dir, values, overrides)
+        if is_finished(resumption, inputs.num_steps):
+            return
+        with open_sft_run(config, inputs, run_dir, values, resumption) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)
         print(report, flush=True)
