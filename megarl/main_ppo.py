@@ -9,7 +9,7 @@ from typing import Any
 from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
 from megarl.controller.observer import Observer
-from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_world_size, dismiss_ranks, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -53,6 +53,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
             print(f"run folder: {run_dir}\n{plan}", flush=True)
             resumption = find_resumption(config.trainer, run_dir, values, overrides)
             if is_finished(resumption, inputs.num_steps):
+                dismiss_ranks()
                 return
             if inputs.num_overlong:
                 print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")

@@ -8,7 +8,7 @@ from typing import Any
 
 from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
-from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_world_size, dismiss_ranks, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 
@@ -45,6 +45,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
         print(f"run folder: {run_dir}\n{plan}", flush=True)
         resumption = find_resumption(config.trainer, run_dir, values, overrides)
         if is_finished(resumption, inputs.num_steps):
+            dismiss_ranks()
             return
         with open_sft_run(config, inputs, run_dir, values, resumption) as run:
             train(run)

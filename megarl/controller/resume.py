@@ -144,7 +144,9 @@ def _may_differ(key: str) -> bool:
 
 
 def _is_typed(key: str, overrides: Sequence[str]) -> bool:
-    return any(override.lstrip("+~").partition("=")[0] == key for override in overrides)
+    """Whether an override names a key, or a section that it is in."""
+    typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    return any(key == name or key.startswith(f"{name}.") for name in typed)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

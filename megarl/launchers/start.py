@@ -39,6 +39,14 @@ def end_rank() -> None:
     os._exit(0)
 
 
+def dismiss_ranks() -> None:
+    """Let the ranks go that wait for a run under torchrun: there is none."""
+    if _torchrun_rank() is not None:
+        from megarl.launchers.torchrun_group import TorchrunGroup
+
+        TorchrunGroup.joined(None)
+
+
 @contextmanager
 def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGroup]:
     """Start all ranks of a run, under torchrun or on Ray, and end them afterwards."""
@@ -46,7 +54,9 @@ def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGr
     if _torchrun_rank() is not None:
         from megarl.launchers.torchrun_group import TorchrunGroup
 
-        group = TorchrunGroup(spec)
+        joined = TorchrunGroup.joined(spec)
+        assert joined is not None
+        group = joined
     else:
         from megarl.launchers.ray_group import RayGroup
 

@@ -37,8 +37,8 @@ LAYOUTS = {
     "tp2xpp2+sp": Layout(4, tp=2, pp=2, sequence_parallel=True),
     "cp2xdp2": Layout(4, cp=2),
     "tp4": Layout(4, tp=4),
-    "ep2xtp2": Layout(4, tp=2, ep=2),
-    "ep4xetp1": Layout(4, tp=2, ep=4, etp=1),
+    "ep2xtp2": Layout(4, tp=2, ep=2, sequence_parallel=True),
+    "ep4xetp1": Layout(4, tp=2, ep=4, etp=1, sequence_parallel=True),
 }
 Rectangles = dict[str, Tensor]
 
