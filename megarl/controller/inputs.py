@@ -29,17 +29,14 @@ Overlong = Literal["filter", "error"]
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """The inputs of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
-
-    roles: with the lengths of their schedules.
-    """
+    """The inputs of an RL run. notes: what a person should know of them. roles: with the lengths of their schedules."""
 
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
     order: Order | MixedOrder
     num_steps: int
-    num_overlong: int
+    notes: tuple[str, ...]
     roles: tuple[Role, ...]
 
 
@@ -90,7 +87,7 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
         val_prompts,
         order,
         num_steps,
-        train.num_overlong + val.num_overlong,
+        notes_on(order, train.num_overlong + val.num_overlong),
         with_total_steps(config, checked.roles, num_steps),
     )
 
@@ -118,6 +115,20 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
 
 
+def notes_on(order: Order | MixedOrder, num_overlong: int) -> tuple[str, ...]:
+    """Return what a person should know of the prompts."""
+    notes = []
+    if num_overlong:
+        notes.append(f"left out as longer than data.max_prompt_length: {num_overlong} prompts")
+    if isinstance(order, MixedOrder):
+        for file in order.repeating():
+            notes.append(
+                f"data.train_file_weights: file {file + 1} of data.train_files has {order.file_sizes[file]} rows and "
+                f"gives {order.shares[file]:.4g} to a step: rows of it may come more than once in a step"
+            )
+    return tuple(notes)
+
+
 def check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
     """Raise DataError for rows whose ground truth no response can match. name: of the reward; None: by data_source."""
     wrong = [(p, why) for p in prompts if (why := unmatchable(name or p.data_source, p.ground_truth))]
@@ -125,7 +136,7 @@ def check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
         prompt, why = wrong[0]
         others = f"; {len(wrong) - 1} more rows have such ones" if len(wrong) > 1 else ""
         raise DataError(
-            f"{prompt.uid}: reward_model.ground_truth = {prompt.ground_truth!r}: the reward "
+            f"{prompt.origin}: reward_model.ground_truth = {prompt.ground_truth!r}: the reward "
             f"{name or prompt.data_source!r} can never match it: {why}{others}. "
             "fix: correct the row, or name the reward that fits it by reward.name or reward.path"
         )

@@ -135,7 +135,8 @@ class Run(Generic[S]):
         """Yield every step, counted from 1; validate, save and log around them."""
         schedule, timed = self.schedule, self.stopwatch.timed
         if schedule.val_before_train and schedule.first == 1:
-            self._evaluate(0)
+            with timed("validate"):
+                self._evaluate(0)
             self.tracker.log(0, self._drained())
         self.stopwatch.drain()
         for step in range(schedule.first, schedule.num_steps + 1):
@@ -154,7 +155,8 @@ class Run(Generic[S]):
                     self._save(step, self._metrics)
             metrics = self._log(step)
             self.saver.poll()
-        self._save(schedule.num_steps, metrics, is_last=True)
+        with timed("save"):
+            self._save(schedule.num_steps, metrics, is_last=True)
 
     def _save(self, step: int, metrics: Metrics, *, is_last: bool = False) -> None:
         """Save the run after ``step`` with the step's metrics."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from megarl.data.chat import encode_prompt
@@ -59,20 +58,19 @@ def load_prompts(
     required = prompt_columns(prompt_key)
     prompts: list[Prompt] = []
     num_overlong = 0
-    ends = []
-    for file in files:
-        for row in read_rows([file], required, optional=("extra_info",)):
-            prompt = _prompt(row, tokenizer, prompt_key)
-            if len(prompt.token_ids) <= max_prompt_length:
-                prompts.append(prompt)
-                continue
-            if overlong == "error":
-                raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
+    sizes = [0] * len(files)
+    for row in read_rows(files, required, optional=("extra_info",)):
+        prompt = _prompt(row, tokenizer, prompt_key)
+        if len(prompt.token_ids) <= max_prompt_length:
+            prompts.append(prompt)
+            sizes[row.place] += 1
+        elif overlong == "error":
+            raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
+        else:
             num_overlong += 1
-        ends.append(len(prompts))
     if not prompts:
         raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
-    return PromptSet(tuple(prompts), num_overlong, tuple(stop - start for start, stop in pairwise([0, *ends])))
+    return PromptSet(tuple(prompts), num_overlong, tuple(sizes))
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Prompt:
@@ -81,7 +79,7 @@ def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Pr
         text, token_ids = encode_prompt(tokenizer, messages)
     except DataError as error:
         raise row.error(str(error)) from error
-    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row))
+    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row), row.origin)
 
 
 def _data_source(row: Row) -> str:

@@ -12,7 +12,8 @@ import torch
 
 from megarl.errors import ResourceError
 from megarl.parallel.cpu.import_hook import accommodate_megatron
-from megarl.parallel.environment import OVERRIDE, PlatformName, platform_environment, platform_name
+from megarl.parallel.cpu.products import use_products
+from megarl.parallel.environment import OVERRIDE, PlatformName, platform_environment, platform_name, products_name
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,5 @@ def install_platform(without: Collection[str] = ()) -> Platform:
         )
     if name == "cpu":
         accommodate_megatron(without)
+        use_products(products_name())
     return Platform(name)

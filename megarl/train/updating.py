@@ -19,7 +19,7 @@ def take_steps(backend: Backend, work: UpdateWork, loss_of: Callable[[OptimizerS
 
 def _take(backend: Backend, work: UpdateWork, step: OptimizerStep, loss: Loss) -> Metrics:
     micros = backend.pack(work.batch, step.micro_batches)
-    told = backend.step(micros, loss, step.total_rollouts)
+    told = backend.step(micros, loss, step.num_rollouts)
     return {"grad_norm": told.grad_norm, SKIPPED: 1.0} if isinstance(told, Skipped) else told
 
 
