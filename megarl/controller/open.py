@@ -84,7 +84,7 @@ def open_run(
     resumption: Resumption | None,
     observer: Observer,
 ) -> Iterator[Run[Samples]]:
-    """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: as they are shown."""
+    """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: as shown."""
     spec = RankSpec(
         inputs.roles,
         config.trainer.seed,
