@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megarl.errors import ResourceError
 from megarl.parallel.cpu.import_hook import accommodate_megatron
@@ -40,6 +41,13 @@ class Platform:
         """Wait until the device has done its work. Only for timing: on CPU work is done when the call returns."""
         if self.name == "cuda":
             torch.cuda.synchronize()
+
+    def agree_on_products(self) -> None:
+        """Have all ranks multiply as the first one does, whatever processor theirs has. Collective; nothing on CUDA."""
+        if self.name == "cpu":
+            products = [products_name()]
+            dist.broadcast_object_list(products)
+            use_products(products[0])
 
     def environment(self) -> dict[str, str]:
         """Return the variables that processes of this platform need before they import torch or vLLM."""

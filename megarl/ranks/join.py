@@ -7,7 +7,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from megarl.parallel.environment import apply_environment, products_name
+from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
     import torch
     import torch.distributed as dist
 
-    from megarl.parallel.cpu.products import use_products
     from megarl.parallel.platform import install_platform
 
     platform = install_platform()
@@ -39,11 +38,7 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
     dist.init_process_group(
         platform.backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
-    if platform.name == "cpu":
-        # torchrun asks the processor of each host, which may differ: all ranks do as the first one.
-        products = [products_name()]
-        dist.broadcast_object_list(products)
-        use_products(products[0])
+    platform.agree_on_products()
     return platform
 
 
