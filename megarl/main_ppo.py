@@ -6,20 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.checks.run import check_ppo
+from megarl.checks.run import check_ppo, without_effect
 from megarl.config.compose import run_hydra
+from megarl.config.programs import PPO
 from megarl.controller.observer import Observer
 from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
+from megarl.plan.report import no_effect_text
 
 
 def main() -> None:
     """Compose, check, start, loop, report."""
     with interrupts_told():
         if not serve_if_not_controller():
-            run_hydra("ppo_trainer", run_ppo)
+            run_hydra(PPO.config_name, run_ppo, programs=(PPO,))
             end_rank()
 
 
@@ -47,6 +49,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
         try_rewards(rewards, config, inputs)
         path = Path(config.trainer.run_dir).expanduser().absolute()
         with run_folder(path, values, overrides, "actor_rollout_ref.model.path") as run_dir:
+            plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan
             write_file(run_dir / "plan.txt", plan + "\n")
             print(f"run folder: {run_dir}\n{plan}", flush=True)
             if inputs.num_overlong:

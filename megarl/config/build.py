@@ -13,6 +13,7 @@ from megarl.config.verl_keys import ours_for
 from megarl.errors import Absent, ConfigError, Problem, nearest
 
 T = TypeVar("T")
+NO_SUCH_KEY = "no such key"
 
 
 def build_config(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -32,9 +33,10 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in (n for n in values if n not in fields):
         path = f"{prefix}{name}"
-        hints_at = [hint for hint in (ours_for(path, values[name]), nearest(str(name), fields)) if hint]
+        known = fields if prefix else (*fields, "experiment")
+        hints_at = [hint for hint in (ours_for(path, values[name]), nearest(str(name), known)) if hint]
         fix = "; ".join(hints_at) or f"keys here: {', '.join(fields)}"
-        problems.append(Problem(path, values[name], "no such key", fix))
+        problems.append(Problem(path, values[name], NO_SUCH_KEY, fix))
     hints = typing.get_type_hints(cls)
     found = {}
     for name, field in fields.items():

@@ -92,7 +92,8 @@ class LRSchedulerConfig:
     """Learning-rate schedule."""
 
     type: str = key("shape after warm-up", choices=("cosine", "constant", "linear"))
-    warmup_steps: int = key("optimizer steps of linear warm-up", low=0)
+    warmup_steps: int | None = key("optimizer steps of linear warm-up; null: none, or by the ratio", low=0)
+    lr_warmup_steps_ratio: float | None = key("share of the run's optimizer steps instead", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,7 @@ class SFTTrainerConfig:
     project_name: str = key("project for trackers")
     experiment_name: str = key("run's name for trackers")
     logger: tuple[str, ...] = key("sinks of metrics besides metrics.jsonl: console, tensorboard, wandb")
+    strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
     ray_dashboard: bool = key("start Ray's dashboard")

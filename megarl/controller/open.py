@@ -48,7 +48,8 @@ def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]
     if not needs_reward_function(config):
         return nullcontext()
     reward = config.reward
-    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs)
+    of_file = (reward.function, reward.kwargs) if reward.path else ()
+    spec = RewardSpec(reward.name, reward.path, *of_file)
     return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure, reward.batch_timeout_s)
 
 
