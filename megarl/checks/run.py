@@ -239,7 +239,9 @@ def _optimizers_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
 def _check_reward(config: PPOConfig, found: Findings) -> None:
     """Check that the reward function exists; a file of the user's is read and not run before the run starts."""
     name, path = config.reward.name, config.reward.path
-    if path is not None:
+    if path is not None and not (path.endswith(".py") and Path(path).expanduser().is_file()):
+        found.problems.append(Problem("reward.path", path, "there is no such .py file", "correct the path"))
+    elif path is not None:
         with found.of("reward.path", path):
             check_reward_file(path, config.reward.function)
             if found.notes is not None:

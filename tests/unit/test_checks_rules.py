@@ -43,6 +43,11 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({f"{ACTOR}.optim.beta": [0.9]}, [f"{ACTOR}.optim.beta"], "two numbers"),
     ({f"{ACTOR}.optim.beta": [0.9, 1.0]}, [f"{ACTOR}.optim.beta"], "less than 1"),
     ({f"{ACTOR}.optim.beta": [0.9, float("nan")]}, [f"{ACTOR}.optim.beta"], "less than 1"),
+    (
+        {f"{ACTOR}.lr_scheduler.warmup_steps": 50, f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
+        [f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio"],
+        f"contradicts {ACTOR}.lr_scheduler.warmup_steps = 50",
+    ),
     ({f"{ACTOR}.optim.min_lr": 1.0}, [f"{ACTOR}.optim.min_lr"], f"at most {ACTOR}.optim.lr = 1e-06"),
     (
         {f"{ACTOR}.megatron.{TP}": 3, f"{REF}.megatron.{TP}": 1},
@@ -207,6 +212,8 @@ SOUND: list[Changes] = [
     {"algorithm.norm_adv_by_std_in_grpo": False},
     {f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True},
     {f"{ACTOR}.use_kl_loss": False, "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive"},
+    {f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
+    {f"{ACTOR}.lr_scheduler.warmup_steps": None, f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
     {f"{ACTOR}.optim.beta": [0, 0.999], f"{ACTOR}.optim.min_lr": 1e-6},
     {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 2, f"{REF}.megatron.{TP}": 1, f"{ROLLOUT}.{TP}": 8},
     {"trainer.nnodes": 3, f"{ACTOR}.megatron.{TP}": 3, f"{ROLLOUT}.{TP}": 6},
