@@ -125,9 +125,14 @@ def _out_of_range(value: float, rule: Mapping[str, Any]) -> str | None:
     if math.isnan(value) or math.isinf(value):
         return "must be a finite number"
     if low is not None and value < low:
-        return f"must be at least {low:g}"
+        return f"must be at least {number_in_words(low)}"
     if above is not None and value <= above:
-        return f"must be greater than {above:g}"
+        return f"must be greater than {number_in_words(above)}"
     if high is not None and value > high:
-        return f"must be at most {high:g}"
+        return f"must be at most {number_in_words(high)}"
     return None
+
+
+def number_in_words(bound: float) -> str:
+    """Return a bound as a person writes it: in full where it is a whole number that a person would count to."""
+    return f"{bound:.0f}" if float(bound).is_integer() and abs(bound) < 1e9 else f"{bound:g}"
