@@ -9,7 +9,9 @@ from typing import Any
 from megarl.checks.run import check_sft, without_effect
 from megarl.config.compose import run_hydra
 from megarl.config.programs import SFT
-from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.config.secrets import without_secrets
+from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
+from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import plan_here
@@ -18,7 +20,7 @@ from megarl.plan.report import no_effect_text
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    with interrupts_told():
+    with interrupts_told(end_process):
         if not serve_if_not_controller():
             run_hydra(SFT.config_name, run_sft, programs=(SFT,))
             end_rank()
@@ -29,8 +31,9 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     apply_environment()
     checked = check_sft(values)
     config = checked.config
-    check_world_size(config)
+    check_launch(config)
 
+    print(stage_line(1, 2, "reading the tokenizer and the examples"), flush=True)
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.inputs import read_sft_inputs
     from megarl.controller.loop import train
@@ -44,7 +47,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
         print(f"run folder: {run_dir}\n{plan}", flush=True)
-        with open_sft_run(config, inputs, run_dir, values) as run:
+        with open_sft_run(config, inputs, run_dir, without_secrets(values, overrides)) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)
         print(report, flush=True)

@@ -25,11 +25,11 @@ CheckRows = Callable[[Iterable[Row]], None]
 
 
 class Rewarded(Protocol):
-    """A row or a prompt. uid: where it lies."""
+    """A row or a prompt."""
 
     @property
-    def uid(self) -> str:
-        """Where it lies."""
+    def origin(self) -> str:
+        """Where it lies, for people."""
 
     @property
     def data_source(self) -> str:
@@ -87,7 +87,7 @@ def check_rewarded(rows: Iterable[Rewarded], config: PPOConfig) -> None:
         row, why = wrong[0]
         others = f"; {len(wrong) - 1} more rows have such ones" if len(wrong) > 1 else ""
         raise DataError(
-            f"{row.uid}: reward_model.ground_truth = {row.ground_truth!r}: the reward "
+            f"{row.origin}: reward_model.ground_truth = {row.ground_truth!r}: the reward "
             f"{name or row.data_source!r} can never match it: {why}{others}. "
             "fix: correct the row, or name the reward that fits it by reward.name or reward.path"
         )

@@ -58,10 +58,11 @@ def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
     """gamma, lam and the like are set only where the estimator reads them."""
     for name in KEYS_OF_ESTIMATORS:
         value, neutral = getattr(c.algorithm, name), default_of(f"algorithm.{name}")
+        value = list(value) if isinstance(value, tuple) else value
         if value != neutral and name not in estimator_needs(c).uses:
             readers = ", ".join(e for e, needs in ESTIMATORS.items() if name in needs.uses)
             allowed = f"has no effect on {c.algorithm.adv_estimator}; read by {readers}"
-            yield Problem(f"algorithm.{name}", value, allowed, f"algorithm.{name}={str(neutral).lower()}")
+            yield Problem(f"algorithm.{name}", value, allowed, "leave it out")
 
 
 def an_adaptive_kl_steers_something(c: PPOConfig) -> Problems:

@@ -27,17 +27,14 @@ Overlong = Literal["filter", "error"]
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """The inputs of an RL run. num_overlong: prompts left out as longer than data.max_prompt_length.
-
-    roles: with the lengths of their schedules.
-    """
+    """The inputs of an RL run. notes: what a person should know of them. roles: with the lengths of their schedules."""
 
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
     order: Order | MixedOrder
     num_steps: int
-    num_overlong: int
+    notes: tuple[str, ...]
     roles: tuple[Role, ...]
 
 
@@ -85,7 +82,7 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
         val_prompts,
         order,
         num_steps,
-        train.num_overlong + val.num_overlong,
+        notes_on(order, train.num_overlong + val.num_overlong),
         with_total_steps(config, checked.roles, num_steps),
     )
 
@@ -111,6 +108,20 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     require(schedule_problems(checked, num_steps))
     return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
+
+
+def notes_on(order: Order | MixedOrder, num_overlong: int) -> tuple[str, ...]:
+    """Return what a person should know of the prompts."""
+    notes = []
+    if num_overlong:
+        notes.append(f"left out as longer than data.max_prompt_length: {num_overlong} prompts")
+    if isinstance(order, MixedOrder):
+        for file in order.repeating():
+            notes.append(
+                f"data.train_file_weights: file {file + 1} of data.train_files has {order.file_sizes[file]} rows and "
+                f"gives {order.shares[file]:.4g} to a step: rows of it may come more than once in a step"
+            )
+    return tuple(notes)
 
 
 def _check_weights(roles: Sequence[Role]) -> None:

@@ -15,16 +15,22 @@ from megarl.errors import DataError, nearest
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it lies. index: its number in the file, from 0."""
+    """One row and where it lies. index: its number in the file, from 0. place: of the file in the list, from 0."""
 
     file: str
+    place: int
     row_group: int
     index: int
     values: Mapping[str, Any]
 
     @property
     def uid(self) -> str:
-        """Name the row the same way in every epoch and after every resume."""
+        """Name the row the same way in every epoch, after every resume and however the path is typed."""
+        return f"{self.place}:{self.index}"
+
+    @property
+    def origin(self) -> str:
+        """Name the row for a person."""
         return f"{self.file}:{self.index}"
 
     def error(self, text: str) -> DataError:
@@ -40,13 +46,13 @@ def read_rows(files: Sequence[str], required: Mapping[str, str], optional: Seque
     """
     if not files:
         raise DataError("no data files were given. fix: name at least one parquet file")
-    for file in files:
+    for place, file in enumerate(files):
         with open_parquet(file) as parquet:
             columns = parquet.schema_arrow.names
             for column, origin in required.items():
                 _require_column(file, column, origin, columns)
             present = [column for column in (*required, *optional) if column in columns]
-            yield from _rows_of(file, parquet, present, [column for column in optional if column not in columns])
+            yield from _rows_of(file, place, parquet, present, [column for column in optional if column not in columns])
 
 
 def check_footer(file: str, required: Mapping[str, str]) -> int:
@@ -86,7 +92,7 @@ def _require_column(file: str, column: str, origin: str, columns: Sequence[str])
     )
 
 
-def _rows_of(file: str, parquet: pq.ParquetFile, present: list[str], absent: list[str]) -> Iterator[Row]:
+def _rows_of(file: str, place: int, parquet: pq.ParquetFile, present: list[str], absent: list[str]) -> Iterator[Row]:
     nothing = dict.fromkeys(absent)
     index = 0
     for group in range(parquet.num_row_groups):
@@ -95,5 +101,5 @@ def _rows_of(file: str, parquet: pq.ParquetFile, present: list[str], absent: lis
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(file, error) from error
         for values in rows:
-            yield Row(file, group, index, {**values, **nothing})
+            yield Row(file, place, group, index, {**values, **nothing})
             index += 1

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from megarl.data.chat import encode_prompt
@@ -35,9 +34,9 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What a row of prompts says beside its prompt. uid: where it lies."""
+    """What a row of prompts says beside its prompt. origin: where it lies, for people."""
 
-    uid: str
+    origin: str
     data_source: str
     ground_truth: str
 
@@ -68,27 +67,26 @@ def load_prompts(
     required = prompt_columns(prompt_key)
     prompts: list[Prompt] = []
     num_overlong = 0
-    ends = []
-    for file in files:
-        for row in read_rows([file], required, optional=("extra_info",)):
-            prompt = _prompt(row, tokenizer, prompt_key)
-            if len(prompt.token_ids) <= max_prompt_length:
-                prompts.append(prompt)
-                continue
-            if overlong == "error":
-                raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
+    sizes = [0] * len(files)
+    for row in read_rows(files, required, optional=("extra_info",)):
+        prompt = _prompt(row, tokenizer, prompt_key)
+        if len(prompt.token_ids) <= max_prompt_length:
+            prompts.append(prompt)
+            sizes[row.place] += 1
+        elif overlong == "error":
+            raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
+        else:
             num_overlong += 1
-        ends.append(len(prompts))
     if not prompts:
         raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
-    return PromptSet(tuple(prompts), num_overlong, tuple(stop - start for start, stop in pairwise([0, *ends])))
+    return PromptSet(tuple(prompts), num_overlong, tuple(sizes))
 
 
 def row_facts(row: Row, prompt_key: str) -> RowFacts:
     """Return the facts of a row whose prompt has messages. Raises DataError for one that can't be used."""
     row_messages(row, prompt_key)
     _extra_info(row)
-    return RowFacts(row.uid, _data_source(row), _ground_truth(row))
+    return RowFacts(row.origin, _data_source(row), _ground_truth(row))
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Prompt:
@@ -97,7 +95,7 @@ def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Pr
         text, token_ids = encode_prompt(tokenizer, messages)
     except DataError as error:
         raise row.error(str(error)) from error
-    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row))
+    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row), row.origin)
 
 
 def _data_source(row: Row) -> str:

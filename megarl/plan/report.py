@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
@@ -38,7 +38,7 @@ def plan_text(plan: RunPlan, verdict: Verdict | None = None, notes: Sequence[str
 
 def no_effect_text(idle: Sequence[Problem]) -> str:
     """Return what was asked for and isn't done as a block of lines with an end, empty where there is nothing."""
-    lines = [f"{problem.key} = {problem.value!r}: {problem.allowed}" for problem in idle]
+    lines = [str(replace(problem, fix="")) for problem in idle]
     return "".join(f"{line}\n" for line in _titled("No effect in this run", lines)) if lines else ""
 
 

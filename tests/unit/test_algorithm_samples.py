@@ -11,6 +11,33 @@ def _results(*scores: float) -> tuple[RewardResult, ...]:
     return tuple(RewardResult(score, "ok") for score in scores)
 
 
+def _with_parts(*parts: tuple[float, ...]) -> Rewards:
+    """Return rewards whose scores are all 1, of these components."""
+    results = tuple(RewardResult(1.0, "ok", components=each) for each in parts)
+    return Rewards(results, torch.zeros(len(parts)), component_names=("correct", "format"))
+
+
+def test_components_are_a_column_by_name_with_their_means() -> None:
+    rewards = _with_parts((1.0, 0.5), (0.0, 0.5))
+    assert rewards.components_BK is not None and rewards.components_BK.tolist() == [[1.0, 0.5], [0.0, 0.5]]
+    metrics = rewards.metrics()
+    assert (metrics["reward/component/correct"], metrics["reward/component/format"]) == (0.5, 0.5)
+    assert Rewards(_results(1.0), torch.zeros(1)).components_BK is None
+
+
+def test_a_group_teaches_where_scores_differ_or_where_there_are_components_one_of_those() -> None:
+    group_B = torch.tensor([0, 0, 1, 1])
+    scores = Rewards(_results(1.0, 1.0, 0.0, 1.0), torch.tensor([0.0, -1.0, 0.0, 0.0]))
+    assert scores.has_spread(group_B).tolist() == [False, False, True, True]
+    parts = _with_parts((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    assert parts.has_spread(group_B).tolist() == [True, True, False, False]
+
+
+def test_fresh_groups_bring_their_components() -> None:
+    after = _with_parts((0.0, 0.0), (0.0, 1.0)).with_groups([1], _with_parts((5.0, 6.0)), n=1)
+    assert after.components_BK is not None and after.components_BK.tolist() == [[0.0, 0.0], [5.0, 6.0]]
+
+
 def test_a_reward_is_the_function_s_and_coef_times_the_model_s_and_the_penalty_of_length() -> None:
     rewards = Rewards(_results(1.0, 0.0), torch.tensor([0.0, -0.5]), torch.tensor([2.0, -4.0]), 0.25)
     assert rewards.unpenalized == (1.5, -1.0)
