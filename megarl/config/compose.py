@@ -23,15 +23,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.config.command_line import CommandLine, end_quietly_with_the_reader, parse_command_line
+from megarl.config.command_line import EXPERIMENT, CommandLine, end_quietly_with_the_reader, parse_command_line
 from megarl.config.composition_errors import hydra_errors_named
 from megarl.config.files import OURS, group_names, names_in
+from megarl.config.programs import PROGRAMS, Program, for_recipe
 from megarl.config.provenance import find_origins, read_sources, with_origins
 from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
 USER_ERROR, RUN_ERROR = 2, 1
-EXPERIMENT = "experiment"
 _USER_ERRORS = (ConfigError, DataError, ModelFolderError, RewardError)
 _NO_SECTION = re.compile(r"node `([\w.]+)` is not a container")
 
@@ -107,9 +107,11 @@ def run_hydra(
     task: Callable[[dict[str, Any], Sequence[str]], None],
     arguments: Sequence[str] | None = None,
     help_text: str = HELP,
+    programs: Sequence[Program] = PROGRAMS,
 ) -> None:
-    """Compose ``config_name`` with the command line and give ``task`` the resolved values and the overrides as typed.
+    """Compose a main config with the command line and give ``task`` the resolved values and the overrides as typed.
 
+    config_name: where neither --config-name nor the recipe says which. programs: whose recipes the task can do.
     arguments: the command line without flags of the caller's own (see command_line.take_flags); sys.argv unless given.
     help_text: what --help prints, with {program}, {experiments}, {main} and {default} filled in.
 
@@ -117,7 +119,7 @@ def run_hydra(
     configuration or its files, 1 for a run that failed.
     """
     with errors_reported():
-        line = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_name)
+        line = for_recipe(parse_command_line(sys.argv[1:] if arguments is None else arguments, config_name), programs)
         if arguments is None and (line.wants_help or line.prints_config):
             end_quietly_with_the_reader()
         if line.wants_help:

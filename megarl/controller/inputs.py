@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from megarl.algorithm.needs import needs_reward_function
-from megarl.checks.rules import require, warm_up_ends_before_the_run
+from megarl.checks.data_files import check_rewarded
+from megarl.checks.rules import require
 from megarl.checks.run import CheckedRun, schedule_problems
 from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.data.chat import load_tokenizer
@@ -15,8 +15,6 @@ from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
-from megarl.errors import DataError
-from megarl.reward.registry import require_functions, unmatchable
 from megarl.roles import Role, with_total_steps
 from megarl.types import Prompt
 from megarl.weights.sources import SafetensorsSource
@@ -69,10 +67,7 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     )
     val_order = Order(len(val.prompts), len(val.prompts), data.val_shuffle, trainer.seed)
     val_prompts = tuple(val.prompts[i] for i in val_order.batch(0)[: data.max_val_prompts])
-    if needs_reward_function(config) and not config.reward.name and not config.reward.path:
-        require_functions({p.data_source for p in (*train.prompts, *val_prompts)})
-    if needs_reward_function(config) and not config.reward.path:
-        check_ground_truths((*train.prompts, *val_prompts), config.reward.name)
+    check_rewarded((*train.prompts, *val_prompts), config)
     order: Order | MixedOrder
     if data.train_file_weights:
         weights, size = data.train_file_weights, data.train_batch_size
@@ -111,7 +106,7 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     )
     order = Order(len(train), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
-    require(warm_up_ends_before_the_run(checked.actor, num_steps))
+    require(schedule_problems(checked, num_steps))
     return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
 
 
@@ -127,19 +122,6 @@ def notes_on(order: Order | MixedOrder, num_overlong: int) -> tuple[str, ...]:
                 f"gives {order.shares[file]:.4g} to a step: rows of it may come more than once in a step"
             )
     return tuple(notes)
-
-
-def check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
-    """Raise DataError for rows whose ground truth no response can match. name: of the reward; None: by data_source."""
-    wrong = [(p, why) for p in prompts if (why := unmatchable(name or p.data_source, p.ground_truth))]
-    if wrong:
-        prompt, why = wrong[0]
-        others = f"; {len(wrong) - 1} more rows have such ones" if len(wrong) > 1 else ""
-        raise DataError(
-            f"{prompt.origin}: reward_model.ground_truth = {prompt.ground_truth!r}: the reward "
-            f"{name or prompt.data_source!r} can never match it: {why}{others}. "
-            "fix: correct the row, or name the reward that fits it by reward.name or reward.path"
-        )
 
 
 def _check_weights(roles: Sequence[Role]) -> None:

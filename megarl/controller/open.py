@@ -36,7 +36,7 @@ from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
-from megarl.reward.registry import RewardSpec
+from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
 from megarl.roles import Role, num_ranks
 from megarl.rollout.vllm import VllmSpec
@@ -48,7 +48,8 @@ def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]
     if not needs_reward_function(config):
         return nullcontext()
     reward = config.reward
-    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs, reward_components(config))
+    function, kwargs = (reward.function, reward.kwargs) if reward.path else (DEFAULT_FUNCTION, {})
+    spec = RewardSpec(reward.name, reward.path, function, kwargs, reward_components(config))
     return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure, reward.batch_timeout_s)
 
 

@@ -32,6 +32,15 @@ class PromptSet:
     file_sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class RowFacts:
+    """What a row of prompts says beside its prompt. origin: where it lies, for people."""
+
+    origin: str
+    data_source: str
+    ground_truth: str
+
+
 def prompt_columns(prompt_key: str) -> dict[str, str]:
     """Return the columns that a file of prompts must have, each with where its name comes from."""
     return {
@@ -71,6 +80,13 @@ def load_prompts(
     if not prompts:
         raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
     return PromptSet(tuple(prompts), num_overlong, tuple(sizes))
+
+
+def row_facts(row: Row, prompt_key: str) -> RowFacts:
+    """Return the facts of a row whose prompt has messages. Raises DataError for one that can't be used."""
+    row_messages(row, prompt_key)
+    _extra_info(row)
+    return RowFacts(row.origin, _data_source(row), _ground_truth(row))
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Prompt:

@@ -91,6 +91,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error_of_every_run(folder: 
         "model.path": name,
         "data.train_files": ["sft.parquet"],
         "data.val_files": ["sft.parquet"],
+        "data.train_batch_size": 32,
         "data.max_length": 32,
     }
     assert _problem(lambda: check_sft(composed_values("sft_trainer", **sft))) == ("model.path", said)

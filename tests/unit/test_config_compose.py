@@ -103,7 +103,6 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
     ("arguments", "told"),
     [
         (["experiment=quikstart"], ["experiment = 'quikstart'  (command line): no such file", "'quickstart'?"]),
-        (["expermient=quickstart"], ["expermient = 'quickstart'", "did you mean 'experiment'?"]),
         (["--config-name=ppo_megatron_trianer"], ["no such file", "did you mean 'ppo_megatron_trainer'?"]),
         (["--config-name=mine"], ["--config-name = 'mine': no such file", "--config-dir=FOLDER --config-name=FILE"]),
         (["--config-dir=nowhere"], ["--config-dir", "is no folder"]),
@@ -119,6 +118,10 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
         (["experiment=quickstart", "+experiment=gsm8k_tiny"], ["+experiment=gsm8k_tiny", "Multiple values for exp"]),
         (["hydra.run.dir=x"], ["hydra.run.dir=x: has no effect"]),
         (["~data.trian_batch_size"], ["~data.trian_batch_size  (command line): can't be", "does not exist"]),
+        (
+            ["critic.shuffle=${no.key}", "~critic.shuffle=true"],
+            ["~critic.shuffle=true  (command line)", "'no.key' not"],
+        ),
         (["~data.prompt_key=other"], ["~data.prompt_key=other  (command line)", "is prompt and not other"]),
         (
             ["~actor_rollout_ref.actor.shuffle"],
