@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megarl.config.command_line import EXPERIMENT, CommandLine
-from megarl.config.files import find_config
+from megarl.config.files import find_config, names_in
 from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import Absent, ConfigError, Problem
 
@@ -72,12 +72,29 @@ def for_recipe(line: CommandLine, programs: Sequence[Program]) -> CommandLine:
 
 def main_config_of_recipe(folder: Path | None, name: str) -> str | None:
     """Return the main config that a recipe is for, None where it may be any or there is no such recipe."""
-    path = find_config(folder, f"{EXPERIMENT}/{name}")
+    return main_config_of(_recipe(find_config(folder, f"{EXPERIMENT}/{name}")))
+
+
+def recipes_of(programs: Sequence[Program], folder: Path | None) -> dict[str, str]:
+    """Return the recipes that ``programs`` can do, each with its line of itself. folder: the user's."""
+    paths = {name: find_config(folder, f"{EXPERIMENT}/{name}") for name in names_in(folder, EXPERIMENT)}
+    return {name: _own_line(path) for name, path in paths.items() if path and program_of(_recipe(path)) in programs}
+
+
+def _recipe(path: Path | None) -> dict[str, Any]:
+    """Return what a recipe sets; nothing where it can't be read, which the composition reports."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return None  # for the composition to report
-    return main_config_of(values) if isinstance(values, dict) else None
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _own_line(path: Path) -> str:
+    """Return the first comment of a config file that tells of it; ``# @package`` tells Hydra something."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    comments = (line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    return next((text for text in comments if not text.startswith("@package")), "")
 
 
 def require_program(values: Mapping[str, Any], schema: type[PPOConfig] | type[SFTConfig]) -> None:

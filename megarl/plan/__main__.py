@@ -36,7 +36,10 @@ usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value .
   --advise           search layouts and offloads for the model and batch, and rank those that fit
 
 The rest is as for megarl.main_ppo: see python -m megarl.main_ppo --help. Exit code 0 where the run fits, 1 where it
-doesn't, 2 for a mistake in the configuration. A recipe of megarl.main_sft is planned as what it is."""
+doesn't, 2 for a mistake in the configuration. A recipe of megarl.main_sft is planned as what it is.
+
+recipes:
+{recipes}"""
 DOES_NOT_FIT = 1
 C = TypeVar("C", PPOConfig, SFTConfig)
 
