@@ -87,9 +87,11 @@ def test_what_an_update_corrects_shows_in_its_metrics(steps: dict[str, Steps]) -
     assert not any("actor/masked_fraction" in line for line in steps["correction bypass"])
 
 
-def test_responses_that_are_cut_are_counted_and_left_out(steps: dict[str, Steps]) -> None:
-    filtered, all_of_them = steps["overlong filtering"], steps["correction icepop"]
-    assert all(0 < line["response/share_cut"] < 1 for line in (*filtered, *all_of_them))
+def test_responses_that_are_cut_are_counted(steps: dict[str, Steps]) -> None:
+    for case in ("overlong filtering", "correction icepop"):
+        shares = [line["response/share_cut"] for line in steps[case]]
+        assert min(shares) > 0.5, "six tokens are few"
+        assert min(shares) < 1, "and some response ends before"
 
 
 def test_components_are_shown_by_name(steps: dict[str, Steps]) -> None:
