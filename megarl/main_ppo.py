@@ -48,9 +48,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
         path = Path(config.trainer.run_dir).expanduser().absolute()
         with run_folder(path, values, overrides, "actor_rollout_ref.model.path") as run_dir:
             write_file(run_dir / "plan.txt", plan + "\n")
-            print(f"run folder: {run_dir}\n{plan}", flush=True)
-            if inputs.num_overlong:
-                print(f"left out as longer than data.max_prompt_length: {inputs.num_overlong} prompts")
+            print(f"run folder: {run_dir}\n{plan}", *inputs.notes, sep="\n", flush=True)
             with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
                 train(run)
             report = final_report(run.evaluations, run_dir)

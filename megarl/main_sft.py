@@ -40,7 +40,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     plan = checked.batches["actor"].describe()
     with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
-        print(f"run folder: {run_dir}\n{plan}", flush=True)
+        print(f"run folder: {run_dir}\n{plan}", *inputs.notes, sep="\n", flush=True)
         with open_sft_run(config, inputs, run_dir, values) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)

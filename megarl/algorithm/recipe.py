@@ -28,7 +28,7 @@ from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.algorithm.needs import aggregation, clip_range, reuses_update, uses_kl_loss
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, correct_rollouts, presets
-from megarl.algorithm.samples import Samples
+from megarl.algorithm.samples import Samples, share_cut
 from megarl.algorithm.seeds import seed_of
 from megarl.algorithm.token_rewards import penalize_rewards
 from megarl.algorithm.user_file import user_errors_named
@@ -167,6 +167,7 @@ class Recipe:
             "response/mean_tokens": float(tokens_B.float().mean()),
             "response/max_tokens": float(tokens_B.max()),
             "response/total_tokens": float(tokens_B.sum()),
+            "response/share_cut": share_cut(samples.groups),
             "group/share_without_spread": float((~in_group_with_spread(rewards.scores_B, rows.group_B)).float().mean()),
             "rollout/policy_version": float(rows.policy_version_B.min()),
             **batch.metrics,

@@ -77,6 +77,12 @@ class Rewards:
         return parts
 
 
+def share_cut(groups: Sequence[Group]) -> float:
+    """Return the share of rollouts that were cut at the longest response, where they would have gone on."""
+    cut = [rollout.finish_reason == "length" for group in groups for rollout in group]
+    return sum(cut) / len(cut)
+
+
 @dataclass(frozen=True)
 class Samples:
     """The rollouts of a step, group after group.

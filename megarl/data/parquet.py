@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from megarl.errors import DataError, nearest
 
+_BATCH_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Row:
@@ -33,7 +35,7 @@ class Row:
 
 
 def read_rows(files: Sequence[str], required: Mapping[str, str], optional: Sequence[str] = ()) -> Iterator[Row]:
-    """Yield the rows of several files, one row group in memory at a time.
+    """Yield the rows of several files, some hundred in memory at a time.
 
     required: the columns that must be there, each with a phrase that tells the user where its name comes from.
     An absent optional column is None in every row. Raises DataError before the first row of a file is yielded.
@@ -90,10 +92,39 @@ def _rows_of(file: str, parquet: pq.ParquetFile, present: list[str], absent: lis
     nothing = dict.fromkeys(absent)
     index = 0
     for group in range(parquet.num_row_groups):
+        for batch in _batches(file, parquet, group, present):
+            for values in _python_rows(file, group, index, batch):
+                yield Row(file, group, index, {**values, **nothing})
+                index += 1
+
+
+def _batches(file: str, parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield a row group in parts: arrow can't hold more than 2 GiB of nested strings in one piece."""
+    try:
+        yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _python_rows(file: str, group: int, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch as dicts, maps in them too. first: the number of its first row in the file."""
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+        return
+    except (UnicodeDecodeError, KeyError, ValueError, OverflowError):
+        pass  # some row of the batch: which one is found one by one
+    for row in range(batch.num_rows):
         try:
-            rows = parquet.read_row_group(group, columns=present).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from error
-        for values in rows:
-            yield Row(file, group, index, {**values, **nothing})
-            index += 1
+            [values] = batch.slice(row, 1).to_pylist(maps_as_pydicts="strict")
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start} of {error.object[:40]!r}"
+            raise Row(file, group, first + row, {}).error(
+                f"a text is not UTF-8: {where}. fix: write the file from decoded text"
+            ) from error
+        except (
+            KeyError,
+            ValueError,
+            OverflowError,
+        ) as error:  # a map with a key twice, a date without a name in Python
+            raise Row(file, group, first + row, {}).error(f"a value can't be read: {error}") from error
+        yield values

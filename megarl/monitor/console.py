@@ -29,6 +29,7 @@ HEADLINE = (
     "actor/moe/load_max",
     "critic/value_loss",
     "response/mean_tokens",
+    "response/share_cut",
     "rollout_train/logprob_diff_max",
     "time_s/step",
 )
