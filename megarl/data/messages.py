@@ -76,8 +76,6 @@ def _message(row: Row, where: str, message: object, has_nulls: bool) -> Message:
         if field is not None and not (name == "tool_calls" and field == [])
     }
     may_say_nothing = fields.get("role") == "assistant" and "tool_calls" in fields
-    if may_say_nothing:
-        fields = {**fields, "content": fields.get("content", "")}
     for name in ("role", "content"):
         text = fields.get(name)
         if text is not None and not isinstance(text, str):

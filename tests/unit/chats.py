@@ -28,7 +28,7 @@ def assistant(content: str) -> Message:
 def tool_calls(**calls: Any) -> Message:
     """Return a turn of the assistant that says nothing and calls tools by name, each with its arguments."""
     functions = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls.items()]
-    return {"role": "assistant", "content": "", "tool_calls": functions}
+    return {"role": "assistant", "tool_calls": functions}
 
 
 def chat(*messages: Message) -> Chat:

@@ -70,7 +70,7 @@ def test_what_a_template_writes_after_the_end_of_a_turn_is_not_trained() -> None
     assert by(template, Masking(), user("Tom"), assistant("8")) == ["8<|im_end|>"]
 
 
-def test_the_last_turn_is_trained_where_earlier_ones_lose_their_thoughts() -> None:
+def test_the_last_turn_or_every_rendering_is_trained_where_earlier_ones_lose_their_thoughts() -> None:
     talk = (user("Tom"), assistant("8"), user("Ana"), assistant("9"))
     with pytest.raises(DataError) as caught:
         by(THINKS_LAST, Masking(), *talk)
@@ -78,15 +78,20 @@ def test_the_last_turn_is_trained_where_earlier_ones_lose_their_thoughts() -> No
         "renders message 1 otherwise once others follow",
         r"alone 'ant\n<think>\n\n</t'",  # both texts, with a little of what comes before
         r"in the conversation 'ant\n8<|im_end|>",
-        "fix: data.trained_turns=last",
+        "fix: data.trained_turns=last trains the last turn alone or data.response_start=rendering trains every turn",
     ):
         assert part in str(caught.value)
     assert by(THINKS_LAST, LAST, *talk) == ["<think>\n\n</think>\n\n9<|im_end|>"]
+    assert by(THINKS_LAST, RENDERING, *talk) == ["8<|im_end|>", "<think>\n\n</think>\n\n9<|im_end|>"]
 
 
-def test_a_conversation_that_ends_with_the_user_is_told_to_end_before() -> None:
-    with pytest.raises(DataError, match="fix: end the conversation with the assistant's last message"):
-        by(THINKS_LAST, LAST, user("Tom"), assistant("8"), user("Ana"))
+def test_a_turn_that_no_choice_can_train_is_told_what_else_to_do() -> None:
+    rewrites = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}")
+    with pytest.raises(DataError, match="leaves out message 1"):
+        by(rewrites, Masking(), user("TOM"), assistant("eight"), user("Ana"))
+    counts = "{{ messages | length }}" + CHATML
+    with pytest.raises(DataError, match="fix: end the conversation with the assistant's message, or use a template"):
+        by(counts, Masking(), user("Tom"), assistant("8"))
 
 
 def test_a_rendering_is_trained_where_the_prompt_opens_thoughts_that_it_lacks() -> None:
@@ -97,7 +102,7 @@ def test_a_rendering_is_trained_where_the_prompt_opens_thoughts_that_it_lacks() 
         "the prompt that a rollout would see before message 1 is not the beginning of the rendered conversation",
         r"the prompt 'ant\n<think>\n'",
         r"the conversation 'ant\n8<|im_end|>'",
-        "fix: data.response_start=rendering",
+        "fix: data.response_start=rendering trains every turn as the template renders it",
     ):
         assert part in str(caught.value)
     assert by(OPENS_THOUGHTS, RENDERING, *talk) == ["8<|im_end|>"]
