@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarl.algorithm.samples import Rewards
-from megarl.types import RewardResult
+from megarl.algorithm.samples import Rewards, share_cut
+from megarl.types import RewardResult, Rollout
 
 
 def _results(*scores: float) -> tuple[RewardResult, ...]:
@@ -48,3 +48,9 @@ def test_the_mean_of_finite_rewards_is_finite() -> None:
     metrics = Rewards(_results(3e38, 3e38, 1e38), torch.zeros(3)).metrics()
     assert metrics["reward/mean"] == pytest.approx(7e38 / 3)
     assert metrics["reward/std"] == pytest.approx(9.428e37, rel=1e-3)
+
+
+def test_the_share_cut_is_of_rollouts_that_would_have_gone_on() -> None:
+    stopped, cut = (Rollout((1,), (0.0,), reason, 1) for reason in ("stop", "length"))
+    assert share_cut([(stopped, cut), (cut, cut)]) == 0.75
+    assert share_cut([(stopped, stopped)]) == 0.0
