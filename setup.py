@@ -55,7 +55,10 @@ setup(
     name="megarl",
     version=version(),
     description="Megatron-first reinforcement-learning post-training of large language models",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["megarl = megarl.__main__:main"]},
     # conf/ sits at the top of the repository, where people look for it, and ships as the package megarl.conf.
     packages=[*find_packages(include=["megarl", "megarl.*"]), "megarl.conf"],
     package_dir={"megarl": "megarl", "megarl.conf": "conf"},

@@ -16,13 +16,14 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 class Needs:
     """What an advantage estimator needs besides rewards.
 
-    values: a critic's. greedy_baseline: the reward of a greedy rollout of every prompt. min_group_size: the fewest
-    rollouts a prompt must have for the estimate to say anything. uses: keys of ``algorithm`` that the estimator reads,
-    among those that not all do; a user's own may read every one.
+    values: a critic's. greedy_baseline: the reward of a greedy rollout of every prompt. components: named parts of
+    the reward. min_group_size: the fewest rollouts a prompt must have for the estimate to say anything. uses: keys of
+    ``algorithm`` that the estimator reads, among those that not all do; a user's own may read every one.
     """
 
     values: bool = False
     greedy_baseline: bool = False
+    components: bool = False
     min_group_size: int = 1
     uses: tuple[str, ...] = ()
 
@@ -33,7 +34,8 @@ class LossNeeds:
 
     chosen_tokens: whether some tokens of a step are chosen before the update, see megarl.algorithm.covariance.
     aggregations: those that leave it the algorithm of its paper, the paper's first. clip_low, clip_high: the paper's.
-    max_epochs: passes over the rollouts of a step that it allows, None for any number.
+    max_epochs: passes over the rollouts of a step that it allows, None for any number. has_ratio: whether it weighs
+    tokens by their ratio to the old log-probs.
     """
 
     uses: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ class LossNeeds:
     clip_low: float = 0.2
     clip_high: float = 0.2
     max_epochs: int | None = None
+    has_ratio: bool = True
 
 
 _SPREAD = ("norm_adv_by_std_in_grpo",)
@@ -55,6 +58,7 @@ ESTIMATORS: Mapping[str, Needs] = {
     "reinforce_plus_plus_baseline": Needs(min_group_size=2),
     "opo": Needs(min_group_size=2),
     "gpg": Needs(min_group_size=2),
+    "gdpo": Needs(components=True, min_group_size=2, uses=(*_SPREAD, "gdpo_reward_keys", "gdpo_reward_weights")),
 }
 
 _OF_SEQUENCES = ("seq-mean-token-mean",)
@@ -68,7 +72,7 @@ POLICY_LOSSES: Mapping[str, LossNeeds] = {
     # MiniMax-M1 bounds the weight above alone, and doesn't publish by how much.
     "cispo": LossNeeds(uses=_CLIPS, clip_low=1.0),
     "sapo": LossNeeds(uses=_TAUS, aggregations=(*_OF_SEQUENCES, "token-mean")),
-    "gpg": LossNeeds(max_epochs=1),
+    "gpg": LossNeeds(max_epochs=1, has_ratio=False),
     "clip_cov": LossNeeds(uses=(*_CLIPS, _SHARE, *_BAND), chosen_tokens=True),
     "kl_cov": LossNeeds(uses=(_SHARE, "policy_loss_settings.cov_kl_coef"), chosen_tokens=True),
 }
@@ -80,9 +84,20 @@ KL_LOSSES = (*KL_ESTIMATORS, "kl+", "k1+", "abs+", "low_var_kl+", "k3+")
 KL_CONTROLLERS = ("fixed", "adaptive")
 
 CRITERIA = ("token", "sequence", "geometric", "sequence_k3", "worst_token")
-CORRECTION_PRESETS = (
-    "metrics_only", "token_tis", "sequence_tis", "sequence_mis", "icepop", "geometric", "geometric_token_tis",
-    "geometric_sequence_tis", "k3", "k3_token_tis", "k3_sequence_tis",
-)  # fmt: skip
+# By the level of their weights, None where they only reject, or nothing.
+CORRECTION_PRESETS: Mapping[str, str | None] = {
+    "metrics_only": None,
+    "token_tis": "token",
+    "sequence_tis": "sequence",
+    "sequence_mis": "sequence",
+    "seq_mask_tis": "token",
+    "icepop": "token",
+    "geometric": None,
+    "geometric_token_tis": "token",
+    "geometric_sequence_tis": "sequence",
+    "k3": None,
+    "k3_token_tis": "token",
+    "k3_sequence_tis": "sequence",
+}
 
 SINKS = ("console", "tensorboard", "jsonl", "wandb")

@@ -8,8 +8,10 @@ from typing import Any
 
 from megarl.checks.run import check_ppo
 from megarl.config.compose import run_hydra
+from megarl.config.secrets import without_secrets
 from megarl.controller.observer import Observer
-from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
+from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 from megarl.plan.of_run import fitting_plan
@@ -17,7 +19,7 @@ from megarl.plan.of_run import fitting_plan
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    with interrupts_told():
+    with interrupts_told(end_process):
         if not serve_if_not_controller():
             run_hydra("ppo_trainer", run_ppo)
             end_rank()
@@ -28,9 +30,10 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     apply_environment()
     checked = check_ppo(values)
     config = checked.config
-    check_world_size(config)
+    check_launch(config)
     plan = fitting_plan(checked)
 
+    print(stage_line(1, 3, "reading the tokenizer and the prompts"), flush=True)
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.checks.algorithm_file import load_algorithm_file
     from megarl.controller.inputs import read_ppo_inputs
@@ -42,14 +45,16 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
+    print(stage_line(2, 3, "preparing rewards"), flush=True)
     # Before there is a run folder: they may refuse the user's reward function.
     with open_rewards(config) as rewards:
         try_rewards(rewards, config, inputs)
         path = Path(config.trainer.run_dir).expanduser().absolute()
         with run_folder(path, values, overrides, "actor_rollout_ref.model.path") as run_dir:
             write_file(run_dir / "plan.txt", plan + "\n")
-            print(f"run folder: {run_dir}\n{plan}", *inputs.notes, sep="\n", flush=True)
-            with open_run(config, inputs, algorithm_file, rewards, run_dir, values, observer or Observer()) as run:
+            print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
+            shown = without_secrets(values, overrides)
+            with open_run(config, inputs, algorithm_file, rewards, run_dir, shown, observer or Observer()) as run:
                 train(run)
             report = final_report(run.evaluations, run_dir)
             print(report, flush=True)

@@ -8,14 +8,16 @@ from typing import Any
 
 from megarl.checks.run import check_sft
 from megarl.config.compose import run_hydra
-from megarl.launchers.start import check_world_size, end_rank, serve_if_not_controller
+from megarl.config.secrets import without_secrets
+from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
+from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
 
 
 def main() -> None:
     """Compose, check, start, loop, report."""
-    with interrupts_told():
+    with interrupts_told(end_process):
         if not serve_if_not_controller():
             run_hydra("sft_trainer", run_sft)
             end_rank()
@@ -26,8 +28,9 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     apply_environment()
     checked = check_sft(values)
     config = checked.config
-    check_world_size(config)
+    check_launch(config)
 
+    print(stage_line(1, 2, "reading the tokenizer and the examples"), flush=True)
     # Not before the checks: from here on torch and transformers are loaded.
     from megarl.controller.inputs import read_sft_inputs
     from megarl.controller.loop import train
@@ -40,8 +43,8 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     plan = checked.batches["actor"].describe()
     with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
-        print(f"run folder: {run_dir}\n{plan}", *inputs.notes, sep="\n", flush=True)
-        with open_sft_run(config, inputs, run_dir, values) as run:
+        print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
+        with open_sft_run(config, inputs, run_dir, without_secrets(values, overrides)) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)
         print(report, flush=True)

@@ -20,7 +20,8 @@ Metrics = dict[str, float]
 class Prompt:
     """One prompt, tokenized, with what its reward needs.
 
-    uid: ``<file>:<row>``, stable across epochs and resumes. text: the rendered chat template.
+    uid: ``<place of the file in the list>:<row>``, stable across epochs and resumes. text: the rendered chat template.
+    origin: ``<file>:<row>``, for people.
     """
 
     uid: str
@@ -29,6 +30,7 @@ class Prompt:
     data_source: str
     ground_truth: str
     extra_info: Mapping[str, object]
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class RewardRequest:
 class RewardResult:
     """A reward and how it came about. outcome: ``ok``, ``raised``, ``timeout`` or ``invalid`` (NaN, not a number).
 
-    Of a failure: detail, what happened in a line; kind, what it has in common with others of its cause; traceback, of
-    the function where it raised.
+    components: the parts of the reward that were asked for, in that order. Of a failure: detail, what happened in a
+    line; kind, what it has in common with others of its cause; traceback, of the function where it raised.
     """
 
     score: float
@@ -99,6 +101,7 @@ class RewardResult:
     detail: str = ""
     kind: str = ""
     traceback: str = ""
+    components: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class PolicyBatch(Sequences):
     old_logprobs_BS: by the actor before its update; None where every optimizer step takes its own, detached.
     first_is_on_policy: whether the rows of the first mini-batch have none, since its own log-probs are the old ones.
     policy_weights_BS: factors of the policy loss (rollout correction). selected_BS: tokens that the policy loss treats
-    apart (bool).
+    apart (bool). rollout_logprobs_BS: by the engine, None where no optimizer step compares with them.
     """
 
     advantages_BS: Tensor
@@ -151,6 +154,7 @@ class PolicyBatch(Sequences):
     ref_logprobs_BS: Tensor | None = None
     policy_weights_BS: Tensor | None = None
     selected_BS: Tensor | None = None
+    rollout_logprobs_BS: Tensor | None = None
     first_is_on_policy: bool = False
 
 

@@ -77,8 +77,8 @@ def run(
 
 
 def shared_memory() -> set[str]:
-    """Return the names of the segments that megarl, or Ray for it, holds on this machine."""
-    return {path.name for path in _SHARED_MEMORY.iterdir() if path.name.startswith(("megarl_", "plasma"))}
+    """Return the names of the segments that megarl, or Ray or vLLM for it, holds on this machine."""
+    return {path.name for path in _SHARED_MEMORY.iterdir() if path.name.startswith(("megarl_", "psm_", "plasma"))}
 
 
 def _end(marker: str) -> tuple[str, ...]:

@@ -57,7 +57,8 @@ trainer: {n_gpus_per_node: 2, total_training_steps: 30, run_dir: run}
 _REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):
     words = solution_str.split()
-    return sum(word.isdigit() for word in words) / max(len(words), 1)
+    digits = sum(word.isdigit() for word in words) / max(len(words), 1)
+    return {"score": digits, "digits": digits, "length": len(words)}
 """
 
 

@@ -1,6 +1,6 @@
 """Advantages: how much better each token did than expected. Every estimator by the name that selects it.
 
-Shape suffixes: B rollouts, S sequence.
+Shape suffixes: B rollouts, S sequence, K components of a reward.
 """
 
 from __future__ import annotations
@@ -34,21 +34,24 @@ class AdvantageInputs:
     token_rewards_BS: Tensor | None = None  # float, see token_rewards; None: the score on the last masked token
     values_BS: Tensor | None = None  # float, by the critic: what it expected when the token was about to be sampled
     baseline_B: Tensor | None = None  # float, the reward of the greedy rollout of the row's prompt
+    components_BK: Tensor | None = None  # float, the parts of the reward that algorithm.gdpo_reward_keys names
 
 
 @dataclass(frozen=True)
 class AdvantageSettings:
     """Settings of all estimators; each reads its own.
 
-    norm_by_std: divide by the standard deviation of the group (grpo, grpo_passk). epsilon: added to it, in units of
-    reward. gamma: discount of a token's later rewards (gae, reinforce_plus_plus). lam: weight of later temporal
-    differences (gae); 1 trusts the rewards alone, 0 the critic.
+    norm_by_std: divide by the standard deviation of the group (grpo, grpo_passk, gdpo). epsilon: added to it, in units
+    of reward. gamma: discount of a token's later rewards (gae, reinforce_plus_plus). lam: weight of later temporal
+    differences (gae); 1 trusts the rewards alone, 0 the critic. component_weights: of the parts of the reward (gdpo);
+    None weighs all alike.
     """
 
     norm_by_std: bool = True
     epsilon: float = 1e-6
     gamma: float = 1.0
     lam: float = 1.0
+    component_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,26 @@ def grpo_passk(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantag
     # NaN is no one's best; kept, so that it shows.
     lead_B = torch.where(is_alone_B | lead_B.isnan(), lead_B, torch.zeros_like(lead_B))
     return _on_masked_tokens(_over_std(lead_B, rewards_B, groups, settings), inputs)
+
+
+@estimators.register("gdpo")
+def gdpo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Advantages:
+    """Normalise each component of the reward by its group, add them up, and normalise the sums over the step.
+
+    S_i = sum_k w_k (r_ik - mean(r_k)) / (std(r_k) + epsilon), with the statistics of the group; A_i = (S_i - mean(S)) /
+    (std(S) + epsilon) on every masked token, with those of all rollouts of the step. Components count by w_k, whatever
+    their scale, and different ones give different advantages where the sums of rewards are equal. Without
+    ``norm_by_std`` components aren't divided. GDPO, arXiv:2601.05242, section 3. (verl's second mean and std are over
+    tokens, where long responses weigh more.)
+    """
+    assert inputs.components_BK is not None, "gdpo needs the components of the reward"
+    components_BK, groups = inputs.components_BK.double(), groups_of(inputs.group_B)
+    weights = settings.component_weights or (1.0,) * components_BK.shape[1]
+    sum_B = torch.zeros(len(components_BK), dtype=torch.float64, device=components_BK.device)
+    for weight, reward_B in zip(weights, components_BK.T, strict=True):
+        sum_B = sum_B + weight * _over_std(groups.deviation(reward_B), reward_B, groups, settings)
+    everyone = groups_of(torch.zeros_like(inputs.group_B))
+    return _on_masked_tokens(everyone.deviation(sum_B) / (everyone.std(sum_B) + settings.epsilon), inputs)
 
 
 def _token_rewards(inputs: AdvantageInputs) -> Tensor:

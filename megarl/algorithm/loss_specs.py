@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.algorithm.rollout_correction import CorrectionSettings
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class PolicyLossSpec:
 
     settings: of the policy loss called ``name``. max_tokens: of the longest response that can be, which one
     loss_agg_mode divides by. kl_coef: of the KL to the reference; None: no such term. entropy_coef: of the entropy,
-    which is subtracted. temperature: of the sampling, which the log-probs share.
+    which is subtracted. temperature: of the sampling, which the log-probs share. correction: what every optimizer step
+    does about the engine's log-probs; None: nothing.
     """
 
     settings: PolicyLossSettings
@@ -23,6 +25,7 @@ class PolicyLossSpec:
     temperature: float
     name: str = "ppo_clip"
     entropy_coef: float = 0.0
+    correction: CorrectionSettings | None = None
     max_tokens: int | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.catalog import ESTIMATORS, POLICY_LOSSES, LossNeeds, Needs
+from megarl.catalog import CORRECTION_PRESETS, ESTIMATORS, POLICY_LOSSES, LossNeeds, Needs
 from megarl.config.schema import PPOConfig
 
 # Keys of ``algorithm`` that some estimators read and others don't.
@@ -19,6 +19,13 @@ def uses_kl_loss(c: PPOConfig) -> bool:
 def needs_reference(c: PPOConfig) -> bool:
     """Whether any KL term compares with the reference."""
     return uses_kl_loss(c) or c.algorithm.use_kl_in_reward
+
+
+def reward_components(c: PPOConfig) -> tuple[str, ...]:
+    """Return the names of the parts of a reward that the estimator reads; one of the user's own may read any."""
+    algorithm = c.algorithm
+    reads = algorithm.adv_estimator not in ESTIMATORS or estimator_needs(c).components
+    return algorithm.gdpo_reward_keys if reads else ()
 
 
 def loss_needs(c: PPOConfig) -> LossNeeds:
@@ -59,9 +66,20 @@ def needs_old_logprobs(c: PPOConfig) -> bool:
 
     Weights and rejections of rollout correction do, KL in the reward, losses that choose tokens, and further epochs.
     """
-    actor, correction = c.actor_rollout_ref.actor, c.algorithm.rollout_correction
-    corrects = correction.preset not in (None, "metrics_only") or correction.level or correction.rejections
-    return bool(corrects or c.algorithm.use_kl_in_reward or loss_needs(c).chosen_tokens or actor.ppo_epochs > 1)
+    epochs, has_chosen = c.actor_rollout_ref.actor.ppo_epochs, loss_needs(c).chosen_tokens
+    return weighs_or_rejects(c) or c.algorithm.use_kl_in_reward or has_chosen or epochs > 1
+
+
+def weighs_or_rejects(c: PPOConfig) -> bool:
+    """Whether rollout correction has weights or rejections."""
+    correction = c.algorithm.rollout_correction
+    return bool(correction.preset not in (None, "metrics_only") or correction.level or correction.rejections)
+
+
+def weight_level(c: PPOConfig) -> str | None:
+    """Return the level of the importance weights of rollout correction, None where there are none."""
+    correction = c.algorithm.rollout_correction
+    return CORRECTION_PRESETS.get(correction.preset) if correction.preset else correction.level
 
 
 def reuses_update(c: PPOConfig) -> bool:

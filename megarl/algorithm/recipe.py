@@ -20,7 +20,6 @@ from megarl.algorithm.advantage import (
     estimators,
 )
 from megarl.algorithm.covariance import select_tokens
-from megarl.algorithm.filters import in_group_with_spread
 from megarl.algorithm.kl import KLEstimator, kl_estimators
 from megarl.algorithm.kl_control import KLController, KLControlSettings, kl_controllers
 from megarl.algorithm.loss_specs import PolicyLossSpec, ValueLossSpec
@@ -28,7 +27,7 @@ from megarl.algorithm.metrics import logprob_difference, masked_mean
 from megarl.algorithm.needs import aggregation, clip_range, reuses_update, uses_kl_loss
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, correct_rollouts, presets
-from megarl.algorithm.samples import Samples, share_cut
+from megarl.algorithm.samples import Samples
 from megarl.algorithm.seeds import seed_of
 from megarl.algorithm.token_rewards import penalize_rewards
 from megarl.algorithm.user_file import user_errors_named
@@ -94,8 +93,9 @@ class Recipe:
         self.kl_in_reward: KLEstimator | None = None
         if algorithm.use_kl_in_reward:
             self.kl_in_reward = kl_estimators.get(algorithm.kl_penalty, key="algorithm.kl_penalty")
-        self.correction = _correction(algorithm.rollout_correction)
+        self.correction, _ = _corrections(algorithm.rollout_correction)
         self.bypasses = algorithm.rollout_correction.bypass
+        self.leaves_out_cut = algorithm.overlong_filtering
         self.critic_warmup_steps = config.critic.warmup_steps if estimators.needs(algorithm.adv_estimator).values else 0
         self.reuses_update = reuses_update(config)
 
@@ -115,14 +115,25 @@ class Recipe:
     def train_batch(
         self, samples: Samples, old_BS: Tensor | None, ref_BS: Tensor | None, values_BS: Tensor | None, step: int
     ) -> TrainBatch:
-        """Return the TrainBatch of a step. old_BS, ref_BS, values_BS: [B, S], None where nothing needs them."""
+        """Return the TrainBatch of a step. old_BS, ref_BS, values_BS: [B, S], None where nothing needs them.
+
+        Responses that overlong filtering leaves out are in no loss; rewards and advantages are those of a run with
+        them, so that the baseline of a group is the mean of all of its rewards.
+        """
         batch, rewards_B = samples.batch, samples.rewards.scores_B
         token_rewards_BS, metrics = self._penalize(batch, rewards_B, old_BS, ref_BS)
         inputs = AdvantageInputs(
-            rewards_B, batch.group_B, batch.mask_BS, token_rewards_BS, values_BS, samples.baseline_B
+            rewards_B,
+            batch.group_B,
+            batch.mask_BS,
+            token_rewards_BS,
+            values_BS,
+            samples.baseline_B,
+            samples.rewards.components_BK,
         )
         advantages = self.estimate(inputs)
         metrics["advantage/mean_abs"] = masked_mean(advantages.advantages_BS.abs(), batch.mask_BS)
+        batch = replace(batch, mask_BS=self._mask(samples))
         mask_BS, weights_BS, selected_BS = batch.mask_BS, None, None
         reuses = self._first_is_on_policy(step)
         if not reuses:
@@ -146,6 +157,7 @@ class Recipe:
             ref_logprobs_BS=ref_BS,
             policy_weights_BS=weights_BS,
             selected_BS=selected_BS,
+            rollout_logprobs_BS=batch.rollout_logprobs_BS if self.policy_loss.correction else None,
             first_is_on_policy=reuses,
         )
         if values_BS is None:
@@ -167,8 +179,8 @@ class Recipe:
             "response/mean_tokens": float(tokens_B.float().mean()),
             "response/max_tokens": float(tokens_B.max()),
             "response/total_tokens": float(tokens_B.sum()),
-            "response/share_cut": share_cut(samples.groups),
-            "group/share_without_spread": float((~in_group_with_spread(rewards.scores_B, rows.group_B)).float().mean()),
+            "response/share_cut": float(samples.is_cut_B.float().mean()),
+            "group/share_without_spread": float((~rewards.has_spread(rows.group_B)).float().mean()),
             "rollout/policy_version": float(rows.policy_version_B.min()),
             **batch.metrics,
         }
@@ -176,11 +188,17 @@ class Recipe:
             assert isinstance(batch.policy, PolicyBatch)
             later_BS = batch.policy.old_logprobs_BS
             old_BS = update.logprobs_BS if later_BS is None else update.logprobs_BS + later_BS
+            rows = replace(rows, mask_BS=batch.policy.mask_BS)
             corrected = correct_rollouts(old_BS, rows.rollout_logprobs_BS, rows.mask_BS, self.correction)
             found |= _of_correction(corrected.metrics) | _differences(rows, old_BS)
         if batch.values is not None:
             found |= _of_values(batch.values)
         return found
+
+    def _mask(self, samples: Samples) -> Tensor:
+        """Return the mask [B, S] of the tokens that a step may train on."""
+        mask_BS = samples.batch.mask_BS
+        return mask_BS & ~samples.is_cut_B[:, None] if self.leaves_out_cut else mask_BS
 
     def _first_is_on_policy(self, step: int) -> bool:
         return self.reuses_update and step > self.critic_warmup_steps
@@ -227,7 +245,12 @@ def _estimator(config: PPOConfig) -> Callable[[AdvantageInputs], Advantages]:
     """Return the advantage estimator with its settings. It raises AlgorithmError where a user's own fails."""
     algorithm = config.algorithm
     name = algorithm.adv_estimator
-    settings = AdvantageSettings(algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma, lam=algorithm.lam)
+    settings = AdvantageSettings(
+        algorithm.norm_adv_by_std_in_grpo,
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+        component_weights=algorithm.gdpo_reward_weights,
+    )
 
     def estimate(inputs: AdvantageInputs) -> Advantages:
         with user_errors_named(estimators.key, name):
@@ -258,21 +281,34 @@ def _policy_loss(config: PPOConfig) -> PolicyLossSpec:
         temperature=models.rollout.temperature,
         name=actor.policy_loss,
         entropy_coef=actor.entropy_coeff,
+        correction=_corrections(config.algorithm.rollout_correction)[1],
         max_tokens=config.data.max_response_length,
     )
 
 
-def _correction(correction: RolloutCorrectionConfig) -> CorrectionSettings:
-    """Return the settings of rollout correction: a preset's, or those of the keys."""
-    if correction.preset is not None:
-        return presets.get(correction.preset)
-    low, high = correction.band or (0.0, math.inf)
+def _corrections(config: RolloutCorrectionConfig) -> tuple[CorrectionSettings, CorrectionSettings | None]:
+    """Return what is corrected before the update of a step, and what in every optimizer step; None: nothing.
+
+    A bypass leaves all of it to the optimizer steps: before the update there are no log-probs by the actor to compare.
+    """
+    before, delta = _before_update(config), config.off_policy_mask_delta
+    if not config.bypass:
+        return before, None if delta is None else CorrectionSettings(off_policy_delta=delta)
+    during = replace(before, off_policy_delta=delta)
+    return CorrectionSettings(), during if during != CorrectionSettings() else None
+
+
+def _before_update(config: RolloutCorrectionConfig) -> CorrectionSettings:
+    """Return the settings of weights and rejections: a preset's, or those of the keys."""
+    if config.preset is not None:
+        return presets.get(config.preset)
+    low, high = config.band or (0.0, math.inf)
     return CorrectionSettings(
-        level=correction.level,
-        cap=math.inf if correction.cap is None else correction.cap,
+        level=config.level,
+        cap=math.inf if config.cap is None else config.cap,
         band=(low, high),
-        normalize=correction.normalize,
+        normalize=config.normalize,
         rejections=tuple(
-            Rejection(r.criterion, r.low, math.inf if r.high is None else r.high) for r in correction.rejections
+            Rejection(r.criterion, r.low, math.inf if r.high is None else r.high) for r in config.rejections
         ),
     )

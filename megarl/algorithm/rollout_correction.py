@@ -1,14 +1,20 @@
 """Correct for the engine having sampled from another distribution than the one the trainer computes.
 
 Kernels, precision and stale weights make the engine's log-probs differ from the trainer's. With log-ratio
-d_t = old_logprob_t (trainer) - rollout_logprob_t (engine), a rollout can be weighted by the ratio, or rejected. Both
-act on the policy loss of a whole step and are computed once, before the update, so they depend on no split of it.
+d_t = logprob_t (trainer) - rollout_logprob_t (engine), a rollout can be weighted by the ratio, or rejected.
 
 - Weights: exp(d_t) of each token, which ignores that earlier tokens led to it (biased, of low variance), or exp(sum d)
   of the sequence (unbiased, of high variance). Truncated importance sampling caps them. arXiv:1606.02647 and
   https://fengyao.notion.site/off-policy-rl
 - A band: weights outside it become 0, but their tokens still count in the mean of the loss. IcePop, arXiv:2510.18855.
-- Rejection: tokens or sequences leave the mask, and so the mean. https://richardli.xyz/rl-collapse
+- Rejection: tokens or sequences leave the mask, and so the mean. By the ratio of the whole sequence (sequence_mis) or
+  its geometric mean (geometric, seq_mask_tis) it is masked importance sampling. https://richardli.xyz/rl-collapse
+- The off-policy mask: sequences that were worse than expected and have become unlikely teach nothing more.
+  DeepSeek-V3.2, arXiv:2512.02556, section 3.1.
+
+The first three compare the policy before its update, once for a whole step (``correct_rollouts``). Where that policy's
+log-probs aren't computed (a bypass), and for the off-policy mask, each optimizer step compares the policy at hand
+(``update_factors``). Either way the result depends on no split into micro-batches.
 
 Shape suffixes: B rollouts, S sequence, N masked tokens.
 """
@@ -23,6 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megarl.algorithm.group import Groups, groups_of
 from megarl.algorithm.registry import Registry
 
 _MAX_LOG_RATIO = 20.0
@@ -44,6 +51,7 @@ class CorrectionSettings:
 
     level: ``token`` or ``sequence`` weights; None weighs nothing. cap: the largest weight. band: the weights that
     are kept, others become 0. normalize: divide weights by their mean over the step. rejections: all apply.
+    off_policy_delta: of the off-policy mask, in nats a token; None masks nothing.
     """
 
     level: str | None = None
@@ -51,6 +59,7 @@ class CorrectionSettings:
     band: tuple[float, float] = (0.0, math.inf)
     normalize: bool = False
     rejections: tuple[Rejection, ...] = ()
+    off_policy_delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,9 @@ class Correction:
 
 
 class Criterion(Protocol):
-    """The signature of every criterion: log-ratios, zero outside the mask, to [B, S] or, one a sequence, [B, 1]."""
+    """The signature of every criterion: log-ratios [N], and the sequences that they are of, to a value [N]."""
 
-    def __call__(self, log_ratio_BS: Tensor, mask_BS: Tensor) -> Tensor: ...
+    def __call__(self, log_ratio_N: Tensor, sequences: Groups) -> Tensor: ...
 
 
 criteria: Registry[Criterion] = Registry("algorithm.rollout_correction.rejections")
@@ -73,36 +82,36 @@ presets: Registry[CorrectionSettings] = Registry("algorithm.rollout_correction.p
 
 
 @criteria.register("token")
-def token_ratio(log_ratio_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def token_ratio(log_ratio_N: Tensor, sequences: Groups) -> Tensor:
     """Return exp(d_t) of each token."""
-    return log_ratio_BS.exp()
+    return log_ratio_N.exp()
 
 
 @criteria.register("sequence")
-def sequence_ratio(log_ratio_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def sequence_ratio(log_ratio_N: Tensor, sequences: Groups) -> Tensor:
     """Return exp(sum_t d_t) of each sequence: strict with long ones, whose ratios spread."""
-    return log_ratio_BS.sum(-1, keepdim=True).exp()
+    return sequences.sum(log_ratio_N).exp()
 
 
 @criteria.register("geometric")
-def geometric_ratio(log_ratio_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def geometric_ratio(log_ratio_N: Tensor, sequences: Groups) -> Tensor:
     """Return exp(mean_t d_t) of each sequence, the geometric mean of its ratios: fair to any length."""
-    return _token_mean(log_ratio_BS, mask_BS).exp()
+    return _token_mean(log_ratio_N, sequences).exp()
 
 
 @criteria.register("sequence_k3")
-def sequence_k3(log_ratio_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def sequence_k3(log_ratio_N: Tensor, sequences: Groups) -> Tensor:
     """Return mean_t (exp(d_t) - 1 - d_t) of each sequence, the k3 estimate of KL(engine || trainer) a token.
 
     Unlike the geometric mean, deviations up and down don't cancel.
     """
-    return _token_mean(_k3(log_ratio_BS), mask_BS)
+    return _token_mean(_k3(log_ratio_N), sequences)
 
 
 @criteria.register("worst_token")
-def worst_token_ratio(log_ratio_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def worst_token_ratio(log_ratio_N: Tensor, sequences: Groups) -> Tensor:
     """Return exp(min_t d_t) of each sequence: one token that the trainer all but rules out vetoes its sequence."""
-    return torch.where(mask_BS, log_ratio_BS, math.inf).amin(-1, keepdim=True).exp()
+    return sequences.least(log_ratio_N).exp()
 
 
 _GEOMETRIC = (Rejection("geometric", 0.999, 1.001),)
@@ -112,6 +121,7 @@ for _name, _preset in {
     "token_tis": CorrectionSettings("token", cap=2.0),
     "sequence_tis": CorrectionSettings("sequence", cap=2.0),
     "sequence_mis": CorrectionSettings("sequence", cap=2.0, rejections=(Rejection("sequence", 0.5, 2.0),)),
+    "seq_mask_tis": CorrectionSettings("token", rejections=(Rejection("geometric", 0.999, 1.002),)),
     "icepop": CorrectionSettings("token", band=(0.5, 5.0)),
     "geometric": CorrectionSettings(rejections=_GEOMETRIC),
     "geometric_token_tis": CorrectionSettings("token", cap=2.0, rejections=_GEOMETRIC),
@@ -126,60 +136,91 @@ for _name, _preset in {
 def correct_rollouts(
     old_logprobs_BS: Tensor, rollout_logprobs_BS: Tensor, mask_BS: Tensor, settings: CorrectionSettings
 ) -> Correction:
-    """Return weights, what is left of the mask, and metrics of a step.
+    """Return weights, what is left of the mask, and metrics of a step. The off-policy mask is no part of it.
 
     Ratios are clamped to exp(+-20) in weights, not in criteria. A NaN is never within a bound: its token is rejected
     by every criterion that sees it, and else its weight is NaN. Raises ConfigError for an unknown criterion.
     """
-    log_ratio_BS = torch.where(mask_BS, old_logprobs_BS.double() - rollout_logprobs_BS.double(), 0.0)
-    left_BS = mask_BS & _accepted(log_ratio_BS, mask_BS, settings)
-    metrics = _mismatch(log_ratio_BS[mask_BS]) | _share_masked(mask_BS, left_BS)
+    log_ratio_N = old_logprobs_BS[mask_BS].double() - rollout_logprobs_BS[mask_BS].double()
+    sequences = groups_of(mask_BS.nonzero()[:, 0])
+    is_left_N = _accepted(log_ratio_N, sequences, settings)
+    left_BS = mask_BS.clone()
+    left_BS[mask_BS] = is_left_N
+    metrics = _mismatch(log_ratio_N) | _share_masked(mask_BS, left_BS)
     if settings.level is None:
         return Correction(None, left_BS, metrics)
-    raw_BS = _raw_weights(log_ratio_BS, settings.level)
-    is_banned_BS = (raw_BS < settings.band[0]) | (raw_BS > settings.band[1])
-    weights_BS = torch.where(is_banned_BS, 0.0, raw_BS.clamp(max=settings.cap))
-    weights_BS = torch.where(left_BS, weights_BS, 0.0)
+    raw_N = _raw_weights(log_ratio_N, sequences, settings.level)
+    weights_N = torch.where(is_left_N, _bounded(raw_N, settings), 0.0)
     if settings.normalize:
-        weights_BS = weights_BS / _mean_weight(weights_BS, left_BS, settings.level)
+        weights_N = weights_N / _mean_weight(weights_N, is_left_N, sequences, settings.level)
+    weights_BS = torch.zeros_like(old_logprobs_BS)
+    weights_BS[mask_BS] = weights_N.to(weights_BS.dtype)
     metrics |= {
-        "weight_mean": _mean_of(weights_BS[left_BS]),
-        "weight_ess": _effective_share(weights_BS[left_BS]),
-        "share_truncated": _mean_of((raw_BS > settings.cap)[left_BS]),
-        "share_outside_band": _mean_of(is_banned_BS[left_BS]),
+        "weight_mean": _mean_of(weights_N[is_left_N]),
+        "weight_ess": _effective_share(weights_N[is_left_N]),
+        "share_truncated": _mean_of((raw_N > settings.cap)[is_left_N]),
+        "share_outside_band": _mean_of(_is_banned(raw_N, settings)[is_left_N]),
     }
-    return Correction(weights_BS.to(old_logprobs_BS.dtype), left_BS, metrics)
+    return Correction(weights_BS, left_BS, metrics)
 
 
-def _accepted(log_ratio_BS: Tensor, mask_BS: Tensor, settings: CorrectionSettings) -> Tensor:
-    accepted_BS = torch.ones_like(mask_BS)
+def update_factors(
+    log_ratio_N: Tensor, advantages_N: Tensor, sequence_N: Tensor, settings: CorrectionSettings
+) -> Tensor:
+    """Return what to multiply each token's policy loss by in an optimizer step; [N], in the dtype of the log-ratios.
+
+    log_ratio_N: of the policy at hand to the engine. sequence_N: int64, which sequence a token is of, all of whose
+    tokens must be there. The factor is the weight, and 0 where a rejection or the off-policy mask leaves the token out:
+    M_t = 0 where A_t < 0 and mean_t (-d_t), an estimate of KL(engine || policy) a token, is above off_policy_delta. A
+    token that is left out still counts in the mean of the loss, as in DeepSeek-V3.2, arXiv:2512.02556, section 3.1:
+    how many are in other micro-batches isn't known. ``normalize`` would need them too, and is not for here.
+    """
+    assert not settings.normalize, "the mean weight of a step isn't known in an update"
+    d_N, sequences = log_ratio_N.double(), groups_of(sequence_N)
+    is_left_N = _accepted(d_N, sequences, settings)
+    if settings.off_policy_delta is not None:
+        is_near_N = -_token_mean(d_N, sequences) <= settings.off_policy_delta
+        is_left_N = is_left_N & (is_near_N | (advantages_N >= 0))
+    factors_N = torch.ones_like(d_N)
+    if settings.level is not None:
+        factors_N = _bounded(_raw_weights(d_N, sequences, settings.level), settings)
+    return torch.where(is_left_N, factors_N, 0.0).to(log_ratio_N.dtype)
+
+
+def _accepted(log_ratio_N: Tensor, sequences: Groups, settings: CorrectionSettings) -> Tensor:
+    accepted_N = torch.ones_like(log_ratio_N, dtype=torch.bool)
     for rejection in settings.rejections:
-        value = criteria.get(rejection.criterion)(log_ratio_BS, mask_BS)
-        accepted_BS = accepted_BS & (value >= rejection.low) & (value <= rejection.high)
-    return accepted_BS
+        value_N = criteria.get(rejection.criterion)(log_ratio_N, sequences)
+        accepted_N = accepted_N & (value_N >= rejection.low) & (value_N <= rejection.high)
+    return accepted_N
 
 
-def _raw_weights(log_ratio_BS: Tensor, level: str) -> Tensor:
+def _raw_weights(log_ratio_N: Tensor, sequences: Groups, level: str) -> Tensor:
     """Return exp(d), of each token or, on all of its tokens, of each sequence."""
     assert level in ("token", "sequence"), level
+    return _safe_exp(sequences.sum(log_ratio_N) if level == "sequence" else log_ratio_N)
+
+
+def _bounded(raw_N: Tensor, settings: CorrectionSettings) -> Tensor:
+    return torch.where(_is_banned(raw_N, settings), 0.0, raw_N.clamp(max=settings.cap))
+
+
+def _is_banned(raw_N: Tensor, settings: CorrectionSettings) -> Tensor:
+    return (raw_N < settings.band[0]) | (raw_N > settings.band[1])
+
+
+def _mean_weight(weights_N: Tensor, is_left_N: Tensor, sequences: Groups, level: str) -> Tensor:
+    """Return the mean over tokens that are left or, as each has one weight, over sequences; 1 where all are zero."""
+    share_N = is_left_N.double()
     if level == "sequence":
-        log_ratio_BS = log_ratio_BS.sum(-1, keepdim=True).expand_as(log_ratio_BS)
-    return _safe_exp(log_ratio_BS)
+        share_N = share_N / sequences.sum(share_N).clamp(min=1)
+    total = (weights_N * share_N).sum()
+    return torch.where(total == 0, 1.0, total / share_N.sum())
 
 
-def _mean_weight(weights_BS: Tensor, mask_BS: Tensor, level: str) -> Tensor:
-    """Return the mean over masked tokens or, as each has one weight, over sequences; 1 where all weights are zero."""
-    values = weights_BS[mask_BS]
-    if level == "sequence":
-        values = _token_mean(weights_BS, mask_BS)[mask_BS.any(-1)]
-    mean = values.sum() / max(values.numel(), 1)
-    return torch.where(mean == 0, 1.0, mean)
-
-
-def _token_mean(values_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return the mean over the masked tokens of each row [B, 1], zero where there are none."""
-    sums_B1 = torch.where(mask_BS, values_BS, 0.0).sum(-1, keepdim=True)
-    return sums_B1 / mask_BS.sum(-1, keepdim=True).clamp(min=1)
+def _token_mean(values_N: Tensor, sequences: Groups) -> Tensor:
+    """Return the mean over the tokens of each sequence, on all of them."""
+    return sequences.sum(values_N) / sequences.size_B
 
 
 def _safe_exp(log_ratio: Tensor) -> Tensor:

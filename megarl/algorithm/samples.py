@@ -1,16 +1,17 @@
 """The rollouts of a step with their rewards.
 
-Shape suffixes: B rollouts.
+Shape suffixes: B rollouts, K components of a reward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megarl.algorithm.filters import in_group_with_spread
 from megarl.types import Group, Metrics, Prompt, RewardResult, RolloutBatch
 
 
@@ -20,12 +21,14 @@ class Rewards:
 
     results: of the reward function, none where there is no function. penalties_B: added for overlong responses, at most
     0. model_B: the reward model's scores, None without one; ``model_coef`` times they are added to the function's.
+    component_names: of the parts of the function's reward that the estimator reads.
     """
 
     results: tuple[RewardResult, ...]
     penalties_B: Tensor
     model_B: Tensor | None = None
     model_coef: float = 1.0
+    component_names: tuple[str, ...] = ()
 
     @property
     def unpenalized(self) -> tuple[float, ...]:
@@ -41,6 +44,21 @@ class Rewards:
         """Scores as float32 [B], penalties included."""
         return torch.tensor(self.unpenalized) + self.penalties_B
 
+    @property
+    def components_BK(self) -> Tensor | None:
+        """Parts of the rewards by name, float32 [B, K]; None where the estimator reads none."""
+        return torch.tensor([r.components for r in self.results]) if self.component_names else None
+
+    def has_spread(self, group_B: Tensor) -> Tensor:
+        """Return for each rollout whether its group teaches: it has two scores, or two values of a part; bool [B].
+
+        The penalty of overlong responses is no part of it: it would tell apart what is equally right.
+        """
+        columns_BK = self.components_BK
+        if columns_BK is None:
+            return in_group_with_spread(torch.tensor(self.unpenalized), group_B)
+        return torch.stack([in_group_with_spread(column_B, group_B) for column_B in columns_BK.T]).any(0)
+
     def with_groups(self, places: Sequence[int], fresh: Rewards, n: int) -> Rewards:
         """Return these rewards with the groups of ``n`` at ``places`` taken from ``fresh``, in order."""
         results, penalties_B = list(self.results), self.penalties_B.clone()
@@ -51,7 +69,7 @@ class Rewards:
             penalties_B[there] = fresh.penalties_B[here]
             if model_B is not None and fresh.model_B is not None:
                 model_B[there] = fresh.model_B[here]
-        return Rewards(tuple(results), penalties_B, model_B, self.model_coef)
+        return replace(self, results=tuple(results), penalties_B=penalties_B, model_B=model_B)
 
     def metrics(self) -> Metrics:
         """Mean, spread, the model's part and the function's, and what went wrong."""
@@ -68,19 +86,16 @@ class Rewards:
         }
 
     def _parts(self) -> Metrics:
-        """Return the mean of the model's scores as they are, and of the function's beside them."""
+        """Return the mean of every component; of the model's scores as they are, and of the function's beside them."""
+        columns_BK = self.components_BK
+        means = [] if columns_BK is None else columns_BK.double().mean(0).tolist()
+        parts = {f"reward/component/{name}": mean for name, mean in zip(self.component_names, means, strict=True)}
         if self.model_B is None:
-            return {}
-        parts = {"reward/model_mean": float(self.model_B.mean())}
+            return parts
+        parts["reward/model_mean"] = float(self.model_B.mean())
         if self.results:
             parts["reward/function_mean"] = sum(r.score for r in self.results) / len(self.results)
         return parts
-
-
-def share_cut(groups: Sequence[Group]) -> float:
-    """Return the share of rollouts that were cut at the longest response, where they would have gone on."""
-    cut = [rollout.finish_reason == "length" for group in groups for rollout in group]
-    return sum(cut) / len(cut)
 
 
 @dataclass(frozen=True)
@@ -96,3 +111,8 @@ class Samples:
     rewards: Rewards
     batch: RolloutBatch
     baseline_B: Tensor | None = None
+
+    @property
+    def is_cut_B(self) -> Tensor:
+        """Whether each response ended at the limit of its length; bool [B]."""
+        return torch.tensor([r.finish_reason == "length" for group in self.groups for r in group])

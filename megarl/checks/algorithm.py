@@ -11,8 +11,11 @@ from megarl.algorithm.needs import (
     loss_needs,
     needs_critic,
     needs_reference,
+    needs_reward_function,
     needs_reward_model,
     uses_kl_loss,
+    weighs_or_rejects,
+    weight_level,
 )
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.config.defaults import default_of
@@ -114,10 +117,47 @@ def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
     """gamma, lam and the like are set only where the estimator reads them."""
     for name in KEYS_OF_ESTIMATORS:
         value, neutral = getattr(c.algorithm, name), default_of(f"algorithm.{name}")
+        value = list(value) if isinstance(value, tuple) else value
         if value != neutral and name not in estimator_needs(c).uses:
             readers = ", ".join(e for e, needs in ESTIMATORS.items() if name in needs.uses)
             allowed = f"has no effect on {c.algorithm.adv_estimator}; read by {readers}"
-            yield Problem(f"algorithm.{name}", value, allowed, f"algorithm.{name}={str(neutral).lower()}")
+            yield Problem(f"algorithm.{name}", value, allowed, f"algorithm.{name}={_typed(neutral)}")
+
+
+def components_are_named_and_weighed(c: PPOConfig) -> Problems:
+    """An estimator that reads components of the reward has some, from the function alone, and a weight for each."""
+    names, weights = c.algorithm.gdpo_reward_keys, c.algorithm.gdpo_reward_weights
+    key, estimator = "algorithm.gdpo_reward_keys", c.algorithm.adv_estimator
+    if estimator_needs(c).components:
+        if not names:
+            allowed = f"{estimator} needs the names of the components that the reward function returns beside its score"
+            yield Problem(key, [], allowed, f"{key}=[correct,format]")
+        for name, is_on, off in (
+            ("algorithm.use_kl_in_reward", c.algorithm.use_kl_in_reward, "false"),
+            ("reward.overlong_buffer.enable", c.reward.overlong_buffer.enable, "false"),
+            ("reward.model.path", needs_reward_model(c), "null"),
+        ):
+            if is_on:
+                allowed = f"is no component of the reward: {estimator} reads those of the function alone"
+                yield Problem(name, c.reward.model.path or True, allowed, f"{name}={off}, or another estimator")
+    if names and not needs_reward_function(c):
+        yield Problem(
+            key, list(names), "names components of a function's reward, and a model scores alone", f"{key}=[]"
+        )
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1 or name == "score"]:
+        yield Problem(key, list(names), f"must name each component once, and never score: {', '.join(twice)}")
+    if weights is not None and (len(weights) != len(names) or not all(w > 0 for w in weights)):
+        allowed = f"must be a number above 0 for each of the {len(names)} {key}"
+        yield Problem("algorithm.gdpo_reward_weights", list(weights), allowed, "algorithm.gdpo_reward_weights=null")
+
+
+def some_response_can_end(c: PPOConfig) -> Problems:
+    """Overlong filtering leaves something to train on."""
+    rollout = c.actor_rollout_ref.rollout
+    if c.algorithm.overlong_filtering and rollout.ignore_eos and not rollout.stop_token_ids:
+        key = "algorithm.overlong_filtering"
+        allowed = "leaves nothing: rollout.ignore_eos without rollout.stop_token_ids cuts every response at the limit"
+        yield Problem(key, True, allowed, "actor_rollout_ref.rollout.ignore_eos=false")
 
 
 def the_kl_controller_has_an_effect(c: PPOConfig) -> Problems:
@@ -174,16 +214,13 @@ def the_overlong_buffer_is_within_the_response(c: PPOConfig) -> Problems:
 
 
 def rollout_correction_is_said_in_one_way(c: PPOConfig) -> Problems:
-    """A preset, or keys, or a bypass; and every key has weights to act on."""
+    """A preset, or keys; and every key has weights to act on."""
     correction, key = c.algorithm.rollout_correction, "algorithm.rollout_correction"
     weighs = {"cap": correction.cap, "band": correction.band, "normalize": correction.normalize or None}
     keys = {**weighs, "level": correction.level, "rejections": correction.rejections or None}
     given = [name for name, value in keys.items() if value is not None]
     if correction.preset and given:
         yield Problem(f"{key}.preset", correction.preset, f"stands for all keys, but {', '.join(given)} are set too")
-    if correction.bypass and (correction.preset or given):
-        allowed = "takes the engine's log-probs for the trainer's: there is no difference left to correct"
-        yield Problem(f"{key}.bypass", True, allowed, f"{key}.bypass=false")
     for name in (name for name, value in weighs.items() if value is not None and correction.level is None):
         yield Problem(
             f"{key}.{name}", getattr(correction, name), "acts on weights, and there are none", f"{key}.level=token"
@@ -201,14 +238,34 @@ def rollout_correction_is_said_in_one_way(c: PPOConfig) -> Problems:
             )
 
 
+def a_bypass_leaves_what_is_corrected_to_the_update(c: PPOConfig) -> Problems:
+    """Beside a bypass an optimizer step rejects, and weighs what has no ratio to the engine's log-probs yet."""
+    correction, key, loss = c.algorithm.rollout_correction, "algorithm.rollout_correction", c.actor_rollout_ref.actor
+    if not correction.bypass:
+        return
+    if correction.preset == "metrics_only":
+        allowed = "compares log-probs by the actor with the engine's, and a bypass computes none before the update"
+        yield Problem(f"{key}.preset", correction.preset, allowed, f"{key}.preset=null")
+    if correction.normalize:
+        allowed = "divides by the mean weight of the step, which no optimizer step of a bypass knows"
+        yield Problem(f"{key}.normalize", True, allowed, f"{key}.normalize=false")
+    if weight_level(c) and loss.policy_loss in POLICY_LOSSES and POLICY_LOSSES[loss.policy_loss].has_ratio:
+        name = "preset" if correction.preset else "level"
+        allowed = (
+            f"weighs by the ratio to the engine, which the ratio of {loss.policy_loss} is where {key}.bypass is on: "
+            "rejections alone are left to add"
+        )
+        fix = f"{key}.{name}=null, or actor_rollout_ref.actor.policy_loss=gpg, which has no ratio"
+        yield Problem(f"{key}.{name}", getattr(correction, name), allowed, fix)
+
+
 def corrected_rollouts_are_sampled_from_all_tokens(c: PPOConfig) -> Problems:
     """Log-probs that are compared are of one distribution.
 
     After top_p and top_k the engine's are of the kept tokens, renormalised; the trainer's are of the whole vocabulary.
     """
     correction, rollout = c.algorithm.rollout_correction, c.actor_rollout_ref.rollout
-    by_preset = correction.preset is not None and correction.preset != "metrics_only"
-    if not (by_preset or correction.level or correction.rejections or correction.bypass):
+    if not (weighs_or_rejects(c) or correction.bypass or correction.off_policy_mask_delta is not None):
         return
     for name, value, whole in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, None)):
         if value != whole:
@@ -220,8 +277,14 @@ def corrected_rollouts_are_sampled_from_all_tokens(c: PPOConfig) -> Problems:
             yield Problem(key, value, allowed, f"{key}={fix}, or no correction")
 
 
+def _typed(value: object) -> str:
+    """Return a default as it is typed on the command line."""
+    return "[]" if value == [] else "null" if value is None else str(value).lower()
+
+
 ALGORITHM_RULES = (
     rollout_correction_is_said_in_one_way,
+    a_bypass_leaves_what_is_corrected_to_the_update,
     corrected_rollouts_are_sampled_from_all_tokens,
     the_estimator_is_known,
     the_policy_loss_is_known,
@@ -233,6 +296,8 @@ ALGORITHM_RULES = (
     the_critic_is_there_where_it_is_needed,
     a_reward_model_weighs_something,
     estimator_settings_have_an_effect,
+    components_are_named_and_weighed,
+    some_response_can_end,
     the_kl_controller_has_an_effect,
     dynamic_sampling_has_groups,
     the_policy_loss_is_that_of_its_paper,

@@ -50,6 +50,9 @@ def _unmet_needs(config: PPOConfig) -> Iterator[Problem]:
     if critic and not needs.values:
         allowed = f"{name} is registered without Needs(values=True): the critic would be trained for nothing"
         yield Problem("critic.enable", critic, allowed, "critic.enable=null")
+    if needs.components and not config.algorithm.gdpo_reward_keys:
+        key, allowed = "algorithm.gdpo_reward_keys", f"{name} needs the names of components of the reward"
+        yield Problem(key, [], allowed, f"{key}=[correct,format]")
     if n < needs.min_group_size:
         key, allowed = "actor_rollout_ref.rollout.n", f"{name} needs at least {needs.min_group_size} rollouts a prompt"
         yield Problem(key, n, allowed, f"{key}={needs.min_group_size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ class FlagParser(argparse.ArgumentParser):
         """Raise ConfigError in place of printing usage."""
         flag, _, wrong = message.removeprefix("argument ").partition(": ")
         raise ConfigError([Problem(flag, Absent(), wrong or "can't be read", "see --help")])
+
+
+def end_quietly_with_the_reader() -> None:
+    """Have this process, which only prints, end without a word where a pager or head has seen enough."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def take_flags(parser: FlagParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -23,10 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.config.command_line import CommandLine, parse_command_line
+from megarl.config.command_line import CommandLine, end_quietly_with_the_reader, parse_command_line
 from megarl.config.composition_errors import hydra_errors_named
 from megarl.config.files import OURS, group_names, names_in
 from megarl.config.provenance import find_origins, read_sources, with_origins
+from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
 USER_ERROR, RUN_ERROR = 2, 1
@@ -117,13 +118,15 @@ def run_hydra(
     """
     with errors_reported():
         line = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_name)
+        if arguments is None and (line.wants_help or line.prints_config):
+            end_quietly_with_the_reader()
         if line.wants_help:
             print(_help(help_text, config_name))
             return
         run = compose(line)
         try:
             if line.prints_config:
-                print(as_yaml(run.values()) if line.resolves else OmegaConf.to_yaml(run.config), end="")
+                print(as_yaml(run.values(), run.typed) if line.resolves else OmegaConf.to_yaml(run.config), end="")
             else:
                 task(run.values(), run.typed)
         except ConfigError as error:
@@ -190,9 +193,12 @@ def _for_hydra(override: Override, line: CommandLine, loader: ConfigLoader) -> I
         yield f"++{key}={override.get_value_string()}"
 
 
-def as_yaml(values: Mapping[str, Any]) -> str:
-    """Return resolved values as a config file that composes to exactly them, whatever their strings look like."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
+def as_yaml(values: Mapping[str, Any], typed: Sequence[str] = ()) -> str:
+    """Return resolved values as a config file that composes to exactly them, whatever their strings look like.
+
+    It refers to secrets of the environment, and doesn't hold them. typed: the overrides.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(without_secrets(_escaped(dict(values)), typed)))
 
 
 def _escaped(value: Any) -> Any:

@@ -38,7 +38,9 @@ class DataConfig:
     """Prompts."""
 
     train_files: tuple[str, ...] = key("parquet files of prompts to train on; several are merged")
-    train_file_weights: tuple[float, ...] | None = key("shares of an epoch, a number a file; null: every row once")
+    train_file_weights: tuple[float, ...] | None = key(
+        "shares of every step, a number a file; null: every row once in an epoch"
+    )
     val_files: tuple[str, ...] = key("parquet files of prompts to validate on")
     train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1)
     val_batch_size: int = key("prompts of one validation pass through the engine", low=1)
@@ -56,13 +58,13 @@ class DataConfig:
 class SFTDataConfig:
     """Demonstrations."""
 
-    train_files: tuple[str, ...] = key("parquet files of chats to train on")
-    val_files: tuple[str, ...] = key("parquet files of chats to measure the loss on; may be empty")
-    train_batch_size: int = key("chats in an optimizer step, over all ranks", low=1)
-    micro_batch_size_per_gpu: int = key("chats of a forward/backward on one data-parallel rank", low=1)
+    train_files: tuple[str, ...] = key("parquet files of examples, which are chats, to train on")
+    val_files: tuple[str, ...] = key("parquet files of examples to measure the loss on; may be empty")
+    train_batch_size: int = key("examples in an optimizer step, over all ranks", low=1)
+    micro_batch_size_per_gpu: int = key("examples of a forward/backward on one data-parallel rank", low=1)
     max_length: int = key("tokens of the longest chat", low=2)
     messages_key: str = key("column with the chat messages")
-    overlong_examples: str = key("what to do with longer chats", choices=("filter", "error"))
+    overlong_examples: str = key("what to do with longer examples", choices=("filter", "error"))
     apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
     trained_turns: str = key("the assistant's turns to train on", choices=("all", "last"))
     response_start: str = key(
@@ -359,7 +361,7 @@ class RejectionConfig:
 class RolloutCorrectionConfig:
     """What to do about the engine's log-probs differing from the trainer's."""
 
-    preset: str | None = key("a named setting of the keys below", choices=CORRECTION_PRESETS)
+    preset: str | None = key("a named setting of the keys below", choices=tuple(CORRECTION_PRESETS))
     level: str | None = key(
         "importance weights of tokens or of whole sequences; null: none", choices=("token", "sequence")
     )
@@ -368,6 +370,9 @@ class RolloutCorrectionConfig:
     normalize: bool = key("divide weights by their mean over the step")
     rejections: tuple[RejectionConfig, ...] = key("what leaves the loss altogether")
     bypass: bool = key("take the engine's log-probs as the old ones, and save the pass that recomputes them")
+    off_policy_mask_delta: float | None = key(
+        "mean of log(engine / policy) a token above which a negative advantage has no loss; null: none", low=0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -379,6 +384,11 @@ class AlgorithmConfig:
     gamma: float = key("discount of a token's later rewards", above=0.0, high=1.0)
     lam: float = key("weight of later temporal differences (gae)", low=0.0, high=1.0)
     norm_adv_by_std_in_grpo: bool = key("divide group advantages by their standard deviation")
+    gdpo_reward_keys: tuple[str, ...] = key(
+        "components of the reward, returned beside its score, to normalise apart (gdpo)"
+    )
+    gdpo_reward_weights: tuple[float, ...] | None = key("a weight for each of them; null: 1")
+    overlong_filtering: bool = key("leave responses that were cut at the limit out of the loss (DAPO)")
     use_kl_in_reward: bool = key("subtract KL to the reference from the reward of every token")
     kl_penalty: str = key("estimator of that KL", choices=KL_ESTIMATORS)
     kl_ctrl: KLControlConfig = key("coefficient of that KL")

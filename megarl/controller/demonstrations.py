@@ -83,7 +83,7 @@ class DemonstrationLoss:
             return Evaluation(step, self.recipe.last_loss, "loss of the last step", {})
         batch = _padded(self.examples)
         loss = float(-self.actor.logprobs(batch)[batch.mask_BS].mean())
-        return Evaluation(step, loss, f"validation loss over {len(self.examples)} chats", {"loss/val": loss})
+        return Evaluation(step, loss, f"validation loss over {len(self.examples)} examples", {"loss/val": loss})
 
 
 def _padded(examples: Sequence[SFTExample]) -> Sequences:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class PPOInputs:
     """The inputs of an RL run.
 
-    stop_token_ids: what ends a response besides the engine's own stops. roles: with the lengths of their schedules.
-    notes: what the user should know.
+    stop_token_ids: what ends a response besides the engine's own stops. notes: what a person should know of the inputs.
+    roles: with the lengths of their schedules.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,8 +41,8 @@ class PPOInputs:
     order: Order | MixedOrder
     num_steps: int
     stop_token_ids: tuple[int, ...]
+    notes: tuple[str, ...]
     roles: tuple[Role, ...]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     _check_weights(checked.roles)
     folder = checked.actor.model.here()
     template = ChatTemplate(load_tokenizer(folder), data.apply_chat_template_kwargs)
+    overlong = cast(Overlong, data.overlong_prompts)
     train, val = (
         load_prompts(
             files,
             template,
             prompt_key=data.prompt_key,
             max_prompt_length=data.max_prompt_length,
-            overlong=cast(Overlong, data.overlong_prompts),
+            overlong=overlong,
         )
         for files in (data.train_files, data.val_files)
     )
@@ -89,9 +90,9 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     require(schedule_problems(checked, num_steps))  # once more, now that too long prompts are left out
     stops, stop_notes = _stops(config, folder, template)
-    notes = (*_overlong_notes(config, train.num_overlong + val.num_overlong), *template.notes(), *stop_notes)
+    notes = (*notes_on(order, train.num_overlong + val.num_overlong, overlong), *template.notes(), *stop_notes)
     roles = with_total_steps(config, checked.roles, num_steps)
-    return PPOInputs(template.tokenizer, train.prompts, val_prompts, order, num_steps, stops, roles, notes)
+    return PPOInputs(template.tokenizer, train.prompts, val_prompts, order, num_steps, stops, notes, roles)
 
 
 def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
@@ -162,12 +163,19 @@ def _named(template: ChatTemplate, token_ids: Sequence[int]) -> str:
     return ", ".join(f"{token!r} ({number})" for token, number in zip(tokens, token_ids, strict=True)) or "no token"
 
 
-def _overlong_notes(config: PPOConfig, count: int) -> Iterator[str]:
-    """Yield how many prompts were too long, if any, and what became of them."""
-    if count:
-        how = config.data.overlong_prompts
-        became = "left out" if how == "filter" else f"cut ({how})"
-        yield f"{became} as longer than data.max_prompt_length: {count} prompts"
+def notes_on(order: Order | MixedOrder, num_overlong: int, overlong: Overlong) -> tuple[str, ...]:
+    """Return what a person should know of the prompts. num_overlong: how many were too long; overlong: what they became."""
+    notes = []
+    if num_overlong:
+        became = "left out" if overlong == "filter" else f"cut ({overlong})"
+        notes.append(f"{became} as longer than data.max_prompt_length: {num_overlong} prompts")
+    if isinstance(order, MixedOrder):
+        for file in order.repeating():
+            notes.append(
+                f"data.train_file_weights: file {file + 1} of data.train_files has {order.file_sizes[file]} rows and "
+                f"gives {order.shares[file]:.4g} to a step: rows of it may come more than once in a step"
+            )
+    return tuple(notes)
 
 
 def check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
@@ -177,7 +185,7 @@ def check_ground_truths(prompts: Sequence[Prompt], name: str | None) -> None:
         prompt, why = wrong[0]
         others = f"; {len(wrong) - 1} more rows have such ones" if len(wrong) > 1 else ""
         raise DataError(
-            f"{prompt.uid}: reward_model.ground_truth = {prompt.ground_truth!r}: the reward "
+            f"{prompt.origin}: reward_model.ground_truth = {prompt.ground_truth!r}: the reward "
             f"{name or prompt.data_source!r} can never match it: {why}{others}. "
             "fix: correct the row, or name the reward that fits it by reward.name or reward.path"
         )

@@ -10,7 +10,8 @@ def train(run: Run[S]) -> None:
     sampler, recipe, timed = run.sampler, run.recipe, run.stopwatch.timed
     actor, ref, critic = run.actor, run.ref, run.critic  # None where nothing needs them
 
-    run.publish(actor)
+    with timed("publish"):
+        run.publish(actor)
     for step in run.steps():
         with timed("sample"):
             samples = sampler.take(step)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from megarl.algorithm.advantage import estimators
 from megarl.algorithm.loss_specs import DemonstrationLossSpec, LossSpec
-from megarl.algorithm.needs import needs_reward_function
+from megarl.algorithm.needs import needs_reward_function, reward_components
 from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.samples import Samples
 from megarl.checkpoint.trainer_state import TrainerState
@@ -38,7 +38,7 @@ from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import RewardSpec
 from megarl.reward.trial import try_reward
-from megarl.roles import Role
+from megarl.roles import Role, num_ranks
 from megarl.rollout.vllm import VllmSpec
 from megarl.types import RewardRequest, Sampling
 
@@ -48,7 +48,7 @@ def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]
     if not needs_reward_function(config):
         return nullcontext()
     reward = config.reward
-    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs)
+    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs, reward_components(config))
     return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure, reward.batch_timeout_s)
 
 
@@ -60,7 +60,7 @@ def try_rewards(pool: RewardPool | None, config: PPOConfig, inputs: PPOInputs) -
     try_reward(
         pool,
         {
-            p.uid: RewardRequest(
+            p.origin: RewardRequest(
                 p.data_source, p.text, p.ground_truth, p.ground_truth, {**p.extra_info, "finish_reason": "stop"}
             )
             for p in first.values()
@@ -80,12 +80,13 @@ def open_run(
 ) -> Iterator[Run[Samples]]:
     """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: for the sinks."""
     spec = RankSpec(inputs.roles, config.trainer.seed, engine_spec(config, inputs.roles[0]), algorithm_file)
-    with (
-        _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks,
-        worker_group(spec, config.trainer) as group,
-    ):
-        observer.opened(group)
-        yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
+    world_size = num_ranks(config)
+    num_engines = world_size // config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
+        sinks.stage(3, 3, f"starting {world_size} ranks and {num_engines} engines, loading weights")
+        with worker_group(spec, config.trainer) as group:
+            observer.opened(group)
+            yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
 
 
 @contextmanager
@@ -93,9 +94,11 @@ def open_sft_run(
     config: SFTConfig, inputs: SFTInputs, run_dir: Path, values: Mapping[str, Any]
 ) -> Iterator[Run[Demonstrations]]:
     """Open an SFT run. values: of the config, for the sinks."""
-    trainer, stopwatch = config.trainer, Stopwatch()
+    trainer = config.trainer
     spec, recipe = RankSpec(inputs.roles, trainer.seed), DemonstrationRecipe()
-    with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, worker_group(spec, trainer) as group:
+    with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, ExitStack() as ranks:
+        sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
+        group, stopwatch = ranks.enter_context(worker_group(spec, trainer)), Stopwatch(told=sinks.wait_for)
         actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
         yield Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
@@ -125,7 +128,7 @@ def rollout_run(
 ) -> Run[Samples]:
     """Return an RL run on ranks that have started."""
     trainer, data, rollout = config.trainer, config.data, config.actor_rollout_ref.rollout
-    stopwatch, recipe = Stopwatch(), Recipe(config)
+    stopwatch, recipe = Stopwatch(told=tracker.wait_for), Recipe(config)
     losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
     roles = {
         role.name: RoleOnRanks(
@@ -142,6 +145,7 @@ def rollout_run(
         roles.get("reward_model"),
         observer,
         RewardLog(run_dir, tracker.warn),
+        reward_components(config),
     )
     publication = Publication(engine, inputs.train_prompts, data.max_response_length)
     groups = config.algorithm.filter_groups

@@ -43,6 +43,14 @@ class Publication:
         batch = rollouts_to_batch([p.token_ids for p in self._prompts], groups)
         trainer_BS = actor.logprobs(batch, temperature=1.0)
         difference = logprob_difference(trainer_BS, batch.rollout_logprobs_BS, batch.mask_BS)
+        for whose, logprobs_BS in (("trainer", trainer_BS), ("engine", batch.rollout_logprobs_BS)):
+            bad = int((~logprobs_BS.isfinite() & batch.mask_BS.bool()).sum())
+            if bad:
+                raise PublishError(
+                    f"the {whose}'s log-probs of {bad} of {int(batch.mask_BS.sum())} greedy tokens are NaN or infinite"
+                    f": {actor.role.model.path} overflows in {actor.role.dtype}. fix: "
+                    "actor_rollout_ref.model.dtype=float32, or another model"
+                )
         allowed = _TOLERANCE[actor.role.dtype]
         if not difference.max_abs <= allowed:
             raise PublishError(

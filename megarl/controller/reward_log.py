@@ -24,13 +24,13 @@ class RewardLog:
         """The file of failures."""
         return self.run_dir / "reward_failures.txt"
 
-    def note(self, uids: Sequence[str], results: Sequence[RewardResult], printed: str) -> None:
-        """Take the results of a scoring, and what was printed meanwhile. uids: of the rows of ``results``."""
+    def note(self, origins: Sequence[str], results: Sequence[RewardResult], printed: str) -> None:
+        """Take the results of a scoring, and what was printed meanwhile. origins: of the rows of ``results``."""
         if printed:
             file = LineFile(self.run_dir / "reward_printed.txt")
             file.append(printed if printed.endswith("\n") else printed + "\n")
             file.close()
-        new = self.failures.add(uids, results)
+        new = self.failures.add(origins, results)
         if any(result.outcome != "ok" for result in results):
             write_file(self.path, f"{self.failures}\n")
         for kind in new:

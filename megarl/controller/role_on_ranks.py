@@ -113,7 +113,7 @@ def _shares(
     batch: Sequences, plan: Sequence[MiniBatch], dp_size: int, first_is_on_policy: bool
 ) -> list[tuple[Sequences, tuple[OptimizerStep, ...], list[int]]]:
     """Return the rows of every data-parallel rank, the plan in terms of those, and their indices in ``batch``."""
-    totals = [mini_batch_totals(batch.mask_BS[list(mini.rows)].sum(-1)) for mini in plan]
+    totals = [(*mini_batch_totals(batch.mask_BS[list(mini.rows)].sum(-1)), len(mini.rows)) for mini in plan]
     shares = []
     for dp in range(dp_size):
         mine = [mini.micro_batches_by_rank[dp] for mini in plan]

@@ -131,7 +131,8 @@ class Run(Generic[S]):
         """Yield every step, counted from 1; validate, save and log around them."""
         schedule, timed = self.schedule, self.stopwatch.timed
         if schedule.val_before_train:
-            self._evaluate(0)
+            with timed("validate"):
+                self._evaluate(0)
             self.tracker.log(0, self._drained())
         self.stopwatch.drain()
         for step in range(1, schedule.num_steps + 1):
@@ -145,7 +146,8 @@ class Run(Generic[S]):
                 with timed("save"):
                     self.save(f"step_{step}", step)
             self._log(step)
-        self.save("final", schedule.num_steps)
+        with timed("save"):
+            self.save("final", schedule.num_steps)
 
     def save(self, name: str, step: int) -> None:
         """Write checkpoints/``name`` after ``step``: the actor, and in critic/ the critic, as Hugging Face folders.

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megarl.algorithm.filters import in_group_with_spread
 from megarl.algorithm.samples import Rewards, Samples
 from megarl.algorithm.seeds import seed_of
 from megarl.batching.pack import rollouts_to_batch
@@ -43,7 +42,7 @@ class RolloutSampler:
     def take(self, step: int) -> Samples:
         """Return the rollouts of a step, counted from 1, with their rewards."""
         prompts = [self.prompts[i] for i in self.order.batch(step - 1)]
-        groups, greedy = self._generate(prompts, step)
+        groups, greedy = self._generate(prompts, step, 0, range(len(prompts)))
         with self.stopwatch.timed("score"):
             rewards, baseline_B = self.scorer.score(prompts, groups), None
             if self.sampling.with_greedy:
@@ -65,9 +64,17 @@ class RolloutSampler:
         """Return the first rollout of some of the prompts that were taken last."""
         return self._rows
 
-    def _generate(self, prompts: Sequence[Prompt], step: object) -> tuple[list[Group], list[Group]]:
-        """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it."""
-        requests = [GenerationRequest(p.token_ids, seed_of(self.seed, "train", step, p.uid)) for p in prompts]
+    def _generate(
+        self, prompts: Sequence[Prompt], step: int, attempt: int, places: Sequence[int]
+    ) -> tuple[list[Group], list[Group]]:
+        """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it.
+
+        places: of the prompts in the batch; a seed follows from them, so a prompt that comes twice is answered twice.
+        """
+        requests = [
+            GenerationRequest(prompt.token_ids, seed_of(self.seed, "train", step, attempt, place))
+            for prompt, place in zip(prompts, places, strict=True)
+        ]
         with self.stopwatch.timed("generate"):
             groups = self.engine.generate(requests, self.sampling)
             self.engine.rest()
@@ -85,14 +92,12 @@ class RolloutSampler:
         prompts, groups, n = list(prompts), list(groups), self.sampling.n
         for attempt in range(1, self.max_generations):
             group_B = torch.arange(len(groups)).repeat_interleave(n)
-            # Of what was right, not of how long it was: the penalty of overlong responses would tell equal ones apart.
-            has_spread_B = in_group_with_spread(torch.tensor(rewards.unpenalized), group_B)
-            dull = (~has_spread_B)[::n].nonzero()[:, 0].tolist()
+            dull = (~rewards.has_spread(group_B))[::n].nonzero()[:, 0].tolist()
             if not dull:
                 break
             order = replace(self.order, shuffle=True, seed=seed_of(self.seed, "resample", attempt))
             fresh = [self.prompts[i] for i in order.batch(step - 1)[: len(dull)]]
-            fresh_groups, _ = self._generate(fresh, f"{step}.{attempt}")
+            fresh_groups, _ = self._generate(fresh, step, attempt, dull)
             fresh_rewards = self.scorer.score(fresh, fresh_groups, is_part=True)
             for place, prompt, group in zip(dull, fresh, fresh_groups, strict=True):
                 prompts[place], groups[place] = prompt, group

@@ -29,6 +29,7 @@ class Scorer:
     """Scores rollouts. pool: None where only a model scores. model: None where only a function does.
 
     max_response_tokens: of the longest response that can be. log: takes what went wrong with the function.
+    component_names: of the parts of the function's reward that the estimator reads.
     """
 
     config: RewardConfig
@@ -38,6 +39,7 @@ class Scorer:
     model: RoleOnRanks | None
     observer: Observer
     log: RewardLog
+    component_names: tuple[str, ...] = ()
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Group], is_part: bool = False) -> Rewards:
         """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured.
@@ -53,7 +55,7 @@ class Scorer:
         model_B = None
         if self.model is not None:
             model_B = self.model.scores(rollouts_to_batch([p.token_ids for p in prompts], groups))
-        rewards = Rewards(results, penalties_B, model_B, self.config.model.coef)
+        rewards = Rewards(results, penalties_B, model_B, self.config.model.coef, self.component_names)
         if not rewards.scores_B.isfinite().all():
             raise RewardError(
                 "a reward is no finite number in float32 once the function's, reward.model.coef x the model's and the "
@@ -79,13 +81,13 @@ class Scorer:
         self, pool: RewardPool, prompts: Sequence[Prompt], groups: Sequence[Group], is_part: bool
     ) -> tuple[RewardResult, ...]:
         """Return the function's results, and log what failed."""
-        uids = [p.uid for p, group in zip(prompts, groups, strict=True) for _ in group]
+        origins = [p.origin for p, group in zip(prompts, groups, strict=True) for _ in group]
         results = tuple(pool.score(self._requests(prompts, groups), self.log.tell))
-        self.log.note(uids, results, pool.take_printed())
+        self.log.note(origins, results, pool.take_printed())
         have_all_failed = bool(results) and all(result.outcome != "ok" for result in results)
         if have_all_failed and not is_part and self.config.on_all_failed == "stop":
             raise RewardError(
-                f"the reward function failed on all {len(results)} rollouts of a step. the first, {uids[0]}: "
+                f"the reward function failed on all {len(results)} rollouts of a step. the first, {origins[0]}: "
                 f"{results[0].outcome}: {results[0].detail}\n{results[0].traceback}\n"
                 f"all kinds of failure: {self.log.path}\n"
                 "fix the function, or go on with reward.score_on_failure by reward.on_all_failed=continue"

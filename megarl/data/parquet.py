@@ -17,16 +17,22 @@ _BATCH_ROWS = 256
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it lies. index: its number in the file, from 0."""
+    """One row and where it lies. index: its number in the file, from 0. place: of the file in the list, from 0."""
 
     file: str
+    place: int
     row_group: int
     index: int
     values: Mapping[str, Any]
 
     @property
     def uid(self) -> str:
-        """Name the row the same way in every epoch and after every resume."""
+        """Name the row the same way in every epoch, after every resume and however the path is typed."""
+        return f"{self.place}:{self.index}"
+
+    @property
+    def origin(self) -> str:
+        """Name the row for a person."""
         return f"{self.file}:{self.index}"
 
     def error(self, text: str) -> DataError:
@@ -42,13 +48,13 @@ def read_rows(files: Sequence[str], required: Mapping[str, str], optional: Seque
     """
     if not files:
         raise DataError("no data files were given. fix: name at least one parquet file")
-    for file in files:
+    for place, file in enumerate(files):
         with open_parquet(file) as parquet:
             columns = parquet.schema_arrow.names
             for column, origin in required.items():
                 _require_column(file, column, origin, columns)
             present = [column for column in (*required, *optional) if column in columns]
-            yield from _rows_of(file, parquet, present, [column for column in optional if column not in columns])
+            yield from _rows_of(file, place, parquet, present, [column for column in optional if column not in columns])
 
 
 def check_footer(file: str, required: Mapping[str, str]) -> int:
@@ -88,13 +94,13 @@ def _require_column(file: str, column: str, origin: str, columns: Sequence[str])
     )
 
 
-def _rows_of(file: str, parquet: pq.ParquetFile, present: list[str], absent: list[str]) -> Iterator[Row]:
+def _rows_of(file: str, place: int, parquet: pq.ParquetFile, present: list[str], absent: list[str]) -> Iterator[Row]:
     nothing = dict.fromkeys(absent)
     index = 0
     for group in range(parquet.num_row_groups):
         for batch in _batches(file, parquet, group, present):
-            for values in _python_rows(file, group, index, batch):
-                yield Row(file, group, index, {**values, **nothing})
+            for values in _python_rows(file, place, group, index, batch):
+                yield Row(file, place, group, index, {**values, **nothing})
                 index += 1
 
 
@@ -106,25 +112,24 @@ def _batches(file: str, parquet: pq.ParquetFile, group: int, columns: list[str])
         raise _unreadable(file, error) from error
 
 
-def _python_rows(file: str, group: int, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+def _python_rows(file: str, place: int, group: int, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     """Yield the rows of a batch as dicts, maps in them too. first: the number of its first row in the file."""
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
         return
-    except (UnicodeDecodeError, KeyError, ValueError, OverflowError):
-        pass  # some row of the batch: which one is found one by one
-    for row in range(batch.num_rows):
+    except _UNREADABLE_VALUES:
+        pass  # of some row, found one by one
+    for number in range(batch.num_rows):
+        row = Row(file, place, group, first + number, {})
         try:
-            [values] = batch.slice(row, 1).to_pylist(maps_as_pydicts="strict")
+            [values] = batch.slice(number, 1).to_pylist(maps_as_pydicts="strict")
         except UnicodeDecodeError as error:
             where = f"byte {error.start} of {error.object[:40]!r}"
-            raise Row(file, group, first + row, {}).error(
-                f"a text is not UTF-8: {where}. fix: write the file from decoded text"
-            ) from error
-        except (
-            KeyError,
-            ValueError,
-            OverflowError,
-        ) as error:  # a map with a key twice, a date without a name in Python
-            raise Row(file, group, first + row, {}).error(f"a value can't be read: {error}") from error
+            raise row.error(f"a text is not UTF-8: {where}. fix: write the file from decoded text") from error
+        except _UNREADABLE_VALUES as error:
+            raise row.error(f"a value can't be read: {error}") from error
         yield values
+
+
+# Text that isn't UTF-8, a map that has a key twice, a date that Python can't name.
+_UNREADABLE_VALUES = (ValueError, KeyError, OverflowError)

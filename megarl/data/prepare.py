@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megarl.config.command_line import end_quietly_with_the_reader
 from megarl.data.gsm8k import prepare_gsm8k
 from megarl.data.verbs import prepare_verbs
 from megarl.errors import MegarlError
@@ -53,4 +54,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    end_quietly_with_the_reader()
     sys.exit(main())

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import pairwise
 from typing import Literal
 
 from megarl.data.messages import TOOLS, row_chat
@@ -58,22 +57,21 @@ def load_prompts(
     required = prompt_columns(prompt_key)
     prompts: list[Prompt] = []
     num_overlong = 0
-    ends = []
-    for file in files:
-        for row in read_rows([file], required, optional=("extra_info", TOOLS)):
-            prompt = _prompt(row, template, prompt_key)
-            if len(prompt.token_ids) <= max_prompt_length:
-                prompts.append(prompt)
-                continue
+    sizes = [0] * len(files)
+    for row in read_rows(files, required, optional=("extra_info", TOOLS)):
+        prompt = _prompt(row, template, prompt_key)
+        if len(prompt.token_ids) > max_prompt_length:
             if overlong == "error":
                 raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
             num_overlong += 1
-            if overlong != "filter":
-                prompts.append(_cut(prompt, template, max_prompt_length, overlong))
-        ends.append(len(prompts))
+            if overlong == "filter":
+                continue
+            prompt = _cut(prompt, template, max_prompt_length, overlong)
+        prompts.append(prompt)
+        sizes[row.place] += 1
     if not prompts:
         raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
-    return PromptSet(tuple(prompts), num_overlong, tuple(stop - start for start, stop in pairwise([0, *ends])))
+    return PromptSet(tuple(prompts), num_overlong, tuple(sizes))
 
 
 def _prompt(row: Row, template: ChatTemplate, prompt_key: str) -> Prompt:
@@ -82,7 +80,7 @@ def _prompt(row: Row, template: ChatTemplate, prompt_key: str) -> Prompt:
         text, token_ids = template.prompt(chat)
     except DataError as error:
         raise row.error(str(error)) from error
-    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row))
+    return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row), row.origin)
 
 
 def _cut(prompt: Prompt, template: ChatTemplate, max_tokens: int, where: Literal["left", "right", "middle"]) -> Prompt:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import megarl
+from megarl.config.command_line import end_quietly_with_the_reader
 from megarl.doctor.accelerator import (
     COMPANIONS,
     check_apex,
@@ -60,7 +61,7 @@ from megarl.doctor.packages import (
     check_vllm,
     ranges_of,
 )
-from megarl.doctor.variables import check_platform, check_variables
+from megarl.doctor.variables import check_cluster, check_platform, check_variables
 from megarl.parallel.environment import PlatformName
 from megarl.rollout.shared_memory import FOLDER as SHARED_MEMORY
 
@@ -79,6 +80,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         *_machine(platform),
         *_storage(environ),
         *check_variables(environ, platform, len(parse_gpus(listing)), read_cores(read_membership())[0]),
+        *check_cluster(environ),
     ]
 
 
@@ -153,4 +155,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_quietly_with_the_reader()
     sys.exit(main())

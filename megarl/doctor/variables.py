@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megarl.doctor.finding import Finding, Level, ok
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, MegarlError
+from megarl.launchers.ray_address import check_ray_address, named_cluster
 from megarl.parallel.environment import OVERRIDE, PlatformName, platform_name
 
 _ON = ("1", "true", "yes", "on")
@@ -72,3 +73,15 @@ def check_variables(environ: Mapping[str, str], platform: PlatformName, num_gpus
         found = f"OMP_NUM_THREADS={threads}: two ranks of so many threads share {num_cores} cores"
         findings.append(Finding("warn", "variables", found, "unset it: one thread a rank"))
     return findings or [ok("variables", "none contradicts another or the machine")]
+
+
+def check_cluster(environ: Mapping[str, str]) -> list[Finding]:
+    """Judge the Ray cluster that ``RAY_ADDRESS`` names; nothing to say where runs have a Ray of their own."""
+    address = named_cluster(environ)
+    if address is None:
+        return []
+    try:
+        check_ray_address(environ)
+    except MegarlError as error:
+        return [Finding("FAIL", "ray cluster", f"no run can join {address}", str(error).rpartition("fix: ")[2])]
+    return [ok("ray cluster", f"{address} answers")]

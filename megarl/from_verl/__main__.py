@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
+from megarl.config.command_line import end_quietly_with_the_reader
 from megarl.config.compose import errors_reported
 from megarl.from_verl.check import needed, problems
 from megarl.from_verl.read import read_run
@@ -27,7 +27,7 @@ what megarl's checks say of the run. Exit code 0, or 2 where the input can't be 
 
 def main() -> None:
     """Read, translate, check, print."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where a pager or head has seen enough
+    end_quietly_with_the_reader()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)

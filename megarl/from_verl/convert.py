@@ -77,6 +77,11 @@ class Settings:
         enable = self("critic.enable")
         return self("algorithm.adv_estimator", "gae") == "gae" if enable is None else bool(enable)
 
+    @property
+    def bypasses(self) -> bool:
+        """Whether verl takes the engine's log-probs for the old ones."""
+        return bool(self(f"{CORRECTION}.bypass_mode", False))
+
     def optimizer_steps(self, role: str) -> int:
         """Return the optimizer steps in one step of the run; verl's mini-batch counts prompts."""
         mini = self.number(f"{ACTOR}.ppo_mini_batch_size", 256)
@@ -173,6 +178,8 @@ def _of_fsdp(value: Any, run: Settings, key: str) -> Any:
 
 
 def _loss_mode(value: Any, run: Settings, key: str) -> Any:
+    if run.bypasses:  # verl then has a loss of its own, whatever loss_mode says
+        return _bypass_loss(run(f"{CORRECTION}.loss_type", "ppo_clip"), run, key)
     return value if _is_open(value) else _LOSSES.get(value, Missing(f"the policy loss {value}"))
 
 
@@ -185,7 +192,7 @@ def _of_loss(loss: str) -> Converter:
 
 
 def _aggregation(value: Any, run: Settings, key: str) -> Any:
-    is_fixed = run(f"{ACTOR}.policy_loss.loss_mode", "vanilla") in _MEAN_OF_SEQUENCES
+    is_fixed = run(f"{ACTOR}.policy_loss.loss_mode", "vanilla") in _MEAN_OF_SEQUENCES and not run.bypasses
     return "seq-mean-token-mean" if is_fixed else value
 
 
@@ -195,6 +202,11 @@ def _val_temperature(value: Any, run: Settings, key: str) -> Any:
 
 def _function_name(value: Any, run: Settings, key: str) -> Any:
     path = run(f"{key.rpartition('.')[0]}.path")
+    return value if path else Unused("no file of yours is named")
+
+
+def _function_argument(value: Any, run: Settings, key: str) -> Any:
+    path = run(f"{key.partition('.reward_kwargs')[0]}.path")
     return value if path else Unused("no file of yours is named")
 
 
@@ -218,9 +230,15 @@ def _num_generations(value: Any, run: Settings, key: str) -> Any:
 
 def _of_weights(value: Any, run: Settings, key: str) -> Any:
     """Return what is said of weights, where a run has some: with verl's bypass a clipped loss has none."""
-    if run(f"{CORRECTION}.bypass_mode", False):
+    if run.bypasses and run(f"{CORRECTION}.loss_type", "ppo_clip") == "ppo_clip":
         return Unused("the ratio of a bypass is the weight")
     return value if run(f"{CORRECTION}.rollout_is") else Unused("there are no weights")
+
+
+def _bypass_loss(value: Any, run: Settings, key: str) -> Any:
+    if not run.bypasses:
+        return Unused("there is no bypass")
+    return {"ppo_clip": "ppo_clip", "reinforce": "gpg"}.get(value, Missing(f"the loss {value} beside a bypass"))
 
 
 def _cap(value: Any, run: Settings, key: str) -> Any:
@@ -234,8 +252,6 @@ def _cap(value: Any, run: Settings, key: str) -> Any:
 
 def _rejections(value: Any, run: Settings, key: str) -> Any:
     names = [name.strip() for name in str(run(f"{CORRECTION}.rollout_rs") or "").split(",") if name.strip()]
-    if names and run(f"{CORRECTION}.bypass_mode", False):
-        return Missing("rejections beside a bypass")
     if unknown := [name for name in names if name not in _CRITERIA]:
         return Missing(f"rejection by {', '.join(unknown)}")
     bounds = str(run(f"{CORRECTION}.rollout_rs_threshold")).split(",")
@@ -276,6 +292,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "actor_precision_aware": _precision_aware(ACTOR),
     "actor_warmup": _warmup(ACTOR),
     "aggregation": _aggregation,
+    "bypass_loss": _bypass_loss,
     "chat_template_kwargs": _unless(None, why="no arguments"),
     "clip_ratio": lambda value, run, key: Unused("verl clips at clip_ratio_low and clip_ratio_high, 0.2 unless set"),
     "critic_optimizer_offload": _optimizer_offload("critic"),
@@ -283,6 +300,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "critic_warmup": _warmup("critic"),
     "decay_style": _decay_style,
     "estimator": _estimator,
+    "function_argument": _function_argument,
     "function_name": _function_name,
     "loss_mode": _loss_mode,
     "min_lr": _min_lr,

@@ -43,8 +43,8 @@ class WorkerGroup(Protocol):
         """End all ranks after a run that went well."""
         ...
 
-    def abort(self) -> None:
-        """End all ranks at once, whatever they are doing."""
+    def abort(self, cause: BaseException) -> None:
+        """End all ranks at once, whatever they are doing, because of ``cause``."""
         ...
 
 

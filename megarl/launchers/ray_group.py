@@ -1,20 +1,25 @@
-"""The WorkerGroup on Ray: one actor a rank, on a local Ray started here or on the cluster at RAY_ADDRESS."""
+"""The WorkerGroup on Ray: one actor a rank, on a Ray of the run's own or on the cluster at RAY_ADDRESS."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megarl.errors import MegarlError, ResourceError, WorkerError
 from megarl.launchers.failure import failures_named
 from megarl.launchers.group import everywhere
 from megarl.launchers.parcels import parcels_of
+from megarl.launchers.ray_address import named_cluster, unreachable
 from megarl.parallel.environment import platform_environment, platform_name
-from megarl.ranks.join import join_ranks, start_worker
+from megarl.ranks.join import join_ranks, listening, start_worker
 from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ T = TypeVar("T")
 
 _OBJECT_STORE_BYTES = 200_000_000
 _PLACEMENT_S = 60.0  # a cluster may be adding nodes
+_LOW_MEMORY = "low on memory"  # in what Ray says of a process that it ended for that
+_MEMORY_USED = re.compile(r"[\d.]+ ?[KMG]i?B ?/ ?[\d.]+ ?[KMG]i?B")
 _DEATH_NOTICE_S = 5.0  # for Ray to notice a death, which a peer in a collective feels at once
 
 
@@ -32,6 +39,7 @@ class RankActor:
     """The process of one rank."""
 
     worker: Worker
+    listener: socket.socket | None = None
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -40,18 +48,18 @@ class RankActor:
         return f"rank {self.rank}"  # what Ray puts before the lines that this process prints
 
     def address(self) -> tuple[str, int]:
-        """Return this node's address and a free port on it, for the ranks to meet at."""
+        """Return this node's address and the port that the ranks meet at."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        host = ray.util.get_node_ip_address()
+        self.listener = listening(host)
+        return host, self.listener.getsockname()[1]
 
     def start(self, environment: dict[str, str], spec: RankSpec) -> None:
         """Become the rank that ``environment`` describes."""
         os.environ.update(environment)
         with failures_named("the start"):
-            self.worker = start_worker(spec, join_ranks())
+            self.worker = start_worker(spec, join_ranks(self.listener))
 
     def run(self, verb: Callable[[Worker, A], T], argument: A) -> T:
         """Have the Worker run ``verb``."""
@@ -65,11 +73,11 @@ class RayGroup:
     def __init__(self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
         self.world_size = nnodes * ranks_per_node
         self.actors: list[Any] = []
-        _connect(self.world_size, dashboard)
+        self._session = _connect(self.world_size, dashboard)
         try:
             self._start(spec, nnodes, ranks_per_node)
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self.abort(error)
             raise
 
     def _start(self, spec: RankSpec, nnodes: int, ranks_per_node: int) -> None:
@@ -120,15 +128,20 @@ class RayGroup:
         from megarl.ranks.worker import Worker
 
         everywhere(self, Worker.shutdown, None)
-        self.abort()
+        self._end(keep_logs=False)
 
-    def abort(self) -> None:
-        """Kill the actors and, if it was started here, Ray."""
+    def abort(self, cause: BaseException) -> None:
+        """Kill the actors and, if it was started here, Ray, whose logs stay where a failure is the cause."""
+        self._end(keep_logs=isinstance(cause, Exception))
+
+    def _end(self, keep_logs: bool) -> None:
         import ray
 
         for actor in self.actors:
             ray.kill(actor)
         ray.shutdown()
+        if self._session is not None and not keep_logs:
+            shutil.rmtree(self._session, ignore_errors=True)
 
 
 class _Answers(Generic[T]):
@@ -181,9 +194,22 @@ def _cause(pending: Sequence[Any], first: Exception) -> MegarlError:
     done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_NOTICE_S)
     for rank, call in enumerate(pending):
         if call in done and (death := _death(call)):
-            return WorkerError(f"rank {rank} died: {death}")
+            is_memory = isinstance(death, ray.exceptions.OutOfMemoryError) or _LOW_MEMORY in str(death)
+            return out_of_memory(rank, str(death)) if is_memory else WorkerError(f"rank {rank} died: {death}")
     cause = getattr(first, "cause", None)
     return cause if isinstance(cause, MegarlError) else WorkerError(f"a rank failed: {first}")
+
+
+def out_of_memory(rank: int, said: str) -> ResourceError:
+    """Return the error of a rank that Ray ended for lack of memory. said: by Ray, whose own advice isn't for a run."""
+    used = _MEMORY_USED.search(said)
+    found = f" ({used[0]})" if used else ""
+    return ResourceError(
+        f"rank {rank} was ended since its node runs low on memory{found}. fix: a smaller micro-batch "
+        "(actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu or ppo_max_token_len_per_gpu; in SFT "
+        "data.micro_batch_size_per_gpu), then shorter responses, fewer ranks on the node (trainer.n_gpus_per_node), or "
+        "end what else holds memory there; python -m megarl.plan says what takes it"
+    )
 
 
 def _death(call: Any) -> Exception | None:
@@ -192,7 +218,7 @@ def _death(call: Any) -> Exception | None:
 
     try:
         ray.get(call)
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         death: Exception = error
         return death
     except ray.exceptions.RayError:
@@ -200,10 +226,13 @@ def _death(call: Any) -> Exception | None:
     return None
 
 
-def _connect(num_cpus: int, dashboard: bool) -> None:
-    """Join the cluster at RAY_ADDRESS, or start Ray on the loopback interface with a token of its own."""
-    local = "RAY_ADDRESS" not in os.environ
-    if local:  # read by ray when it is imported
+def _connect(num_cpus: int, dashboard: bool) -> Path | None:
+    """Join the cluster at RAY_ADDRESS, or start a Ray of the run's own and return the folder of its session.
+
+    Its own is on the loopback interface, with a token, and its sockets and logs are for the user alone.
+    """
+    cluster = named_cluster()
+    if cluster is None:  # read by ray when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -211,14 +240,21 @@ def _connect(num_cpus: int, dashboard: bool) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
-    if not local:
-        ray.init()
-        return
+    if cluster is not None:
+        try:
+            ray.init(cluster)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise unreachable(cluster, str(error)) from error
+        return None
+    session = Path(tempfile.mkdtemp(prefix="megarl_", dir=os.environ.get("RAY_TMPDIR")))
     ray.init(
+        address="local",  # not one that happens to run on this machine
         num_cpus=num_cpus,
         include_dashboard=dashboard,
         object_store_memory=_OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
+        _temp_dir=str(session / "ray"),  # Ray opens the folder to all, but not the one that it is in
         log_to_driver=True,
         logging_level=logging.WARNING,
     )
+    return session

@@ -7,17 +7,31 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem
 from megarl.launchers.group import WorkerGroup
-from megarl.parallel.environment import apply_environment
+from megarl.launchers.ray_address import check_ray_address
+from megarl.launchers.starter import complete_local_rank, copies_of_command, is_torchrun, placed_rank, refusal
+from megarl.parallel.environment import apply_environment, check_platform
 from megarl.ranks.spec import RankSpec
 from megarl.roles import num_ranks
 
 
 def serve_if_not_controller() -> bool:
-    """Serve until the run ends, if torchrun made this process a rank other than 0; return whether it was one."""
-    if not _torchrun_rank():
+    """Serve until the run ends, if this process was started as a rank other than 0; return whether it was one.
+
+    Ends the process where it is one of several that were started and aren't ranks; the first of them says why.
+    """
+    rank = placed_rank()
+    with errors_reported():
+        if copies := copies_of_command():
+            if os.environ.get(copies.index, "0") != "0":
+                sys.exit(USER_ERROR)
+            raise refusal(copies)
+        if rank is not None:
+            complete_local_rank()
+    if not rank:
         return False
     apply_environment()
     from megarl.launchers.torchrun_group import serve
@@ -28,22 +42,29 @@ def serve_if_not_controller() -> bool:
 
 
 def end_rank() -> None:
-    """End a process that torchrun started, whose run went well; return in any other.
+    """End a process that was started as a rank, whose run went well; return in any other."""
+    if placed_rank() is not None:
+        end_process(0)
 
-    Python's own end would run the destructors of gloo's threads, which now and then abort a process that has done all.
+
+def end_process(code: int) -> None:
+    """End this process with an exit code.
+
+    A rank ends at once: Python's own end would run the destructors of gloo's threads, which now and then abort a
+    process that has done all.
     """
-    if _torchrun_rank() is None:
-        return
+    if placed_rank() is None:
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 @contextmanager
 def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGroup]:
-    """Start all ranks of a run, under torchrun or on Ray, and end them afterwards."""
+    """Start all ranks of a run, as they were placed or on Ray, and end them afterwards."""
     group: WorkerGroup
-    if _torchrun_rank() is not None:
+    if placed_rank() is not None:
         from megarl.launchers.torchrun_group import TorchrunGroup
 
         group = TorchrunGroup(spec)
@@ -55,23 +76,24 @@ def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGr
         )
     try:
         yield group
-    except BaseException:
-        group.abort()
+    except BaseException as error:
+        group.abort(error)
         raise
     group.shutdown()
 
 
-def check_world_size(config: PPOConfig | SFTConfig) -> None:
-    """Raise ConfigError where torchrun started another number of ranks than the config names."""
-    if _torchrun_rank() is None:
+def check_launch(config: PPOConfig | SFTConfig) -> None:
+    """Raise where ranks can't be had, at no import of Ray or torch.
+
+    ConfigError for another number than the config's; ResourceError without the GPUs or the Ray that were asked for.
+    """
+    check_platform()
+    if placed_rank() is None:
+        check_ray_address()
         return
     started, named = int(os.environ["WORLD_SIZE"]), num_ranks(config)
     if started != named:
-        allowed = f"torchrun started {started} ranks, the config says {named}"
+        who = "torchrun" if is_torchrun() else "the launcher (WORLD_SIZE)"
+        allowed = f"{who} started {started} ranks, the config says {named}"
         fix = f"torchrun --nproc-per-node={config.trainer.n_gpus_per_node}, or change trainer.n_gpus_per_node"
         raise ConfigError([Problem("trainer.nnodes x trainer.n_gpus_per_node", named, allowed, fix)])
-
-
-def _torchrun_rank() -> int | None:
-    """Return this process's rank if torchrun started it."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -1,4 +1,7 @@
-"""The WorkerGroup under torchrun: rank 0 is the controller and a worker, the others serve it."""
+"""The WorkerGroup of ranks that are there: rank 0 is controller and worker, the others serve it.
+
+torchrun starts them, or anything else that starts one process a rank.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def serve() -> None:
 
 
 class TorchrunGroup:
-    """The ranks that torchrun started. Rank 0 creates it with the run; the others learn the run from rank 0.
+    """The ranks that are there. Rank 0 creates it with the run; the others learn the run from rank 0.
 
     A call is told to all in one broadcast. Each parcel goes from rank 0 to the first rank that takes it, and from there
     from rank to rank. Answers other than None come back one by one.
@@ -98,8 +101,8 @@ class TorchrunGroup:
             self._tell(_Call(None))
             self.worker.shutdown(None)
 
-    def abort(self) -> None:
-        """Do nothing: this process is about to fail, and torchrun then ends the others."""
+    def abort(self, cause: BaseException) -> None:
+        """Do nothing: this process is about to fail, and torchrun, or the loss of this one, then ends the others."""
 
     def finish(self, last: _Answers[Any] | None) -> None:
         """Run this rank's part of the calls up to ``last``, of all where it is None, and collect their answers."""

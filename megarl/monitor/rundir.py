@@ -20,8 +20,10 @@ import psutil
 import yaml
 
 from megarl.config.compose import as_yaml
+from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, Problem
 from megarl.monitor.disk import refusals_named, write_file
+from megarl.parallel.environment import platform_name, products_name
 
 PACKAGES = (
     "megarl",
@@ -66,8 +68,8 @@ def run_folder(
     path, lock = _claim(path, may_be_numbered=bool(_OWN_NAME.fullmatch(path.name)) and not is_named)
     try:
         _move_earlier_start(path)
-        write_file(path / "config.yaml", as_yaml(config))
-        write_file(path / "overrides.yaml", yaml.safe_dump(list(overrides)))
+        write_file(path / "config.yaml", as_yaml(config, overrides))
+        write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
         write_file(path / "environment.txt", describe_environment())
         yield path
     except KeyboardInterrupt as interrupt:
@@ -82,7 +84,7 @@ def after_interrupt(path: Path, model_key: str) -> str:
     step, saved = last_step(path), _last_checkpoint(path)
     if step < 1 and saved is None:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
-    text = f"interrupted after step {step}; metrics and rollouts are in {path}"
+    text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
         return f"{text}; no weights were saved (trainer.save_freq says when they are): start again in another folder"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
@@ -183,6 +185,8 @@ def describe_environment() -> str:
         "git_commit": git_commit(Path(__file__).resolve().parent),
         **{name: _version(name) for name in PACKAGES},
     }
+    if platform_name() == "cpu":
+        facts["float32_products"] = products_name()
     return "".join(f"{name}: {value}\n" for name, value in facts.items())
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from megarl.catalog import SINKS
 from megarl.errors import ConfigError, Problem, ResourceError, nearest
-from megarl.monitor.console import Progress
+from megarl.monitor.console import Progress, stage_line
 from megarl.monitor.disk import LineFile, refusals_named
 
 NON_FINITE = "monitor/non_finite"
@@ -107,6 +107,17 @@ class Tracker:
         non_finite = sum(not math.isfinite(value) for value in metrics.values())
         for sink in self._sinks:
             sink.log(step, {**metrics, NON_FINITE: float(non_finite)})
+
+    def wait_for(self, what: str) -> None:
+        """Say in the console sink's bar, if there is one, what goes on now."""
+        for sink in self._sinks:
+            if isinstance(sink, Progress):
+                sink.wait_for(what.replace("_", " "))
+
+    def stage(self, number: int, total: int, what: str) -> None:
+        """Say which stage of a start begins, and in the bar that it goes on."""
+        self.show(stage_line(number, total, what))
+        self.wait_for(what)
 
     def show(self, text: str) -> None:
         """Write text, such as a table, to the console sink, if there is one."""

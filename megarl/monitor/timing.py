@@ -13,17 +13,25 @@ class Stopwatch:
     Names may nest; each counts its whole span, so an outer name includes the inner ones. Not safe across threads.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, told: Callable[[str], None] = lambda name: None
+    ) -> None:
+        """Start from zero. told: hears the innermost name that time is spent in, whenever it changes; empty outside."""
+        self._clock, self._told = clock, told
         self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside the block to ``name``, also where the block raises."""
+        self._open.append(name)
+        self._told(name)
         start = self._clock()
         try:
             yield
         finally:
+            self._open.pop()
+            self._told(self._open[-1] if self._open else "")
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
     def drain(self) -> dict[str, float]:

@@ -14,11 +14,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from megarl.errors import ConfigError, Problem
+from megarl.errors import ConfigError, Problem, ResourceError
 
 PlatformName = Literal["cpu", "cuda"]
+ProductsName = Literal["onednn", "torch"]
 
 OVERRIDE = "MEGARL_PLATFORM"
+PRODUCTS = "MEGARL_CPU_PRODUCTS"
+
+_PROCESSOR = Path("/proc/cpuinfo")
 
 _EVERYWHERE = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication by launch order, and warns without
@@ -57,12 +61,49 @@ def platform_name(environ: Mapping[str, str] = os.environ) -> PlatformName:
     return "cuda" if _driver_shows_gpu() else "cpu"
 
 
+def check_platform(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ResourceError where ``MEGARL_PLATFORM`` asks for cuda on a machine whose driver shows no GPU, or none."""
+    if environ.get(OVERRIDE) == "cuda" and not _driver_shows_gpu():
+        raise ResourceError(
+            f"{OVERRIDE}=cuda, but no NVIDIA driver shows a GPU on this machine (nvidia-smi -L lists none). fix: unset "
+            f"{OVERRIDE} or set it to cpu, start the command on a node with a GPU, or install the driver; "
+            "python -m megarl.doctor looks at it"
+        )
+
+
+def products_name(environ: Mapping[str, str] = os.environ) -> ProductsName:
+    """Return what multiplies float32 matrices on CPU: ``PRODUCTS`` if set, else what is faster on this processor.
+
+    Raises ConfigError if ``PRODUCTS`` is neither ``onednn`` nor ``torch``.
+    """
+    asked = environ.get(PRODUCTS)
+    if not asked:
+        return faster_products(_PROCESSOR.read_text(encoding="utf-8") if _PROCESSOR.exists() else "")
+    if asked not in get_args(ProductsName):
+        fix = f"unset {PRODUCTS}, or set it to onednn or torch"
+        raise ConfigError([Problem(PRODUCTS, asked, "must be onednn or torch", fix)])
+    return cast(ProductsName, asked)
+
+
+def faster_products(processor: str) -> ProductsName:
+    """Return what multiplies float32 matrices faster on a processor, from its text in /proc/cpuinfo.
+
+    By its maker and not by a measurement, so that a run that is repeated or resumed there computes the same. torch's
+    MKL leaves AVX-512 unused on AMD's.
+    """
+    words = processor.split()
+    return "onednn" if "AuthenticAMD" in words and "avx512f" in words else "torch"
+
+
 def platform_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables that the platform's processes need before torch and vLLM are imported.
 
     A variable that is already set keeps its value. The result is complete: hand it to processes on other hosts.
     """
-    defaults = _EVERYWHERE | (_CPU_ONLY if platform_name(environ) == "cpu" else {})
+    defaults = dict(_EVERYWHERE)
+    if platform_name(environ) == "cpu":
+        # Of the process that asks: ranks on other hosts are told, and all compute alike.
+        defaults |= _CPU_ONLY | {PRODUCTS: products_name(environ)}
     return {name: environ.get(name, value) for name, value in defaults.items()}
 
 

@@ -9,10 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megarl.errors import ResourceError
 from megarl.parallel.cpu.import_hook import accommodate_megatron
-from megarl.parallel.environment import OVERRIDE, PlatformName, platform_environment, platform_name
+from megarl.parallel.cpu.products import use_products
+from megarl.parallel.environment import OVERRIDE, PlatformName, platform_environment, platform_name, products_name
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Platform:
         if self.name == "cuda":
             torch.cuda.synchronize()
 
+    def agree_on_products(self) -> None:
+        """Have all ranks multiply as the first one does, whatever processor theirs has. Collective; nothing on CUDA."""
+        if self.name == "cpu":
+            products = [products_name()]
+            dist.broadcast_object_list(products)
+            use_products(products[0])
+
     def environment(self) -> dict[str, str]:
         """Return the variables that processes of this platform need before they import torch or vLLM."""
         return platform_environment()
@@ -61,4 +70,5 @@ def install_platform(without: Collection[str] = ()) -> Platform:
         )
     if name == "cpu":
         accommodate_megatron(without)
+        use_products(products_name())
     return Platform(name)

@@ -6,13 +6,12 @@ Loads no torch. Takes a second or two on a laptop, whatever the size of the clus
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarl.checks.run import CheckedRun, check_ppo
-from megarl.config.command_line import FlagParser, take_flags
+from megarl.config.command_line import FlagParser, end_quietly_with_the_reader, take_flags
 from megarl.config.compose import errors_reported, run_hydra
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, Problem
@@ -41,7 +40,7 @@ DOES_NOT_FIT = 1
 
 def main() -> None:
     """Compose, check, plan, print."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where a pager or head has seen enough
+    end_quietly_with_the_reader()
     parser = FlagParser()
     parser.add_argument("--device", default="H100")
     parser.add_argument("--gpu-memory", type=float)

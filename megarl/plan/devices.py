@@ -16,6 +16,12 @@ _GIB = 2**30
 
 # The limits that a container puts on memory: cgroup version 2, then 1. Absent outside containers and on other systems.
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_MEMORY_INFO = Path("/proc/meminfo")
+
+# Ray ends ranks where the machine's memory is in use beyond this share.
+RAY_MEMORY_SHARE = 0.95
+# Measured on a tiny run: the controller 0.3 GiB, Ray's processes 0.2; its object store may take 0.2, rewards the rest.
+BESIDE_RANKS_BYTES = 1 * _GIB
 
 
 @dataclass(frozen=True)
@@ -251,29 +257,75 @@ def device_of_gpu(line: str) -> Device:
 def cpu_device(ranks_per_node: int = 1) -> Device:
     """Return this machine as a device of one of ``ranks_per_node`` ranks, who share memory, cores and bandwidth evenly.
 
-    The memory is read from the machine. The speeds are rough, for a laptop's core, and say so.
+    The memory is what Ray lets processes hold, less what others hold now and what a run holds beside its ranks. The
+    speeds are rough, for a laptop's core, and say so.
     """
     assert ranks_per_node > 0, f"{ranks_per_node} ranks on a machine"
-    total_bytes = machine_memory_bytes()
+    total_bytes, held_bytes = machine_memory_bytes(), held_memory_bytes()
     cores = (os.cpu_count() or 1) / ranks_per_node
     assumed = "assumed, not measured"
     return Device(
         name=CPU,
         marketed=f"{total_bytes / _GIB:.1f} GiB / {ranks_per_node} ranks",
-        memory_bytes=total_bytes // ranks_per_node,
+        memory_bytes=bytes_for_ranks(total_bytes, held_bytes) // ranks_per_node,
         bf16_flops_per_s=cores * 3e10,
         memory_bytes_per_s=2e10 / ranks_per_node,
         link_bytes_per_s=1e9 / ranks_per_node,
         host_link_bytes_per_s=5e9 / ranks_per_node,
         inter_node_bytes_per_s=1e8 / ranks_per_node,
         source=f"{assumed}: 3e10 flops/s a core, 20 GB/s of memory, gloo over loopback 1 GB/s, copies 5 GB/s a machine",
-        memory_source="the machine's memory, or its container's limit where that is less, divided over the ranks",
+        memory_source=(
+            f"{RAY_MEMORY_SHARE:.0%} of the machine's memory or of its container's limit, above which Ray ends ranks, "
+            f"less {held_bytes / _GIB:.1f} GiB that others hold now and {BESIDE_RANKS_BYTES / _GIB:g} GiB for the "
+            "controller, rewards and Ray, divided over the ranks"
+        ),
         inter_node_source=f"{assumed}: a 1 Gbit/s network, of which 100 MB/s arrive",
     )
 
 
+def bytes_for_ranks(total_bytes: int, held_bytes: int) -> int:
+    """Return what ranks may hold of a machine's memory before Ray ends one, beside what others hold."""
+    return max(0, int(RAY_MEMORY_SHARE * total_bytes) - held_bytes - BESIDE_RANKS_BYTES)
+
+
 def machine_memory_bytes() -> int:
     """Return the memory of this machine, or the limit of the container it runs in where that is less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [int(text) for path in _CGROUP_LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
-    return min([total, *limits])
+    return min([_physical_memory_bytes(), *filter(None, map(_limit_bytes, _CGROUP_LIMITS))])
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _limit_bytes(path: Path) -> int | None:
+    """Return the number in a file of limits, None without a file or a limit."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def held_memory_bytes(info: Path = _MEMORY_INFO) -> int:
+    """Return the memory that processes hold on this machine, in its container where that has a limit; 0 where unknown.
+
+    What the system only keeps at hand, and gives away when asked, doesn't count.
+    """
+    total = _physical_memory_bytes()
+    for path in _CGROUP_LIMITS:
+        limit = _limit_bytes(path)
+        if limit is not None and limit < total and (held := held_in_group(path.parent)) is not None:
+            return held
+    if not info.is_file():
+        return 0
+    kibibytes = {
+        name: int(value.split()[0]) for name, _, value in (s.partition(":") for s in info.open()) if value.split()
+    }
+    return (kibibytes["MemTotal"] - kibibytes["MemAvailable"]) * 1024
+
+
+def held_in_group(folder: Path) -> int | None:
+    """Return what a control group holds, None where it has no files that tell."""
+    used = next((folder / n for n in ("memory.current", "memory.usage_in_bytes") if (folder / n).is_file()), None)
+    stat = folder / "memory.stat"
+    if used is None or not stat.is_file():
+        return None
+    parts = dict(line.split() for line in stat.read_text().splitlines())
+    return max(0, int(used.read_text()) - int(parts.get("total_inactive_file", parts.get("inactive_file", "0"))))

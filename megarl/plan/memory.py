@@ -114,7 +114,10 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
     weights = engine_weights_bytes(shape, tp, b)
     per_token = 2 * shape.num_layers * max(1, shape.num_kv_heads // tp) * shape.head_dim * b
     if device.name == CPU:
-        return Engine(weights, CPU_KV_CACHE_BYTES, weights + CPU_KV_CACHE_BYTES, per_token, frees_memory=False)
+        looked_up = 0 if shape.tied else -(-shape.vocab_size // tp) * shape.hidden_size * b
+        # Its kernels compute with packed copies of all but the embedding (rollout/vllm_cpu_layers.py).
+        memory = 2 * weights - looked_up + CPU_KV_CACHE_BYTES
+        return Engine(weights, CPU_KV_CACHE_BYTES, memory, per_token, frees_memory=False)
     memory = int(rollout.gpu_memory_utilization * device.memory_bytes)
     cache_bytes = memory - weights - ENGINE_WORK_BYTES
     return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine)

@@ -1,20 +1,29 @@
-"""How a process becomes a rank: environment, then platform, then Megatron."""
+"""How a process becomes a rank: environment, then platform, then the store through which ranks find each other."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from typing import TYPE_CHECKING
+import socket
+from typing import TYPE_CHECKING, Any
 
 from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
+
     from megarl.parallel.platform import Platform
     from megarl.ranks.worker import Worker
 
+_LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
-def join_ranks() -> Platform:
-    """Prepare this process and join the other ranks. RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set."""
+
+def join_ranks(listener: socket.socket | None = None) -> Platform:
+    """Prepare this process and join the other ranks. RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set.
+
+    listener: rank 0's, at MASTER_ADDR and MASTER_PORT; None where that is to be opened, or torchrun has.
+    """
     apply_environment()
     import torch
     import torch.distributed as dist
@@ -25,7 +34,11 @@ def join_ranks() -> Platform:
     platform.set_device(int(os.environ["LOCAL_RANK"]))
     if platform.name == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    dist.init_process_group(platform.backend)
+    store = _store(listener)
+    dist.init_process_group(
+        platform.backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
+    platform.agree_on_products()
     return platform
 
 
@@ -34,3 +47,56 @@ def start_worker(spec: RankSpec, platform: Platform) -> Worker:
     from megarl.ranks.worker import Worker
 
     return Worker(spec, platform.device(int(os.environ["LOCAL_RANK"])))
+
+
+def listening(host: str, port: int = 0) -> socket.socket:
+    """Return a socket that listens at a host's address and no other; at a free port where it is 0.
+
+    torch alone would listen on every interface, and let any machine read and write what ranks tell each other. Where
+    the host's name leads to no address of this node, as that of a service does, every interface it is.
+    """
+    family, *_, address = _resolved(host, port)
+    try:
+        return socket.create_server(address[:2], family=family)
+    except OSError:
+        return socket.create_server(("", port), family=family)
+
+
+def _resolved(host: str, port: int) -> tuple[Any, ...]:
+    """Return family, type, protocol, name and address of a host, as socket.getaddrinfo gives them."""
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+
+
+def _store(listener: socket.socket | None) -> Store:
+    """Return the store of this run's ranks."""
+    host, port, is_first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # What torchrun listens on is its own affair. Its store is told where the ranks meet, and nothing else.
+        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+            host = _LOOPBACK
+        listener = listening(host) if is_first else None
+        port = _told_port(listener)
+    elif is_first and listener is None:
+        listener = listening(host, port)
+    if ipaddress.ip_address(_resolved(host, port)[-1][0]).is_loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    return _tcp_store(host, port, listener)
+
+
+def _told_port(listener: socket.socket | None) -> int:
+    """Tell the other ranks through torchrun's store where rank 0 listens, or hear it. Restarted ranks meet anew."""
+    agent = _tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    key = f"megarl/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if listener is not None:
+        agent.set(key, str(listener.getsockname()[1]))
+    return int(agent.get(key))
+
+
+def _tcp_store(host: str, port: int, listener: socket.socket | None = None) -> Store:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
+    from torch.distributed.constants import default_pg_timeout
+
+    # The store closes what it listens on, so that Python must not.
+    fd = None if listener is None else listener.detach()
+    return TCPStore(host, port, None, fd is not None, default_pg_timeout, master_listen_fd=fd)

@@ -10,15 +10,15 @@ from megarl.types import RewardResult
 
 @dataclass
 class FailureKind:
-    """Failures of one cause. first: the result of the first of them. uid: of its row."""
+    """Failures of one cause. first: the result of the first of them. origin: its row."""
 
     first: RewardResult
-    uid: str
+    origin: str
     count: int = 0
 
     def __str__(self) -> str:
         times = "1 rollout" if self.count == 1 else f"{self.count} rollouts"
-        text = f"{self.first.outcome}: {times}. the first, {self.uid}: {self.first.detail}"
+        text = f"{self.first.outcome}: {times}. the first, {self.origin}: {self.first.detail}"
         return f"{text}\n{self.first.traceback}".rstrip()
 
 
@@ -28,12 +28,12 @@ class Failures:
 
     kinds: dict[str, FailureKind] = field(default_factory=dict)
 
-    def add(self, uids: Sequence[str], results: Sequence[RewardResult]) -> list[FailureKind]:
-        """Count the failures among results; return the kinds that are new. uids: of their rows."""
+    def add(self, origins: Sequence[str], results: Sequence[RewardResult]) -> list[FailureKind]:
+        """Count the failures among results; return the kinds that are new. origins: their rows."""
         known = set(self.kinds)
-        for uid, result in zip(uids, results, strict=True):
+        for origin, result in zip(origins, results, strict=True):
             if result.outcome != "ok":
-                self.kinds.setdefault(result.kind, FailureKind(result, uid)).count += 1
+                self.kinds.setdefault(result.kind, FailureKind(result, origin)).count += 1
         return [kind for name, kind in self.kinds.items() if name not in known]
 
     def __str__(self) -> str:

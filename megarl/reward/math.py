@@ -22,6 +22,12 @@ def marked_number(text: str) -> Decimal | None:
     return to_number(match[1]) if match else None
 
 
+def ends_with_marked_number(text: str) -> bool:
+    """Whether a text has exactly one ``####`` and nothing but a number after it."""
+    parts = text.split("####")
+    return len(parts) == 2 and _NUMBER.fullmatch(parts[1].strip()) is not None
+
+
 def last_number(text: str) -> Decimal | None:
     """Return the last number in a text, or None."""
     numbers = _ANYWHERE.findall(text)

@@ -213,4 +213,7 @@ class RewardPool:
                 self._replace(slot)
 
     def _with_failure_score(self, result: RewardResult) -> RewardResult:
-        return result if result.outcome == "ok" else replace(result, score=self._score_on_failure)
+        if result.outcome == "ok":
+            return result
+        score = self._score_on_failure
+        return replace(result, score=score, components=(score,) * len(self._spec.components))

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from megarl.errors import RewardError, nearest
 from megarl.reward.math import (
+    ends_with_marked_number,
     last_number,
     marked_number,
     score_exact_match,
@@ -40,6 +41,7 @@ _WHY_UNMATCHABLE: Mapping[str, Callable[[str], str]] = {
     "gsm8k": why_no_number,
     "openai/gsm8k": why_no_number,
     "gsm8k_flexible": why_no_number,
+    "gsm8k_format": why_no_number,
     "verbs": why_no_single_mark,
 }
 DEFAULT_FUNCTION = "compute_score"
@@ -50,13 +52,15 @@ class RewardSpec:
     """Which reward function to use.
 
     name: one for all rows; None: each row's data_source names it. path: a .py file of the user's with the function.
-    kwargs: keyword arguments of every call, besides those of RewardFunction.
+    kwargs: keyword arguments of every call, besides those of RewardFunction. components: names of the parts of a reward
+    that the function has to return beside its ``score``.
     """
 
     name: str | None = None
     path: str | None = None
     function: str = DEFAULT_FUNCTION
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    components: tuple[str, ...] = ()
 
 
 def register(*names: str) -> Callable[[_Function], _Function]:
@@ -82,6 +86,14 @@ def gsm8k(data_source: str, solution_str: str, ground_truth: str, extra_info: Ma
 def gsm8k_flexible(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]) -> float:
     """Score the last number in the response, wherever it stands."""
     return score_number(last_number(solution_str), ground_truth)
+
+
+@register("gsm8k_format")
+def gsm8k_format(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]) -> float:
+    """Score 0.2 for a response that ends by itself with its one ``#### <number>``, and 1 where the number is right."""
+    if extra_info.get("finish_reason") == "length" or not ends_with_marked_number(solution_str):
+        return 0.0
+    return max(0.2, score_number(marked_number(solution_str), ground_truth))
 
 
 @register("exact_match")

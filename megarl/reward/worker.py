@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from numbers import Real
 from types import TracebackType
@@ -62,15 +62,18 @@ def _serve(connection: Connection, parent: int, orphan_deadline_s: float) -> int
                 # While the pool lives, it kills a worker that is late. This is for a worker without a pool: no Python
                 # code has to run for it, so it ends even a function that blocks signals or keeps the interpreter.
                 faulthandler.dump_traceback_later(orphan_deadline_s, exit=True)
-                result = score_request(function, request)
+                result = score_request(function, request, spec.components)
                 faulthandler.cancel_dump_traceback_later()
                 connection.send(result)
     except (EOFError, OSError):
         return CONNECTION_LOST
 
 
-def score_request(function: RewardFunction, request: RewardRequest) -> RewardResult:
-    """Run the function on a request. Whatever it does becomes a result; the pool sets the score of a failed one."""
+def score_request(function: RewardFunction, request: RewardRequest, components: Sequence[str] = ()) -> RewardResult:
+    """Run the function on a request. Whatever it does becomes a result; the pool sets the score of a failed one.
+
+    components: names of the parts of the reward that it has to return beside its score.
+    """
     try:
         value = function(
             data_source=request.data_source,
@@ -78,7 +81,7 @@ def score_request(function: RewardFunction, request: RewardRequest) -> RewardRes
             ground_truth=request.ground_truth,
             extra_info=request.extra_info,
         )
-        return _checked(value)
+        return _checked(value, components)
     except BaseException as error:  # noqa: BLE001 - not swallowed: it becomes the result
         place = traceback.extract_tb(error.__traceback__, limit=-1)[0]
         where = f"{place.filename}:{place.lineno}"
@@ -96,21 +99,29 @@ def traceback_of(error: BaseException) -> str:
     return text if len(text) <= _MAX_TRACEBACK_CHARS else f"{text[:half]}\n  ...\n{text[-half:]}"
 
 
-def _checked(value: object) -> RewardResult:
-    score = value.get("score") if isinstance(value, Mapping) else value
-    kind = f"returned {type(value).__qualname__}"
-    if not isinstance(score, Real):
-        return RewardResult(math.nan, "invalid", f"the function returned {_shown(value)}, not a number", kind)
+def _checked(value: object, components: Sequence[str]) -> RewardResult:
+    """Return the result of a call that returned ``value``: a number, or a mapping with a number by each name."""
+    given = value if isinstance(value, Mapping) else {"score": value}
+    kind, numbers = f"returned {type(value).__qualname__}", []
+    for name in ("score", *components):
+        number = given.get(name)
+        if not isinstance(number, Real):
+            part = f"no number as its {name!r}, which algorithm.gdpo_reward_keys names"
+            said = f"the function returned {_shown(value)}, {'not a number' if name == 'score' else part}"
+            return RewardResult(math.nan, "invalid", said, kind)
+        if not _is_finite(number):
+            said = f"the function returned {_shown(number)}, not a finite number in float32"
+            return RewardResult(math.nan, "invalid", said, kind)
+        numbers.append(float(number))
+    return RewardResult(numbers[0], "ok", components=tuple(numbers[1:]))
+
+
+def _is_finite(number: Real) -> bool:
+    """Whether a number is finite as the trainer computes with it: a larger one would be an infinity there."""
     try:
-        # What the trainer computes with: a larger number would be an infinity there.
-        (number,) = struct.unpack("f", struct.pack("f", score))
+        return math.isfinite(struct.unpack("f", struct.pack("f", number))[0])
     except (OverflowError, struct.error):  # the second of an integer beyond any float
-        number = math.inf
-    if not math.isfinite(number):
-        return RewardResult(
-            math.nan, "invalid", f"the function returned {_shown(score)}, not a finite number in float32", kind
-        )
-    return RewardResult(float(score), "ok")
+        return False
 
 
 def _shown(value: object) -> str:

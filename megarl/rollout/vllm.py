@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megarl.errors import DataError, PublishError
 from megarl.parallel.environment import apply_environment, platform_name
 from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.vllm_queue import without_queue
 from megarl.types import GenerationRequest, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -99,7 +100,12 @@ class VllmEngine:
         return dict(self._parameters)
 
     def publish_done(self, policy_version: int) -> None:
-        """Forget the KV cache of older weights and stamp ``policy_version`` on every later rollout."""
+        """Forget the KV cache of older weights and stamp ``policy_version`` on every later rollout.
+
+        On CPU, pack the weights for its kernels, which compute with packed copies.
+        """
+        if platform_name() == "cpu":
+            self._llm.collective_rpc("pack_weights")
         if not self._llm.reset_prefix_cache():
             raise PublishError("vLLM kept its prefix cache, so requests are still running while weights change")
         self._policy_version = policy_version
@@ -148,26 +154,27 @@ def _start(spec: VllmSpec) -> LLM:
     _set_environment(spec)
     from vllm import LLM
 
-    return LLM(
-        model=spec.model_folder,
-        skip_tokenizer_init=True,
-        trust_remote_code=False,
-        load_format="dummy",
-        dtype=spec.dtype,
-        tensor_parallel_size=spec.tensor_parallel_size,
-        distributed_executor_backend="external_launcher",
-        max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_num_seqs,
-        max_num_batched_tokens=spec.max_num_batched_tokens,
-        gpu_memory_utilization=spec.gpu_memory_utilization,
-        kv_cache_memory_bytes=spec.kv_cache_bytes,
-        seed=spec.seed,
-        disable_log_stats=spec.disable_log_stats,
-        logprobs_mode="processed_logprobs",
-        # Each rank schedules for itself: the ranks of a replica must decide alike, whatever their timing.
-        async_scheduling=False,
-        **_platform_arguments(spec),
-    )
+    with without_queue():
+        return LLM(
+            model=spec.model_folder,
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            load_format="dummy",
+            dtype=spec.dtype,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            distributed_executor_backend="external_launcher",
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            kv_cache_memory_bytes=spec.kv_cache_bytes,
+            seed=spec.seed,
+            disable_log_stats=spec.disable_log_stats,
+            logprobs_mode="processed_logprobs",
+            # Each rank schedules for itself: the ranks of a replica must decide alike, whatever their timing.
+            async_scheduling=False,
+            **_platform_arguments(spec),
+        )
 
 
 def _platform_arguments(spec: VllmSpec) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from megarl.rollout.shared_memory import check_room, job_name, remove_segments
-from megarl.rollout.vllm_cpu_layers import plain_layers
+from megarl.rollout.vllm_cpu_layers import Pack, parameters_kept
 
 
 class CpuWorker(CPUWorker):
     """A CPU worker whose weights can be written in place and whose shared memory collides with no other job's."""
+
+    _packs: list[Pack]
 
     def init_device(self) -> None:
         """Join the groups of the replica. Raise ``ResourceError`` where /dev/shm is too small for all ranks."""
@@ -30,9 +32,14 @@ class CpuWorker(CPUWorker):
         remove_segments(job, ranks, self.rank)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Build the model from layers that read their parameters at every call."""
-        with plain_layers():
+        """Build the model from layers that keep their parameters beside what they compute with."""
+        with parameters_kept() as self._packs:
             super().load_model(load_dummy_weights=load_dummy_weights)
+
+    def pack_weights(self) -> None:
+        """Compute from now on with the parameters as they are now written."""
+        for pack in self._packs:
+            pack()
 
 
 def _replica(rank: int, size: int) -> list[int]:

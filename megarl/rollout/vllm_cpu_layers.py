@@ -1,77 +1,77 @@
-"""Layers for vLLM on CPU that compute with their parameters as they are.
+"""Layers for vLLM on CPU whose weights can be published in place.
 
 vLLM packs the weights of linears and experts into the layout of its CPU kernels once, after loading: it empties a
 linear's parameter, and leaves in an expert's a permutation of the same shape. Written in place, the first would be an
-error, and the second would silently give a wrong model.
-
-T tokens of one expert, H hidden, I intermediate.
+error, and the second would silently give a wrong model. Here the parameters stay as they are, to be written, and the
+packed weights that vLLM's kernels compute with are copies beside them, made anew after every writing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 from vllm.model_executor.layers import utils
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from megarl.errors import ModelFolderError
 
+Pack = Callable[[], None]
+
 
 @contextmanager
-def plain_layers() -> Iterator[None]:
-    """Leave the parameters of the models that are loaded in this context unpacked."""
+def parameters_kept() -> Iterator[list[Pack]]:
+    """Yield what packs the weights of each layer that is loaded in this context, whose parameters stay unpacked."""
+    packs: list[Pack] = []
     pack_linear = utils.dispatch_cpu_unquantized_gemm
     pack_experts = cpu_moe.CPUUnquantizedExperts.process_weights_after_loading
-    utils.dispatch_cpu_unquantized_gemm = _keep_linear
-    cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = _keep_experts
+
+    def keep_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+        if _is_looked_up_alone(layer):
+            # setattr: torch types the attributes of modules as tensors and modules alone.
+            setattr(layer, "cpu_linear", linear)  # noqa: B010
+        else:
+            packs.append(partial(pack_linear, layer, remove_weight=False))
+            packs[-1]()
+
+    def keep_experts(experts: Any, layer: torch.nn.Module) -> None:
+        if experts.moe_config.has_bias:
+            raise ModelFolderError(
+                "experts with biases: on CPU the rollout engine computes those without alone; use such a model, or GPUs"
+            )
+        packs.append(partial(_pack_experts, experts, layer, pack_experts))
+        packs[-1]()
+
+    utils.dispatch_cpu_unquantized_gemm = keep_linear
+    cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = keep_experts
     try:
-        yield
+        yield packs
     finally:
         utils.dispatch_cpu_unquantized_gemm = pack_linear
         cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = pack_experts
 
 
-def _keep_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
-    # setattr: torch types the attributes of modules as tensors and modules alone.
-    setattr(layer, "cpu_linear", linear)  # noqa: B010
+def _is_looked_up_alone(layer: torch.nn.Module) -> bool:
+    # An output layer is an embedding too. Where both are tied, it is the one of the two that is multiplied with.
+    return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
 
 
-def _keep_experts(experts: Any, layer: torch.nn.Module) -> None:
-    config = experts.moe_config
-    if config.activation != MoEActivation.SILU or config.has_bias:
-        raise ModelFolderError(
-            f"experts with activation {config.activation.value!r} and has_bias {config.has_bias}: on CPU the rollout "
-            "engine computes SiLU experts without biases alone; use such a model, or GPUs"
-        )
-    experts.apply = apply_experts  # over the method of the class
+def _pack_experts(experts: Any, layer: Any, pack: Callable[[Any, torch.nn.Module], None]) -> None:
+    """Have ``experts`` compute with packed copies of the weights of ``layer``, by vLLM's own packing and kernel."""
+    packed = torch.nn.Module()
+    for name in ("w13_weight", "w2_weight"):
+        packed.register_parameter(name, torch.nn.Parameter(getattr(layer, name).data, requires_grad=False))
+    pack(experts, packed)
+    compute = type(experts).apply
 
+    def apply(
+        output: torch.Tensor, hidden_states: torch.Tensor, w1: object, w2: object, *rest: Any, **named: Any
+    ) -> None:
+        compute(experts, output, hidden_states, packed.w13_weight, packed.w2_weight, *rest, **named)
 
-def apply_experts(
-    output: Tensor,
-    hidden_states: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    *,
-    apply_router_weight_on_input: bool,
-    **rest: object,
-) -> None:
-    """Write into ``output`` the weighted sum of each token's experts, down(silu(gate(x)) * up(x)).
-
-    output, hidden_states: [tokens, hidden]. w1: gate above up, [experts, 2 x intermediate, hidden].
-    w2: [experts, hidden, intermediate]. topk_weights, topk_ids: [tokens, k]. rest: scratch space and unused features.
-    """
-    assert not apply_router_weight_on_input, "this router's weights don't commute with the experts"
-    output.zero_()
-    for expert in topk_ids.unique().tolist():
-        token_T, choice_T = (topk_ids == expert).nonzero(as_tuple=True)
-        gate_TI, up_TI = linear(hidden_states[token_T], w1[expert]).chunk(2, -1)
-        down_TH = linear(silu(gate_TI) * up_TI, w2[expert])
-        output.index_add_(0, token_T, (down_TH * topk_weights[token_T, choice_T, None]).to(output.dtype))
+    experts.apply = apply  # over the method of the class

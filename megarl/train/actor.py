@@ -9,6 +9,7 @@ from megarl.algorithm.aggregate import token_weights_B
 from megarl.algorithm.kl import kl_estimators
 from megarl.algorithm.loss_specs import PolicyLossSpec
 from megarl.algorithm.policy_loss import PolicyLossInputs, token_loss
+from megarl.algorithm.rollout_correction import CorrectionSettings, update_factors
 from megarl.batching.pack import MicroBatch
 from megarl.train.backend import Backend, Loss, Output
 from megarl.train.scoring import on_tokens, token_logprobs
@@ -69,13 +70,21 @@ def _policy_loss(spec: PolicyLossSpec, batch: PolicyBatch, step: OptimizerStep, 
             selected_N=_column(micro, batch.selected_BS, device),
         )
         policy = token_loss(spec.name, inputs, spec.settings)
-        total = policy_loss = (weights_N * policy.loss_N).sum()
+        loss_N = policy.loss_N
+        corrected: dict[str, Tensor] = {}
+        if spec.correction is not None:
+            engine_N = _column(micro, batch.rollout_logprobs_BS, device)
+            assert engine_N is not None
+            factors_N, corrected = _factors(inputs, engine_N, weights_N, spec.correction)
+            loss_N = loss_N * factors_N
+        total = policy_loss = (weights_N * loss_N).sum()
         entropy = (weights_N * scores.entropy_N).sum()
         metrics = {
             "policy_loss": policy_loss,
             "entropy": entropy,
             "clip_fraction": (weights_N * policy.clipped_N).sum(),
             "old_kl": (weights_N * (old_N - scores.logprobs_N)).sum(),
+            **corrected,
         }
         if spec.entropy_coef:
             total = total - spec.entropy_coef * entropy
@@ -88,6 +97,19 @@ def _policy_loss(spec: PolicyLossSpec, batch: PolicyBatch, step: OptimizerStep, 
         return total, detached({"loss": total, **metrics})
 
     return loss
+
+
+def _factors(
+    inputs: PolicyLossInputs, engine_N: Tensor, weights_N: Tensor, settings: CorrectionSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the factors of the policy loss by how far the policy is from the engine, and metrics of both."""
+    log_ratio_N = inputs.logprobs_N.detach() - engine_N
+    factors_N = update_factors(log_ratio_N, inputs.advantages_N, inputs.sequence_N, settings)
+    return factors_N, {
+        "engine_kl": -(weights_N * log_ratio_N).sum(),
+        "masked_fraction": (weights_N * (factors_N == 0)).sum(),
+        "engine_weight": (weights_N * factors_N).sum(),
+    }
 
 
 def _demonstration_loss(step: OptimizerStep) -> Loss:

@@ -23,7 +23,7 @@ def take_steps(backend: Backend, work: UpdateWork, loss_of: Callable[[OptimizerS
 
 def _take(backend: Backend, work: UpdateWork, step: OptimizerStep, loss: Loss) -> Metrics:
     micros = backend.pack(work.batch, step.micro_batches)
-    told = backend.step(micros, loss, step.total_rollouts)
+    told = backend.step(micros, loss, step.num_rollouts)
     if isinstance(told, Skipped):
         raise WorkerError(
             f"the gradient norm of the {work.role} is {told.grad_norm}: this optimizer step was not taken. Lower "

@@ -28,12 +28,14 @@ class OptimizerStep:
     """The work of one rank in one optimizer step.
 
     micro_batches: row indices into this rank's sequences. total_tokens, total_rollouts: of the whole mini-batch, over
-    all data-parallel ranks, to normalise by. is_on_policy: whether its own log-probs, detached, are the old ones.
+    all data-parallel ranks, to normalise by; num_rollouts: with those that no token is trained of. is_on_policy:
+    whether its own log-probs, detached, are the old ones.
     """
 
     micro_batches: Micros
     total_tokens: int
     total_rollouts: int
+    num_rollouts: int
     is_on_policy: bool = False
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarl.config.command_line import FlagParser
+from megarl.config.command_line import FlagParser, end_quietly_with_the_reader
 from megarl.config.compose import errors_reported
 from megarl.errors import Absent, ConfigError, Problem
 from megarl.parallel.environment import apply_environment
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check the arguments, verify, and write the page. Return the exit code. Raises MegarlError."""
     flags = _flags(arguments)
     if flags.help:
+        end_quietly_with_the_reader()
         print(HELP)
         return 0
     models = subjects(flags.model)

@@ -141,7 +141,7 @@ def update(
     """
     role = model.backend.role
     rows, micros = share(role, batch)
-    step = OptimizerStep(micros, *mini_batch_totals(batch.mask_BS.sum(-1)))
+    step = OptimizerStep(micros, *mini_batch_totals(batch.mask_BS.sum(-1)), len(batch))
     steps = (replace(step, is_on_policy=is_on_policy), *[step] * (num_steps - 1))[:num_steps]
     return model.update(UpdateWork(role.name, rows, steps, loss))
 

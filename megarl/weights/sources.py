@@ -143,14 +143,22 @@ class SafetensorsSource:
             ) from error
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) along ``dim``, reading only those from the file."""
+        """Return rows [start, stop) along ``dim``, reading only those from the file.
+
+        Raises ModelFolderError where they hold NaN or infinity.
+        """
         if name in self._fresh:
             return torch.zeros(self._fresh[name]).narrow(dim, start, stop - start)
-        if part := self._fused.get(name):
-            fused: Tensor = self._handle(part.name).get_slice(part.name)[part.rows(dim, start, stop)]
-            return fused
-        view = self._handle(name).get_slice(name)
-        rows: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
+        part = self._fused.get(name)
+        in_file = part.name if part else name
+        view = self._handle(in_file).get_slice(in_file)
+        rows: Tensor = view[part.rows(dim, start, stop) if part else (slice(None),) * dim + (slice(start, stop),)]
+        # The sum is one pass without a copy; it is infinite as well where large numbers are summed.
+        if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
+            raise ModelFolderError(
+                f"{self._file_of[in_file]}: {in_file} holds {int((~rows.isfinite()).sum()):,} numbers that are NaN or "
+                "infinite; what wrote it had diverged, or overflowed in its dtype: give a checkpoint from before that"
+            )
         return rows
 
 

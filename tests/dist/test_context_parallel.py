@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megarl.algorithm.policy_loss import PolicyLossSettings
+from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection
 from megarl.parallel.layout import Layout
 from megarl.train.megatron.attention import describe_packing
 from megarl.verify.pool import RankPool
@@ -40,6 +41,23 @@ def test_a_loss_of_whole_sequences_sees_them_whole(
         for asked in (Layout(1), LAYOUTS[layout])
     )
     assert alone[1]["clip_fraction"] > 0, "no sequence tests the clip"
+    for step, expected in zip(together, alone, strict=True):
+        assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=TRAINING_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sequence_that_an_update_leaves_out_is_left_out_as_a_whole(
+    ranks: RankPool, reference: Callable[..., Reference], layout: str
+) -> None:
+    """The engine's log-probs are the old ones, which are up to half a nat from the actor's."""
+    found = reference(TELLING[0])
+    rollouts = replace(found.rollouts, rollout_logprobs_BS=found.rollouts.old_logprobs_BS)
+    correction = CorrectionSettings(rejections=(Rejection("worst_token", low=0.65),), off_policy_delta=0.0)
+    alone, together = (
+        steps_of(ranks, role_on(asked, found.folder), rollouts, Job(replace(PPO, correction=correction)))
+        for asked in (Layout(1), LAYOUTS[layout])
+    )
+    assert 0 < alone[0]["masked_fraction"] < 1, "no sequence tests the correction"
     for step, expected in zip(together, alone, strict=True):
         assert step == pytest.approx(expected, rel=TRAINING_TOLERANCE, abs=TRAINING_TOLERANCE)
 

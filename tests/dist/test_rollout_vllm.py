@@ -119,6 +119,11 @@ def test_greedy_tokens_equal_hugging_faces_after_each_publication(
     assert [rollout.token_ids for (rollout,) in job.ranks[rank][f"greedy {weights}"]] == expected
 
 
+def test_all_layers_but_the_embedding_compute_with_packed_weights(jobs: dict[str, Job]) -> None:
+    for job in jobs.values():
+        assert [rank["layers not packed"] for rank in job.ranks] == [["model.embed_tokens"]] * len(job.ranks)
+
+
 def test_the_two_models_answer_differently(jobs: dict[str, Job]) -> None:
     for job in jobs.values():
         greedy_a, greedy_b = job.ranks[0]["greedy a"], job.ranks[0]["greedy b"]

@@ -101,6 +101,7 @@ def answers(folder: Path, tensor_parallel_size: int, rank: int) -> dict[str, Any
     )
     replica, tp_rank = divmod(rank, tensor_parallel_size)
     results: dict[str, Any] = {"job": job_name(), "unpublished": engine.policy_version}
+    results["layers not packed"] = engine._llm.apply_model(layers_not_packed)[0]
     results["before publishing"] = error_of(engine, REQUESTS)
     publish(engine, folder / "a", tensor_parallel_size, tp_rank, policy_version=1)
     results["too long"] = error_of(engine, [GenerationRequest(tuple(range(MAX_MODEL_LEN)), 0)])
@@ -115,6 +116,13 @@ def answers(folder: Path, tensor_parallel_size: int, rank: int) -> dict[str, Any
     results["greedy b"] = engine.generate(REQUESTS, GREEDY)
     engine.shutdown()
     return results
+
+
+def layers_not_packed(model: Any) -> list[str]:
+    """Return the names of the layers that multiply with their parameter as it is."""
+    from torch.nn.functional import linear
+
+    return [name for name, layer in model.named_modules() if getattr(layer, "cpu_linear", None) is linear]
 
 
 def error_of(engine: Any, requests: list[GenerationRequest]) -> str:

@@ -51,14 +51,18 @@ DR_GRPO = (
     "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
 )
 CORRECTION = "algorithm.rollout_correction"
+# What an estimator can't do without.
+OWN_KEYS = {"gdpo": ("algorithm.gdpo_reward_keys=[digits,length]", "algorithm.gdpo_reward_weights=[1,0.5]")}
+IMPOSSIBLE = {("gdpo", "in_reward")}
 
 
 def algorithms() -> dict[str, tuple[str, ...]]:
     """Return the overrides of every case by its name."""
     cases = {
-        f"{name}, kl {where}": (f"algorithm.adv_estimator={name}", *overrides)
+        f"{name}, kl {where}": (f"algorithm.adv_estimator={name}", *OWN_KEYS.get(name, ()), *overrides)
         for name in ESTIMATORS
         for where, overrides in KL.items()
+        if (name, where) not in IMPOSSIBLE
     }
     grpo = ("algorithm.adv_estimator=grpo", *KL["none"])
     for loss in tuple(POLICY_LOSSES)[1:]:
@@ -69,6 +73,11 @@ def algorithms() -> dict[str, tuple[str, ...]]:
     rejection = f"{CORRECTION}.rejections=[{{criterion:geometric,low:0.5,high:2.0}}]"
     cases["correction by keys"] = (*grpo, f"{CORRECTION}.level=sequence", f"{CORRECTION}.cap=2", rejection)
     cases["correction bypass"] = (*grpo, f"{CORRECTION}.bypass=true")
+    cases["correction bypass, rejecting"] = (*cases["correction bypass"], rejection)
+    weighted = (f"{CORRECTION}.level=token", "actor_rollout_ref.actor.policy_loss=gpg")
+    cases["correction bypass, weighted"] = (*cases["correction bypass"], *weighted)
+    cases["off-policy mask"] = (*grpo, f"{CORRECTION}.off_policy_mask_delta=0")
+    cases["overlong filtering"] = (*grpo, "algorithm.overlong_filtering=true")
     # The critic's sizes are the actor's. 16 rollouts of up to 22 tokens need several micro-batches.
     tokens = ("actor_rollout_ref.actor.use_dynamic_bsz=true", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=64")
     default = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16"
@@ -94,7 +103,7 @@ def main(out: Path) -> None:
         trainer = everything.config.trainer
         roles = with_total_steps(everything.config, everything.roles, 1000)
         spec = RankSpec(roles, trainer.seed, engine_spec(everything.config, everything.actor))
-        reward, results = RewardSpec(path="reward.py"), {}
+        reward, results = RewardSpec(path="reward.py", components=("digits", "length")), {}
         with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec, trainer) as group:
             for name, (checked, values) in cases.items():
                 config = checked.config

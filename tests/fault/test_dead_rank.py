@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,3 +135,12 @@ def test_torchruns_report_at_the_end_repeats_the_cause(failed: dict[str, Struck]
         _, cause = failed[name].finished.stderr.split("Root Cause")
         assert f"rank      : {rank} " in cause
         assert "ArithmeticError: broken by the test" in cause
+
+
+def test_a_rank_that_ray_ends_for_memory_is_an_error_with_our_way_out(tiny_task: Path) -> None:
+    environ = {"RAY_memory_usage_threshold": "0.01"}  # far below what the machine holds already
+    finished = run([*python(*SFT), "trainer.run_dir=runs/memory"], tiny_task, environ=environ)
+    assert finished.code == 1
+    assert re.search(r"ResourceError: rank \d was ended since its node runs low on memory", finished.stderr)
+    assert "ppo_micro_batch_size_per_gpu" in finished.stderr
+    assert "RAY_" not in finished.stderr.partition("ResourceError")[2], "its threshold is nothing to move"

@@ -107,6 +107,25 @@ def grpo_passk(rewards: Floats, groups: Ints, mask: Bools, norm_by_std: bool, ep
     return on_tokens(values, mask)
 
 
+def gdpo(
+    components: Floats, groups: Ints, mask: Bools, weights: list[float], norm_by_std: bool, epsilon: float
+) -> Floats:
+    """Return advantages. arXiv:2601.05242: GRPO of each component, their weighted sum, normalised over all rollouts."""
+    sums = []
+    for row in range(len(groups)):
+        terms = []
+        for k, weight in enumerate(weights):
+            group = members(components[:, k], groups, row)
+            if len(set(group)) > 1:
+                centred = float(components[row, k]) - math.fsum(group) / len(group)
+                spread = float(np.std(group, ddof=1)) + epsilon if norm_by_std else 1.0
+                terms.append(weight * centred / spread)
+        sums.append(math.fsum(terms))
+    mean = math.fsum(sums) / len(sums)
+    std = math.sqrt(math.fsum((s - mean) ** 2 for s in sums) / (len(sums) - 1)) if len(sums) > 1 else 0.0
+    return on_tokens([(s - mean) / (std + epsilon) for s in sums], mask)
+
+
 def penalize(scores: Floats, kl: Floats, mask: Bools, coef: float) -> Floats:
     """Return rewards a token. arXiv:1909.08593, equation 2, a token at a time."""
     result = np.zeros(mask.shape)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tests.unit.numpy_reference import Bools, Floats
+from tests.unit.numpy_reference import Bools, Floats, Ints
 
 
 def statistic(criterion: str, log_ratios: list[float], token: int) -> float:
@@ -56,6 +56,34 @@ def weights(
     sample = by_sequence if level == "sequence" else [float(w) for w in result[left]]
     if normalize and any(sample):
         result /= math.fsum(sample) / len(sample)
+    return result
+
+
+def factors(
+    log_ratios: Floats,
+    advantages: Floats,
+    sequence: Ints,
+    rejections: list[tuple[str, float, float]],
+    level: str | None,
+    cap: float,
+    band: tuple[float, float],
+    delta: float | None,
+) -> Floats:
+    """Return the factor of each token in an update. arXiv:2512.02556, section 3.1, for ``delta``."""
+    result = np.zeros(len(log_ratios))
+    for name in set(sequence.tolist()):
+        places = [i for i in range(len(sequence)) if sequence[i] == name]
+        ratios = [float(log_ratios[i]) for i in places]
+        drift = math.fsum(-d for d in ratios) / len(ratios)
+        for t, i in enumerate(places):
+            is_kept = all(low <= statistic(name, ratios, t) <= high for name, low, high in rejections)
+            if delta is not None and advantages[i] < 0 and drift > delta:
+                is_kept = False
+            weight = 1.0
+            if level is not None:
+                raw = math.exp(ratios[t] if level == "token" else math.fsum(ratios))
+                weight = min(raw, cap) if band[0] <= raw <= band[1] else 0.0
+            result[i] = weight if is_kept else 0.0
     return result
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megarl.algorithm.advantage import (
     Advantages,
     AdvantageSettings,
     estimators,
+    gdpo,
     grpo,
     grpo_passk,
     rloo,
@@ -99,6 +102,75 @@ def test_opo_weighs_the_baseline_by_length() -> None:
 def test_gpg_makes_up_for_groups_without_spread() -> None:
     inputs = _inputs([1.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1, 2, 2])
     assert _per_rollout(estimators.get("gpg")(inputs, SETTINGS)).tolist() == [1.5, -1.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def _with_components(seed: int, shape: tuple[int, int, int], num_components: int) -> AdvantageInputs:
+    """Return random inputs whose reward has parts: of different scales, some of them equal in a whole group."""
+    inputs, rng = _random_inputs(seed, *shape), np.random.default_rng(seed + 1)
+    components = rng.choice([0.0, 1.0, -0.5], (len(inputs.rewards_B), num_components)) * 10.0 ** np.arange(
+        num_components
+    )
+    components[inputs.group_B.numpy() == inputs.group_B.numpy()[0], 0] = 0.25
+    return replace(inputs, components_BK=torch.from_numpy(components))
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.25, 3.0)])
+@pytest.mark.parametrize("norm_by_std", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_gdpo_equals_the_reference(
+    seed: int, shape: tuple[int, int, int], norm_by_std: bool, weights: tuple[float, ...] | None
+) -> None:
+    inputs = _with_components(seed, shape, 3)
+    assert inputs.components_BK is not None
+    chosen = AdvantageSettings(norm_by_std=norm_by_std, component_weights=weights)
+    expected = numpy_advantage.gdpo(
+        inputs.components_BK.numpy(),
+        inputs.group_B.numpy(),
+        inputs.mask_BS.numpy(),
+        list(weights or (1.0, 1.0, 1.0)),
+        norm_by_std,
+        epsilon=1e-6,
+    )
+    np.testing.assert_allclose(gdpo(inputs, chosen).advantages_BS.numpy(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_gdpo_tells_apart_what_grpo_of_the_sum_does_not() -> None:
+    """The paper's example: in one group a rollout is ahead in one part of its reward, in the other in both."""
+    one_part, both_parts = [[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]
+    sums = _inputs([1.0, 0.0, 2.0, 0.0], [0, 0, 1, 1])
+    inputs = replace(sums, components_BK=torch.tensor(one_part + both_parts, dtype=torch.float64))
+    exact = AdvantageSettings(epsilon=1e-12)
+    grpo_B, gdpo_B = (_per_rollout(estimate(inputs, exact)) for estimate in (grpo, gdpo))
+    half = 0.5**0.5
+    assert grpo_B.tolist() == pytest.approx([half, -half, half, -half])
+    # Sums of normalised parts: +-half where one part differs, +-2 half where both do; their unbiased std over the
+    # four rollouts is sqrt((0.5 + 0.5 + 2 + 2) / 3).
+    std = (5 / 3) ** 0.5
+    assert gdpo_B.tolist() == pytest.approx([half / std, -half / std, 2 * half / std, -2 * half / std])
+
+
+def test_the_scale_of_a_component_does_not_count_and_its_weight_does() -> None:
+    inputs = _with_components(3, (4, 4, 5), 2)
+    assert inputs.components_BK is not None
+    scaled = replace(inputs, components_BK=inputs.components_BK * torch.tensor([1e3, 1.0]))
+    exact = AdvantageSettings(epsilon=1e-12)
+    plain_BS = gdpo(inputs, exact).advantages_BS
+    torch.testing.assert_close(gdpo(scaled, exact).advantages_BS, plain_BS, rtol=1e-9, atol=1e-9)
+    weighted = replace(exact, component_weights=(2.0, 1.0))
+    assert not torch.allclose(gdpo(inputs, weighted).advantages_BS, plain_BS)
+    alone = replace(inputs, components_BK=inputs.components_BK[:, :1])
+    for factor in (1.0, 5.0):  # of one component alone the weight cancels
+        torch.testing.assert_close(
+            gdpo(alone, replace(exact, component_weights=(factor,))).advantages_BS, gdpo(alone, exact).advantages_BS
+        )
+
+
+def test_components_without_spread_in_any_group_give_exactly_zero() -> None:
+    inputs = replace(
+        _inputs([1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1]), components_BK=torch.tensor([[0.1], [0.1], [7.3], [7.3]])
+    )
+    assert not gdpo(inputs, SETTINGS).advantages_BS.any()
 
 
 def test_grpo_passk_credits_the_single_best_alone() -> None:

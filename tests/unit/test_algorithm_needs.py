@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megarl.algorithm.needs import aggregation, clip_range, reuses_update, uses_kl_loss
+from megarl.algorithm.needs import aggregation, clip_range, reuses_update, reward_components, uses_kl_loss
 from megarl.checks.algorithm import the_policy_loss_is_that_of_its_paper
 from megarl.plan.algorithm import algorithm_lines
 from tests.unit.composed_configs import ppo_config
@@ -67,6 +67,39 @@ def test_the_plan_shows_what_null_stands_for_and_what_a_temperature_means() -> N
     assert kl == "KL: 0.001 x kl in the loss"
     assert temperature.startswith("temperature 0.6: old log-probs, ratios and KL are of softmax(logits / 0.6)")
     assert len(algorithm_lines(ppo_config(**{"actor_rollout_ref.rollout.temperature": 1.0}))) == 3
+
+
+def test_the_plan_names_what_an_algorithm_leaves_out_and_what_it_normalises_apart() -> None:
+    correction = f"{ALGORITHM}.rollout_correction"
+    gdpo = {
+        f"{ALGORITHM}.adv_estimator": "gdpo",
+        f"{ALGORITHM}.gdpo_reward_keys": ["correct", "format"],
+        f"{ALGORITHM}.gdpo_reward_weights": [1, 0.5],
+        f"{ALGORITHM}.overlong_filtering": True,
+    }
+    lines = algorithm_lines(ppo_config(**gdpo, **{f"{correction}.off_policy_mask_delta": 1e-4}))
+    assert lines[0] == "estimator: gdpo of 1 x correct + 0.5 x format, each normalised by its group"
+    assert lines[3] == "responses cut at the limit: in no loss; their rewards count in the baselines of their groups"
+    assert lines[4] == (
+        "engine against trainer: no loss where the advantage is negative and log(engine / policy) above 0.0001 a token"
+    )
+    rejection = [{"criterion": "geometric", "low": 0.5, "high": 2}]
+    bypassed = ppo_config(**{f"{correction}.bypass": True, f"{correction}.rejections": rejection})
+    assert algorithm_lines(bypassed)[3] == (
+        "engine against trainer: its log-probs are the old ones (bypass), "
+        "rejection by geometric in every optimizer step"
+    )
+    weighted = ppo_config(**{f"{correction}.level": "token"}), ppo_config(**{f"{correction}.preset": "k3_token_tis"})
+    assert [algorithm_lines(c)[3] for c in weighted] == [
+        "engine against trainer: weights of each token", "engine against trainer: k3_token_tis"
+    ]  # fmt: skip
+
+
+def test_components_are_those_of_an_estimator_that_reads_some_or_of_the_users_own() -> None:
+    named = {f"{ALGORITHM}.gdpo_reward_keys": ["a"]}
+    assert reward_components(ppo_config(**named)) == ()
+    assert reward_components(ppo_config(**named, **{f"{ALGORITHM}.adv_estimator": "gdpo"})) == ("a",)
+    assert reward_components(ppo_config(**named, **{f"{ALGORITHM}.adv_estimator": "mine"})) == ("a",)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarl.algorithm.aggregate import mini_batch_totals
 from megarl.algorithm.recipe import Recipe, TrainBatch, Update
-from megarl.algorithm.rollout_correction import presets
+from megarl.algorithm.rollout_correction import CorrectionSettings, Rejection, presets
 from megarl.algorithm.samples import Rewards, Samples
 from megarl.batching.pack import rollouts_to_batch
 from megarl.types import PolicyBatch, Prompt, RewardResult, Rollout, Sequences
@@ -44,15 +45,24 @@ class Actor:
         return Update({}, self.only([row for row in range(len(self.logprobs_BS)) if row not in self.later]))
 
 
-def _samples() -> Samples:
-    """Return 2 prompts with 2 rollouts each, of different lengths and rewards."""
-    prompts = [Prompt(f"f:{i}", ids, "", "source", "", {}) for i, ids in enumerate([(5, 6), (7, 8, 9)])]
+def _samples(cut: Sequence[int] = ()) -> Samples:
+    """Return 2 prompts with 2 rollouts each, of different lengths and rewards. cut: lengths that end at the limit."""
+    prompts = [Prompt(f"0:{i}", ids, "", "source", "", {}, "") for i, ids in enumerate([(5, 6), (7, 8, 9)])]
     groups = [
-        tuple(Rollout(tuple(range(3, 3 + n)), tuple(-0.1 * k - 0.2 for k in range(n)), "stop", 4) for n in lengths)
+        tuple(
+            Rollout(
+                tuple(range(3, 3 + n)),
+                tuple(-0.1 * k - 0.2 for k in range(n)),
+                "length" if n in cut else "stop",
+                4,
+            )
+            for n in lengths
+        )
         for lengths in ((3, 1), (2, 4))
     ]
     scores = (1.0, 0.0, 0.5, 2.0)
-    rewards = Rewards(tuple(RewardResult(score, "ok") for score in scores), torch.zeros(4))
+    results = tuple(RewardResult(score, "ok", components=(score, -score)) for score in scores)
+    rewards = Rewards(results, torch.zeros(4), component_names=("right", "short"))
     return Samples(tuple(prompts), tuple(groups), rewards, rollouts_to_batch([p.token_ids for p in prompts], groups))
 
 
@@ -72,6 +82,7 @@ def _trained(recipe: Recipe, samples: Samples, actor: Actor, step: int = 1) -> T
     [
         {f"{ACTOR}.separate_old_log_probs": True},
         {f"{ACTOR}.ppo_epochs": 2},
+        {f"{CORRECTION}.bypass": True, f"{CORRECTION}.preset": "geometric"},
         {"algorithm.use_kl_in_reward": True},
         {f"{CORRECTION}.level": "token"},
         {f"{CORRECTION}.preset": "sequence_tis"},
@@ -97,6 +108,8 @@ def test_old_log_probs_are_computed_apart_where_something_needs_them_before_the_
         {f"{ACTOR}.policy_loss": "gspo"},
         {f"{ACTOR}.ppo_mini_batch_size": 64},
         {f"{CORRECTION}.preset": "metrics_only"},  # it changes nothing that is trained on
+        {f"{CORRECTION}.off_policy_mask_delta": 0.1},  # it reads the update's own log-probs
+        {"algorithm.overlong_filtering": True},
     ],
 )
 def test_an_update_whose_first_mini_batch_is_on_policy_gives_its_own_old_log_probs(changes: dict[str, object]) -> None:
@@ -234,3 +247,90 @@ def test_correction_is_that_of_a_preset_or_of_the_keys() -> None:
     assert Recipe(ppo_config(**{f"{CORRECTION}.preset": "icepop"})).correction == presets.get("icepop")
     plain = Recipe(ppo_config(**{f"{CORRECTION}.level": "token"})).correction
     assert (plain.level, plain.band, plain.rejections) == ("token", (0.0, float("inf")), ())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {f"{ACTOR}.separate_old_log_probs": True}, {"algorithm.adv_estimator": "reinforce_plus_plus"}]
+)
+def test_responses_cut_at_the_limit_leave_the_loss_and_their_rewards_stay_in_the_baseline(
+    changes: dict[str, object],
+) -> None:
+    samples, filtering = _samples(cut=[1, 4]), {"algorithm.overlong_filtering": True}
+    without, recipe = Recipe(ppo_config(**changes)), Recipe(ppo_config(**changes, **filtering))
+    actor = _actor_of(samples, later=[])
+    kept, left = _trained(without, samples, actor), _trained(recipe, samples, actor)
+    assert left.policy.mask_BS.sum(-1).tolist() == [3, 0, 2, 0]
+    assert kept.policy.mask_BS.equal(samples.batch.mask_BS)
+    # What is still trained on has the advantages that it has without filtering: rewards 0 and 2 were cut, and count.
+    assert isinstance(left.policy, PolicyBatch) and isinstance(kept.policy, PolicyBatch)
+    assert left.policy.advantages_BS.equal(kept.policy.advantages_BS)
+    # A mini-batch is divided by its two rollouts and five tokens that are left.
+    assert mini_batch_totals(left.policy.mask_BS.sum(-1)) == (5, 2)
+    metrics = recipe.metrics(samples, left, actor.update() if recipe.reuses_update else Update({}))
+    assert (metrics["response/share_cut"], metrics["response/mean_tokens"]) == (0.5, 2.5)
+    assert metrics["reward/mean"] == 0.875
+
+
+def test_the_engine_is_compared_on_the_responses_that_are_trained_on() -> None:
+    """The update tells no log-probs of the others; as zeros they would look far from the engine's."""
+    samples, recipe = _samples(cut=[4]), Recipe(ppo_config(**{"algorithm.overlong_filtering": True}))
+    actor = _actor_of(samples, later=[])
+    batch = _trained(recipe, samples, actor)
+    told_BS = torch.where(batch.policy.mask_BS, actor.logprobs_BS, 0.0)
+    metrics = recipe.metrics(samples, batch, Update({}, told_BS))
+    differences_N = 0.01 * samples.batch.tokens_BS[batch.policy.mask_BS]
+    assert metrics["rollout_train/logprob_diff_max"] == pytest.approx(float(differences_N.max()))
+    assert metrics["rollout_train/kl"] == pytest.approx(-float(differences_N.mean()))
+
+
+def test_a_critic_learns_from_no_response_that_was_cut() -> None:
+    changes = {"algorithm.adv_estimator": "gae", "algorithm.overlong_filtering": True}
+    samples, recipe = _samples(cut=[4]), Recipe(ppo_config(**changes))
+    values_BS = torch.where(samples.batch.mask_BS, 0.25, 0.0)
+    batch = recipe.train_batch(samples, None, None, values_BS, 1)
+    assert batch.values is not None and batch.values.mask_BS.sum(-1).tolist() == [3, 1, 2, 0]
+
+
+def test_an_estimator_that_reads_components_is_given_them_with_their_weights() -> None:
+    weighted = {
+        "algorithm.adv_estimator": "gdpo",
+        "algorithm.gdpo_reward_keys": ["right", "short"],
+        "algorithm.gdpo_reward_weights": [1.0, 0.25],
+    }
+    samples, recipe = _samples(), Recipe(ppo_config(**weighted))
+    policy = _trained(recipe, samples, _actor_of(samples, later=[])).policy
+    assert isinstance(policy, PolicyBatch)
+    # In each group of two the parts are +-0.5^0.5 of opposite signs: 0.75 of that is left, and then divided by the std
+    # of the four rollouts, whose squares are equal: (4 / 3)^0.5 of it.
+    expected = (3 / 4) ** 0.5
+    firsts_B = policy.advantages_BS[torch.arange(4), policy.mask_BS.int().argmax(-1)]
+    assert firsts_B.tolist() == pytest.approx([expected, -expected, -expected, expected], rel=1e-4)
+
+
+def test_what_a_bypass_corrects_is_left_to_the_update_and_the_rest_is_not() -> None:
+    rejecting = {f"{CORRECTION}.rejections": [{"criterion": "token", "low": 0, "high": 1.04}]}
+    delta = {f"{CORRECTION}.off_policy_mask_delta": 0.1}
+    rejection = (Rejection("token", 0.0, 1.04),)
+
+    before = Recipe(ppo_config(**rejecting, **delta))
+    assert before.correction == CorrectionSettings(rejections=rejection)
+    assert before.policy_loss.correction == CorrectionSettings(off_policy_delta=0.1)
+
+    bypassed = Recipe(ppo_config(**rejecting, **delta, **{f"{CORRECTION}.bypass": True}))
+    assert bypassed.correction == CorrectionSettings()
+    assert bypassed.policy_loss.correction == CorrectionSettings(rejections=rejection, off_policy_delta=0.1)
+
+    for nothing in ({}, {f"{CORRECTION}.bypass": True}, rejecting):
+        assert Recipe(ppo_config(**nothing)).policy_loss.correction is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{f"{CORRECTION}.off_policy_mask_delta": 0.1}, {f"{CORRECTION}.bypass": True, f"{CORRECTION}.preset": "k3"}],
+)
+def test_an_update_that_compares_with_the_engine_is_given_its_log_probs(changes: dict[str, object]) -> None:
+    samples = _samples()
+    for each, engine_BS in ((changes, samples.batch.rollout_logprobs_BS), ({}, None)):
+        policy = _trained(Recipe(ppo_config(**each)), samples, _actor_of(samples, later=[])).policy
+        assert isinstance(policy, PolicyBatch) and policy.rollout_logprobs_BS is engine_BS
+        assert policy.mask_BS.equal(samples.batch.mask_BS), "the update rejects, and its mean counts all tokens"

@@ -52,6 +52,7 @@ def test_every_estimator_says_what_it_needs() -> None:
     needs = {name: estimators.needs(name) for name in estimators.names()}
     assert [name for name, need in needs.items() if need.values] == ["gae"]
     assert [name for name, need in needs.items() if need.greedy_baseline] == ["remax"]
+    assert [name for name, need in needs.items() if need.components] == ["gdpo"]
     alone = {name for name, need in needs.items() if need.min_group_size == 1}
     assert alone == {"gae", "remax", "reinforce_plus_plus"}
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megarl.algorithm.rollout_correction import (
     Correction,
@@ -16,7 +17,9 @@ from megarl.algorithm.rollout_correction import (
     correct_rollouts,
     criteria,
     presets,
+    update_factors,
 )
+from megarl.catalog import CORRECTION_PRESETS
 from megarl.errors import ConfigError
 from tests.unit import numpy_rollout_correction as reference
 from tests.unit.numpy_reference import Bools, Floats
@@ -67,7 +70,7 @@ def test_weights_and_mask_equal_the_reference(
     expected = reference.weights(*columns, left, level, *bounds, normalize)
     np.testing.assert_array_equal(result.mask_BS.numpy(), left)
     assert result.weights_BS is not None
-    np.testing.assert_allclose(result.weights_BS.numpy(), expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(result.weights_BS.numpy(), expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -279,3 +282,82 @@ def test_a_preset_leaves_out_sequences_that_are_too_far_from_the_trainer(
     named = [each for each in presets.names() if each == name or each.startswith(f"{name}_")]
     for each in named:
         assert _with_log_ratios(log_ratios, presets.get(each)).mask_BS.all().item() == is_left, each
+
+
+def test_a_preset_weighs_at_the_level_that_the_catalog_names() -> None:
+    assert {name: presets.get(name).level for name in presets.names()} == dict(CORRECTION_PRESETS)
+
+
+def test_masked_importance_sampling_keeps_or_drops_a_whole_sequence_and_caps_none_of_its_tokens() -> None:
+    kept, dropped = [math.log(4.0), -math.log(4.0)], [0.003, 0.003]  # geometric means 1 and 1.003
+    result = _with_log_ratios([kept, dropped], presets.get("seq_mask_tis"))
+    assert result.mask_BS.tolist() == [[True, True], [False, False]]
+    assert result.weights_BS is not None
+    assert result.weights_BS.tolist() == [pytest.approx([4.0, 0.25]), [0.0, 0.0]]
+    assert _with_log_ratios([[0.0018, 0.0018]], presets.get("seq_mask_tis")).mask_BS.all()
+    assert not _with_log_ratios([[-0.0012, -0.0012]], presets.get("seq_mask_tis")).mask_BS.any()
+
+
+def _tokens(seed: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-ratios, advantages and sequences of tokens end to end, with numbers that don't all occur."""
+    rng, size = np.random.default_rng(seed), sum(lengths)
+    sequence = np.repeat(3 * np.arange(len(lengths)) + 1, lengths)
+    advantages = rng.choice([-1.0, 0.0, 0.5], len(lengths) or 1)[(sequence - 1) // 3]
+    return torch.from_numpy(0.3 * rng.normal(size=size)), torch.from_numpy(advantages), torch.from_numpy(sequence)
+
+
+@pytest.mark.parametrize("delta", [None, 0.0, 0.05])
+@pytest.mark.parametrize("rejections", REJECTIONS)
+@pytest.mark.parametrize(("level", "cap"), [(None, math.inf), ("token", 1.2), ("sequence", math.inf)])
+@pytest.mark.parametrize("band", [(0.0, math.inf), (0.8, 1.3)])
+def test_factors_of_an_update_equal_the_reference(
+    band: tuple[float, float], level: str | None, cap: float, rejections: tuple[Rejection, ...], delta: float | None
+) -> None:
+    given_settings = CorrectionSettings(level, cap, band, rejections=rejections, off_policy_delta=delta)
+    plain = [(r.criterion, r.low, r.high) for r in rejections]
+    for seed, lengths in enumerate([[], [1], [1, 7, 3], [5] * 9]):
+        tokens = _tokens(seed, lengths)
+        expected = reference.factors(*(c.numpy() for c in tokens), plain, level, cap, band, delta)
+        factors_N = update_factors(*tokens, given_settings)
+        np.testing.assert_allclose(factors_N.numpy(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_the_off_policy_mask_takes_bad_sequences_that_have_become_unlikely_and_no_others() -> None:
+    drift_N = torch.tensor(
+        [0.3, 0.1, 0.3, 0.1, 0.1, 0.1, -0.5, -0.5]
+    )  # log(engine / policy); means 0.2, 0.2, 0.1, -0.5
+    advantages_N = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
+    sequence_N = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    factors_N = update_factors(-drift_N, advantages_N, sequence_N, CorrectionSettings(off_policy_delta=0.15))
+    assert factors_N.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_the_off_policy_mask_looks_at_the_advantage_of_each_token_and_spares_one_of_zero() -> None:
+    settings_of_mask = CorrectionSettings(off_policy_delta=0.0)
+    factors_N = update_factors(
+        torch.full((3,), -0.1), torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.int64), settings_of_mask
+    )
+    assert factors_N.tolist() == [0.0, 1.0, 1.0]
+
+
+def test_an_engine_that_agrees_with_the_policy_leaves_every_factor_at_one() -> None:
+    nothing_N, sequence_N = torch.zeros(4), torch.tensor([0, 0, 1, 2])
+    for name in presets.names():
+        corrected = replace(presets.get(name), off_policy_delta=0.0)
+        assert update_factors(nothing_N, -torch.ones(4), sequence_N, corrected).tolist() == [1.0] * 4
+
+
+def test_a_sequence_whose_distance_is_nan_is_far() -> None:
+    bad_N = torch.tensor([math.nan, 0.0, 0.0])
+    factors_N = update_factors(bad_N, -torch.ones(3), torch.tensor([0, 0, 1]), CorrectionSettings(off_policy_delta=0.1))
+    assert factors_N.tolist() == [0.0, 0.0, 1.0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(presets.names()))
+def test_factors_depend_on_no_split_into_micro_batches(seed: int, name: str) -> None:
+    tokens, corrected = _tokens(seed, [3, 1, 5, 2]), replace(presets.get(name), off_policy_delta=0.02)
+    together_N = update_factors(*tokens, corrected)
+    for chosen in ((tokens[2] <= 4), (tokens[2] > 4)):
+        alone_N = update_factors(*(column_N[chosen] for column_N in tokens), corrected)
+        torch.testing.assert_close(alone_N, together_N[chosen], rtol=1e-12, atol=0)

@@ -3,12 +3,39 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarl.algorithm.samples import Rewards, share_cut
-from megarl.types import RewardResult, Rollout
+from megarl.algorithm.samples import Rewards
+from megarl.types import RewardResult
 
 
 def _results(*scores: float) -> tuple[RewardResult, ...]:
     return tuple(RewardResult(score, "ok") for score in scores)
+
+
+def _with_parts(*parts: tuple[float, ...]) -> Rewards:
+    """Return rewards whose scores are all 1, of these components."""
+    results = tuple(RewardResult(1.0, "ok", components=each) for each in parts)
+    return Rewards(results, torch.zeros(len(parts)), component_names=("correct", "format"))
+
+
+def test_components_are_a_column_by_name_with_their_means() -> None:
+    rewards = _with_parts((1.0, 0.5), (0.0, 0.5))
+    assert rewards.components_BK is not None and rewards.components_BK.tolist() == [[1.0, 0.5], [0.0, 0.5]]
+    metrics = rewards.metrics()
+    assert (metrics["reward/component/correct"], metrics["reward/component/format"]) == (0.5, 0.5)
+    assert Rewards(_results(1.0), torch.zeros(1)).components_BK is None
+
+
+def test_a_group_teaches_where_scores_differ_or_where_there_are_components_one_of_those() -> None:
+    group_B = torch.tensor([0, 0, 1, 1])
+    scores = Rewards(_results(1.0, 1.0, 0.0, 1.0), torch.tensor([0.0, -1.0, 0.0, 0.0]))
+    assert scores.has_spread(group_B).tolist() == [False, False, True, True]
+    parts = _with_parts((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    assert parts.has_spread(group_B).tolist() == [True, True, False, False]
+
+
+def test_fresh_groups_bring_their_components() -> None:
+    after = _with_parts((0.0, 0.0), (0.0, 1.0)).with_groups([1], _with_parts((5.0, 6.0)), n=1)
+    assert after.components_BK is not None and after.components_BK.tolist() == [[0.0, 0.0], [5.0, 6.0]]
 
 
 def test_a_reward_is_the_function_s_and_coef_times_the_model_s_and_the_penalty_of_length() -> None:
@@ -48,9 +75,3 @@ def test_the_mean_of_finite_rewards_is_finite() -> None:
     metrics = Rewards(_results(3e38, 3e38, 1e38), torch.zeros(3)).metrics()
     assert metrics["reward/mean"] == pytest.approx(7e38 / 3)
     assert metrics["reward/std"] == pytest.approx(9.428e37, rel=1e-3)
-
-
-def test_the_share_cut_is_of_rollouts_that_would_have_gone_on() -> None:
-    stopped, cut = (Rollout((1,), (0.0,), reason, 1) for reason in ("stop", "length"))
-    assert share_cut([(stopped, cut), (cut, cut)]) == 0.75
-    assert share_cut([(stopped, stopped)]) == 0.0

@@ -189,7 +189,7 @@ def test_names_that_the_file_does_not_register_are_one_error_with_those_that_are
     path = write(tmp_path, an_estimator(MASK) + a_loss("TokenLoss(inputs.logprobs_N, inputs.logprobs_N)"))
     problems = problems_of(own(path, **{"algorithm.adv_estimator": "mime", LOSS: "ppo_klip"}))
     assert [(p.key, p.value) for p in problems] == [("algorithm.adv_estimator", "mime"), (LOSS, "ppo_klip")]
-    assert ", gae, gpg, grpo, grpo_passk, mine, opo, " in f", {problems[0].allowed.split('registered are ')[1]}"
+    assert ", gae, gdpo, gpg, grpo, grpo_passk, mine, opo, " in f", {problems[0].allowed.split('registered are ')[1]}"
     assert [p.fix for p in problems] == ["did you mean 'mine'?", "did you mean 'ppo_clip'?"]
 
 

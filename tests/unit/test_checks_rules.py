@@ -32,6 +32,11 @@ REJECTION = {"criterion": "token", "low": 0, "high": 2}
 GAE: Changes = {"algorithm.adv_estimator": "gae", f"{ROLLOUT}.n": 1, f"{ACTOR}.use_kl_loss": False}
 RLOO: Changes = {"algorithm.adv_estimator": "rloo", f"{ACTOR}.use_kl_loss": False}
 
+GDPO: Changes = {"algorithm.adv_estimator": "gdpo", "algorithm.gdpo_reward_keys": ["correct", "format"]}
+BYPASSED_GPG: Changes = {
+    f"{CORRECTION}.bypass": True, f"{CORRECTION}.level": "token", f"{ACTOR}.policy_loss": "gpg"
+}  # fmt: skip
+
 JUDGE: Changes = {"reward.model.path": "judge"}
 
 # Any python file does here: what it registers is seen when it is loaded.
@@ -191,7 +196,51 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         "at most data.max_response_length = 512",
     ),
     ({f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.level": "token"}, [f"{CORRECTION}.preset"], "are set too"),
-    ({f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.bypass": True}, [f"{CORRECTION}.bypass"], "no difference"),
+    (
+        {f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.bypass": True},
+        [f"{CORRECTION}.preset"],
+        "weighs by the ratio to the engine, which the ratio of ppo_clip is",
+    ),
+    (
+        {f"{CORRECTION}.level": "token", f"{CORRECTION}.bypass": True, f"{ACTOR}.policy_loss": "cispo"},
+        [f"{CORRECTION}.level"],
+        "which the ratio of cispo is",
+    ),
+    (
+        {**BYPASSED_GPG, f"{CORRECTION}.normalize": True},
+        [f"{CORRECTION}.normalize"],
+        "the mean weight of the step, which no optimizer step of a bypass knows",
+    ),
+    (
+        {f"{CORRECTION}.preset": "metrics_only", f"{CORRECTION}.bypass": True},
+        [f"{CORRECTION}.preset"],
+        "a bypass computes none before the update",
+    ),
+    ({f"{CORRECTION}.off_policy_mask_delta": 0.1, f"{ROLLOUT}.top_p": 0.9}, [f"{ROLLOUT}.top_p"], "of the kept tokens"),
+    ({"algorithm.adv_estimator": "gdpo"}, ["algorithm.gdpo_reward_keys"], "needs the names of the components"),
+    ({**GDPO, f"{ROLLOUT}.n": 1}, [f"{ROLLOUT}.n"], "gdpo compares the rollouts of a prompt: at least 2"),
+    (
+        {**GDPO, "algorithm.use_kl_in_reward": True, f"{ACTOR}.use_kl_loss": False},
+        ["algorithm.use_kl_in_reward"],
+        "is no component of the reward: gdpo reads",
+    ),
+    ({**GDPO, "reward.overlong_buffer.enable": True}, ["reward.overlong_buffer.enable"], "is no component"),
+    ({**GDPO, **JUDGE, "reward.path": "r.py"}, ["reward.model.path"], "is no component of the reward"),
+    ({**GDPO, "algorithm.gdpo_reward_weights": [1]}, ["algorithm.gdpo_reward_weights"], "for each of the 2"),
+    ({**GDPO, "algorithm.gdpo_reward_weights": [1, 0]}, ["algorithm.gdpo_reward_weights"], "a number above 0"),
+    ({**GDPO, "algorithm.gdpo_reward_keys": ["a", "a"]}, ["algorithm.gdpo_reward_keys"], "once, and never score: a"),
+    ({**GDPO, "algorithm.gdpo_reward_keys": ["a", "score"]}, ["algorithm.gdpo_reward_keys"], "never score: score"),
+    ({"algorithm.gdpo_reward_keys": ["a"]}, ["algorithm.gdpo_reward_keys"], "no effect on grpo; read by gdpo"),
+    (
+        {**OWN, **JUDGE, "algorithm.gdpo_reward_keys": ["a"]},
+        ["algorithm.gdpo_reward_keys"],
+        "names components of a function's reward, and a model scores alone",
+    ),
+    (
+        {"algorithm.overlong_filtering": True, f"{ROLLOUT}.ignore_eos": True},
+        ["algorithm.overlong_filtering"],
+        "cuts every response at the limit",
+    ),
     ({f"{CORRECTION}.cap": 2.0}, [f"{CORRECTION}.cap"], "acts on weights, and there are none"),
     ({f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [2, 1]}, [f"{CORRECTION}.band"], "0 <= low < high"),
 ]  # fmt: skip
@@ -222,6 +271,14 @@ SOUND: list[Changes] = [
     {"reward.overlong_buffer.enable": True, "reward.overlong_buffer.len": 512},
     {f"{CORRECTION}.preset": "token_tis"},
     {f"{CORRECTION}.bypass": True},
+    {f"{CORRECTION}.bypass": True, f"{CORRECTION}.preset": "geometric"},
+    {f"{CORRECTION}.bypass": True, f"{CORRECTION}.rejections": [REJECTION], f"{CORRECTION}.off_policy_mask_delta": 0},
+    {**BYPASSED_GPG, f"{CORRECTION}.cap": 2},
+    {**BYPASSED_GPG, "algorithm.path": __file__, f"{ACTOR}.policy_loss": "mine"},
+    {f"{CORRECTION}.preset": "token_tis", f"{CORRECTION}.off_policy_mask_delta": 1e-4},
+    {**GDPO, "algorithm.gdpo_reward_weights": [1, 0.5], "algorithm.norm_adv_by_std_in_grpo": False},
+    {"algorithm.overlong_filtering": True, "reward.overlong_buffer.enable": True},
+    {"algorithm.overlong_filtering": True, f"{ROLLOUT}.ignore_eos": True, f"{ROLLOUT}.stop_token_ids": [5]},
     {f"{CORRECTION}.level": "token", f"{CORRECTION}.band": [0.5, 2], f"{CORRECTION}.normalize": True},
     {f"{CORRECTION}.rejections": [REJECTION, REJECTION | {"low": 0.5, "high": None}]},
     {f"{CORRECTION}.preset": "metrics_only", f"{ROLLOUT}.top_p": 0.9, f"{ROLLOUT}.top_k": 50},

@@ -8,7 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from megarl.checks.run import check_ppo, check_sft
-from megarl.controller.inputs import PPOInputs, SFTInputs, read_ppo_inputs, read_sft_inputs
+from megarl.controller.inputs import PPOInputs, SFTInputs, notes_on, read_ppo_inputs, read_sft_inputs
+from megarl.data.mixing import MixedOrder
+from megarl.data.order import Order
 from megarl.data.tiny_qwen3 import tiny_qwen3
 from megarl.data.write import write_fresh_model, write_parquet
 from tests.unit.chats import CHATML, assistant, chatml_tokenizer, user
@@ -149,3 +151,18 @@ def test_what_is_trained_of_a_conversation_is_the_user_s_choice(
     example = sft_inputs(**chosen).examples[0]
     trained = [token for token, is_trained in zip(example.token_ids, example.loss_mask, strict=True) if is_trained]
     assert tokenizer.decode(trained) == "9<|im_end|>"
+
+
+def test_a_file_that_is_smaller_than_its_share_of_a_step_is_told_of() -> None:
+    [note] = notes_on(MixedOrder((50, 7000), (1.0, 2.0), 256, True, 0), 0, "filter")
+    assert note == (
+        "data.train_file_weights: file 1 of data.train_files has 50 rows and gives 85.33 to a step: "
+        "rows of it may come more than once in a step"
+    )
+    assert notes_on(MixedOrder((500, 7000), (1.0, 1.0), 256, True, 0), 0, "filter") == ()
+
+
+def test_prompts_that_were_left_out_or_cut_are_told_of() -> None:
+    order = Order(8, 4, True, 0)
+    assert notes_on(order, 3, "filter") == ("left out as longer than data.max_prompt_length: 3 prompts",)
+    assert notes_on(order, 3, "left") == ("cut (left) as longer than data.max_prompt_length: 3 prompts",)

@@ -40,7 +40,7 @@ def spec(tmp_path: Path) -> RewardSpec:
 
 def prompt(ground_truth: str, data_source: str = "mine") -> Prompt:
     """Return a prompt named by its ground truth."""
-    return Prompt(f"train.parquet:{ground_truth}", (1, 2), "text", data_source, ground_truth, {})
+    return Prompt("0:0", (1, 2), "text", data_source, ground_truth, {}, f"train.parquet:{ground_truth}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def test_rewards_of_which_only_the_sum_is_infinite_end_the_run(spec: RewardSpec,
 
 def inputs(*prompts: Prompt) -> PPOInputs:
     """Return the inputs of a run on some prompts."""
-    return PPOInputs(verbs_tokenizer(), prompts, (), Order(len(prompts), 1, False, 0), 1, (), ())
+    return PPOInputs(verbs_tokenizer(), prompts, (), Order(len(prompts), 1, False, 0), 1, (), (), ())
 
 
 def test_a_function_is_tried_on_a_row_of_each_data_source(spec: RewardSpec) -> None:

@@ -28,7 +28,19 @@ def test_rows_of_several_files_and_row_groups_come_in_order(tmp_path: Path) -> N
     rows = list(read_rows([first, second], {"prompt": ""}))
     assert [row.values["prompt"] for row in rows] == ["0", "1", "2", "3", "4", "last"]
     assert [(row.row_group, row.index) for row in rows] == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (0, 0)]
-    assert [row.uid for row in rows][-2:] == [f"{first}:4", f"{second}:0"]
+    assert [row.uid for row in rows][-2:] == ["0:4", "1:0"]
+    assert [row.origin for row in rows][-2:] == [f"{first}:4", f"{second}:0"]
+
+
+def test_a_row_is_the_same_however_its_path_is_typed_and_another_where_its_file_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.parquet", [{"prompt": "x"}, {"prompt": "y"}])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    typed = [[row.uid for row in read_rows([path], {})] for path in (file, "a.parquet", "./a.parquet", "~/a.parquet")]
+    assert typed == [["0:0", "0:1"]] * 4
+    assert [row.uid for row in read_rows([file, file], {})] == ["0:0", "0:1", "1:0", "1:1"]
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

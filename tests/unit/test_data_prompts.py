@@ -51,7 +51,8 @@ def test_a_prompt_carries_its_tokens_and_what_its_reward_needs(
     (prompt,) = loaded.prompts
     assert prompt.text == f"<|user|> {SHORT} <|assistant|>"
     assert tokenizer.decode(prompt.token_ids) == prompt.text
-    assert (prompt.uid, prompt.data_source, prompt.ground_truth) == (f"{tmp_path}/train.parquet:0", "verbs", "5")
+    assert (prompt.uid, prompt.data_source, prompt.ground_truth) == ("0:0", "verbs", "5")
+    assert prompt.origin == f"{tmp_path}/train.parquet:0"
     assert prompt.extra_info == {"index": 3}
 
 
@@ -68,7 +69,8 @@ def test_several_files_are_merged_in_order(tmp_path: Path, tokenizer: PreTrained
         pq.write_table(pa.Table.from_pylist([row(f"Tom {verb} 1"), row(f"Tom {verb} 2")]), path)
         files.append(str(path))
     loaded = load_prompts(files, ChatTemplate(tokenizer), prompt_key="prompt", max_prompt_length=16, overlong="error")
-    assert [p.uid for p in loaded.prompts] == [f"{file}:{i}" for file in files for i in range(2)]
+    assert [p.uid for p in loaded.prompts] == ["0:0", "0:1", "1:0", "1:1"]
+    assert loaded.file_sizes == (2, 2)
     assert [p.text.split()[2] for p in loaded.prompts] == ["wins", "wins", "drops", "drops"]
 
 

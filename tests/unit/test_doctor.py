@@ -49,7 +49,7 @@ from megarl.doctor.packages import (
     check_vllm,
     ranges_of,
 )
-from megarl.doctor.variables import check_platform, check_variables
+from megarl.doctor.variables import check_cluster, check_platform, check_variables
 
 GIB = 2**30
 REQUIRES = (
@@ -479,6 +479,17 @@ BROKEN = [
     Finding("warn", "ports", "29500 in use", "another"),
     Finding("FAIL", "torch", "none", "x"),
 ]
+
+
+def test_a_ray_cluster_is_asked_where_one_is_named() -> None:
+    assert check_cluster({}) == []
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        environ = {"RAY_ADDRESS": f"127.0.0.1:{head.getsockname()[1]}"}
+        assert [finding.level for finding in check_cluster(environ)] == ["ok"]
+    [finding] = check_cluster(environ)
+    assert (finding.level, finding.found) == ("FAIL", f"no run can join {environ['RAY_ADDRESS']}")
+    assert finding.fix.startswith("start the cluster")
+    assert check_cluster({"RAY_ADDRESS": "head"})[0].level == "FAIL"
 
 
 def test_a_finding_is_a_line_and_its_fix_the_next() -> None:

@@ -19,7 +19,7 @@ from megarl.config.schema import PPOConfig
 from megarl.config.verl_keys import KINDS, Row, ours_for, verl_row, verl_rows
 from megarl.errors import ConfigError
 from megarl.from_verl.check import needed, overrides, problems, written
-from megarl.from_verl.convert import CONVERTERS, Missing, Noted, Settings, Unused
+from megarl.from_verl.convert import CONVERTERS, Noted, Settings, Unused
 from megarl.from_verl.docs import page
 from megarl.from_verl.read import VerlRun, parsed, read_run
 from megarl.from_verl.report import report_text
@@ -142,6 +142,22 @@ def test_defaults_of_a_critic_count_where_there_is_one() -> None:
         (("reward_model.enable=True", "reward_model.model.path=rm"), {"reward.model.path": "rm"}),
         (("trainer.logger=['console','swanlab']",), {"trainer.logger": ["console"]}),
         (("algorithm.adv_estimator=rloo_vectorized",), {"algorithm.adv_estimator": "rloo"}),
+        (("algorithm.adv_estimator=gdpo", "+algorithm.gdpo_reward_keys=['format','acc']",
+          "+algorithm.gdpo_reward_weights=[1.0,0.5]"),
+         {"algorithm.adv_estimator": "gdpo", "algorithm.gdpo_reward_keys": ["format", "acc"],
+          "algorithm.gdpo_reward_weights": [1.0, 0.5]}),
+        (("custom_reward_function.path=a.py", "+custom_reward_function.reward_kwargs.weight=0.5"),
+         {"reward.path": "a.py", "reward.kwargs.weight": 0.5}),
+        ((f"{CORRECTION}.bypass_mode=True", f"{CORRECTION}.rollout_rs=seq_mean_k1",
+          f"{CORRECTION}.rollout_rs_threshold='0.5_2'", f"{CORRECTION}.rollout_is=token"),
+         {f"{CORRECTION}.bypass": True, f"{CORRECTION}.level": None,
+          f"{CORRECTION}.rejections": [{"criterion": "geometric", "low": 0.5, "high": 2.0}]}),
+        ((f"{ACTOR}.policy_loss.loss_mode=gspo", f"{CORRECTION}.bypass_mode=True"),
+         {f"{ACTOR}.policy_loss": "ppo_clip"}),
+        ((f"{CORRECTION}.bypass_mode=True", f"{CORRECTION}.loss_type=reinforce", f"{CORRECTION}.rollout_is=token",
+          f"{CORRECTION}.rollout_is_threshold=2", f"{ACTOR}.policy_loss.loss_mode=vanilla"),
+         {f"{CORRECTION}.bypass": True, f"{ACTOR}.policy_loss": "gpg", f"{CORRECTION}.level": "token",
+          f"{CORRECTION}.cap": 2}),
     ],
 )  # fmt: skip
 def test_values_become_ours(texts: tuple[str, ...], ours: dict[str, Any]) -> None:
@@ -153,7 +169,8 @@ def test_values_become_ours(texts: tuple[str, ...], ours: dict[str, Any]) -> Non
     ("texts", "what"),
     [
         ((f"{ACTOR}.policy_loss.loss_mode=dppo_kl",), "the policy loss dppo_kl"),
-        (("algorithm.adv_estimator=gdpo",), "the estimator gdpo"),
+        (("algorithm.adv_estimator=optimal_token_baseline",), "the estimator optimal_token_baseline"),
+        ((f"{CORRECTION}.bypass_mode=True", f"{CORRECTION}.loss_type=other"), "the loss other beside a bypass"),
         (("actor_rollout_ref.model.lora.rank=8",), "LoRA"),
         (("actor_rollout_ref.model.lora_rank=8",), "LoRA"),
         ((f"{ROLLOUT}.multi_turn.enable=True",), "multi-turn rollouts"),
@@ -180,6 +197,8 @@ def test_what_is_not_there_is_named(texts: tuple[str, ...], what: str) -> None:
         f"{ACTOR}.megatron.override_transformer_config.persist_layer_norm=True",
         "actor_rollout_ref.model.use_remove_padding=False",
         f"{ACTOR}.clip_ratio=0.3",
+        f"{CORRECTION}.loss_type=ppo_clip",
+        "custom_reward_function.reward_kwargs.weight=0.5",
         f"{ACTOR}.fsdp_config.param_offload=True",
     ],
 )
@@ -205,11 +224,6 @@ def test_adam_on_the_host_leaves_nothing_to_move() -> None:
 def test_a_share_of_an_unknown_number_of_steps_is_left_to_the_user() -> None:
     answer = CONVERTERS["critic_warmup"](0.1, Settings({"critic.optim.lr_warmup_steps_ratio": 0.1}), "")
     assert isinstance(answer, Noted) and answer.value == 0 and "0.1 x steps" in answer.note
-
-
-def test_rejections_beside_a_bypass_are_missing() -> None:
-    run = Settings({f"{CORRECTION}.rollout_rs": "token_k1", f"{CORRECTION}.bypass_mode": True})
-    assert isinstance(CONVERTERS["rejections"]("token_k1", run, ""), Missing)
 
 
 def test_a_dense_run_passes_the_checks() -> None:

@@ -162,7 +162,7 @@ def interrupted(path: Path, *left: str) -> str:
 def test_an_interrupt_says_what_is_saved_and_how_to_go_on(tmp_path: Path) -> None:
     saved = tmp_path / "a" / "checkpoints" / "step_1"
     assert interrupted(tmp_path / "a", "step_1", "step_2.partial") == (
-        f"interrupted after step 2; metrics and rollouts are in {tmp_path / 'a'}; "
+        f"interrupted after step 2; its metrics are in {tmp_path / 'a'}; "
         f"weights of step_1 are saved: go on from them with model.path={saved}"
     )
     assert interrupted(tmp_path / "b", "step_1/critic").endswith(

@@ -82,7 +82,7 @@ def test_tensorboard_reads_back_what_was_logged_without_torch(tmp_path: Path) ->
 def test_console_writes_one_line_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_tracker(["console"], tmp_path, "project", "experiment", {}, total_steps=2) as tracker:
         tracker.log(1, {"reward/mean": 0.25})
-    assert capsys.readouterr().out == "step 1  reward/mean 0.25\n"
+    assert capsys.readouterr().out == "  step   reward\n     1     0.25\n"
 
 
 def test_an_unknown_sink_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
@@ -146,13 +146,19 @@ def test_a_tensorboard_folder_that_can_not_be_written_is_named() -> None:
         open_tracker(["tensorboard"], Path("/sys"), "project", "experiment", {})
 
 
+def test_a_stage_of_the_start_is_told_with_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_tracker(["console"], tmp_path, "project", "experiment", {}, total_steps=2) as tracker:
+        tracker.stage(2, 3, "starting 4 ranks")
+    assert capsys.readouterr().out == "2 of 3: starting 4 ranks\n"
+
+
 def test_the_console_is_kept_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_tracker(["console"], tmp_path, "project", "experiment", {}, total_steps=2) as tracker:
         tracker.log(1, {"reward/mean": 0.25})
         tracker.show("a table\nof two lines")
     written = capsys.readouterr().out
     assert (tmp_path / "console.log").read_text() == written
-    assert written.splitlines()[1:] == ["a table", "of two lines"]
+    assert written.splitlines()[2:] == ["a table", "of two lines"]
 
 
 def test_a_warning_is_seen_with_a_console_and_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

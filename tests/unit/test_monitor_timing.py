@@ -30,6 +30,17 @@ def test_an_outer_block_includes_the_inner_ones() -> None:
     assert watch.drain() == {"generate": 1.0, "step": 3.0}
 
 
+def test_a_listener_hears_the_innermost_block_whenever_it_changes() -> None:
+    told: list[str] = []
+    watch = Stopwatch(told=told.append)
+    with watch.timed("step"):
+        with watch.timed("generate"):
+            pass
+        with pytest.raises(ZeroDivisionError), watch.timed("score"):
+            _ = 1 / 0
+    assert told == ["step", "generate", "step", "score", "step", ""]
+
+
 def test_a_block_that_raises_is_counted_and_its_error_passes() -> None:
     watch = ticking()
     with pytest.raises(ZeroDivisionError), watch.timed("score"):

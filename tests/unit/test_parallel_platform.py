@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from megarl.errors import ConfigError
 from megarl.parallel.environment import platform_environment, platform_name
 from megarl.parallel.platform import Platform
+from tests.tiny_task import write_tiny_task
 
 
 def _python(program: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +30,19 @@ def test_the_user_decides_on_the_platform(name: str) -> None:
 def test_an_unknown_platform_is_an_error_that_says_which_there_are() -> None:
     with pytest.raises(ConfigError, match=r"MEGARL_PLATFORM = 'tpu': must be cpu or cuda"):
         platform_name({"MEGARL_PLATFORM": "tpu"})
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="a machine with a driver")
+def test_cuda_on_a_machine_without_a_driver_is_one_error_before_anything_starts(tmp_path: Path) -> None:
+    write_tiny_task(tmp_path)
+    for program in ("main_ppo", "main_sft"):
+        config = "rl" if program == "main_ppo" else "sft"
+        command = [sys.executable, "-m", f"megarl.{program}", "--config-dir=.", f"--config-name={config}"]
+        environ = os.environ | {"MEGARL_PLATFORM": "cuda"}
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("ResourceError: MEGARL_PLATFORM=cuda, but no NVIDIA driver shows a GPU")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])

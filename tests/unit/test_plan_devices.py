@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from megarl.errors import ConfigError
-from megarl.plan.devices import DEVICES, Device, cpu_device, device, machine_memory_bytes
+from megarl.plan.devices import (
+    DEVICES,
+    Device,
+    bytes_for_ranks,
+    cpu_device,
+    device,
+    held_in_group,
+    held_memory_bytes,
+    machine_memory_bytes,
+)
 from megarl.weights.model_facts.shipped import nearest_shipped, shipped_config, shipped_names
 from megarl.weights.model_shape import parse_model_shape
 
@@ -163,10 +172,33 @@ def test_an_unknown_device_is_an_error_that_names_the_key_the_known_and_the_near
 
 def test_ranks_share_the_memory_of_the_machine_they_stand_on() -> None:
     whole, shared = device("cpu"), cpu_device(ranks_per_node=4)
-    assert whole.memory_bytes == machine_memory_bytes()
-    assert shared.memory_bytes == whole.memory_bytes // 4
+    assert 0 < whole.memory_bytes < machine_memory_bytes()
+    assert shared.memory_bytes == pytest.approx(whole.memory_bytes / 4, rel=0.1)  # others come and go meanwhile
     assert shared.bf16_flops_per_s == whole.bf16_flops_per_s / 4
     assert whole.source.startswith("assumed") and "container" in whole.memory_source
+
+
+def test_ranks_may_hold_what_rays_threshold_and_the_rest_of_the_machine_leave() -> None:
+    total, held = 23 * GIB + GIB // 2, GIB
+    assert bytes_for_ranks(total, held) == pytest.approx((0.95 * 23.5 - 1 - 1) * GIB, abs=1)
+    assert bytes_for_ranks(total, total) == 0
+
+
+def test_memory_is_held_where_the_kernel_would_not_give_it_away(tmp_path: Path) -> None:
+    info = tmp_path / "meminfo"
+    info.write_text(
+        "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    700 kB\nHugePages_Total:    0\n"
+    )
+    if machine_memory_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # in no container
+        assert held_memory_bytes(info) == 300 * 1024
+    assert 0 < held_memory_bytes() < machine_memory_bytes()
+
+
+def test_a_container_holds_what_it_uses_but_for_files_it_could_read_again(tmp_path: Path) -> None:
+    assert held_in_group(tmp_path) is None
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 1500\n")
+    assert held_in_group(tmp_path) == 3500
 
 
 def test_the_memory_of_the_machine_is_what_its_kernel_counts_or_less() -> None:

@@ -12,11 +12,13 @@ from megarl.parallel.layout import Coordinates, Layout, split_layers
 from megarl.plan.activations import chunk_bytes, pass_of
 from megarl.plan.devices import Device, device
 from megarl.plan.memory import (
+    CPU_KV_CACHE_BYTES,
     PROCESS_HOST_BYTES,
     SLEEPING_ENGINE_BYTES,
     Engine,
     Item,
     Phase,
+    engine_of,
     phases_of,
 )
 from megarl.plan.run_plan import examined_ranks
@@ -24,6 +26,7 @@ from megarl.plan.static import static_bytes, static_of
 from megarl.roles import Residency, Role
 from megarl.weights.model_facts.shipped import shipped_config
 from megarl.weights.model_shape import ModelShape, parse_model_shape
+from tests.unit.composed_configs import ppo_config
 from tests.unit.model_shapes import layouts_of, model_shapes
 from tests.unit.small_roles import KEPT, accumulating, role_on
 
@@ -318,6 +321,21 @@ def test_the_ranks_that_are_examined_hold_the_most_of_all_ranks(layout: Layout, 
             assert phase.host_bytes <= most.most_host_bytes
     every = _phases_on(roles, range(layout.world_size), engine)
     assert [p.device_bytes for p in every] == [p.device_bytes for p in examined]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_engine_on_cpu_holds_packed_copies_of_all_it_multiplies_with(tied: bool, tp: int) -> None:
+    shape = replace(DENSE, tied=tied, vocab_size=1024 * tp)
+    models = {"actor_rollout_ref.model.dtype": "float32", "actor_rollout_ref.rollout.tensor_model_parallel_size": tp}
+    engine = engine_of(ppo_config(**models), shape, CPU)
+    norms = 4 * shape.hidden_size * (2 * shape.num_layers + 1)
+    biases = 4 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp * shape.num_layers
+    embedding = 4 * 1024 * shape.hidden_size
+    matrices = engine.weights_bytes - norms - biases - embedding
+    copies = engine.memory_bytes - engine.weights_bytes - CPU_KV_CACHE_BYTES
+    # The output layer of a tied model is its embedding. Norms and biases, which have no copies, are a thousandth.
+    assert matrices + tied * embedding <= copies <= 1.001 * (matrices + tied * embedding)
 
 
 def _static(shape: ModelShape, layout: Layout, rank: int = 0) -> int:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,25 @@ def test_a_function_gets_the_fields_of_its_request(tmp_path: Path) -> None:
 )
 def test_numbers_and_mappings_with_a_score_are_rewards(spec: RewardSpec, value: str, number: float) -> None:
     assert score(spec, f"return {value}", num_workers=1) == [RewardResult(number, "ok")]
+
+
+def test_parts_of_a_reward_come_by_name_and_one_that_is_no_number_is_invalid(spec: RewardSpec) -> None:
+    named = replace(spec, components=("correct", "format"))
+    values = [
+        "{'score': 1, 'format': 0.5, 'correct': True, 'text': 'kept out'}",
+        "{'score': 1, 'correct': 1}",
+        "{'score': 1, 'correct': 1, 'format': 1e39}",
+        "{'correct': 1, 'format': 1}",
+        "1",
+    ]
+    good, *bad = score(named, *[f"return {value}" for value in values])
+    assert good == RewardResult(1.0, "ok", components=(1.0, 0.5))
+    assert [(r.score, r.outcome, r.components) for r in bad] == [
+        (SCORE_ON_FAILURE, "invalid", (SCORE_ON_FAILURE, SCORE_ON_FAILURE))
+    ] * 4
+    assert "no number as its 'format', which algorithm.gdpo_reward_keys names" in bad[0].detail
+    assert bad[1].detail == "the function returned 1e+39, not a finite number in float32"
+    assert "not a number" in bad[2].detail and "no number as its 'correct'" in bad[3].detail
 
 
 def test_what_is_no_finite_number_is_invalid(spec: RewardSpec) -> None:

@@ -33,6 +33,24 @@ def test_gsm8k_is_strict_and_its_flexible_variant_is_not() -> None:
     assert score("the answer is 5", "gsm8k_flexible") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("response", "finish_reason", "reward"),
+    [
+        ("2 + 3 = 5 #### 5", "stop", 1.0),
+        ("2 + 4 = 6\n#### $1,006.50\n", "stop", 0.2),
+        ("#### 5", "length", 0.0),
+        ("#### 4 #### 5", "stop", 0.0),
+        ("#### 5 apples", "stop", 0.0),
+        ("####", "stop", 0.0),
+        ("5", "stop", 0.0),
+    ],
+)
+def test_the_form_of_an_answer_earns_a_fifth_and_the_right_number_all(
+    response: str, finish_reason: str, reward: float
+) -> None:
+    assert score(response, name="gsm8k_format", finish_reason=finish_reason) == reward
+
+
 def test_a_named_function_scores_every_data_source() -> None:
     assert score("5", data_source="verbs", name="exact_match") == 1.0
 

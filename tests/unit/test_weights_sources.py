@@ -186,6 +186,23 @@ def test_weights_of_every_floating_point_dtype_are_read(tmp_path: Path, dtype: t
     torch.testing.assert_close(read, tensors[EMBEDDING], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_called_so_with_file_and_tensor(tmp_path: Path, value: float) -> None:
+    tensors = _tensors()
+    tensors[EMBEDDING][3, 2:4] = value
+    path = _single_file(tmp_path, tensors)
+    source = SafetensorsSource(tmp_path, SHAPE)
+    assert source.read(EMBEDDING, 0, 0, 3).shape[0] == 3
+    with pytest.raises(ModelFolderError, match=f"{path}: {EMBEDDING} holds 2 numbers that are NaN or infinite"):
+        source.read(EMBEDDING, 0, 0, 10)
+
+
+def test_large_numbers_whose_sum_no_dtype_holds_are_read(tmp_path: Path) -> None:
+    tensors = {**_tensors(), EMBEDDING: torch.full((10, 6), 3e38)}
+    _single_file(tmp_path, tensors)
+    assert torch.equal(SafetensorsSource(tmp_path, SHAPE).read(EMBEDDING, 0, 0, 10), tensors[EMBEDDING])
+
+
 def test_tensors_that_the_config_does_not_imply_are_refused_with_the_first_names(tmp_path: Path) -> None:
     others = [f"model.layers.{i}.self_attn.q_proj.bias" for i in range(5)]
     _single_file(tmp_path, {**_tensors(), **{name: torch.zeros(16) for name in others}})

@@ -1,0 +1,83 @@
+"""Ctrl-C in the second step of a run: one line says what is saved and how to go on, and nothing stays behind."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.launch import Finished, python, run, shared_memory, torchrun
+from tests.tiny_task import NUM_RANKS
+
+COMMAND = (
+    *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "reward.path=interrupting.py"),
+    *("trainer.val_before_train=false", "trainer.save_freq=1", "reward.try_first=false"),
+)
+# What a terminal does: all processes in the foreground hear of it.
+IN_FOREGROUND = ("setsid", "--wait", "bash", "-c", 'echo $$ > foreground; exec "$0" "$@"')
+INTERRUPTING = """
+import os, pathlib, signal, time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info, metrics):
+    lines = pathlib.Path(metrics).read_text() if os.path.exists(metrics) else ""
+    if '"step": 1' in lines:
+        try:
+            os.killpg(int(open("foreground").read()), signal.SIGINT)
+        except ProcessLookupError:
+            pass
+        time.sleep(20)
+    return float(len(solution_str))
+"""
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """An interrupted run, its folder, and what stayed in its temporary folder and in /dev/shm."""
+
+    finished: Finished
+    folder: Path
+    left: set[str]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_task: Path) -> dict[str, Interrupted]:
+    """Interrupt a run under each launcher."""
+    (tiny_task / "interrupting.py").write_text(INTERRUPTING)
+    commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
+    return {name: _interrupted(tiny_task, name, command) for name, command in commands.items()}
+
+
+def _interrupted(tiny_task: Path, name: str, command: list[str]) -> Interrupted:
+    folder, before = tiny_task / "runs" / name, shared_memory()
+    overrides = [f"trainer.run_dir=runs/{name}", f"reward.kwargs.metrics={folder / 'metrics.jsonl'}"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as temp:  # short, for Ray's sockets
+        finished = run([*IN_FOREGROUND, *command, *overrides], tiny_task, environ={"TMPDIR": temp})
+        left = {path.name for path in Path(temp).iterdir()} | (shared_memory() - before)
+    return Interrupted(finished, folder, left)
+
+
+def _says(done: Interrupted) -> str:
+    saved = done.folder / "checkpoints" / "step_1"
+    return (
+        f"interrupted after step 1; metrics and rollouts are in {done.folder}; weights of step_1 are saved: "
+        f"go on from them with actor_rollout_ref.model.path={saved}\n"
+    )
+
+
+def test_on_ray_the_line_is_all_that_an_interrupted_run_says(runs: dict[str, Interrupted]) -> None:
+    assert runs["ray"].finished.code == 130
+    assert runs["ray"].finished.stderr == _says(runs["ray"])
+
+
+def test_under_torchrun_the_line_is_there_and_every_traceback_is_torchruns(runs: dict[str, Interrupted]) -> None:
+    error = runs["torchrun"].finished.stderr
+    assert error.count(_says(runs["torchrun"])) == 1
+    assert [line for line in error.splitlines() if line.startswith("  File ") and "/megarl/" in line] == []
+    assert "terminate called" not in error
+
+
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+def test_nothing_stays_of_an_interrupted_run(runs: dict[str, Interrupted], launcher: str) -> None:
+    assert (runs[launcher].finished.processes, runs[launcher].left) == ((), set())
