@@ -46,7 +46,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan_here(checked)
     with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
-        print(f"run folder: {run_dir}\n{plan}", flush=True)
+        print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
         with open_sft_run(config, inputs, run_dir, without_secrets(values, overrides)) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)

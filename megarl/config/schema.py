@@ -27,6 +27,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
+OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
 LARGEST_REWARD = 3.4e38  # rewards are float32
@@ -52,7 +53,8 @@ class DataConfig:
     train_shuffle: bool = key("whether each epoch has an order of its own")
     val_shuffle: bool = key("whether validation prompts are shuffled")
     prompt_key: str = key("column with the prompt: chat messages or a string")
-    overlong_prompts: str = key("what to do with longer prompts", choices=("filter", "error"))
+    overlong_prompts: str = key("longer prompts: leave out, refuse, or cut at one end or within", choices=OVERLONG)
+    apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class SFTDataConfig:
     max_length: int = key("tokens of the longest chat", low=2, high=MOST_TOKENS)
     messages_key: str = key("column with the chat messages")
     overlong_examples: str = key("what to do with longer examples", choices=("filter", "error"))
+    apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
+    trained_turns: str = key("the assistant's turns to train on", choices=("all", "last"))
+    response_start: str = key(
+        "where a trained turn starts: where a rollout's prompt ends, or where the template's rendering leaves it",
+        choices=("prompt", "rendering"),
+    )
     train_shuffle: bool = key("whether each epoch has an order of its own")
 
 

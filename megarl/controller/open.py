@@ -149,7 +149,6 @@ def rollout_run(
         reward_components(config),
     )
     publication = Publication(engine, inputs.train_prompts, data.max_response_length)
-    stop_token_ids = _stop_token_ids(config, inputs)
     groups = config.algorithm.filter_groups
     return Run(
         sampler=RolloutSampler(
@@ -157,7 +156,7 @@ def rollout_run(
             inputs.order,
             engine,
             scorer,
-            _train_sampling(config, stop_token_ids),
+            _train_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             groups.max_num_gen_batches if groups.enable else 1,
             trainer.num_sampled_rollouts,
@@ -174,7 +173,7 @@ def rollout_run(
             data.val_batch_size,
             engine,
             scorer,
-            _val_sampling(config, stop_token_ids),
+            _val_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             trainer.num_sampled_rollouts,
         ),
@@ -239,10 +238,3 @@ def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Samplin
         max_tokens=config.data.max_response_length,
         stop_token_ids=stop_token_ids,
     )
-
-
-def _stop_token_ids(config: PPOConfig, inputs: PPOInputs) -> tuple[int, ...]:
-    """Return the tokens that end a response: the user's, and the tokenizer's end of sequence unless ignored."""
-    rollout, end = config.actor_rollout_ref.rollout, inputs.tokenizer.eos_token_id
-    own = () if end is None or rollout.ignore_eos else (int(end),)
-    return (*rollout.stop_token_ids, *own)
