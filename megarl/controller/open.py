@@ -41,7 +41,7 @@ from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
-from megarl.reward.registry import RewardSpec
+from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
 from megarl.roles import Role, num_ranks
 from megarl.rollout.vllm import VllmSpec
@@ -53,7 +53,8 @@ def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]
     if not needs_reward_function(config):
         return nullcontext()
     reward = config.reward
-    spec = RewardSpec(reward.name, reward.path, reward.function, reward.kwargs, reward_components(config))
+    function, kwargs = (reward.function, reward.kwargs) if reward.path else (DEFAULT_FUNCTION, {})
+    spec = RewardSpec(reward.name, reward.path, function, kwargs, reward_components(config))
     return RewardPool(reward.num_workers, reward.timeout_s, spec, reward.score_on_failure, reward.batch_timeout_s)
 
 
@@ -172,7 +173,6 @@ def rollout_run(
     if resumption is not None:
         restore_kl(resumption.state)
         publication.policy_version = resumption.state.policy_version - 1  # these weights are published once more
-    stop_token_ids = _stop_token_ids(config, inputs)
     groups = config.algorithm.filter_groups
     return Run(
         sampler=RolloutSampler(
@@ -180,7 +180,7 @@ def rollout_run(
             inputs.order,
             engine,
             scorer,
-            _train_sampling(config, stop_token_ids),
+            _train_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             groups.max_num_gen_batches if groups.enable else 1,
             trainer.num_sampled_rollouts,
@@ -196,7 +196,7 @@ def rollout_run(
             data.val_batch_size,
             engine,
             scorer,
-            _val_sampling(config, stop_token_ids),
+            _val_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             trainer.num_sampled_rollouts,
         ),
@@ -297,10 +297,3 @@ def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Samplin
         max_tokens=config.data.max_response_length,
         stop_token_ids=stop_token_ids,
     )
-
-
-def _stop_token_ids(config: PPOConfig, inputs: PPOInputs) -> tuple[int, ...]:
-    """Return the tokens that end a response: the user's, and the tokenizer's end of sequence unless ignored."""
-    rollout, end = config.actor_rollout_ref.rollout, inputs.tokenizer.eos_token_id
-    own = () if end is None or rollout.ignore_eos else (int(end),)
-    return (*rollout.stop_token_ids, *own)

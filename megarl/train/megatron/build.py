@@ -102,7 +102,7 @@ def transformer_config(
         persist_layer_norm=False,
         **_recompute_fields(recompute),
         # A run may choose how its router computes.
-        **(_expert_fields(shape, layout) | _without_losses(overrides or {})),
+        **(_expert_fields(shape, layout) | _free_fields(shape, overrides or {})),
     )
 
 
@@ -133,17 +133,20 @@ def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _without_losses(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in overrides.items() if name not in ROUTER_LOSS_FIELDS}
+def _free_fields(shape: ModelShape, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a run sets itself: losses are added by our router, and a dense model has no experts."""
+    free = {name: value for name, value in overrides.items() if name not in ROUTER_LOSS_FIELDS}
+    return free if shape.num_experts else {name: v for name, v in free.items() if not name.startswith("moe_")}
 
 
 def _recompute_fields(recompute: RecomputeConfig | None) -> dict[str, Any]:
     if recompute is None or recompute.granularity is None:
         return {}
+    is_full = recompute.granularity == "full"
     return {
         "recompute_granularity": recompute.granularity,
-        "recompute_method": recompute.method,
-        "recompute_num_layers": recompute.num_layers,
+        "recompute_method": recompute.method if is_full else None,
+        "recompute_num_layers": recompute.num_layers if is_full else None,
         "recompute_modules": ["core_attn"],  # read where granularity is selective
     }
 
