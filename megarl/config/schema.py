@@ -449,6 +449,23 @@ class SFTTrainerConfig:
     strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    save_contents: tuple[str, ...] = key(
+        "model: a Hugging Face folder of every role that is trained; state: all that a run goes on from"
+    )
+    async_save: bool = key("train on while a checkpoint is written; its state is copied to host memory first")
+    on_save_failure: str = key("what a disk that refuses a checkpoint does to the run", choices=("stop", "continue"))
+    on_non_finite: str = key(
+        "what a step does whose gradient isn't finite: stop; skip, the update and after max_non_finite_steps stop; "
+        "rollback, skip and then go back to the last checkpoint",
+        choices=("stop", "skip", "rollback"),
+    )
+    max_non_finite_steps: int = key("steps in a row that may skip an update", low=1)
+    keep_checkpoints: int | None = key("newest checkpoints that stay; null: all", low=1)
+    keep_best_by: str | None = key(
+        "metric whose largest value (with - before its name: least) keeps its checkpoint as well"
+    )
+    resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
+    resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
 
 

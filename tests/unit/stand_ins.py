@@ -70,4 +70,4 @@ def run_on(group: PlainRanks, config: PPOConfig, run_dir: Path) -> Run[Samples]:
     tokenizer = cast("PreTrainedTokenizerBase", Words())
     prompts = (Prompt("f:0", (3, 4), "three four", "source", "truth", {}, "f:0"),)
     inputs = PPOInputs(tokenizer, prompts, prompts, Order(1, 1, False, 0), 3, (2,), (), roles_in(config))
-    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, Observer())
+    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, {}, None, Observer())
