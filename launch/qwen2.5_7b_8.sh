@@ -6,4 +6,4 @@ set -euo pipefail
 source=${1:?"usage: launch/qwen2.5_7b_8.sh SOURCE [overrides]"}
 
 python -m megarl.data.prepare gsm8k --source "$source" --out ~/data/gsm8k
-python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=qwen2.5_7b_8 "${@:2}"
+python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=qwen2.5_7b_8 trainer.strict=true "${@:2}"

@@ -27,7 +27,7 @@ from megarl.config.schema import (
     TrainedMegatronConfig,
 )
 from megarl.errors import Absent, ConfigError, Problem
-from megarl.parallel.layout import Layout, layout_of
+from megarl.parallel.layout import Layout, layout_of, without_experts
 from megarl.weights.model_shape import ModelShape
 
 ACTOR, REF, CRITIC, REWARD_MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic", "reward.model"
@@ -75,9 +75,10 @@ FindModel = Callable[[ModelFacts], ModelFacts]
 class Training:
     """AdamW with decoupled weight decay (none on norms and biases), clipping, a schedule, and mini-batches.
 
-    clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after
-    ``warmup_steps`` of linear warm-up, down to ``min_lr`` at ``total_steps``, which are optimizer steps; 0 until the
-    data is read. mini_batch_size: rollouts of an optimizer step.
+    clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after a linear
+    warm-up, down to ``min_lr`` at ``total_steps``, which are optimizer steps; 0 until the data is read. warmup_steps,
+    warmup_ratio: as asked for, in optimizer steps or as a share of them. mini_batch_size: rollouts of an optimizer
+    step.
     """
 
     lr: float
@@ -92,6 +93,13 @@ class Training:
     mini_batch_size: int = 1
     epochs: int = 1
     shuffle: bool = False
+    warmup_ratio: float | None = None
+
+    @property
+    def warm_up(self) -> int:
+        """Optimizer steps of warm-up. In a run of known length the last one always has the peak at least."""
+        asked = self.warmup_steps if self.warmup_ratio is None else int(self.warmup_ratio * self.total_steps)
+        return min(asked, self.total_steps - 1) if self.total_steps else asked
 
 
 @dataclass(frozen=True)
@@ -259,14 +267,20 @@ def num_ranks(c: PPOConfig | SFTConfig) -> int:
     return c.trainer.nnodes * c.trainer.n_gpus_per_node
 
 
+def _layout(c: PPOConfig | SFTConfig, backend: BackendConfig, model: ModelFacts) -> Layout:
+    """Return the layout of a role; of a model that is known to have no experts nothing is split by their axes."""
+    layout, shape = layout_of(backend, num_ranks(c)), model.known_shape
+    return without_experts(layout) if shape is not None and not shape.num_experts else layout
+
+
 def _actor(c: PPOConfig, find: FindModel) -> Role:
     actor, sizes, tokens = c.actor_rollout_ref.actor, _actor_sizes(c), _actor_tokens(c)
-    backend = _actors_backend(c)
-    layout, sequence = layout_of(backend, num_ranks(c)), _longest(c)
+    backend, model = _actors_backend(c), _policy(c, find)
+    layout, sequence = _layout(c, backend, model), _longest(c)
     return Role(
         "actor",
         ACTOR,
-        _policy(c, find),
+        model,
         backend,
         layout,
         c.actor_rollout_ref.model.dtype,
@@ -301,7 +315,8 @@ def _reference(c: PPOConfig, find: FindModel) -> Role:
 def _critic(c: PPOConfig, find: FindModel) -> Role:
     critic, sequence = c.critic, _longest(c)
     backend = _backend_of(CRITIC, critic.megatron, critic.fsdp_config)
-    layout = layout_of(backend, num_ranks(c))
+    model = find(_named("critic.model", critic.model)).with_value_head()
+    layout = _layout(c, backend, model)
     sizes = (
         (f"{CRITIC}.forward_micro_batch_size_per_gpu", critic.forward_micro_batch_size_per_gpu),
         (f"{CRITIC}.ppo_micro_batch_size_per_gpu", critic.ppo_micro_batch_size_per_gpu),
@@ -313,7 +328,7 @@ def _critic(c: PPOConfig, find: FindModel) -> Role:
     return Role(
         "critic",
         CRITIC,
-        find(_named("critic.model", critic.model)).with_value_head(),
+        model,
         backend,
         layout,
         c.actor_rollout_ref.model.dtype,
@@ -358,7 +373,7 @@ def _frozen(
     tokens: tuple[str, int | None],
 ) -> Role:
     """Return a role that only scores. by_tokens, size, tokens: its own; null ones are as the actor's log-prob pass."""
-    layout, model_config = layout_of(backend, num_ranks(c)), c.actor_rollout_ref.model
+    layout, model_config = _layout(c, backend, model), c.actor_rollout_ref.model
     counts_tokens = _actor_scores_by_tokens(c) if by_tokens is None else by_tokens
     sizes, budgets = (size, *_actor_sizes(c)), (tokens, *_actor_tokens(c))
     scoring = _batching(_longest(c), layout, counts_tokens, sizes, budgets)
@@ -369,12 +384,13 @@ def _frozen(
 def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
     """Return the actor of supervised fine-tuning: one optimizer step is a step."""
     backend: BackendConfig = c.fsdp_config if c.strategy in FSDP_STRATEGIES else c.megatron
-    layout = layout_of(backend, num_ranks(c))
+    model = find(_named("model", c.model))
+    layout = _layout(c, backend, model)
     size = rollouts_a_pass("data.micro_batch_size_per_gpu", c.data.micro_batch_size_per_gpu, c.data.max_length, layout)
     return Role(
         "actor",
         "",
-        find(_named("model", c.model)),
+        model,
         backend,
         layout,
         c.model.dtype,
@@ -404,10 +420,11 @@ def training_of(
         eps=optim.eps,
         clip_grad=optim.clip_grad,
         schedule=scheduler.type,
-        warmup_steps=scheduler.warmup_steps,
+        warmup_steps=scheduler.warmup_steps or 0,
         mini_batch_size=mini_batch_size,
         epochs=epochs,
         shuffle=shuffle,
+        warmup_ratio=scheduler.lr_warmup_steps_ratio,
     )
 
 

@@ -65,32 +65,38 @@ class BatchPlan:
         """Micro-batches of each rank in one optimizer step; where tokens bound them, if all are the longest."""
         return -(-self.mini_batch_size // self.rollouts_per_pass)
 
-    def describe(self) -> str:
-        """Return the arithmetic as lines for people."""
+    def describe(self, *, are_examples: bool = False) -> str:
+        """Return the arithmetic as lines for people. are_examples: of supervised fine-tuning, a step of one batch."""
         lines = [
             (f"{self.num_prompts:,} x {self.n:,} = {self.num_rollouts:,} rollouts", "prompts x n"),
             (
                 f"{self.num_rollouts:,} / {self.mini_batch_size:,} = {self.num_mini_batches:,} optimizer steps",
                 "rollouts / mini-batch, an epoch",
             ),
-            *(self._pass_lines() if self.max_tokens is None else self._budget_lines()),
         ]
+        if are_examples:
+            lines = [(f"{self.num_rollouts:,} examples", "a step, which is one optimizer step")]
+        lines += (
+            self._pass_lines("examples" if are_examples else "rollouts")
+            if self.max_tokens is None
+            else (self._budget_lines())
+        )
         if self.epochs > 1:
             total = f"{self.num_mini_batches:,} x {self.epochs:,} = {self.num_optimizer_steps:,} optimizer steps"
             lines.insert(2, (total, "all epochs over these rollouts"))
         width = max(len(arithmetic) for arithmetic, _ in lines)
         return "\n".join(f"{arithmetic:<{width}}  ({meaning})" for arithmetic, meaning in lines)
 
-    def _pass_lines(self) -> list[tuple[str, str]]:
+    def _pass_lines(self, counted: str) -> list[tuple[str, str]]:
         return [
             (
-                f"{self.micro_batch_size:,} x {self.dp_size:,} = {self.rollouts_per_pass:,} rollouts a pass",
+                f"{self.micro_batch_size:,} x {self.dp_size:,} = {self.rollouts_per_pass:,} {counted} a pass",
                 "micro-batch x data-parallel ranks",
             ),
             (
                 f"{self.mini_batch_size:,} / {self.rollouts_per_pass:,} = "
                 f"{self.num_accumulation_steps:,} accumulation steps",
-                "mini-batch / pass",
+                f"{'batch' if counted == 'examples' else 'mini-batch'} / pass",
             ),
         ]
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.algorithm.needs import (
-    KEYS_OF_ESTIMATORS,
     estimator_needs,
     loss_needs,
     needs_critic,
@@ -18,7 +17,6 @@ from megarl.algorithm.needs import (
     weight_level,
 )
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
-from megarl.config.defaults import default_of
 from megarl.config.schema import PPOConfig
 from megarl.errors import Problem, nearest
 
@@ -46,15 +44,6 @@ def the_algorithm_file_is_there(c: PPOConfig) -> Problems:
     path = c.algorithm.path
     if path is not None and not (path.endswith(".py") and Path(path).expanduser().is_file()):
         yield Problem("algorithm.path", path, "there is no such .py file", "correct the path")
-
-
-def the_algorithm_file_has_an_effect(c: PPOConfig) -> Problems:
-    """The estimator or the loss is one that megarl hasn't."""
-    estimator, loss = c.algorithm.adv_estimator, c.actor_rollout_ref.actor.policy_loss
-    if c.algorithm.path is not None and estimator in ESTIMATORS and loss in POLICY_LOSSES:
-        allowed = f"has no effect: {estimator} and {loss} are megarl's own"
-        fix = "algorithm.path=null, or name what the file registers as algorithm.adv_estimator or actor.policy_loss"
-        yield Problem("algorithm.path", c.algorithm.path, allowed, fix)
 
 
 def a_group_is_large_enough(c: PPOConfig) -> Problems:
@@ -101,9 +90,6 @@ def the_critic_is_there_where_it_is_needed(c: PPOConfig) -> Problems:
         yield Problem(
             "critic.enable", False, f"{name} needs a critic's values", "critic.enable=null, or another estimator"
         )
-    if c.critic.enable and not needs_critic(c):
-        allowed = f"{name} reads no values: the critic would be trained for nothing"
-        yield Problem("critic.enable", True, allowed, "critic.enable=null, or algorithm.adv_estimator=gae")
 
 
 def a_reward_model_weighs_something(c: PPOConfig) -> Problems:
@@ -111,17 +97,6 @@ def a_reward_model_weighs_something(c: PPOConfig) -> Problems:
     if needs_reward_model(c) and c.reward.model.coef == 0:
         allowed = "must not be 0: the reward model would be kept for nothing"
         yield Problem("reward.model.coef", c.reward.model.coef, allowed, "reward.model.path=null")
-
-
-def estimator_settings_have_an_effect(c: PPOConfig) -> Problems:
-    """gamma, lam and the like are set only where the estimator reads them."""
-    for name in KEYS_OF_ESTIMATORS:
-        value, neutral = getattr(c.algorithm, name), default_of(f"algorithm.{name}")
-        value = list(value) if isinstance(value, tuple) else value
-        if value != neutral and name not in estimator_needs(c).uses:
-            readers = ", ".join(e for e, needs in ESTIMATORS.items() if name in needs.uses)
-            allowed = f"has no effect on {c.algorithm.adv_estimator}; read by {readers}"
-            yield Problem(f"algorithm.{name}", value, allowed, f"algorithm.{name}={_typed(neutral)}")
 
 
 def components_are_named_and_weighed(c: PPOConfig) -> Problems:
@@ -160,14 +135,11 @@ def some_response_can_end(c: PPOConfig) -> Problems:
         yield Problem(key, True, allowed, "actor_rollout_ref.rollout.ignore_eos=false")
 
 
-def the_kl_controller_has_an_effect(c: PPOConfig) -> Problems:
-    """An adaptive coefficient steers something, slowly enough to keep its sign."""
+def an_adaptive_kl_keeps_its_sign(c: PPOConfig) -> Problems:
+    """An adaptive coefficient is corrected slowly enough to keep its sign."""
     control = c.algorithm.kl_ctrl
-    if control.type == "fixed":
+    if control.type == "fixed" or not c.algorithm.use_kl_in_reward:
         return
-    if not c.algorithm.use_kl_in_reward:
-        allowed = "steers the KL in the reward, which is off"
-        yield Problem("algorithm.kl_ctrl.type", control.type, allowed, "algorithm.use_kl_in_reward=true")
     least = c.data.train_batch_size * c.actor_rollout_ref.rollout.n // 5 + 1
     if control.horizon < least:
         yield Problem("algorithm.kl_ctrl.horizon", control.horizon, f"must be at least a fifth of a step: {least}")
@@ -277,11 +249,6 @@ def corrected_rollouts_are_sampled_from_all_tokens(c: PPOConfig) -> Problems:
             yield Problem(key, value, allowed, f"{key}={fix}, or no correction")
 
 
-def _typed(value: object) -> str:
-    """Return a default as it is typed on the command line."""
-    return "[]" if value == [] else "null" if value is None else str(value).lower()
-
-
 ALGORITHM_RULES = (
     rollout_correction_is_said_in_one_way,
     a_bypass_leaves_what_is_corrected_to_the_update,
@@ -289,16 +256,14 @@ ALGORITHM_RULES = (
     the_estimator_is_known,
     the_policy_loss_is_known,
     the_algorithm_file_is_there,
-    the_algorithm_file_has_an_effect,
     a_group_is_large_enough,
     grpo_has_a_kl_term_or_says_not,
     a_kl_term_weighs_something,
     the_critic_is_there_where_it_is_needed,
     a_reward_model_weighs_something,
-    estimator_settings_have_an_effect,
     components_are_named_and_weighed,
     some_response_can_end,
-    the_kl_controller_has_an_effect,
+    an_adaptive_kl_keeps_its_sign,
     dynamic_sampling_has_groups,
     the_policy_loss_is_that_of_its_paper,
     covariances_lie_between_two_bounds,

@@ -48,15 +48,17 @@ def chunks_take_turns_on_a_pipeline(key: str, megatron: MegatronConfig) -> Probl
 
 
 def recomputation_is_complete(key: str, recompute: RecomputeConfig) -> Problems:
-    """Full recomputation says how it picks layers; selective has nothing to pick."""
-    if recompute.granularity == "full":
-        for name in ("method", "num_layers"):
-            if getattr(recompute, name) is None:
-                fix = f"{key}.recompute.method=uniform {key}.recompute.num_layers=1"
-                yield Problem(f"{key}.recompute.{name}", None, "must be set where granularity is full", fix)
-        return
+    """Full recomputation says how it picks layers."""
     for name in ("method", "num_layers"):
-        if getattr(recompute, name) is not None:
+        if recompute.granularity == "full" and getattr(recompute, name) is None:
+            fix = f"{key}.recompute.method=uniform {key}.recompute.num_layers=1"
+            yield Problem(f"{key}.recompute.{name}", None, "must be set where granularity is full", fix)
+
+
+def recomputation_has_layers_to_pick(key: str, recompute: RecomputeConfig) -> Problems:
+    """Selective recomputation has nothing to pick, and none has neither."""
+    for name in ("method", "num_layers"):
+        if recompute.granularity != "full" and getattr(recompute, name) is not None:
             allowed = f"has no effect where {key}.recompute.granularity is {recompute.granularity or 'null'}"
             fix = f"{key}.recompute.granularity=full"
             yield Problem(f"{key}.recompute.{name}", getattr(recompute, name), allowed, fix)
@@ -79,9 +81,6 @@ def a_precision_aware_optimizer_has_its_place(key: str, megatron: TrainedMegatro
     """Transformer Engine's Adam steps a share of bfloat16 parameters on the device. dtype: of the model."""
     name = f"{key}.use_precision_aware_optimizer"
     if not megatron.use_precision_aware_optimizer:
-        for moment in ("exp_avg_dtype", "exp_avg_sq_dtype"):
-            if getattr(megatron, moment) != "float32":
-                yield Problem(f"{key}.{moment}", getattr(megatron, moment), f"has an effect only where {name}=true")
         return
     if not megatron.use_distributed_optimizer:
         allowed = f"must be true where {name} is true: megatron has it only for the distributed optimizer"
@@ -89,7 +88,16 @@ def a_precision_aware_optimizer_has_its_place(key: str, megatron: TrainedMegatro
     if megatron.optimizer_on_host:
         yield Problem(f"{key}.optimizer_on_host", True, f"contradicts {name}=true, which steps on the device")
     if dtype != "bfloat16":
-        yield Problem(name, True, f"has an effect only on a bfloat16 model; this one is {dtype}", f"{name}=false")
+        yield Problem(name, True, f"steps a bfloat16 model alone; this one is {dtype}", f"{name}=false")
+
+
+def moments_of_16_bits_are_those_of_an_optimizer_that_has_them(key: str, megatron: TrainedMegatronConfig) -> Problems:
+    """Only Transformer Engine's Adam chooses the dtype of its moments."""
+    name = f"{key}.use_precision_aware_optimizer"
+    for moment in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if not megatron.use_precision_aware_optimizer and getattr(megatron, moment) != "float32":
+            allowed = f"has an effect only where {name} is true"
+            yield Problem(f"{key}.{moment}", getattr(megatron, moment), allowed, f"{name}=true")
 
 
 def overridden_fields_exist_and_are_free(key: str, megatron: MegatronConfig) -> Problems:
@@ -120,7 +128,7 @@ def the_model_fits_its_axes(key: str, shape: ModelShape, megatron: MegatronConfi
     if shape.num_layers < pp:
         allowed = f"must be at most the model's {shape.num_layers} layers"
         yield Problem(f"{key}.pipeline_model_parallel_size", pp, allowed)
-    chunks = pp * (megatron.virtual_pipeline_model_parallel_size or 1)
+    chunks = pp * (megatron.virtual_pipeline_model_parallel_size or 1) if pp > 1 else 1
     if chunks > pp and shape.num_layers % chunks:
         allowed = f"x the {pp} stages must divide the model's {shape.num_layers} layers"
         name = f"{key}.virtual_pipeline_model_parallel_size"
@@ -161,13 +169,6 @@ def _experts_fit(key: str, shape: ModelShape, megatron: MegatronConfig) -> Probl
     tp, ep = megatron.tensor_model_parallel_size, megatron.expert_model_parallel_size
     etp, name = megatron.expert_tensor_parallel_size, f"{key}.expert_model_parallel_size"
     if not shape.num_experts:
-        for axis, size in ((name, ep), (f"{key}.expert_tensor_parallel_size", etp or 1)):
-            if size > 1:
-                yield Problem(axis, size, "has no effect: the model has no experts", f"{axis}=1")
-        for field, value in megatron.override_transformer_config.items():
-            if field.startswith("moe_") and field not in OURS:
-                path = f"{key}.override_transformer_config.{field}"
-                yield Problem(path, value, "has no effect: the model has no experts", "leave it out")
         return
     if shape.num_experts % ep:
         yield Problem(name, ep, f"must divide the model's {shape.num_experts} experts")
@@ -181,3 +182,18 @@ def _experts_fit(key: str, shape: ModelShape, megatron: MegatronConfig) -> Probl
     if tp > 1 and not megatron.sequence_parallel:
         allowed = "must be true where a model with experts is split by tensor parallelism: megatron demands it"
         yield Problem(f"{key}.sequence_parallel", False, allowed, f"{key}.sequence_parallel=true")
+
+
+def what_is_said_of_experts_has_some(key: str, shape: ModelShape, megatron: MegatronConfig) -> Problems:
+    """Axes and fields of experts mean a model that has experts."""
+    if shape.num_experts:
+        return
+    axes = (f"{key}.expert_model_parallel_size", f"{key}.expert_tensor_parallel_size")
+    sizes = (megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size)
+    for axis, size in zip(axes, sizes, strict=True):
+        if (size or 1) > 1:
+            yield Problem(axis, size, "has no effect: the model has no experts", f"{axis}=1")
+    for field, value in megatron.override_transformer_config.items():
+        if field.startswith("moe_") and field not in OURS:
+            path = f"{key}.override_transformer_config.{field}"
+            yield Problem(path, value, "has no effect: the model has no experts", "leave it out")

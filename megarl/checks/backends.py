@@ -45,6 +45,10 @@ def shards_and_sequences_divide_the_ranks(key: str, fsdp: FsdpConfig, ranks: int
     if ranks % fsdp.ulysses_sequence_parallel_size:
         allowed = f"must divide the {ranks} ranks: {sizes}"
         yield Problem(f"{key}.{_ULYSSES}", fsdp.ulysses_sequence_parallel_size, allowed)
+
+
+def parameters_are_gathered(key: str, fsdp: FsdpConfig) -> Iterator[Problem]:
+    """What is said of gathered parameters has some."""
     if fsdp.fsdp_size == 1 and not fsdp.reshard_after_forward:
         allowed = f"has no effect where {key}.{_SIZE} is 1: nothing is gathered"
         yield Problem(f"{key}.reshard_after_forward", False, allowed, f"{key}.reshard_after_forward=true")

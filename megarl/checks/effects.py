@@ -1,17 +1,13 @@
-"""Settings that mean something only in some modes: changed from their default in another mode, they are an error.
-
-The critic's section is left out on purpose: users switch estimators with one override and keep their file.
-"""
+"""Settings that mean something only in some modes: changed from their default in another mode, they do nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from megarl.algorithm.needs import needs_old_logprobs, needs_reward_function, needs_reward_model, uses_kl_loss
 from megarl.catalog import POLICY_LOSSES
-from megarl.config.defaults import default_of
+from megarl.config.defaults import default_of, value_of
 from megarl.config.schema import PPOConfig
 from megarl.errors import Problem
 from megarl.roles import REWARD_MODEL, pass_keys
@@ -139,14 +135,24 @@ EFFECTS: tuple[Effect, ...] = (
     Effect(f"{ROLLOUT}.val_kwargs.top_p", *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.top_k", *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.n", *_SAMPLES),
+    Effect(
+        "trainer.total_epochs",
+        lambda c: c.trainer.total_training_steps is None,
+        "trainer.total_training_steps is null",
+        "trainer.total_training_steps=null",
+    ),
+    Effect(
+        "trainer.show_rollouts_freq",
+        lambda c: c.trainer.num_sampled_rollouts > 0,
+        "trainer.num_sampled_rollouts is above 0",
+        "trainer.num_sampled_rollouts=5",
+    ),
 )
 
 
 def settings_have_an_effect(c: PPOConfig) -> Iterator[Problem]:
     """What is changed from its default acts in the chosen mode."""
     for effect in EFFECTS:
-        value: Any = c
-        for name in effect.key.split("."):
-            value = getattr(value, name)
+        value = value_of(c, effect.key)
         if value != default_of(effect.key) and not effect.where(c):
             yield Problem(effect.key, value, f"has an effect only where {effect.words}", effect.fix)

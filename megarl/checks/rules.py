@@ -13,14 +13,13 @@ from megarl.checks.axes import (
     a_tensor_split_fits,
     an_optimizer_on_the_host_is_split_and_stays,
     axes_divide_the_ranks,
-    chunks_take_turns_on_a_pipeline,
     overridden_fields_exist_and_are_free,
     recomputation_is_complete,
     the_model_fits_its_axes,
 )
 from megarl.checks.backends import shards_and_sequences_divide_the_ranks, ulysses_splits_the_heads
-from megarl.checks.effects import settings_have_an_effect
 from megarl.checks.vllm_facts import VLLM_HEAD_SIZES, vllm_serves
+from megarl.config.defaults import default_of
 from megarl.config.schema import FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
@@ -83,23 +82,19 @@ def betas_are_two_fractions(role: Role) -> Problems:
 
 
 def the_last_learning_rate_is_reached(role: Role) -> Problems:
-    """The last learning rate isn't above the first, and is set only where the schedule ends there."""
+    """The last learning rate isn't above the first."""
     training, key = role.training, role.at("optim.min_lr")
     if training and training.min_lr > training.lr:
         yield Problem(key, training.min_lr, f"must be at most {role.at('optim.lr')} = {training.lr:g}")
-    if training and training.schedule == "constant" and training.min_lr > 0:
-        shape = role.at("lr_scheduler.type")
-        yield Problem(key, training.min_lr, f"has no effect where {shape} is constant", f"{shape}=cosine")
 
 
-def warm_up_ends_before_the_run(role: Role, total_steps: int) -> Problems:
-    """Warm-up ends before the run does. total_steps: optimizer steps of the run."""
-    if role.training and role.training.warmup_steps >= total_steps:
-        key, allowed = (
-            role.at("lr_scheduler.warmup_steps"),
-            f"must be less than the run's {total_steps} optimizer steps",
-        )
-        yield Problem(key, role.training.warmup_steps, allowed, "lower it, or train longer")
+def a_warm_up_is_said_in_one_way(role: Role) -> Problems:
+    """A warm-up is so many optimizer steps or a share of them."""
+    training, steps = role.training, role.at("lr_scheduler.warmup_steps")
+    default = default_of("actor_rollout_ref.actor.lr_scheduler.warmup_steps")
+    if training and training.warmup_ratio is not None and training.warmup_steps not in (0, default):
+        allowed = f"contradicts {steps} = {training.warmup_steps}: a warm-up is a share of the run or so many steps"
+        yield Problem(role.at("lr_scheduler.lr_warmup_steps_ratio"), training.warmup_ratio, allowed, f"{steps}=null")
 
 
 def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
@@ -189,7 +184,6 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     training_and_rollout_share_devices,
     every_training_file_has_a_weight,
     one_reward_is_chosen,
-    settings_have_an_effect,
     *ALGORITHM_RULES,
 )
 
@@ -199,7 +193,6 @@ def axes_make_sense(role: Role) -> Problems:
     key, backend = role.backend_key, role.backend
     if isinstance(backend, MegatronConfig):
         yield from axes_divide_the_ranks(key, backend, role.layout.world_size)
-        yield from chunks_take_turns_on_a_pipeline(key, backend)
         yield from overridden_fields_exist_and_are_free(key, backend)
     if isinstance(backend, FsdpConfig):
         yield from shards_and_sequences_divide_the_ranks(key, backend, role.layout.world_size)
@@ -223,6 +216,7 @@ def run_problems(
     for role in roles:
         problems += betas_are_two_fractions(role)
         problems += the_last_learning_rate_is_reached(role)
+        problems += a_warm_up_is_said_in_one_way(role)
         problems += axes_make_sense(role)
     problems += sinks_are_known(c.trainer.logger)
     return without_followers(problems, roles)

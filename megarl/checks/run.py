@@ -5,8 +5,7 @@ Loads neither torch nor ray, so that a mistake costs a second or two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +13,18 @@ from typing import Any, Generic, TypeVar
 
 from megarl.batching.plan import BatchPlan
 from megarl.checks.backends import every_role_has_one_backend
-from megarl.checks.rules import model_problems, run_problems, warm_up_ends_before_the_run
+from megarl.checks.config import built, drop_consequences
+from megarl.checks.data_files import check_chat_files, check_prompt_files
+from megarl.checks.findings import Findings
+from megarl.checks.idle import idle_settings
+from megarl.checks.rules import model_problems, run_problems
 from megarl.checks.tokenizer_file import differing_token, largest_token
-from megarl.config.build import build_config
 from megarl.config.schema import PPOConfig, SFTConfig, TrainedMegatronConfig
-from megarl.data.parquet import check_footer
-from megarl.data.prompts import prompt_columns
-from megarl.errors import ConfigError, MegarlError, ModelFolderError, Problem
+from megarl.errors import ConfigError, ModelFolderError, Problem
 from megarl.parallel.environment import PlatformName, platform_name
 from megarl.reward.registry import load_reward
-from megarl.roles import ModelFacts, Role, batch_plan, role_named, roles_of
+from megarl.reward.source import check_reward_file
+from megarl.roles import ModelFacts, Role, batch_plan, role_named, roles_of, with_total_steps
 from megarl.weights.folder import resolve_model_folder
 from megarl.weights.model_facts.shipped import nearest_shipped, shipped_config
 from megarl.weights.model_shape import parse_model_shape, read_model_shape
@@ -38,13 +39,14 @@ class CheckedRun(Generic[C]):
     """A run without a known mistake.
 
     num_rows: rows of the training files, before too long ones are left out; None where they aren't here. notes: what
-    couldn't be checked on this machine.
+    couldn't be checked on this machine, each by its key. idle: settings that do nothing, see megarl.checks.idle.
     """
 
     config: C
     roles: tuple[Role, ...]
     num_rows: int | None = None
     notes: tuple[str, ...] = ()
+    idle: tuple[Problem, ...] = ()
 
     @property
     def actor(self) -> Role:
@@ -65,91 +67,80 @@ class CheckedRun(Generic[C]):
         return trainer.total_epochs * (self.num_rows // self.config.data.train_batch_size)
 
 
-class _Findings:
-    """Problems and errors so far. A single error stays what it is; several become one ConfigError.
-
-    notes: where given, absent files are noted there instead.
-    """
-
-    def __init__(self, notes: list[str] | None = None) -> None:
-        self.problems: list[Problem] = []
-        self.errors: list[tuple[str, object, MegarlError]] = []
-        self.notes = notes
-
-    @contextmanager
-    def of(self, key: str, value: object) -> Iterator[None]:
-        """Keep what goes wrong inside, as said by ``key``."""
-        try:
-            yield
-        except ConfigError as error:
-            self.problems += error.problems
-        except MegarlError as error:
-            self.errors.append((key, value, error))
-
-    def finish(self) -> None:
-        """Raise what was found, if anything."""
-        if len(self.errors) == 1 and not self.problems:
-            raise self.errors[0][2]
-        problems = [*self.problems, *(Problem(key, value, str(error)) for key, value, error in self.errors)]
-        if problems:
-            raise ConfigError(problems)
-
-
 def check_ppo(
     values: Mapping[str, Any], *, files_may_be_missing: bool = False, platform: PlatformName | None = None
 ) -> CheckedRun[PPOConfig]:
     """Check an RL run. Raises the named error of all that is wrong.
 
-    files_may_be_missing: for a plan made far from the cluster; weights and data files are then noted as unchecked, and
-    a model that isn't here is taken from the architectures that megarl ships. platform: of the run; unless given this
-    machine's, and cuda where files may be missing.
+    files_may_be_missing: for a plan made far from the cluster; weights and data files are then noted as unchecked, a
+    model that isn't here is taken from the architectures that megarl ships, and rows of data files are read. platform:
+    of the run; unless given this machine's, and cuda where files may be missing.
     """
-    config = _built(values)
-    found = _Findings([] if files_may_be_missing else None)
+    found = Findings([] if files_may_be_missing else None)
+    config, misread = built(PPOConfig, values)
+    if backends := list(every_role_has_one_backend(config)):
+        raise ConfigError([*misread, *backends])  # no role can be said to have this or that size
     platform = platform or ("cuda" if files_may_be_missing else platform_name())
     roles = _checked_roles(config, found, platform)
     found.problems += _a_token_means_the_same(roles)
-    num_rows = _check_data_files(config, found, found.notes)
+    num_rows = check_prompt_files(config, found)
     _check_reward(config, found)
-    if not files_may_be_missing:
+    return _finished(config, roles, num_rows, found, misread)
+
+
+def check_sft(
+    values: Mapping[str, Any], *, files_may_be_missing: bool = False, platform: PlatformName | None = None
+) -> CheckedRun[SFTConfig]:
+    """Check an SFT run; the rest as check_ppo. Raises the named error of all that is wrong."""
+    found = Findings([] if files_may_be_missing else None)
+    config, misread = built(SFTConfig, values)
+    roles = _checked_roles(config, found, platform or ("cuda" if files_may_be_missing else platform_name()))
+    return _finished(config, roles, check_chat_files(config, found), found, misread)
+
+
+def _finished(
+    config: C, roles: tuple[Role, ...], num_rows: int | None, found: Findings, misread: Collection[Problem]
+) -> CheckedRun[C]:
+    """Return the checked run. Raises what was found. misread: the problems of values that defaults stand in for."""
+    if found.notes is None:
         found.problems += _optimizers_are_installed(roles)
+    idle = idle_settings(config, roles)
+    found.problems += idle if config.trainer.strict else []
+    drop_consequences(found, misread)
+    found.problems = [*misread, *found.problems]
     found.finish()
-    checked = CheckedRun(config, roles, num_rows, tuple(found.notes or ()))
+    checked = CheckedRun(config, roles, num_rows, tuple(found.notes or ()), tuple(idle))
     found.problems += schedule_problems(checked, checked.num_steps)
     found.finish()
     return checked
 
 
-def check_sft(values: Mapping[str, Any]) -> CheckedRun[SFTConfig]:
-    """Check an SFT run. Raises the named error of all that is wrong."""
-    config = build_config(SFTConfig, values)
-    found = _Findings()
-    roles = _checked_roles(config, found, platform_name())
-    found.problems += _optimizers_are_installed(roles)
-    columns = {config.data.messages_key: f"data.messages_key = {config.data.messages_key!r}"}
-    for file in (*config.data.train_files, *config.data.val_files):
-        with found.of("data.train_files or data.val_files", file):
-            check_footer(file, columns)
-    found.finish()
-    return CheckedRun(config, roles)
-
-
-def schedule_problems(checked: CheckedRun[PPOConfig], num_steps: int | None) -> Iterator[Problem]:
+def schedule_problems(checked: CheckedRun[C], num_steps: int | None) -> Iterator[Problem]:
     """Yield the problems of the schedules in a run of so many steps; none where nothing is known of them."""
-    if not num_steps:
-        return
-    critic, batches = role_named(checked.roles, "critic"), checked.batches
-    idle = checked.config.critic.warmup_steps if critic else 0
-    if idle >= num_steps:
+    config, critic = checked.config, role_named(checked.roles, "critic")
+    if isinstance(config, PPOConfig) and critic and num_steps and config.critic.warmup_steps >= num_steps:
         allowed = f"must be less than the run's {num_steps} steps, or the actor never trains"
-        yield Problem("critic.warmup_steps", idle, allowed, "critic.warmup_steps=0")
-        return
-    yield from warm_up_ends_before_the_run(checked.actor, (num_steps - idle) * batches["actor"].num_optimizer_steps)
-    if critic:
-        yield from warm_up_ends_before_the_run(critic, num_steps * batches["critic"].num_optimizer_steps)
+        yield Problem("critic.warmup_steps", config.critic.warmup_steps, allowed, "critic.warmup_steps=0")
+    elif config.trainer.strict:
+        yield from cut_warm_ups(checked, num_steps)
 
 
-def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings, platform: PlatformName) -> tuple[Role, ...]:
+def cut_warm_ups(checked: CheckedRun[C], num_steps: int | None) -> Iterator[Problem]:
+    """Yield the warm-ups that a run of so many steps is too short for; none where nothing is known of them."""
+    for role in with_total_steps(checked.config, checked.roles, num_steps) if num_steps else ():
+        training = role.training
+        if training and training.warmup_ratio is None and training.warmup_steps > training.warm_up:
+            allowed = f"is cut to {training.warm_up}: the run has {training.total_steps} optimizer steps"
+            key = role.at("lr_scheduler.warmup_steps")
+            yield Problem(key, training.warmup_steps, allowed, "lower it, or train longer")
+
+
+def without_effect(checked: CheckedRun[C], num_steps: int | None) -> list[Problem]:
+    """Return what was asked of a run of so many steps and isn't done, to be said where it starts."""
+    return [*checked.idle, *cut_warm_ups(checked, num_steps)]
+
+
+def _checked_roles(config: PPOConfig | SFTConfig, found: Findings, platform: PlatformName) -> tuple[Role, ...]:
     """Return the roles of a run, of which those facts are missing that could not be found; note all problems."""
     known: dict[str, ModelFacts] = {}
 
@@ -175,15 +166,6 @@ def _checked_roles(config: PPOConfig | SFTConfig, found: _Findings, platform: Pl
     return roles
 
 
-def _built(values: Mapping[str, Any]) -> PPOConfig:
-    """Return the config, if every role has the section of one backend."""
-    config = build_config(PPOConfig, values)
-    problems = list(every_role_has_one_backend(config))
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
 def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
     """Return the facts of a model in a folder. notes: where given, those that megarl ships may stand for them."""
     assert facts.path is not None
@@ -197,8 +179,8 @@ def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
             hint = nearest_shipped(facts.path)
             raise ModelFolderError(f"{error}; megarl ships no facts of it either. {hint}".rstrip()) from error
         notes.append(
-            f"{facts.path} isn't on this machine: its weights and tokenizer are unchecked, its sizes are megarl's own "
-            "facts"
+            f"{facts.key}.path: {facts.path} isn't on this machine: its weights and tokenizer are unread, its sizes "
+            "are megarl's own facts"
         )
         return replace(facts, known_shape=parse_model_shape(shipped, facts.path))
     shape = read_model_shape(folder, f"{facts.key}.path")
@@ -247,34 +229,18 @@ def _optimizers_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
             yield Problem(name, True, allowed, f"pip install 'megarl[gpu]' where there are GPUs, or {name}=false")
 
 
-def _check_reward(config: PPOConfig, found: _Findings) -> None:
-    """Check that the reward function exists; a file of the user's isn't run before the run starts."""
+def _check_reward(config: PPOConfig, found: Findings) -> None:
+    """Check that the reward function exists; a file of the user's is read and not run before the run starts."""
     name, path = config.reward.name, config.reward.path
-    if path is not None:
-        if not (path.endswith(".py") and Path(path).expanduser().is_file()):
-            found.problems.append(Problem("reward.path", path, "there is no such .py file", "correct the path"))
+    if path is not None and not (path.endswith(".py") and Path(path).expanduser().is_file()):
+        found.problems.append(Problem("reward.path", path, "there is no such .py file", "correct the path"))
+    elif path is not None:
+        with found.of("reward.path", path):
+            check_reward_file(path, config.reward.function)
+            if found.notes is not None:
+                found.notes.append(f"reward.path: {path} is read and not run: a run tries its function at the start")
     elif name is not None:
         with found.of("reward.name", name):
             load_reward(name)
-
-
-def _check_data_files(config: PPOConfig, found: _Findings, notes: list[str] | None) -> int | None:
-    """Check that data files are there with their columns; return the rows of the training files."""
-    columns, rows = prompt_columns(config.data.prompt_key), 0
-    for key, files in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
-        if not files:
-            found.problems.append(Problem(key, [], "must name at least one parquet file", f"{key}=FILE.parquet"))
-        for file in files:
-            if notes is not None and not Path(file).expanduser().exists():
-                notes.append(f"{file} isn't on this machine: its rows and columns are unchecked")
-                rows = -1 if key == "data.train_files" else rows
-                continue
-            with found.of(key, file):
-                count = check_footer(file, columns)
-                rows += count if key == "data.train_files" and rows >= 0 else 0
-    if 0 < rows < config.data.train_batch_size:
-        allowed = f"the training files have only {rows} rows, not enough for one step"
-        found.problems.append(
-            Problem("data.train_batch_size", config.data.train_batch_size, allowed, f"data.train_batch_size={rows}")
-        )
-    return rows if rows > 0 else None
+    if found.notes is not None and config.algorithm.path is not None:
+        found.notes.append(f"algorithm.path: {config.algorithm.path} is not loaded: a run does so at its start")

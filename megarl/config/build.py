@@ -13,6 +13,7 @@ from megarl.config.verl_keys import ours_for
 from megarl.errors import Absent, ConfigError, Problem, nearest
 
 T = TypeVar("T")
+NO_SUCH_KEY = "no such key"
 
 
 def build_config(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -32,9 +33,10 @@ def _section(cls: Any, values: Any, prefix: str, problems: list[Problem]) -> Any
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in (n for n in values if n not in fields):
         path = f"{prefix}{name}"
-        hints_at = [hint for hint in (ours_for(path, values[name]), nearest(str(name), fields)) if hint]
+        known = fields if prefix else (*fields, "experiment")
+        hints_at = [hint for hint in (ours_for(path, values[name]), nearest(str(name), known)) if hint]
         fix = "; ".join(hints_at) or f"keys here: {', '.join(fields)}"
-        problems.append(Problem(path, values[name], "no such key", fix))
+        problems.append(Problem(path, values[name], NO_SUCH_KEY, fix))
     hints = typing.get_type_hints(cls)
     found = {}
     for name, field in fields.items():
@@ -123,9 +125,14 @@ def _out_of_range(value: float, rule: Mapping[str, Any]) -> str | None:
     if math.isnan(value) or math.isinf(value):
         return "must be a finite number"
     if low is not None and value < low:
-        return f"must be at least {low:g}"
+        return f"must be at least {number_in_words(low)}"
     if above is not None and value <= above:
-        return f"must be greater than {above:g}"
+        return f"must be greater than {number_in_words(above)}"
     if high is not None and value > high:
-        return f"must be at most {high:g}"
+        return f"must be at most {number_in_words(high)}"
     return None
+
+
+def number_in_words(bound: float) -> str:
+    """Return a bound as a person writes it: in full where it is a whole number that a person would count to."""
+    return f"{bound:.0f}" if float(bound).is_integer() and abs(bound) < 1e9 else f"{bound:g}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -13,9 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from megarl.config.files import group_names
 from megarl.errors import Absent, ConfigError, Problem, nearest
 
+EXPERIMENT = "experiment"
+_LINE_END = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|\s*\n\s*""")
 _FLAGS = ("--config-name", "--config-dir", "--cfg", "--resolve", "--help")
 _QUOTES = """key=VALUE, or 'key="VALUE"' where a value has commas, brackets, quotes or signs"""
 
@@ -44,7 +46,10 @@ def take_flags(parser: FlagParser, arguments: Sequence[str]) -> tuple[argparse.N
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line as typed. overrides: parsed ``key=value``, ``+key=value``, ``++key=value`` and ``~key``."""
+    """A command line as typed. overrides: parsed ``key=value``, ``+key=value``, ``++key=value`` and ``~key``.
+
+    is_named: whether --config-name was given.
+    """
 
     config_name: str
     config_dir: Path | None
@@ -52,12 +57,19 @@ class CommandLine:
     resolves: bool
     wants_help: bool
     overrides: tuple[Override, ...]
+    is_named: bool = True
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe that was asked for."""
+        chosen = [o.value() for o in self.overrides if o.key_or_group == EXPERIMENT and not o.is_delete()]
+        return str(chosen[-1]) if chosen and chosen[-1] is not None else None
 
 
 def parse_command_line(arguments: Sequence[str], config_name: str) -> CommandLine:
     """Return the CommandLine of ``arguments``; ``config_name`` where they name none. Raises ConfigError."""
     parser = FlagParser()
-    parser.add_argument("--config-name", "-cn", default=config_name)
+    parser.add_argument("--config-name", "-cn")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=("job",))
     parser.add_argument("--resolve", action="store_true")
@@ -68,17 +80,17 @@ def parse_command_line(arguments: Sequence[str], config_name: str) -> CommandLin
     if flags.resolve and not flags.cfg:
         problems.append(Problem("--resolve", Absent(), "has no effect without --cfg job", "--cfg job --resolve"))
     folder = None if flags.config_dir is None else Path(flags.config_dir).expanduser().absolute()
-    groups = group_names(folder)
     for text in rest:
-        read = _no_such_flag(text) if text.startswith("-") else _override(text, groups)
+        read = _no_such_flag(text) if text.startswith("-") else _override(text)
         if isinstance(read, Problem):
             problems.append(read)
         else:
             overrides.append(read)
     if problems:
         raise ConfigError(problems)
-    name = flags.config_name.removesuffix(".yaml")
-    return CommandLine(name, folder, flags.cfg is not None, flags.resolve, flags.help, tuple(overrides))
+    name, prints_config = (flags.config_name or config_name).removesuffix(".yaml"), flags.cfg is not None
+    is_named = flags.config_name is not None
+    return CommandLine(name, folder, prints_config, flags.resolve, flags.help, tuple(overrides), is_named)
 
 
 def _no_such_flag(text: str) -> Problem:
@@ -86,10 +98,13 @@ def _no_such_flag(text: str) -> Problem:
     return Problem(text, Absent(), "no such flag", fix)
 
 
-def _override(text: str, groups: Collection[str]) -> Override | Problem:
-    """Return one override as Hydra's grammar reads it, or what is wrong with it, in Hydra's words."""
+def _override(text: str) -> Override | Problem:
+    """Return one override as Hydra's grammar reads it, or what is wrong with it, in Hydra's words.
+
+    A value may be written over several lines, which Hydra's grammar doesn't know: outside quotes a line's end is space.
+    """
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(_LINE_END.sub(lambda found: found[1] or " ", text))
     except HydraException as error:
         told = [line for line in str(error).splitlines() if not line.startswith(("See ", "Error parsing"))]
         return Problem(text, Absent(), f"is neither key=value nor a flag: {told[0]}", _QUOTES)
@@ -101,9 +116,4 @@ def _override(text: str, groups: Collection[str]) -> Override | Problem:
     if override.is_hydra_override():
         allowed = "has no effect: Hydra composes the config here and does nothing else"
         return Problem(text, Absent(), allowed, "leave it out; see trainer.run_dir")
-    key, value = override.key_or_group, override.value()
-    stands_alone = "." not in key and "/" not in key and override.package is None and not override.is_delete()
-    if stands_alone and not isinstance(value, dict) and key not in groups:
-        allowed = "is neither a key in a section nor a group of files"
-        return Problem(key, value, allowed, nearest(key, groups) or "section.key=VALUE")
     return override

@@ -23,15 +23,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.config.command_line import CommandLine, end_quietly_with_the_reader, parse_command_line
+from megarl.config.command_line import EXPERIMENT, CommandLine, end_quietly_with_the_reader, parse_command_line
 from megarl.config.composition_errors import hydra_errors_named
 from megarl.config.files import OURS, find_config, group_names, names_in
+from megarl.config.programs import PROGRAMS, Program, for_recipe, recipes_of
 from megarl.config.provenance import find_origins, read_sources, with_origins
 from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
 USER_ERROR, RUN_ERROR = 2, 1
-EXPERIMENT = "experiment"
 _ACTOR = "actor@actor_rollout_ref.actor"
 _USER_ERRORS = (ConfigError, DataError, ModelFolderError, RewardError)
 _NO_SECTION = re.compile(r"node `([\w.]+)` is not a container")
@@ -40,12 +40,15 @@ HELP = """\
 usage: python -m megarl.{program} [--config-dir=FOLDER] [--config-name=FILE] [key=value ...]
 
   key=value            set a value, as in data.train_batch_size=256; docs/config.md lists every key
-  experiment=NAME      start from a complete recipe: one of {experiments}
+  experiment=NAME      start from a complete recipe of those below
   --config-name=FILE   a main config of megarl's: {main}; default {default}
   --config-dir=FOLDER  where --config-name is a file of your own, which may start with `defaults: [{default}, _self_]`
   --cfg job            print the composed config without running it; with --resolve, interpolations as their values
 
-docs/overview.md tells what a run does. A mistake in the config ends a run before it starts, with exit code 2."""
+docs/overview.md tells what a run does. A mistake in the config ends a run before it starts, with exit code 2.
+
+recipes:
+{recipes}"""
 
 
 class OwnConfigs(SearchPathPlugin):
@@ -108,21 +111,23 @@ def run_hydra(
     task: Callable[[dict[str, Any], Sequence[str]], None],
     arguments: Sequence[str] | None = None,
     help_text: str = HELP,
+    programs: Sequence[Program] = PROGRAMS,
 ) -> None:
-    """Compose ``config_name`` with the command line and give ``task`` the resolved values and the overrides as typed.
+    """Compose a main config with the command line and give ``task`` the resolved values and the overrides as typed.
 
+    config_name: where neither --config-name nor the recipe says which. programs: whose recipes the task can do.
     arguments: the command line without flags of the caller's own (see command_line.take_flags); sys.argv unless given.
-    help_text: what --help prints, with {program}, {experiments}, {main} and {default} filled in.
+    help_text: what --help prints, with {program}, {recipes}, {main} and {default} filled in.
 
     A MegarlError is printed without its traceback: its text is complete. Exit code 2 for a mistake in the
     configuration or its files, 1 for a run that failed.
     """
     with errors_reported():
-        line = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_name)
+        line = for_recipe(parse_command_line(sys.argv[1:] if arguments is None else arguments, config_name), programs)
         if arguments is None and (line.wants_help or line.prints_config):
             end_quietly_with_the_reader()
         if line.wants_help:
-            print(_help(help_text, config_name))
+            print(_help(help_text, config_name, programs, line.config_dir))
             return
         run = compose(line)
         try:
@@ -217,6 +222,8 @@ def _escaped(value: Any) -> Any:
     return value
 
 
-def _help(text: str, config_name: str) -> str:
-    experiments, main = (", ".join(names_in(None, group)) for group in (EXPERIMENT, ""))
-    return text.format(program=Path(sys.argv[0]).stem, experiments=experiments, main=main, default=config_name)
+def _help(text: str, config_name: str, programs: Sequence[Program], folder: Path | None) -> str:
+    main, recipes = ", ".join(names_in(folder, "")), recipes_of(programs, folder)
+    width = max(map(len, recipes), default=0)
+    lines = "\n".join(f"  {name:<{width}}  {line}" for name, line in recipes.items())
+    return text.format(program=Path(sys.argv[0]).stem, recipes=lines, main=main, default=config_name)

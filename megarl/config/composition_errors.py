@@ -18,6 +18,7 @@ from megarl.errors import Absent, ConfigError, Problem, nearest
 
 # Hydra and the YAML reader tell of a file's form and of an override's value by Python's own errors.
 _RAISED_BY_HYDRA = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError)
+_MERGING = "Error merging override"
 _PARENT = re.compile(r"In '([^']+)'")
 _NOISE = ("full_key:", "object_type=", "reference_type=", "See https:", "Config search path", "provider=")
 
@@ -81,7 +82,9 @@ def _as_told(error: BaseException, line: CommandLine) -> Problem:
     """Return the Problem in Hydra's words, without its advice on Hydra: of the override, key or file they speak of."""
     while not str(error) and error.__cause__:
         error = error.__cause__
-    told = "; ".join(t.strip() for t in str(error).splitlines() if t and not t.strip().startswith(_NOISE))
+    # The message of a failed merge says nothing of why.
+    texts = [str(error), str(error.__cause__)] if str(error).startswith(_MERGING) and error.__cause__ else [str(error)]
+    told = "; ".join(t.strip() for text in texts for t in text.splitlines() if t and not t.strip().startswith(_NOISE))
     parent = _PARENT.search(told)
     typed = [o for o in line.overrides if re.search(rf"(?<![\w.]){re.escape(o.key_or_group)}(?![\w.])", told)]
     if typed and not parent:

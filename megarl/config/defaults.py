@@ -1,4 +1,4 @@
-"""The defaults of all keys, as conf/ alone tells them."""
+"""Values by dotted key: the defaults, as conf/ alone tells them, and those of a config."""
 
 from __future__ import annotations
 
@@ -34,3 +34,29 @@ def default_of(key: str, config_name: str = "ppo_megatron_trainer") -> object:
         value = value[name]
     assert not (isinstance(value, str) and "${" in value), f"{key} has no default of its own: {value}"
     return value
+
+
+def resolved_defaults(config_name: str) -> dict[str, Any]:
+    """Return the plain values of a main config without overrides."""
+    values = OmegaConf.to_container(OmegaConf.create(dict(default_values(config_name))), resolve=True)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
+
+
+def defaults_in(values: Mapping[str, Any], section: str, config_name: str) -> Mapping[str, Any]:
+    """Return what a section would be if nothing in it were set. values: of the whole config, whose rest stays."""
+    defaults: Any = default_values(config_name)
+    for name in section.split("."):
+        defaults = defaults[name]
+    tree = OmegaConf.create(dict(values))
+    OmegaConf.update(tree, section, defaults, merge=False)
+    found = OmegaConf.to_container(OmegaConf.select(tree, section), resolve=True)
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}
+
+
+def value_of(config: object, key: str) -> Any:
+    """Return the value of a dotted key of a config."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

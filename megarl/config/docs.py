@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megarl.config.build import section_of
+from megarl.config.build import number_in_words, section_of
 from megarl.config.defaults import default_values
 from megarl.config.schema import PPOConfig, SFTConfig
 
@@ -95,7 +95,7 @@ def allowed_in_words(rule: Mapping[str, Any]) -> str:
     if rule["choices"]:
         return ", ".join(f"`{choice}`" for choice in rule["choices"])
     bounds = (("at least", rule["low"]), ("above", rule["above"]), ("at most", rule["high"]))
-    return ", ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+    return ", ".join(f"{words} {number_in_words(bound)}" for words, bound in bounds if bound is not None)
 
 
 if __name__ == "__main__":

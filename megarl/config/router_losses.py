@@ -24,16 +24,16 @@ class RouterLosses:
 
 def router_losses(overrides: Mapping[str, Any]) -> RouterLosses:
     """Return the losses that checked ``override_transformer_config`` asks for."""
-    return RouterLosses(float(overrides.get(_BALANCE) or 0.0), float(overrides.get(_Z) or 0.0))
+    balances = (overrides.get(_TYPE) or "none") != "none"
+    return RouterLosses(float(overrides.get(_BALANCE) or 0.0) * balances, float(overrides.get(_Z) or 0.0))
 
 
 def router_losses_are_whole(key: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
-    """A load-balancing loss is one that no layout changes, and has a coefficient. key: of the overrides."""
+    """A load-balancing loss is one that no layout changes, and coefficients are numbers. key: of the overrides."""
     for name in (_BALANCE, _Z):
         value = overrides.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             yield Problem(f"{key}.{name}", value, "must be a number, and not negative", f"{key}.{name}=0.001")
-            return
     kind, path = overrides.get(_TYPE) or "none", f"{key}.{_TYPE}"
     if kind not in _TYPES:
         allowed = (
@@ -41,7 +41,12 @@ def router_losses_are_whole(key: str, overrides: Mapping[str, Any]) -> Iterator[
             "so the layout would change the loss"
         )
         yield Problem(path, kind, allowed, f"{path}=seq_aux_loss")
-    elif kind == "none" and overrides.get(_BALANCE):
+
+
+def router_losses_are_added(key: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
+    """A load-balancing loss has a coefficient, and a coefficient a loss. key: of the overrides."""
+    kind, path = overrides.get(_TYPE) or "none", f"{key}.{_TYPE}"
+    if kind == "none" and overrides.get(_BALANCE):
         allowed = f"has no effect where {_TYPE} is none"
         yield Problem(f"{key}.{_BALANCE}", overrides[_BALANCE], allowed, f"+{path}=seq_aux_loss")
     elif kind != "none" and not overrides.get(_BALANCE):

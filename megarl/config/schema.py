@@ -28,9 +28,13 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 ALL_RANKS = -1  # in fsdp_size, as verl has it
+OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
 LARGEST_REWARD = 3.4e38  # rewards are float32
+# Far above any run's, and small enough to tell a slip of the finger: 1e6 for 1e-6, 300 for 3e-4.
+MOST_TOKENS, MOST_ROWS, MOST_NODES, MOST_PROCESSES = 2**24, 2**20, 2**14, 2**10
+LONGEST_S = 604_800.0
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,16 @@ class DataConfig:
         "shares of every step, a number a file; null: every row once in an epoch"
     )
     val_files: tuple[str, ...] = key("parquet files of prompts to validate on")
-    train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1)
-    val_batch_size: int = key("prompts of one validation pass through the engine", low=1)
+    train_batch_size: int = key("prompts in a step, over all ranks; rollouts = this x rollout.n", low=1, high=MOST_ROWS)
+    val_batch_size: int = key("prompts of one validation pass through the engine", low=1, high=MOST_ROWS)
     max_val_prompts: int | None = key("validate on the first so many prompts; null: on all", low=1)
-    max_prompt_length: int = key("tokens of the longest prompt", low=1)
-    max_response_length: int = key("tokens of the longest response", low=1)
+    max_prompt_length: int = key("tokens of the longest prompt", low=1, high=MOST_TOKENS)
+    max_response_length: int = key("tokens of the longest response", low=1, high=MOST_TOKENS)
     train_shuffle: bool = key("whether each epoch has an order of its own")
     val_shuffle: bool = key("whether validation prompts are shuffled")
     prompt_key: str = key("column with the prompt: chat messages or a string")
-    overlong_prompts: str = key("what to do with longer prompts", choices=("filter", "error"))
+    overlong_prompts: str = key("longer prompts: leave out, refuse, or cut at one end or within", choices=OVERLONG)
+    apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,17 @@ class SFTDataConfig:
 
     train_files: tuple[str, ...] = key("parquet files of examples, which are chats, to train on")
     val_files: tuple[str, ...] = key("parquet files of examples to measure the loss on; may be empty")
-    train_batch_size: int = key("examples in an optimizer step, over all ranks", low=1)
+    train_batch_size: int = key("examples in an optimizer step, over all ranks", low=1, high=MOST_ROWS)
     micro_batch_size_per_gpu: int = key("examples of a forward/backward on one data-parallel rank", low=1)
-    max_length: int = key("tokens of the longest chat", low=2)
+    max_length: int = key("tokens of the longest chat", low=2, high=MOST_TOKENS)
     messages_key: str = key("column with the chat messages")
     overlong_examples: str = key("what to do with longer examples", choices=("filter", "error"))
+    apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
+    trained_turns: str = key("the assistant's turns to train on", choices=("all", "last"))
+    response_start: str = key(
+        "where a trained turn starts: where a rollout's prompt ends, or where the template's rendering leaves it",
+        choices=("prompt", "rendering"),
+    )
     train_shuffle: bool = key("whether each epoch has an order of its own")
 
 
@@ -82,11 +93,11 @@ class ModelConfig:
 class OptimConfig:
     """AdamW."""
 
-    lr: float = key("peak learning rate", low=0.0)
-    min_lr: float = key("learning rate at the end of the schedule", low=0.0)
-    weight_decay: float = key("decoupled weight decay; none on norms and biases", low=0.0)
+    lr: float = key("peak learning rate", low=0.0, high=1.0)
+    min_lr: float = key("learning rate at the end of the schedule", low=0.0, high=1.0)
+    weight_decay: float = key("decoupled weight decay; none on norms and biases", low=0.0, high=10.0)
     beta: tuple[float, ...] = key("decay rates of the two moments")
-    eps: float = key("added to the denominator", above=0.0)
+    eps: float = key("added to the denominator", above=0.0, high=1.0)
     clip_grad: float = key("largest global L2 norm of the gradient", above=0.0)
 
 
@@ -95,7 +106,8 @@ class LRSchedulerConfig:
     """Learning-rate schedule."""
 
     type: str = key("shape after warm-up", choices=("cosine", "constant", "linear"))
-    warmup_steps: int = key("optimizer steps of linear warm-up", low=0)
+    warmup_steps: int | None = key("optimizer steps of linear warm-up; null: none, or by the ratio", low=0)
+    lr_warmup_steps_ratio: float | None = key("share of the run's optimizer steps instead", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -168,12 +180,12 @@ BackendConfig = MegatronConfig | FsdpConfig
 class PolicyLossConfig:
     """Settings that single policy losses read; see megarl.algorithm.policy_loss."""
 
-    tau_positive: float = key("steepness of the gate where the advantage is positive (sapo)", above=0.0)
-    tau_negative: float = key("steepness of the gate where it is negative (sapo)", above=0.0)
+    tau_positive: float = key("steepness of the gate where the advantage is positive (sapo)", above=0.0, high=100.0)
+    tau_negative: float = key("steepness of the gate where it is negative (sapo)", above=0.0, high=100.0)
     cov_share: float = key("share of a step's tokens to choose by covariance (clip_cov, kl_cov)", above=0.0, high=1.0)
     cov_low: float = key("least covariance of a chosen token (clip_cov)")
     cov_high: float = key("largest covariance of a chosen token (clip_cov)")
-    cov_kl_coef: float = key("weight of the chosen tokens' KL (kl_cov)", low=0.0)
+    cov_kl_coef: float = key("weight of the chosen tokens' KL (kl_cov)", low=0.0, high=100.0)
 
 
 @dataclass(frozen=True)
@@ -195,23 +207,23 @@ class ActorConfig:
     log_prob_max_token_len_per_gpu: int | None = key(
         "tokens of a log-prob pass on one device; null: as ppo_max_token_len_per_gpu", low=1
     )
-    ppo_epochs: int = key("passes over the rollouts of a step", low=1)
+    ppo_epochs: int = key("passes over the rollouts of a step", low=1, high=1000)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     clip_ratio: float | None = key(
         "clip range of the probability ratio, both sides; null: the policy loss's own", above=0.0, high=1.0
     )
     clip_ratio_low: float | None = key("lower side alone; null: clip_ratio", above=0.0, high=1.0)
-    clip_ratio_high: float | None = key("upper side alone; null: clip_ratio", above=0.0)
+    clip_ratio_high: float | None = key("upper side alone; null: clip_ratio", above=0.0, high=10.0)
     clip_ratio_c: float | None = key(
-        "dual clip: bound of the ratio where the advantage is negative; null: none", above=1.0
+        "dual clip: bound of the ratio where the advantage is negative; null: none", above=1.0, high=1000.0
     )
     policy_loss: str = key(f"policy loss: {', '.join(POLICY_LOSSES)}, or one of algorithm.path")
     policy_loss_settings: PolicyLossConfig = key("settings of some policy losses")
-    entropy_coeff: float = key("weight of the entropy bonus", low=0.0)
+    entropy_coeff: float = key("weight of the entropy bonus", low=0.0, high=10.0)
     use_kl_loss: bool | None = key(
         "add KL to the reference to the loss; null: where grpo has no other and isn't kl_free"
     )
-    kl_loss_coef: float = key("weight of that KL", low=0.0)
+    kl_loss_coef: float = key("weight of that KL", low=0.0, high=100.0)
     kl_loss_type: str = key("estimator of that KL; + has its value and the unbiased gradient of mse", choices=KL_LOSSES)
     loss_agg_mode: str | None = key("how token losses become one; null: the policy loss's own", choices=AGGREGATIONS)
     separate_old_log_probs: bool = key(
@@ -234,10 +246,10 @@ class RefConfig:
 class ValSamplingConfig:
     """How validation samples."""
 
-    temperature: float = key("0 is greedy", low=0.0)
+    temperature: float = key("0 is greedy", low=0.0, high=10.0)
     top_p: float = key("probability mass kept", above=0.0, high=1.0)
     top_k: int | None = key("tokens kept; null: all", low=1)
-    n: int = key("rollouts per prompt", low=1)
+    n: int = key("rollouts per prompt", low=1, high=MOST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -245,16 +257,16 @@ class RolloutConfig:
     """The engine that generates, and how it samples."""
 
     name: str = key("engine", choices=("vllm", "sglang"))
-    temperature: float = key("of sampling; the trainer's log-probs use it too", above=0.0)
+    temperature: float = key("of sampling; the trainer's log-probs use it too", above=0.0, high=10.0)
     top_p: float = key("probability mass kept", above=0.0, high=1.0)
     top_k: int | None = key("tokens kept; null: all", low=1)
-    n: int = key("rollouts per prompt", low=1)
+    n: int = key("rollouts per prompt", low=1, high=MOST_ROWS)
     stop_token_ids: tuple[int, ...] = key("tokens that end a response besides the model's own")
     ignore_eos: bool = key("go on past the end-of-sequence token")
     gpu_memory_utilization: float = key("share of a device's memory for the engine", above=0.0, high=1.0)
     tensor_model_parallel_size: int = key("ranks of one engine replica", low=1)
     max_num_batched_tokens: int | None = key("tokens of one engine step; null: the engine's choice", low=1)
-    max_num_seqs: int = key("responses generated at once by a replica", low=1)
+    max_num_seqs: int = key("responses generated at once by a replica", low=1, high=MOST_ROWS)
     enforce_eager: bool = key("no CUDA graphs (always so on CPU)")
     disable_log_stats: bool = key("silence the engine's own statistics")
     free_cache_engine: bool = key("give the engine's memory back while training")
@@ -311,9 +323,9 @@ class RewardConfig:
     )
     path: str | None = key("python file with a reward function of yours")
     function: str = key("its name in that file")
-    num_workers: int = key("processes", low=1)
+    num_workers: int = key("processes", low=1, high=MOST_PROCESSES)
     kwargs: Mapping[str, Any] = key("keyword arguments of every call of that function, besides the rollout's")
-    timeout_s: float = key("seconds a reward may take", above=0.0)
+    timeout_s: float = key("seconds a reward may take", above=0.0, high=LONGEST_S)
     batch_timeout_s: float | None = key(
         "seconds that all rewards of a scoring may take; null: until 10 calls in a row for each process hang", above=0.0
     )
@@ -333,8 +345,8 @@ class KLControlConfig:
     """The coefficient of the KL in the reward."""
 
     type: str = key("fixed, or steered towards target_kl", choices=KL_CONTROLLERS)
-    kl_coef: float = key("coefficient, at the start where adaptive", low=0.0)
-    target_kl: float = key("mean KL a token to keep, in nats (adaptive)", above=0.0)
+    kl_coef: float = key("coefficient, at the start where adaptive", low=0.0, high=100.0)
+    target_kl: float = key("mean KL a token to keep, in nats (adaptive)", above=0.0, high=100.0)
     horizon: int = key("rollouts over which the coefficient is corrected (adaptive)", low=1)
 
 
@@ -343,7 +355,7 @@ class FilterGroupsConfig:
     """Dynamic sampling (DAPO)."""
 
     enable: bool = key("replace groups whose rewards are all equal: they teach nothing")
-    max_num_gen_batches: int = key("generations of a step at most; then such groups stay", low=1)
+    max_num_gen_batches: int = key("generations of a step at most; then such groups stay", low=1, high=1000)
 
 
 @dataclass(frozen=True)
@@ -419,7 +431,7 @@ class CriticConfig:
     forward_max_token_len_per_gpu: int | None = key(
         "tokens of a pass for values on one device; null: as ppo_max_token_len_per_gpu", low=1
     )
-    ppo_epochs: int = key("passes over the rollouts of a step", low=1)
+    ppo_epochs: int = key("passes over the rollouts of a step", low=1, high=1000)
     shuffle: bool = key("whether mini-batches are drawn in random order")
     cliprange_value: float = key("how far a value may move from that of the rollout", above=0.0)
     loss_agg_mode: str | None = key("how token losses become one; null: token-mean", choices=AGGREGATIONS)
@@ -432,16 +444,34 @@ class CriticConfig:
 class SFTTrainerConfig:
     """The run."""
 
-    n_gpus_per_node: int = key("devices of a node; processes where there are none", low=1)
-    nnodes: int = key("nodes", low=1)
-    total_epochs: int = key("passes over the data", low=1)
+    n_gpus_per_node: int = key("devices of a node; processes where there are none", low=1, high=MOST_PROCESSES)
+    nnodes: int = key("nodes", low=1, high=MOST_NODES)
+    total_epochs: int = key("passes over the data", low=1, high=MOST_ROWS)
     total_training_steps: int | None = key("stop after so many steps; null: by epochs", low=1)
     seed: int = key("of order, sampling and random weights", low=0)
     project_name: str = key("project for trackers")
     experiment_name: str = key("run's name for trackers")
     logger: tuple[str, ...] = key("sinks of metrics besides metrics.jsonl: console, tensorboard, wandb")
+    strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    save_contents: tuple[str, ...] = key(
+        "model: a Hugging Face folder of every role that is trained; state: all that a run goes on from"
+    )
+    async_save: bool = key("train on while a checkpoint is written; its state is copied to host memory first")
+    on_save_failure: str = key("what a disk that refuses a checkpoint does to the run", choices=("stop", "continue"))
+    on_non_finite: str = key(
+        "what a step does whose gradient isn't finite: stop; skip, the update and after max_non_finite_steps stop; "
+        "rollback, skip and then go back to the last checkpoint",
+        choices=("stop", "skip", "rollback"),
+    )
+    max_non_finite_steps: int = key("steps in a row that may skip an update", low=1)
+    keep_checkpoints: int | None = key("newest checkpoints that stay; null: all", low=1)
+    keep_best_by: str | None = key(
+        "metric whose largest value (with - before its name: least) keeps its checkpoint as well"
+    )
+    resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
+    resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
 
 
@@ -452,7 +482,7 @@ class TrainerConfig(SFTTrainerConfig):
     plan_must_fit: bool = key("refuse to start where the plan says that memory doesn't suffice")
     val_before_train: bool = key("validate before the first step")
     test_freq: int | None = key("steps between validations; null: at the end alone", low=1)
-    num_sampled_rollouts: int = key("rollouts of a step that are saved, and shown in the table", low=0)
+    num_sampled_rollouts: int = key("rollouts of a step that are saved, and shown in the table", low=0, high=10_000)
     show_rollouts_freq: int = key("steps between tables of sampled rollouts on the console", low=1)
 
 

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megarl.checks.algorithm import estimator_settings_have_an_effect
-from megarl.checks.effects import settings_have_an_effect
+from megarl.checks.idle import idle_settings
 from megarl.checks.run import check_ppo
 from megarl.config.build import build_config
 from megarl.config.command_line import parse_command_line
@@ -16,6 +15,7 @@ from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, MegarlError, Problem
 from megarl.from_verl.read import parsed
 from megarl.from_verl.translate import Translation, without
+from megarl.roles import roles_of
 
 _PLAIN = re.compile(r"[\w./$:@%+*-]+")  # text that Hydra reads as it is
 
@@ -42,12 +42,12 @@ def written(value: Any) -> str:
 
 
 def needed(found: Translation) -> Translation:
-    """Return ``found`` without the overrides that have no effect in this run: an error here, nothing in verl."""
+    """Return ``found`` without the overrides that have no effect in this run."""
     try:
         config = build_config(PPOConfig, _values(found))
+        idle = idle_settings(config, roles_of(config, lambda facts: facts))
     except ConfigError:
         return found  # other mistakes come first, and ``problems`` says them
-    idle = [*settings_have_an_effect(config), *estimator_settings_have_an_effect(config)]
     return without(found, {problem.key: problem.allowed for problem in idle})
 
 

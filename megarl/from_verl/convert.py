@@ -115,23 +115,29 @@ def _minus_one_is_null(value: Any, run: Settings, key: str) -> Any:
 def _overlong_prompts(value: Any, run: Settings, key: str) -> Any:
     if run("data.filter_overlong_prompts"):
         return "filter"
-    how = run("data.truncation", "error")
-    return "error" if how == "error" else Noted("filter", f"longer prompts are left out, not cut ({how})")
+    return run("data.truncation", "error")
 
 
 def _warmup(role: str) -> Converter:
-    """Return the converter of both of verl's keys of a warm-up, which counts steps of the run."""
+    """Return the converter of verl's warm-up in steps of the run, which a share of it stands for unless it is given."""
 
     def convert(value: Any, run: Settings, key: str) -> Any:
-        steps, ratio = run(f"{role}.optim.lr_warmup_steps"), run(f"{role}.optim.lr_warmup_steps_ratio", 0.0) or 0.0
-        times, total = run.optimizer_steps(role), run("trainer.total_training_steps")
+        steps, times = run(f"{role}.optim.lr_warmup_steps"), run.optimizer_steps(role)
         if isinstance(steps, int) and steps > 0:
             return Noted(steps * times, f"{steps} steps x {times} optimizer steps in each")
-        if _is_open(steps) or _is_open(ratio):
-            return steps
-        if ratio and type(total) is not int:
-            return Noted(0, f"set it to {ratio} x steps of the run x {times}: the rows of the data say how many")
-        return int(ratio * total) * times if ratio else 0
+        return steps if _is_open(steps) else 0
+
+    return convert
+
+
+def _warmup_ratio(role: str) -> Converter:
+    """Return the converter of verl's warm-up as a share of the run."""
+
+    def convert(value: Any, run: Settings, key: str) -> Any:
+        steps = run(f"{role}.optim.lr_warmup_steps")
+        if isinstance(steps, int) and steps > 0:
+            return Unused("lr_warmup_steps is given")
+        return value or Unused("there is no warm-up")
 
     return convert
 
@@ -286,12 +292,15 @@ CONVERTERS: Mapping[str, Converter] = {
     "actor_optimizer_offload": _optimizer_offload(ACTOR),
     "actor_precision_aware": _precision_aware(ACTOR),
     "actor_warmup": _warmup(ACTOR),
+    "actor_warmup_ratio": _warmup_ratio(ACTOR),
     "aggregation": _aggregation,
     "bypass_loss": _bypass_loss,
+    "chat_template_kwargs": _unless(None, why="no arguments"),
     "clip_ratio": lambda value, run, key: Unused("verl clips at clip_ratio_low and clip_ratio_high, 0.2 unless set"),
     "critic_optimizer_offload": _optimizer_offload("critic"),
     "critic_precision_aware": _precision_aware("critic"),
     "critic_warmup": _warmup("critic"),
+    "critic_warmup_ratio": _warmup_ratio("critic"),
     "decay_style": _decay_style,
     "estimator": _estimator,
     "function_argument": _function_argument,

@@ -7,7 +7,7 @@ their own: expert-tensor, then expert, then expert-data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megarl.config.schema import ALL_RANKS, BackendConfig, MegatronConfig
 from megarl.errors import ConfigError, Problem
@@ -93,21 +93,29 @@ class Layout:
 
 
 def layout_of(backend: BackendConfig, world_size: int) -> Layout:
-    """Return the layout of a backend's section; sequence parallelism means something only where TP > 1."""
+    """Return the layout of a backend's section.
+
+    Sequence parallelism means something only where TP > 1, virtual stages where PP > 1.
+    """
     if not isinstance(backend, MegatronConfig):
         size = world_size if backend.fsdp_size == ALL_RANKS else backend.fsdp_size
         return Layout(world_size, cp=backend.ulysses_sequence_parallel_size, fsdp=size)
-    tp = backend.tensor_model_parallel_size
+    tp, pp = backend.tensor_model_parallel_size, backend.pipeline_model_parallel_size
     return Layout(
         world_size,
         tp,
-        backend.pipeline_model_parallel_size,
+        pp,
         backend.sequence_parallel and tp > 1,
         backend.context_parallel_size,
         backend.expert_model_parallel_size,
         backend.expert_tensor_parallel_size,
-        backend.virtual_pipeline_model_parallel_size or 1,
+        backend.virtual_pipeline_model_parallel_size or 1 if pp > 1 else 1,
     )
+
+
+def without_experts(layout: Layout) -> Layout:
+    """Return the layout of a model without experts: their axes split nothing."""
+    return replace(layout, ep=1, etp=None)
 
 
 def layers_of_chunks(num_layers: int, layout: Layout, stage: int) -> tuple[range, ...]:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from megarl.checks.run import CheckedRun, check_ppo
+from megarl.checks.run import CheckedRun, check_ppo, check_sft, without_effect
 from megarl.config.command_line import FlagParser, end_quietly_with_the_reader, take_flags
 from megarl.config.compose import errors_reported, run_hydra
-from megarl.config.schema import PPOConfig
-from megarl.errors import ConfigError, Problem
+from megarl.config.programs import PPO, SFT, program_of
+from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.errors import Absent, ConfigError, Problem
 from megarl.parallel.environment import PlatformName
 from megarl.plan.advise import advise
-from megarl.plan.changes import device_with_memory, fitting_changes
+from megarl.plan.changes import device_with_memory
 from megarl.plan.devices import Device, device
 from megarl.plan.of_run import known_models, plan_of, planned
-from megarl.plan.report import advice_json, advice_text, plan_json, plan_text
+from megarl.plan.report import advice_json, advice_text, no_effect_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
+from megarl.plan.verdict import verdict_on
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
@@ -34,8 +36,12 @@ usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value .
   --advise           search layouts and offloads for the model and batch, and rank those that fit
 
 The rest is as for megarl.main_ppo: see python -m megarl.main_ppo --help. Exit code 0 where the run fits, 1 where it
-doesn't, 2 for a mistake in the configuration."""
+doesn't, 2 for a mistake in the configuration. A recipe of megarl.main_sft is planned as what it is.
+
+recipes:
+{recipes}"""
 DOES_NOT_FIT = 1
+C = TypeVar("C", PPOConfig, SFTConfig)
 
 
 def main() -> None:
@@ -54,24 +60,40 @@ def main() -> None:
         if flags.gpus is not None:
             values = _on(values, flags.gpus)
         platform: PlatformName = "cpu" if flags.device.lower() == "cpu" else "cuda"
+        if program_of(values) is SFT:
+            if flags.advise:
+                raise ConfigError(
+                    [Problem("--advise", Absent(), "searches layouts of an RL run alone", "leave it out")]
+                )
+            of_sft = check_sft(values, files_may_be_missing=True, platform=platform)
+            _plan(of_sft, _place(of_sft.config, flags.device, flags.gpu_memory), flags.json)
+            return
         checked = check_ppo(values, files_may_be_missing=True, platform=platform)
-        config = checked.config
-        place = device_with_memory(device(flags.device, config.trainer.n_gpus_per_node, "--device"), flags.gpu_memory)
+        place = _place(checked.config, flags.device, flags.gpu_memory)
         if flags.advise:
             _advise(checked, place, flags.json)
-            return
-        plan = planned(checked, place)
-        changes = None
-        if not plan.fits:
-            changes = fitting_changes(config, plan, lambda c: plan_of(checked, c, place), known_models(checked))
-        if flags.json:
-            print(json.dumps(plan_json(plan, changes, checked.notes), indent=1))
         else:
-            print(plan_text(plan, changes, checked.notes))
-        if not plan.fits:
-            sys.exit(DOES_NOT_FIT)
+            _plan(checked, place, flags.json)
 
-    run_hydra("ppo_megatron_trainer", task, rest, HELP)
+    run_hydra(PPO.config_name, task, rest, HELP)
+
+
+def _place(config: PPOConfig | SFTConfig, name: str, gpu_memory: float | None) -> Device:
+    return device_with_memory(device(name, config.trainer.n_gpus_per_node, "--device"), gpu_memory)
+
+
+def _plan(checked: CheckedRun[C], place: Device, as_json: bool) -> None:
+    plan = planned(checked, place)
+    verdict = None
+    if not plan.fits:
+        verdict = verdict_on(checked.config, plan, lambda c: plan_of(checked, c, place), known_models(checked))
+    idle = without_effect(checked, checked.num_steps)
+    if as_json:
+        print(json.dumps(plan_json(plan, verdict, checked.notes, idle), indent=1))
+    else:
+        print(no_effect_text(idle) + plan_text(plan, verdict, checked.notes))
+    if not plan.fits:
+        sys.exit(DOES_NOT_FIT)
 
 
 def _advise(checked: CheckedRun[PPOConfig], place: Device, as_json: bool) -> None:
@@ -79,10 +101,18 @@ def _advise(checked: CheckedRun[PPOConfig], place: Device, as_json: bool) -> Non
         return plan_of(checked, c, place)
 
     plan = again(checked.config)
-    found, tried = advise(checked.config, checked.actor.shape, again, known_models(checked))
+    found, tried = advise(checked.config, checked.actor.shape, again, known_models(checked), _show_progress)
     print(json.dumps(advice_json(found, plan, tried), indent=1) if as_json else advice_text(found, plan, tried))
     if not found:
         sys.exit(DOES_NOT_FIT)
+
+
+def _show_progress(done: int, total: int) -> None:
+    """Show on stderr how far the search is: in place on a terminal, a line now and then in a log."""
+    if sys.stderr.isatty():
+        print(f"\r{done:,} of {total:,} layouts", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done == total or done % 500 == 0:
+        print(f"{done:,} of {total:,} layouts", file=sys.stderr, flush=True)
 
 
 def _on(values: Mapping[str, Any], gpus: int) -> dict[str, Any]:

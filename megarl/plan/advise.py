@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
+from megarl.config.defaults import value_of
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
-from megarl.plan.changes import ACTOR, MEGATRON, ROLLOUT, Change, changed, is_valid, value_of
+from megarl.plan.changes import ACTOR, MEGATRON, ROLLOUT, Change, changed, is_valid
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.step_time import StepTime, step_time
 from megarl.roles import FindModel, num_ranks
@@ -58,15 +59,22 @@ class Advice:
 
 
 def advise(
-    c: PPOConfig, shape: ModelShape, again: Callable[[PPOConfig], RunPlan], find: FindModel, count: int = 5
+    c: PPOConfig,
+    shape: ModelShape,
+    again: Callable[[PPOConfig], RunPlan],
+    find: FindModel,
+    progress: Callable[[int, int], None],
+    count: int = 5,
 ) -> tuple[list[Advice], int]:
     """Return the ``count`` fastest layouts that fit, and how many were tried.
 
-    shape: of the actor. again: plans a config. find: the models of the run.
+    shape: of the actor. again: plans a config. find: the models of the run. progress: called after each layout of axes
+    with how many are done, of how many.
     """
     found: list[Advice] = []
-    tried = 0
-    for layout in _layouts(c, shape):
+    tried, layouts = 0, list(_layouts(c, shape))
+    for done, layout in enumerate(layouts):
+        progress(done, len(layouts))
         if not is_valid(changed(c, layout | _OFF), find):
             continue
         for offload, recompute in product(_OFFLOADS, _RECOMPUTE):
@@ -85,6 +93,7 @@ def advise(
             if plan.fits:
                 kept = {key: value for key, value in values.items() if value_of(c, key) != value}
                 found.append(Advice(Change(kept, ""), _time(candidate, plan), plan.room_bytes))
+    progress(len(layouts), len(layouts))
     # Of equal times the one with fewer settings to change.
     found.sort(key=lambda advice: (round(advice.time.total, 1), len(advice.change.values), -advice.room_bytes))
     return found[:count], tried
@@ -125,10 +134,12 @@ def _layouts(c: PPOConfig, shape: ModelShape) -> Iterator[dict[str, object]]:
 
 
 def _time(c: PPOConfig, plan: RunPlan) -> StepTime:
+    engine = plan.engine
+    assert engine is not None, "an RL run has an engine"
     return step_time(
         plan.roles,
         plan.batches,
-        plan.engine,
+        engine,
         plan.engine_tp,
         plan.device,
         ranks_per_node=plan.ranks_per_node,

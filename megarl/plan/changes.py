@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from megarl.checks.rules import model_problems, run_problems
-from megarl.config.schema import ALL_RANKS, FsdpConfig, MegatronConfig, PPOConfig
+from megarl.config.defaults import value_of
+from megarl.config.schema import ALL_RANKS, FsdpConfig, MegatronConfig, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
 from megarl.roles import FindModel, roles_of
+
+C = TypeVar("C", PPOConfig, SFTConfig)
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
@@ -39,28 +42,29 @@ class Change:
     cost: str
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={_typed(value)}" for key, value in self.values.items())
+        return " ".join(f"{key}={typed(value)}" for key, value in self.values.items())
 
 
-def _typed(value: object) -> str:
+def typed(value: object) -> str:
+    """Return a value as it is typed on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def changed(config: PPOConfig, values: Mapping[str, object]) -> PPOConfig:
+def changed(config: C, values: Mapping[str, object]) -> C:
     """Return ``config`` with some keys changed; what takes its value from the actor's, and so has it, follows."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         before = value_of(config, key)
-        followers = [f for f in _followers(key) if f not in values and value_of(config, f, None) == before]
+        followers: list[str] = [f for f in _followers(key) if f not in values and _value_if_there(config, f) == before]
         for name in (key, *followers):
-            *sections, last = name.split(".")
+            sections: list[str] = name.split(".")
             node = tree
-            for section in sections:
+            for section in sections[:-1]:
                 node = node.setdefault(section, {})
-            node[last] = value
-    return cast(PPOConfig, _replaced(config, tree))
+            node[sections[-1]] = value
+    return cast(C, _replaced(config, tree))
 
 
 def _followers(key: str) -> Iterator[str]:
@@ -76,10 +80,10 @@ def _followers(key: str) -> Iterator[str]:
         yield _OF_CRITIC[key]
 
 
-def value_of(config: object, key: str, *default: Any) -> Any:
-    """Return the value of a dotted key; the ``default``, if given, where it is in a section that isn't there."""
+def _value_if_there(config: object, key: str) -> Any:
+    """Return the value of a dotted key, None where it is in a section that isn't there."""
     for name in key.split("."):
-        config = getattr(config, name, *default)
+        config = getattr(config, name, None)
     return config
 
 
@@ -91,21 +95,52 @@ def _replaced(config: Any, tree: Mapping[str, Any]) -> Any:
     )
 
 
-def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
+def single_changes(c: PPOConfig | SFTConfig, plan: RunPlan) -> Iterator[Change]:
     """Yield what may save memory, cheapest first; what is so already is left out."""
-    models = c.actor_rollout_ref
-    is_fsdp, section = plan.roles[0].layout.is_fsdp, plan.roles[0].backend_key
-    wanted = [Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step")]
+    is_rl, is_fsdp = isinstance(c, PPOConfig), plan.roles[0].layout.is_fsdp
+    section = (FSDP if is_fsdp else MEGATRON) if is_rl else ("fsdp_config" if is_fsdp else "megatron")
+    wanted = [] if is_fsdp else [Change({f"{section}.use_distributed_optimizer": True}, "nothing")]
+    if is_rl:
+        wanted.append(Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step"))
     if not is_fsdp:
-        wanted.insert(0, Change({f"{MEGATRON}.use_distributed_optimizer": True}, "nothing"))
-        wanted.append(Change({f"{MEGATRON}.grad_offload": True}, "allocating gradients again each update"))
+        wanted.append(Change({f"{section}.grad_offload": True}, "allocating gradients again each update"))
     wanted += [
         Change({f"{section}.optimizer_offload": True}, "moving optimizer state twice a step"),
         Change({f"{section}.param_offload": True}, "moving parameters for each use"),
+        *(_of_rollouts(c, plan) if isinstance(c, PPOConfig) else _of_examples(c)),
+        Change({f"{MODEL if is_rl else 'model'}.use_fused_kernels": True}, "logits computed twice in updates"),
     ]
+    node = c.trainer.n_gpus_per_node
+    wanted += _on_fsdp(section) if is_fsdp else _on_megatron(section, c)
+    if is_rl:
+        wanted += _doubled(f"{ROLLOUT}.tensor_model_parallel_size", c, node, "slower tokens, fewer replicas")
+    if not is_fsdp:
+        wanted += _doubled(f"{section}.pipeline_model_parallel_size", c, plan.num_ranks, "waiting stages")
+    for change in wanted:
+        if any(value_of(c, key) != value for key, value in change.values.items()):
+            yield change
+
+
+def _doubled(key: str, c: PPOConfig | SFTConfig, most: int, cost: str) -> Iterator[Change]:
+    """Yield the twofold, fourfold ... of a size, up to ``most``."""
+    size = value_of(c, key)
+    while (size := size * 2) <= most:
+        yield Change({key: size}, cost)
+
+
+def _of_examples(c: SFTConfig) -> Iterator[Change]:
+    """Yield smaller micro-batches of supervised fine-tuning."""
+    micro = c.data.micro_batch_size_per_gpu
+    while (micro := micro // 2) >= 1:
+        yield Change({"data.micro_batch_size_per_gpu": micro}, "smaller matrix products")
+
+
+def _of_rollouts(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
+    """Yield smaller shares of the engine, and smaller micro-batches of an RL run."""
+    models = c.actor_rollout_ref
     for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         if share < models.rollout.gpu_memory_utilization:
-            wanted.append(Change({f"{ROLLOUT}.gpu_memory_utilization": share}, "fewer responses at once"))
+            yield Change({f"{ROLLOUT}.gpu_memory_utilization": share}, "fewer responses at once")
     micro = models.actor.ppo_micro_batch_size_per_gpu
     while micro > 1:
         micro //= 2
@@ -116,46 +151,34 @@ def single_changes(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
         critics = c.critic.ppo_micro_batch_size_per_gpu
         if "critic" in plan.batches and critics > micro and critics != models.actor.ppo_micro_batch_size_per_gpu:
             sizes["critic.ppo_micro_batch_size_per_gpu"] = micro
-        wanted.append(Change(sizes, "smaller matrix products"))
+        yield Change(sizes, "smaller matrix products")
     update = plan.roles[0].update
     assert update is not None
     tokens = update.value if update.max_tokens is not None else 0
     while (tokens := tokens // 2) >= update.least_value:
-        wanted.append(Change({update.key: tokens}, "smaller matrix products"))
-    wanted.append(Change({f"{MODEL}.use_fused_kernels": True}, "logits computed twice in updates"))
-    wanted += _on_fsdp() if is_fsdp else _on_megatron(c, plan)
-    engine_tp = models.rollout.tensor_model_parallel_size
-    while (engine_tp := engine_tp * 2) <= c.trainer.n_gpus_per_node:
-        wanted.append(Change({f"{ROLLOUT}.tensor_model_parallel_size": engine_tp}, "slower tokens, fewer replicas"))
-    for change in wanted:
-        if any(value_of(c, key) != value for key, value in change.values.items()):
-            yield change
+        yield Change({update.key: tokens}, "smaller matrix products")
 
 
-def _on_fsdp() -> Iterator[Change]:
+def _on_fsdp(section: str) -> Iterator[Change]:
     """Yield what may save memory on FSDP alone."""
-    yield Change({f"{FSDP}.reshard_after_forward": True}, "gathering parameters twice in updates")
-    yield Change({f"{FSDP}.enable_gradient_checkpointing": True}, "a third more work in updates")
-    yield Change({f"{FSDP}.fsdp_size": ALL_RANKS}, "gathering parameters from all nodes")
+    yield Change({f"{section}.reshard_after_forward": True}, "gathering parameters twice in updates")
+    yield Change({f"{section}.enable_gradient_checkpointing": True}, "a third more work in updates")
+    yield Change({f"{section}.fsdp_size": ALL_RANKS}, "gathering parameters from all nodes")
 
 
-def _on_megatron(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
+def _on_megatron(section: str, c: PPOConfig | SFTConfig) -> Iterator[Change]:
     """Yield what may save memory on Megatron alone."""
     full = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    recompute = {f"{MEGATRON}.recompute.{name}": value for name, value in full.items()}
+    recompute = {f"{section}.recompute.{name}": value for name, value in full.items()}
     yield Change(recompute, "a third more work in updates")
-    on_host = {f"{MEGATRON}.optimizer_on_host": True, f"{MEGATRON}.optimizer_offload": False}
+    on_host = {f"{section}.optimizer_on_host": True, f"{section}.optimizer_offload": False}
     yield Change(on_host, "Adam at the host's speed")
-    tp = value_of(c, f"{MEGATRON}.tensor_model_parallel_size")
-    while (tp := tp * 2) <= c.trainer.n_gpus_per_node:
-        yield Change({f"{MEGATRON}.tensor_model_parallel_size": tp}, "more exchange between ranks")
-    pp = value_of(c, f"{MEGATRON}.pipeline_model_parallel_size")
-    while (pp := pp * 2) <= plan.num_ranks:
-        yield Change({f"{MEGATRON}.pipeline_model_parallel_size": pp}, "waiting stages")
+    node = c.trainer.n_gpus_per_node
+    yield from _doubled(f"{section}.tensor_model_parallel_size", c, node, "more exchange between ranks")
 
 
 def fitting_changes(
-    c: PPOConfig, plan: RunPlan, again: Callable[[PPOConfig], RunPlan], find: FindModel, count: int = 3
+    c: C, plan: RunPlan, again: Callable[[C], RunPlan], find: FindModel, count: int = 3
 ) -> list[Change]:
     """Return the cheapest ``count`` changes, alone or together, after which the run fits.
 
@@ -183,7 +206,7 @@ def fitting_changes(
     return found
 
 
-def is_valid(c: PPOConfig, find: FindModel) -> bool:
+def is_valid(c: PPOConfig | SFTConfig, find: FindModel) -> bool:
     """Return True for a config that breaks no rule of its own nor of its models."""
     roles = roles_of(c, find)
     return not run_problems(c, roles) and not model_problems(c, roles)

@@ -1,7 +1,7 @@
 """Memory of every rank in every phase of a step: what is on its device, and what has moved to the host.
 
 Parameters, gradients, optimizer state and engine weights are exact. What a pass keeps is counted tensor by tensor. The
-rest, a few GiB, is assumed: ``ASSUMED`` says what and why.
+rest, a few GiB, is assumed: ``assumed`` says what and why.
 """
 
 from __future__ import annotations
@@ -35,14 +35,21 @@ LOGPROB_CHUNKS_BYTES = 4 * 64 * MIB
 PUBLISH_BUCKETS_BYTES = 2 * 256 * MIB
 CPU_KV_CACHE_BYTES = 1 * GIB
 
-ASSUMED = (
-    f"{RUNTIME_BYTES / GIB:g} GiB a device for the CUDA context, NCCL and cuBLAS ({CPU_RUNTIME_BYTES / MIB:g} MiB a "
-    "rank on CPU)",
+_ASSUMED_OF_ENGINES = (
     f"{SLEEPING_ENGINE_BYTES / GIB:g} GiB that a sleeping engine keeps",
     f"{ENGINE_WORK_BYTES / GIB:g} GiB of an engine's own work beside weights and KV cache",
-    f"{PROCESS_HOST_BYTES / GIB:g} GiB of host memory a process",
-    "every micro-batch as long as the configuration allows; experts evenly loaded",
 )
+
+
+def assumed(has_engine: bool) -> tuple[str, ...]:
+    """Return what is assumed, in words."""
+    return (
+        f"{RUNTIME_BYTES / GIB:g} GiB a device for the CUDA context, NCCL and cuBLAS ({CPU_RUNTIME_BYTES / MIB:g} MiB "
+        "a rank on CPU)",
+        *(_ASSUMED_OF_ENGINES if has_engine else ()),
+        f"{PROCESS_HOST_BYTES / GIB:g} GiB of host memory a process",
+        "every micro-batch as long as the configuration allows; experts evenly loaded",
+    )
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,12 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
 
 
 def phases_of(
-    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine, device: Device, ranks: Iterable[int]
+    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine | None, device: Device, ranks: Iterable[int]
 ) -> tuple[Phase, ...]:
-    """Return every phase of a step as the rank with most on its device sees it. batches: of the trained roles."""
+    """Return every phase of a step as the rank with most on its device sees it.
+
+    batches: of the trained roles. engine: None in supervised fine-tuning.
+    """
     worst: dict[str, Phase] = {}
     most_on_host: dict[str, int] = {}
     for rank in ranks:
@@ -139,24 +149,26 @@ def phases_of(
 
 
 def _phases_of_rank(
-    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine, device: Device, rank: int
+    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine | None, device: Device, rank: int
 ) -> Iterator[Phase]:
     fused, trained = device.name != CPU, [role for role in roles if role.is_trained]
 
     def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: bool = False) -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
-        items = [_runtime(device), *held, *_engine_items(engine, awake), *used]
+        items = [_runtime(device), *held, *(_engine_items(engine, awake) if engine else ()), *used]
         return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
 
     yield _loading(roles, device, rank)
-    yield phase("generate", awake=True)
+    if engine:
+        yield phase("generate", awake=True)
     for role in sorted(roles, key=lambda role: role.name != "reward_model"):  # rollouts are scored before all else
         yield phase(f"{role.name} scoring", *_scoring(role, rank, fused), busy=role.name)
     for role in reversed(trained):
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
         yield phase(f"{role.name} update", *work, busy=role.name, update=True)
-    buckets = min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes)
-    yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
+    if engine:
+        buckets = min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes)
+        yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
 
 
 def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from megarl.checks.run import CheckedRun
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
-from megarl.plan.changes import fitting_changes
 from megarl.plan.devices import Device, this_device
 from megarl.plan.memory import GIB
 from megarl.plan.report import plan_text
 from megarl.plan.run_plan import RunPlan, plan_run
+from megarl.plan.verdict import verdict_on
 from megarl.roles import FindModel, roles_of
+
+C = TypeVar("C", PPOConfig, SFTConfig)
 
 ROLLOUT_MEMORY = "actor_rollout_ref.rollout.gpu_memory_utilization"
 
 
-def planned(checked: CheckedRun[PPOConfig], device: Device) -> RunPlan:
+def planned(checked: CheckedRun[C], device: Device) -> RunPlan:
     """Return the plan of a run."""
-    return plan_run(checked.config, checked.roles, device)
+    return plan_run(checked.config, checked.roles, device, num_steps=checked.num_steps)
 
 
-def known_models(checked: CheckedRun[PPOConfig]) -> FindModel:
+def known_models(checked: CheckedRun[C]) -> FindModel:
     """Return the finder of the models that a checked run has, for other configs of the same models."""
     known = {role.model.key: role.model for role in checked.roles}
     return lambda facts: known.get(facts.key, facts)
 
 
-def plan_of(checked: CheckedRun[PPOConfig], config: PPOConfig, device: Device) -> RunPlan:
+def plan_of(checked: CheckedRun[C], config: C, device: Device) -> RunPlan:
     """Return the plan of another config of the same models. Raises ConfigError where its batches are uneven."""
     return plan_run(config, roles_of(config, known_models(checked)), device, with_traffic=False)
+
+
+def plan_here(checked: CheckedRun[SFTConfig]) -> str:
+    """Return the plan of supervised fine-tuning on this machine as text, whether or not it fits."""
+    return plan_text(planned(checked, this_device(checked.config.trainer.n_gpus_per_node)))
 
 
 def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
@@ -38,7 +47,7 @@ def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
     plan = planned(checked, device)
     if plan.fits or not config.trainer.plan_must_fit:
         return plan_text(plan)
-    changes = fitting_changes(config, plan, lambda c: plan_of(checked, c, device), known_models(checked))
+    verdict = verdict_on(config, plan, lambda c: plan_of(checked, c, device), known_models(checked))
     key, lacks = ROLLOUT_MEMORY, "the engine's KV cache doesn't hold one sequence of the longest kind"
     value: object = config.actor_rollout_ref.rollout.gpu_memory_utilization
     if plan.room_bytes < 0:
@@ -49,6 +58,6 @@ def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
             size = checked.actor.update
             assert size is not None
             key, value = size.key, size.value
-    fix = str(changes[0]) if changes else "more or larger devices, or another layout"
+    fix = str(verdict.changes[0]) if verdict.changes else f"another layout; {'; '.join(verdict.causes)}"
     allowed = f"the plan doesn't fit: {lacks}; python -m megarl.plan with the same arguments shows all of it"
     raise ConfigError([Problem(key, value, allowed, f"{fix}; or trainer.plan_must_fit=false to try all the same")])

@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
+from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
-from megarl.plan.changes import Change
 from megarl.plan.memory import GIB, Phase
 from megarl.plan.publish import PlanningCost, planning_cost
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.topology import Axis, Topology
+from megarl.plan.verdict import Verdict
 
 _GB = 1e9
 _MAX_NODES = 8  # that are listed
 
 
-def plan_text(plan: RunPlan, changes: Sequence[Change] | None = None, notes: Sequence[str] = ()) -> str:
-    """Return the whole plan. changes: what would make a run fit that doesn't; None where nobody asked."""
+def plan_text(plan: RunPlan, verdict: Verdict | None = None, notes: Sequence[str] = ()) -> str:
+    """Return the whole plan. verdict: on a run that doesn't fit; None where nobody asked. notes: of the checks."""
     parts = [
         ("Batch", _batch_lines(plan)),
-        ("Algorithm", list(plan.algorithm)),
+        *([("Algorithm", list(plan.algorithm))] if plan.algorithm else []),
         ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
         (_memory_title(plan), _memory_lines(plan)),
-        ("Publish, checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
-        ("Verdict", _verdict_lines(plan, changes)),
-        ("Assumed", [*memory.ASSUMED]),
+        ("Publish, checkpoint" if plan.engine else "Checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
+        ("Verdict", _verdict_lines(plan, verdict)),
+        ("Assumed", [*memory.assumed(plan.engine is not None)]),
     ]
     if notes:
         parts.append(("Not checked here", list(notes)))
-    return "\n".join(line for title, lines in parts for line in (title, *(f"  {line}" for line in lines)))
+    return "\n".join(line for title, lines in parts for line in _titled(title, lines))
+
+
+def no_effect_text(idle: Sequence[Problem]) -> str:
+    """Return what was asked for and isn't done as a block of lines with an end, empty where there is nothing."""
+    lines = [str(replace(problem, fix="")) for problem in idle]
+    return "".join(f"{line}\n" for line in _titled("No effect in this run", lines)) if lines else ""
+
+
+def _titled(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, *(f"  {line}" for line in lines)]
 
 
 def _batch_lines(plan: RunPlan) -> list[str]:
     actor, *others = plan.batches.items()
-    lines = actor[1].describe().splitlines()
+    steps = f"{plan.num_steps:,}" if plan.num_steps else "not known here: they follow from the rows of data.train_files"
+    lines = [*actor[1].describe(are_examples=plan.engine is None).splitlines(), f"steps of the run: {steps}"]
+    if plan.engine is None:
+        return lines
     for name, batch in others:
         lines += [f"{name}:", *batch.describe().splitlines()]
     share = actor[1].num_rollouts // plan.roles[0].layout.dp
@@ -115,12 +129,13 @@ def _memory_lines(plan: RunPlan) -> list[str]:
             f"{phase.name:<14}{phase.device_bytes / GIB:>8.1f}{free / GIB:>8.1f}{phase.host_bytes / GIB:>8.1f}"
             f"  {phase.rank:<5} {_items_words(phase)}"
         )
-    cached = plan.engine.num_cached_tokens
-    lines.append(
-        f"KV cache: {max(0, plan.engine.cache_bytes) / GIB:.1f} GiB a rank, {cached:,} tokens a replica of "
-        f"{plan.engine_tp} rank{'s' if plan.engine_tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
-        "sequences at once"
-    )
+    if plan.engine:
+        cached = plan.engine.num_cached_tokens
+        lines.append(
+            f"KV cache: {max(0, plan.engine.cache_bytes) / GIB:.1f} GiB a rank, {cached:,} tokens a replica of "
+            f"{plan.engine_tp} rank{'s' if plan.engine_tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
+            "sequences at once"
+        )
     lines.append(f"host memory a node: {plan.host_bytes_per_node / GIB:.0f} GiB")
     return lines
 
@@ -132,6 +147,8 @@ def _items_words(phase: Phase) -> str:
 
 def _publish_lines(plan: RunPlan) -> list[str]:
     traffic = plan.traffic
+    if plan.engine is None:
+        return []
     if traffic is None:
         return [f"publish: every rank receives up to {plan.engine.weights_bytes / _GB:.2f} GB"]
     return [
@@ -155,7 +172,7 @@ def _checkpoint_lines(plan: RunPlan) -> list[str]:
     ]
 
 
-def _verdict_lines(plan: RunPlan, changes: Sequence[Change] | None) -> list[str]:
+def _verdict_lines(plan: RunPlan, verdict: Verdict | None) -> list[str]:
     if plan.fits:
         return [f"fits: {plan.room_bytes / GIB:.1f} GiB are left in the fullest phase, {plan.worst.name}"]
     lines = []
@@ -168,15 +185,14 @@ def _verdict_lines(plan: RunPlan, changes: Sequence[Change] | None) -> list[str]
             f"does not fit: the KV cache lacks {plan.cache_shortage_tokens:,} tokens to hold one sequence of "
             f"{plan.max_sequence:,}"
         )
-    if changes:
+    if verdict is None:
+        return lines
+    if verdict.changes:
         lines.append("the cheapest changes that make it fit:")
-        lines += [f"  {change}   (costs {change.cost})" for change in changes]
-    elif changes is not None:
-        lines.append(
-            "no change of up to three of its settings makes it fit: more or larger devices, or another layout;"
-        )
-        lines.append("--advise searches layouts")
-    return lines
+        return lines + [f"  {change}   (costs {change.cost})" for change in verdict.changes]
+    lines.append("no change of up to three of its settings makes it fit. What takes the most, and what decides it:")
+    lines += [f"  {cause}" for cause in verdict.causes]
+    return [*lines, "more or larger devices help, or another layout: --advise searches those of an RL run"]
 
 
 def advice_text(found: Sequence[Advice], plan: RunPlan, tried: int) -> str:
@@ -193,7 +209,7 @@ def advice_text(found: Sequence[Advice], plan: RunPlan, tried: int) -> str:
         )
         lines.append(f"      {advice.change}")
     lines.append(f"assumed: {step_time.ASSUMED}")
-    lines += [f"assumed: {line}" for line in memory.ASSUMED]
+    lines += [f"assumed: {line}" for line in memory.assumed(has_engine=True)]
     return "\n".join(lines)
 
 
@@ -206,18 +222,21 @@ def advice_json(found: Sequence[Advice], plan: RunPlan, tried: int) -> dict[str,
         "layouts": [
             {"values": dict(a.change.values), "seconds": asdict(a.time), "room_bytes": a.room_bytes} for a in found
         ],
-        "assumed": [step_time.ASSUMED, *memory.ASSUMED],
+        "assumed": [step_time.ASSUMED, *memory.assumed(has_engine=True)],
     }
 
 
-def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[str]) -> dict[str, Any]:
-    """Return the plan as plain values; sizes in bytes."""
+def plan_json(plan: RunPlan, verdict: Verdict | None, notes: Sequence[str], idle: Sequence[Problem]) -> dict[str, Any]:
+    """Return the plan as plain values; sizes in bytes. idle: what was asked for and isn't done."""
+    engine = plan.engine
     return {
+        "no_effect": [{"key": p.key, "value": p.value, "why": p.allowed} for p in idle],
         "device": asdict(plan.device),
         "num_ranks": plan.num_ranks,
         "ranks_per_node": plan.ranks_per_node,
         "batches": {name: asdict(batch) for name, batch in plan.batches.items()},
         "algorithm": list(plan.algorithm),
+        "num_steps": plan.num_steps,
         "tokens_per_step": plan.tokens_per_step,
         "num_scored_rollouts": plan.num_scored_rollouts,
         "layout": [
@@ -241,7 +260,7 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
             }
             for phase in plan.phases
         ],
-        "engine": asdict(plan.engine) | {"num_cached_tokens": plan.engine.num_cached_tokens},
+        "engine": engine and asdict(engine) | {"num_cached_tokens": engine.num_cached_tokens},
         "host_bytes_per_node": plan.host_bytes_per_node,
         "publish": asdict(plan.traffic) | asdict(_planning_cost(plan)) if plan.traffic else None,
         "checkpoint": asdict(plan.checkpoint),
@@ -249,8 +268,9 @@ def plan_json(plan: RunPlan, changes: Sequence[Change] | None, notes: Sequence[s
             "fits": plan.fits,
             "room_bytes": plan.room_bytes,
             "worst_phase": plan.worst.name,
-            "changes": None if changes is None else [{"values": dict(c.values), "cost": c.cost} for c in changes],
+            "changes": verdict and [{"values": dict(c.values), "cost": c.cost} for c in verdict.changes],
+            "causes": verdict and list(verdict.causes),
         },
-        "assumed": list(memory.ASSUMED),
+        "assumed": list(memory.assumed(engine is not None)),
         "notes": list(notes),
     }

@@ -9,7 +9,7 @@ from functools import cache
 
 from megarl.algorithm.needs import reuses_update
 from megarl.batching.plan import BatchPlan
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
@@ -39,6 +39,8 @@ class RunPlan:
     """Everything that follows from a config, the models' sizes and a device.
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
+    engine: None in supervised fine-tuning, which generates nothing. num_steps: None where it follows from data files
+    that aren't here.
     """
 
     device: Device
@@ -51,11 +53,12 @@ class RunPlan:
     max_sequence: int
     roles: tuple[Role, ...]
     topologies: tuple[Topology, ...]
-    engine: Engine
+    engine: Engine | None
     engine_tp: int
     phases: tuple[Phase, ...]
     traffic: Traffic | None
     checkpoint: Checkpoint
+    num_steps: int | None
 
     @property
     def worst(self) -> Phase:
@@ -70,7 +73,7 @@ class RunPlan:
     @property
     def cache_shortage_tokens(self) -> int:
         """Tokens that the KV cache lacks to hold one sequence of the longest kind; 0 where it does."""
-        return max(0, self.max_sequence - self.engine.num_cached_tokens)
+        return max(0, self.max_sequence - self.engine.num_cached_tokens) if self.engine else 0
 
     @property
     def fits(self) -> bool:
@@ -83,7 +86,14 @@ class RunPlan:
         return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
 
 
-def plan_run(c: PPOConfig, roles: tuple[Role, ...], device: Device, *, with_traffic: bool = True) -> RunPlan:
+def plan_run(
+    c: PPOConfig | SFTConfig,
+    roles: tuple[Role, ...],
+    device: Device,
+    *,
+    with_traffic: bool = True,
+    num_steps: int | None = None,
+) -> RunPlan:
     """Return the plan of a checked config. with_traffic: plan publications too, which takes longest.
 
     Raises ConfigError for more ranks than any cluster has, and where batches don't come out even.
@@ -94,25 +104,29 @@ def plan_run(c: PPOConfig, roles: tuple[Role, ...], device: Device, *, with_traf
         raise ConfigError([Problem(key, f"{c.trainer.nnodes} x {per_node}", allowed, "fewer nodes")])
     batches = {role.name: batch_plan(c, role) for role in roles if role.is_trained}
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
-    engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
-    publication = (actor.shape, actor.layout, engine_tp, b, per_node, device)
+    engine, engine_tp, traffic = None, 1, None
+    if isinstance(c, PPOConfig):
+        engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
+        if with_traffic:
+            traffic = publish_traffic(actor.shape, actor.layout, engine_tp, b, per_node, device)
     return RunPlan(
         device=device,
         num_ranks=ranks,
         ranks_per_node=per_node,
         batches=batches,
-        algorithm=algorithm_lines(c),
+        algorithm=algorithm_lines(c) if isinstance(c, PPOConfig) else (),
         tokens_per_step=batches[actor.name].num_rollouts * sequence,
-        num_scored_rollouts=_num_scored_rollouts(c, batches[actor.name]),
+        num_scored_rollouts=_num_scored_rollouts(c, batches[actor.name]) if isinstance(c, PPOConfig) else 0,
         max_sequence=sequence,
         roles=roles,
         topologies=tuple(topology_of(role, per_node, micro_batches.get(role.name, 1)) for role in roles),
         engine=engine,
         engine_tp=engine_tp,
         phases=phases_of(roles, batches, engine, device, examined_ranks(roles, ranks)),
-        traffic=publish_traffic(*publication) if with_traffic else None,
+        traffic=traffic,
         checkpoint=_checkpoint(actor.shape, b),
+        num_steps=num_steps,
     )
 
 

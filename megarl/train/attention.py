@@ -43,11 +43,13 @@ class Stretches:
 class Packing:
     """The same stretches in two forms.
 
-    blocks: one for every size, which lets plain SDPA run over packed tokens in batches. stretches: for the
-    variable-length kernel.
+    blocks: one for every size, which lets plain SDPA run over packed tokens in batches. query_T, key_T: of all blocks,
+    end to end. stretches: for the variable-length kernel.
     """
 
     blocks: tuple[Block, ...]
+    query_T: Tensor
+    key_T: Tensor
     stretches: Stretches
 
 
@@ -79,7 +81,9 @@ def packing_of(lengths: Sequence[int], device: torch.device, cp: int = 1, cp_ran
         (bounds_of(map(len, queries)).to(device), bounds_of(map(len, keys)).to(device)),
         (max(map(len, queries)), max(map(len, keys))),
     )
-    return Packing(tuple(blocks), stretches)
+    query_T = torch.cat([block.query_BL.flatten() for block in blocks])
+    key_T = torch.cat([block.key_BK.flatten() for block in blocks])
+    return Packing(tuple(blocks), query_T, key_T, stretches)
 
 
 def bounds_of(lengths: Iterable[int]) -> Tensor:
@@ -94,12 +98,22 @@ def attend_packed(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing,
     """
     if q_TND.is_cuda and q_TND.dtype in (torch.float16, torch.bfloat16):
         return _fused(q_TND, k_TND, v_TND, packing.stretches, scale)
-    out_TND = torch.zeros_like(q_TND)
-    for block in packing.blocks:
-        q, k, v = q_TND[block.query_BL], k_TND[block.key_BK], v_TND[block.key_BK]
-        out = attend(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
-        out_TND = out_TND.index_put((block.query_BL,), out.transpose(1, 2))
-    return out_TND
+    return _by_blocks(q_TND, k_TND, v_TND, packing, scale)
+
+
+def _by_blocks(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Attend within each block. Tokens are put in the blocks' order and back at once, not block by block."""
+    num_queries, num_keys = zip(*((b.query_BL.numel(), b.key_BK.numel()) for b in packing.blocks), strict=True)
+    ordered = (
+        q_TND.index_select(0, packing.query_T).split(num_queries),
+        k_TND.index_select(0, packing.key_T).split(num_keys),
+        v_TND.index_select(0, packing.key_T).split(num_keys),
+    )
+    outs = []
+    for block, *qkv in zip(packing.blocks, *ordered, strict=True):
+        q, k, v = (t.unflatten(0, (len(block.query_BL), -1)).transpose(1, 2) for t in qkv)
+        outs.append(attend(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+    return torch.zeros_like(q_TND).index_copy_(0, packing.query_T, torch.cat(outs))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

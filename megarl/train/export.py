@@ -5,18 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megarl.train.backend import Backend
-from megarl.weights.hf_export import export_hf
+from megarl.weights.hf_export import copy_template, export_hf
 from megarl.weights.name_map import hf_shapes, hf_zeros
 
 
-def export_model(backend: Backend, out: Path, template: Path) -> None:
-    """Write ``out`` in the role's dtype, with config and tokenizer files of the folder ``template``. Collective.
+def export_model(backend: Backend, out: Path, *, weights: bool) -> None:
+    """Write ``out`` in the role's dtype, with config and tokenizer of the folder that it started from. Collective.
 
-    Raises ResourceError on every rank where the disk is too small.
+    weights: whether they are in it. Raises ResourceError on every rank where the disk is too small.
     """
-    shape = backend.role.shape
+    shape, template = backend.role.shape, Path(backend.role.model.here())
+    dtype, fields = getattr(torch, backend.role.dtype), shape.critic_fields() if shape.value_head else {}
+    if not weights:
+        if dist.get_rank() == 0:
+            copy_template(template, out, dtype, fields)
+        return
     with backend.resident():
         export_hf(
             out,
@@ -24,8 +30,8 @@ def export_model(backend: Backend, out: Path, template: Path) -> None:
             shapes=hf_shapes(shape),
             sources=backend.peers(),
             parameters=backend.parameters(),
-            dtype=getattr(torch, backend.role.dtype),
+            dtype=dtype,
             device=backend.device,
             zeros=hf_zeros(shape),
-            fields=shape.critic_fields() if shape.value_head else {},
+            fields=fields,
         )

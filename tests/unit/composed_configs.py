@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
+from megarl.checks.idle import idle_settings
 from megarl.checks.rules import run_problems
 from megarl.config.build import build_config
 from megarl.config.schema import PPOConfig, SFTConfig
@@ -59,5 +60,6 @@ def roles_in(config: PPOConfig | SFTConfig, **shapes: ModelShape) -> tuple[Role,
 
 
 def problems_without_files(config: PPOConfig | SFTConfig) -> list[Problem]:
-    """Return the problems of a config that need no file."""
-    return run_problems(config, roles_in(config))
+    """Return the problems of a config that need no file, as of a strict run."""
+    roles = roles_in(config)
+    return [*idle_settings(config, roles), *run_problems(config, roles)]

@@ -41,6 +41,8 @@ TURNED_ON: dict[str, dict[str, object]] = {
     f"{ROLLOUT}.val_kwargs.top_p": SAMPLES,
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
     f"{ROLLOUT}.val_kwargs.n": SAMPLES,
+    "trainer.total_epochs": {"trainer.total_training_steps": None},
+    "trainer.show_rollouts_freq": {"trainer.num_sampled_rollouts": 1},
 }
 TOKENS = {f"{ACTOR}.use_dynamic_bsz": True}
 BY_TOKENS = ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu", "forward_max_token_len_per_gpu")
@@ -50,6 +52,8 @@ TURNED_OFF: dict[str, object] = {
     f"{ACTOR}.policy_loss": "gpg",
     f"{ACTOR}.clip_ratio_low": 0.1,
     f"{ACTOR}.clip_ratio_high": 0.1,
+    "trainer.total_training_steps": 5,
+    "trainer.num_sampled_rollouts": 0,
 }
 
 
@@ -73,7 +77,7 @@ def _said_of(effect: Effect, config: PPOConfig) -> list[str]:
 
 
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.key)
-def test_a_setting_changed_where_it_does_nothing_is_an_error_and_where_it_acts_is_none(effect: Effect) -> None:
+def test_a_setting_changed_where_it_does_nothing_is_named_and_where_it_acts_is_none(effect: Effect) -> None:
     changed = {effect.key: _other_than(default_of(effect.key))}
     counts_rollouts = "micro_batch_size" in effect.key
     of_function = MODEL_ALONE if TURNED_ON.get(effect.key) is FUNCTION_TOO else {}
@@ -84,7 +88,7 @@ def test_a_setting_changed_where_it_does_nothing_is_an_error_and_where_it_acts_i
     assert _said_of(effect, ppo_config(**(on | changed))) == []
 
 
-def test_a_default_is_never_an_error_wherever_it_does_nothing() -> None:
+def test_a_default_is_never_named_wherever_it_does_nothing() -> None:
     assert list(settings_have_an_effect(ppo_config(**{f"{ACTOR}.use_kl_loss": False}))) == []
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from megarl.catalog import SINKS
 from megarl.checks import algorithm as algorithm_rules
-from megarl.checks import effects, rules
-from megarl.checks.rules import model_problems, require, warm_up_ends_before_the_run
+from megarl.checks import effects, idle, rules
+from megarl.checks.rules import model_problems, require
 from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.weights.model_shape import ModelShape
@@ -48,6 +48,11 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({f"{ACTOR}.optim.beta": [0.9]}, [f"{ACTOR}.optim.beta"], "two numbers"),
     ({f"{ACTOR}.optim.beta": [0.9, 1.0]}, [f"{ACTOR}.optim.beta"], "less than 1"),
     ({f"{ACTOR}.optim.beta": [0.9, float("nan")]}, [f"{ACTOR}.optim.beta"], "less than 1"),
+    (
+        {f"{ACTOR}.lr_scheduler.warmup_steps": 50, f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
+        [f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio"],
+        f"contradicts {ACTOR}.lr_scheduler.warmup_steps = 50",
+    ),
     ({f"{ACTOR}.optim.min_lr": 1.0}, [f"{ACTOR}.optim.min_lr"], f"at most {ACTOR}.optim.lr = 1e-06"),
     (
         {f"{ACTOR}.megatron.{TP}": 3, f"{REF}.megatron.{TP}": 1},
@@ -256,6 +261,8 @@ SOUND: list[Changes] = [
     {"algorithm.norm_adv_by_std_in_grpo": False},
     {f"{ACTOR}.use_kl_loss": False, "algorithm.kl_free": True},
     {f"{ACTOR}.use_kl_loss": False, "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive"},
+    {f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
+    {f"{ACTOR}.lr_scheduler.warmup_steps": None, f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
     {f"{ACTOR}.optim.beta": [0, 0.999], f"{ACTOR}.optim.min_lr": 1e-6},
     {f"{ACTOR}.megatron.{TP}": 4, f"{ACTOR}.megatron.{PP}": 2, f"{REF}.megatron.{TP}": 1, f"{ROLLOUT}.{TP}": 8},
     {"trainer.nnodes": 3, f"{ACTOR}.megatron.{TP}": 3, f"{ROLLOUT}.{TP}": 6},
@@ -335,7 +342,7 @@ def test_every_rule_is_broken_by_some_config_here() -> None:
             ({"roles": "Sequence[Role]"}, roles),
             ({"role": "Role"}, [role for of_run in roles for role in of_run]),
         )
-        for module in (rules, algorithm_rules, effects)
+        for module in (rules, algorithm_rules, effects, idle)
         for name, rule in _rules_of(module, reads).items()
     ]
     names = [name for name, _, _ in tried]
@@ -379,7 +386,9 @@ SHORT: Changes = {"data.max_prompt_length": 16, "data.max_response_length": 16}
 def _of_model(config: PPOConfig | SFTConfig, actors: ModelShape | None = None, **others: ModelShape) -> list[Problem]:
     """Return the problems of a config with its models. actors: a small one. others: by the section that names them."""
     models = dict.fromkeys((f"{MODELS}.model", "model"), actors or model_shape())
-    return model_problems(config, roles_in(config, **models, **others))
+    roles = roles_in(config, **models, **others)
+    known = [p for role in roles for p in idle.axes_have_something_to_split(role)]
+    return [*model_problems(config, roles), *rules.without_followers(known, roles)]
 
 
 @pytest.mark.parametrize(
@@ -466,11 +475,3 @@ def test_an_sft_model_fits_its_axes_and_its_longest_chat() -> None:
     config = sft_config(**{"data.max_length": 33, f"megatron.{TP}": 8})
     keys = [p.key for p in _problems(lambda: require(_of_model(config)))]
     assert keys == [f"megatron.{TP}", "data.max_length"]
-
-
-def test_warm_up_ends_before_the_run_does() -> None:
-    [shorter], [as_long] = (roles_in(sft_config(**{"lr_scheduler.warmup_steps": steps})) for steps in (9, 10))
-    require(warm_up_ends_before_the_run(shorter, total_steps=10))
-    [problem] = _problems(lambda: require(warm_up_ends_before_the_run(as_long, total_steps=10)))
-    assert (problem.key, problem.value) == ("lr_scheduler.warmup_steps", 10)
-    assert problem.allowed == "must be less than the run's 10 optimizer steps"

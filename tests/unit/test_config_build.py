@@ -78,6 +78,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(text: str, number: float) -
     ("values", "path", "fix"),
     [
         (_values(num_step=4), "num_step", "did you mean 'num_steps'?"),
+        (_values(expermient=4), "expermient", "did you mean 'experiment'?"),
         (_engine(topk=4), "engine.topk", "did you mean 'top_k'?"),
         (_engine(zzzzzz=4), "engine.zzzzzz", "keys here: name, top_k, top_p"),
     ],

@@ -9,6 +9,7 @@ import yaml
 
 from megarl.config.command_line import FlagParser, parse_command_line, take_flags
 from megarl.config.compose import as_yaml, compose, run_hydra
+from megarl.config.programs import PPO, PROGRAMS, SFT, recipes_of
 from megarl.errors import ConfigError, Problem
 from megarl.monitor.rundir import run_folder
 
@@ -103,7 +104,6 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
     ("arguments", "told"),
     [
         (["experiment=quikstart"], ["experiment = 'quikstart'  (command line): no such file", "'quickstart'?"]),
-        (["expermient=quickstart"], ["expermient = 'quickstart'", "did you mean 'experiment'?"]),
         (["--config-name=ppo_megatron_trianer"], ["no such file", "did you mean 'ppo_megatron_trainer'?"]),
         (["--config-name=mine"], ["--config-name = 'mine': no such file", "--config-dir=FOLDER --config-name=FILE"]),
         (["--config-dir=nowhere"], ["--config-dir", "is no folder"]),
@@ -119,6 +119,10 @@ def test_a_file_without_self_has_the_last_word_and_no_warning(folder: Path, recw
         (["experiment=quickstart", "+experiment=gsm8k_tiny"], ["+experiment=gsm8k_tiny", "Multiple values for exp"]),
         (["hydra.run.dir=x"], ["hydra.run.dir=x: has no effect"]),
         (["~data.trian_batch_size"], ["~data.trian_batch_size  (command line): can't be", "does not exist"]),
+        (
+            ["critic.shuffle=${no.key}", "~critic.shuffle=true"],
+            ["~critic.shuffle=true  (command line)", "'no.key' not"],
+        ),
         (["~data.prompt_key=other"], ["~data.prompt_key=other  (command line)", "is prompt and not other"]),
         (
             ["~actor_rollout_ref.actor.shuffle"],
@@ -260,7 +264,30 @@ def test_a_value_may_name_what_hydra_knows(folder: Path) -> None:
 def test_help_says_how_a_run_is_started(capsys: pytest.CaptureFixture[str]) -> None:
     run_hydra("ppo_trainer", lambda *_: pytest.fail("it ran"), ["--help"])
     text = capsys.readouterr().out
-    assert "experiment=NAME" in text and "quickstart" in text and "docs/config.md" in text
+    assert "experiment=NAME" in text and "docs/config.md" in text
+
+
+def test_help_lists_the_recipes_of_its_program_with_a_line_each(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "my_own.yaml").write_text("# @package _global_\n# My task.\nalgorithm: {gamma: 0.9}\n")
+    listed = {}
+    for program in (PPO, SFT):
+        arguments = ["--help", "--config-dir=."]
+        run_hydra(program.config_name, lambda *_: pytest.fail("it ran"), arguments, programs=(program,))
+        lines = capsys.readouterr().out.partition("recipes:\n")[2].splitlines()
+        listed[program.name] = dict(line.split(maxsplit=1) for line in lines)
+    assert listed["main_sft"].keys() == {"quickstart_sft", "gsm8k_tiny_sft"}
+    assert listed["main_ppo"].keys() > {"my_own", "quickstart", "gsm8k_tiny", "qwen2.5_7b_8"}
+    assert listed["main_ppo"].keys() & listed["main_sft"].keys() == set()
+    assert listed["main_ppo"]["my_own"] == "My task."
+
+
+def test_every_recipe_says_of_itself_what_it_is_in_one_line() -> None:
+    lines = recipes_of(PROGRAMS, None)
+    assert len(lines) >= 7
+    assert [name for name, line in lines.items() if not line.endswith(".") or len(name + line) > 116] == []
 
 
 @pytest.mark.parametrize("base", ["ppo_trainer", "ppo_megatron_trainer", "sft_trainer"])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megarl.checks.data_files import check_rewarded
 from megarl.config.schema import RewardConfig
-from megarl.controller.inputs import PPOInputs, SFTInputs, check_ground_truths
+from megarl.controller.inputs import PPOInputs, SFTInputs
 from megarl.controller.observer import Observer
 from megarl.controller.open import open_sft_run, try_rewards
 from megarl.controller.reward_log import RewardLog
@@ -108,7 +109,7 @@ def test_rewards_of_which_only_the_sum_is_infinite_end_the_run(spec: RewardSpec,
 
 def inputs(*prompts: Prompt) -> PPOInputs:
     """Return the inputs of a run on some prompts."""
-    return PPOInputs(verbs_tokenizer(), prompts, (), Order(len(prompts), 1, False, 0), 1, (), ())
+    return PPOInputs(verbs_tokenizer(), prompts, (), Order(len(prompts), 1, False, 0), 1, (), (), ())
 
 
 def test_a_function_is_tried_on_a_row_of_each_data_source(spec: RewardSpec) -> None:
@@ -128,15 +129,15 @@ def test_a_function_is_tried_on_a_row_of_each_data_source(spec: RewardSpec) -> N
 def test_a_ground_truth_that_the_reward_never_matches_is_named_with_its_row() -> None:
     rows = prompt("18", "gsm8k"), prompt("eighteen", "gsm8k"), prompt("eighteen", "exact_match"), prompt("x", "gsm8k")
     with pytest.raises(DataError) as caught:
-        check_ground_truths(rows, None)
+        check_rewarded(rows, ppo_config())
     text = str(caught.value)
     assert text.startswith(
         "train.parquet:eighteen: reward_model.ground_truth = 'eighteen': the reward 'gsm8k' can never"
     )
     assert "it is no number; 1 more rows have such ones" in text
-    check_ground_truths(rows, "exact_match")
+    check_rewarded(rows, ppo_config(**{"reward.name": "exact_match"}))
     with pytest.raises(DataError, match="the reward 'gsm8k_flexible' can never match it"):
-        check_ground_truths(rows[2:3], "gsm8k_flexible")
+        check_rewarded(rows[2:3], ppo_config(**{"reward.name": "gsm8k_flexible"}))
 
 
 def test_sinks_are_opened_before_any_rank_starts(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megarl.config.schema import PPOConfig
 from megarl.config.verl_keys import KINDS, Row, ours_for, verl_row, verl_rows
 from megarl.errors import ConfigError
 from megarl.from_verl.check import needed, overrides, problems, written
-from megarl.from_verl.convert import CONVERTERS, Noted, Settings, Unused
+from megarl.from_verl.convert import CONVERTERS, Settings, Unused
 from megarl.from_verl.docs import page
 from megarl.from_verl.read import VerlRun, parsed, read_run
 from megarl.from_verl.report import report_text
@@ -102,7 +102,7 @@ def test_defaults_of_a_critic_count_where_there_is_one() -> None:
         ),
         (
             (f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1", "trainer.total_training_steps=50"),
-            {f"{ACTOR}.lr_scheduler.warmup_steps": 20},
+            {f"{ACTOR}.lr_scheduler.lr_warmup_steps_ratio": 0.1},
         ),
         (("trainer.save_freq=-1", "trainer.test_freq=5"), {"trainer.save_freq": None, "trainer.test_freq": 5}),
         ((f"{ACTOR}.policy_loss.loss_mode=vanilla",), {f"{ACTOR}.policy_loss": "ppo_clip"}),
@@ -115,7 +115,11 @@ def test_defaults_of_a_critic_count_where_there_is_one() -> None:
              f"{ACTOR}.policy_loss.clip_cov_ratio=0.1"),
             {f"{ACTOR}.policy_loss_settings.cov_share": 0.002},
         ),
-        (("data.truncation=left",), {"data.overlong_prompts": "filter"}),
+        (("data.truncation=left",), {"data.overlong_prompts": "left"}),
+        (("data.truncation=middle",), {"data.overlong_prompts": "middle"}),
+        (("data.truncation=left", "data.filter_overlong_prompts=True"), {"data.overlong_prompts": "filter"}),
+        (("+data.apply_chat_template_kwargs.enable_thinking=False",),
+         {"data.apply_chat_template_kwargs.enable_thinking": False}),
         (("data.truncation=error",), {"data.overlong_prompts": "error"}),
         (("custom_reward_function.path=a.py", "custom_reward_function.name=f"),
          {"reward.path": "a.py", "reward.function": "f"}),
@@ -217,9 +221,11 @@ def test_adam_on_the_host_leaves_nothing_to_move() -> None:
     assert CONVERTERS["actor_precision_aware"](True, Settings({}), "") is True
 
 
-def test_a_share_of_an_unknown_number_of_steps_is_left_to_the_user() -> None:
-    answer = CONVERTERS["critic_warmup"](0.1, Settings({"critic.optim.lr_warmup_steps_ratio": 0.1}), "")
-    assert isinstance(answer, Noted) and answer.value == 0 and "0.1 x steps" in answer.note
+def test_a_share_of_the_run_gives_way_to_steps() -> None:
+    given = {"critic.optim.lr_warmup_steps_ratio": 0.1}
+    assert CONVERTERS["critic_warmup_ratio"](0.1, Settings(given), "") == 0.1
+    answer = CONVERTERS["critic_warmup_ratio"](0.1, Settings({**given, "critic.optim.lr_warmup_steps": 5}), "")
+    assert isinstance(answer, Unused)
 
 
 def test_a_dense_run_passes_the_checks() -> None:
@@ -250,7 +256,7 @@ def test_a_run_with_experts_passes_the_checks_and_names_what_is_missing_and_open
         f"{ROLLOUT}.gpu_memory_utilization": 0.6,
         f"{CORRECTION}.level": "token",
         "reward.overlong_buffer.len": 4096,
-        "data.overlong_prompts": "filter",
+        "data.overlong_prompts": "left",
         "trainer.nnodes": 2,
     }
     assert {key: found.ours.get(key) for key in expected} == expected
@@ -271,7 +277,7 @@ def test_a_run_with_a_critic_passes_the_checks_without_what_is_missing() -> None
     found = script("critic_lora.sh")
     assert problems(found) == []
     assert set(found.missing.values()) == {"LoRA", "the engine's own options"}
-    assert found.ours["critic.lr_scheduler.warmup_steps"] == 20
+    assert found.ours["critic.lr_scheduler.lr_warmup_steps_ratio"] == 0.1
     assert found.defaults["critic.megatron.tensor_model_parallel_size"] == 1
 
 

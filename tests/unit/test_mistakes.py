@@ -34,8 +34,8 @@ VPP, EP, ETP = (
 )
 MINI, MICRO = f"{ACTOR}.ppo_mini_batch_size", f"{ACTOR}.ppo_micro_batch_size_per_gpu"
 
-# A run of 8 prompts x 4 = 32 rollouts on 2 ranks that makes no mistake. Its model has 2 layers, 4 heads and 2 key-value
-# heads; 64 positions; the one named moe also has 4 experts.
+# A strict run of 8 prompts x 4 = 32 rollouts on 2 ranks that makes no mistake. Its model has 2 layers, 4 heads and 2
+# key-value heads; 64 positions; the one named moe also has 4 experts.
 SOUND = {
     f"{MODEL}.path": "model",
     f"{MODEL}.init": "random",
@@ -53,6 +53,7 @@ SOUND = {
     f"{ALGORITHM}.adv_estimator": "grpo",
     RANKS: "2",
     "trainer.total_training_steps": "3",
+    "trainer.strict": "true",
 }
 GAE = (f"{ALGORITHM}.adv_estimator=gae", f"{ACTOR}.use_kl_loss=false")
 FOUR = (f"{RANKS}=4",)
@@ -292,7 +293,7 @@ MISTAKES = {
         *(f"{ACTOR}.lr_scheduler.type=constant", f"{ACTOR}.optim.min_lr=1e-7"), says="lr_scheduler.type is constant"
     ),
     "warm-up longer than the run": _of(
-        f"{ACTOR}.lr_scheduler.warmup_steps=100", says="must be less than the run's 6 optimizer steps"
+        f"{ACTOR}.lr_scheduler.warmup_steps=100", says="is cut to 5: the run has 6 optimizer steps"
     ),
     "never said as -1": _of("trainer.save_freq=-1", says="must be at least 1, or null"),
     "no nodes": _of("trainer.nnodes=0", says="must be at least 1"),

@@ -38,8 +38,13 @@ runpy.run_module("megarl.plan", run_name="__main__", alter_sys=True)
 
 
 def _plan(*arguments: str) -> tuple[int, str, str]:
-    """Return the command's exit code and what it printed to stdout and to stderr, having loaded nothing heavy."""
-    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True)
+    """Return the command's exit code and what it printed to stdout and to stderr, having loaded nothing heavy.
+
+    The main config is Megatron's, unless a recipe says which.
+    """
+    of_recipe = any(argument.startswith("experiment=") for argument in arguments)
+    main = () if of_recipe else ("--config-name=ppo_megatron_trainer",)
+    done = subprocess.run([sys.executable, "-c", COMMAND, *main, *arguments], cwd=ROOT, capture_output=True, text=True)
     *errors, loaded = done.stderr.splitlines()
     assert loaded == "loaded:"
     return done.returncode, done.stdout, "\n".join(errors)
@@ -125,7 +130,10 @@ def test_advice_names_layouts_that_fit_when_they_are_planned() -> None:
     devices = "--gpus=32", "--gpu-memory=80"
     code, printed, errors = _plan(*EXPERTS, f"{MICRO}=1", *devices, "--advise", "--json")
     advice = json.loads(printed)
-    assert (code, errors) == (FITS, "")
+    shown = errors.splitlines()
+    assert code == FITS and shown[0].startswith("0 of ") and len(shown) > 2
+    done, _, total, _ = shown[-1].split()
+    assert done == total
     assert advice["num_ranks"] == 32 and advice["tried"] > 1000
     layouts = advice["layouts"]
     assert len(layouts) == 5
@@ -141,3 +149,57 @@ def test_no_layout_at_all_is_said_and_counts_as_not_fitting() -> None:
     code, text, _ = _plan(*DENSE, "--gpus=1", "--gpu-memory=10", "--advise")
     assert code == DOES_NOT_FIT
     assert text.startswith("none of ") and text.endswith(" layouts fits 1 x H100 of 10.0 GiB\n")
+
+
+def test_a_recipe_of_supervised_fine_tuning_is_planned_as_what_it_is() -> None:
+    model = "model.path=Qwen/Qwen2.5-7B-Instruct"
+    run = ("experiment=quickstart_sft", model, "trainer.n_gpus_per_node=8", "model.dtype=bfloat16")
+    code, text, errors = _plan(*run, "trainer.total_training_steps=5")
+    assert (code, errors) == (FITS, "")
+    assert "  128 examples " in text and "  steps of the run: 5\n" in text
+    assert "lr_scheduler.warmup_steps = 20: is cut to 4: the run has 5 optimizer steps" in text
+    assert "KV cache" not in text and "publish" not in text and "prompts" not in text
+    _, printed, _ = _plan(*run, "trainer.total_training_steps=5", "--json")
+    plan = json.loads(printed)
+    assert [layout["role"] for layout in plan["layout"]] == ["actor"]
+    assert [phase["phase"] for phase in plan["memory"]] == ["load", "actor scoring", "actor update"]
+    assert (plan["engine"], plan["publish"], plan["num_steps"]) == (None, None, 5)
+    assert [idle["key"] for idle in plan["no_effect"]] == ["lr_scheduler.warmup_steps"]
+
+
+def test_fine_tuning_that_does_not_fit_names_changes_after_which_it_does() -> None:
+    run = (
+        "experiment=quickstart_sft",
+        "model.path=Qwen/Qwen2.5-7B-Instruct",
+        "model.dtype=bfloat16",
+        "--gpu-memory=40",
+    )
+    code, printed, _ = _plan(*run, "--json")
+    changes = json.loads(printed)["verdict"]["changes"]
+    assert code == DOES_NOT_FIT and changes
+    assert _plan(*run, *_typed(changes[0]["values"]))[0] == FITS
+    assert _plan(*run, "--advise")[0] == MISTAKE
+
+
+def test_a_run_that_nothing_makes_fit_is_told_what_takes_the_most_and_what_decides_it() -> None:
+    large = (
+        "actor_rollout_ref.model.path=Qwen/Qwen3-235B-A22B",
+        f"{ACTOR}.megatron.tensor_model_parallel_size=8",
+        f"{ACTOR}.megatron.pipeline_model_parallel_size=4",
+        "trainer.nnodes=4",
+    )
+    code, text, errors = _plan(*large)
+    assert (code, errors) == (DOES_NOT_FIT, "")
+    assert f"engine weights: 437.9 GiB in generate; {ROLLOUT}.tensor_model_parallel_size = 1\n" in text
+    assert "GiB in publish; it is there because algorithm.adv_estimator = gae" in text
+    assert "critic.ppo_micro_batch_size_per_gpu = 16" in text
+    assert "no change of up to three of its settings makes it fit" in text
+
+
+def test_what_does_nothing_is_the_first_that_a_plan_says() -> None:
+    code, text, _ = _plan(*DENSE, "--device=h200", "algorithm.lam=0.5")
+    assert code == FITS
+    first = "No effect in this run\n  algorithm.lam = 0.5: has no effect on grpo; read by gae\nBatch\n"
+    assert text.startswith(first)
+    code, _, errors = _plan(*DENSE, "--device=h200", "algorithm.lam=0.5", "trainer.strict=true")
+    assert code == MISTAKE and "algorithm.lam = 0.5" in errors

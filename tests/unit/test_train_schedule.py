@@ -55,3 +55,15 @@ def test_a_constant_schedule_stays_at_the_peak() -> None:
 
 def test_updates_beyond_the_schedule_have_the_least_rate() -> None:
     assert learning_rate(LINEAR, 9) == learning_rate(LINEAR, 100) == pytest.approx(0.2)
+
+
+def test_a_share_of_the_run_is_so_many_updates_of_warm_up() -> None:
+    share = replace(LINEAR, schedule="constant", warmup_steps=0, warmup_ratio=0.5)
+    assert _rates(share) == _rates(replace(LINEAR, schedule="constant", warmup_steps=4))
+
+
+@pytest.mark.parametrize("asked", [{"warmup_steps": 20}, {"warmup_steps": 0, "warmup_ratio": 1.0}])
+def test_a_warm_up_beyond_the_run_ends_before_its_last_update(asked: dict[str, float]) -> None:
+    assert _rates(replace(LINEAR, total_steps=2, **asked)) == [1.0, 1.0]
+    assert _rates(replace(LINEAR, total_steps=1, **asked)) == [1.0]
+    assert _rates(replace(LINEAR, total_steps=3, **asked))[:2] == [0.5, 1.0]

@@ -125,12 +125,15 @@ def load_weights(root: Root, role: Role, rank: int, source: TensorSource) -> Non
     fill(named_parameters(root, role, rank), fsdp_shards(role.shape, role.layout, rank), source)
 
 
-def named_parameters(root: Root, role: Role, rank: int) -> dict[str, Tensor]:
-    """Return this rank's part of every parameter, as the name map has it: experts apart."""
+def named_parameters(
+    root: Root, role: Role, rank: int, of: Callable[[Tensor], Tensor] = lambda parameter: parameter
+) -> dict[str, Tensor]:
+    """Return this rank's part of what there is ``of`` every parameter, as the name map has it: experts apart."""
     found: dict[str, Tensor] = {}
     for name, parameter in root.model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is gathered"
-        local = parameter.to_local()
+        whole = of(parameter)
+        assert isinstance(whole, DTensor), f"{name} is gathered"
+        local = whole.to_local()
         if ".experts." in name:
             share = -(-role.shape.num_experts // role.layout.fsdp)
             first = rank % role.layout.fsdp * share

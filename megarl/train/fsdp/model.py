@@ -58,8 +58,12 @@ class FsdpModel:
 
     def parameters(self) -> dict[str, Tensor]:
         """Return this rank's parameters by the name map's names. They can be used while they are resident."""
+        return self.named(lambda parameter: parameter)
+
+    def named(self, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return this rank's part of what there is ``of`` every parameter, by the name map's names."""
         assert not self._offload.is_away
-        return named_parameters(self.root, self.role, self.rank)
+        return named_parameters(self.root, self.role, self.rank, of)
 
     def pack(self, sequences: Sequences, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """Lay out micro-batches of rows as this rank computes them."""

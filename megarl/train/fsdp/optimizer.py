@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,12 @@ from megarl.batching.pack import MicroBatch
 from megarl.roles import Role
 from megarl.train.backend import Loss, Skipped
 from megarl.train.fsdp.model import FsdpModel
+from megarl.train.held_state import MOMENTS, WEIGHT, Held, SavedState, UpdateCounts
 from megarl.train.offload import Offload
 from megarl.train.schedule import learning_rate
 from megarl.train.updating import summed
 from megarl.types import Metrics
+from megarl.weights.fsdp_map import fsdp_shards
 
 
 class Optimizer:
@@ -68,6 +71,36 @@ class Optimizer:
                 self.inner.step()
             self.inner.zero_grad(set_to_none=True)
         return metrics | {"grad_norm": grad_norm, "lr": lr} if math.isfinite(grad_norm) else Skipped(grad_norm)
+
+    def held(self) -> Iterator[Held]:
+        """Yield this rank's part of parameters and moments, by the shards of the name map."""
+        kinds = {WEIGHT: self.model.parameters()}
+        for kind in MOMENTS if self.inner.state else ():
+            kinds[kind] = self.model.named(partial(self._moment, kind))
+        for shard in fsdp_shards(self.model.role.shape, self.model.role.layout, self.model.rank):
+            values = {kind: parts[shard.name].reshape(-1) for kind, parts in kinds.items()}
+            yield Held(shard, 0, math.prod(shard.shape), values)
+
+    def _moment(self, kind: str, parameter: Tensor) -> Tensor:
+        moment: Tensor = self.inner.state[parameter][kind]
+        return moment
+
+    def counts(self) -> UpdateCounts:
+        """Return how many updates were taken, as UpdateCounts."""
+        steps = [int(state["step"]) for state in self.inner.state.values()]
+        return UpdateCounts(self.num_updates, max(steps, default=0))
+
+    def load(self, saved: SavedState, counts: UpdateCounts) -> None:
+        """Take weights, moments and counts that were saved."""
+        self.num_updates = counts.scheduled
+        if counts.adam:
+            for parameter in self.model.own_parameters():
+                state = self.inner.state[parameter]
+                state["step"] = torch.tensor(float(counts.adam), device=self.model.device)
+                for kind in MOMENTS:
+                    state.setdefault(kind, torch.zeros_like(parameter))
+        for held in self.held():
+            saved.fill(held)
 
     def _gradients(self) -> list[Tensor]:
         """Return this rank's part of every gradient."""

@@ -102,7 +102,7 @@ def transformer_config(
         persist_layer_norm=False,
         **_recompute_fields(recompute),
         # A run may choose how its router computes.
-        **(_expert_fields(shape, layout) | _without_losses(overrides or {})),
+        **(_expert_fields(shape, layout) | _free_fields(shape, overrides or {})),
     )
 
 
@@ -133,17 +133,20 @@ def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _without_losses(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in overrides.items() if name not in ROUTER_LOSS_FIELDS}
+def _free_fields(shape: ModelShape, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a run sets itself: losses are added by our router, and a dense model has no experts."""
+    free = {name: value for name, value in overrides.items() if name not in ROUTER_LOSS_FIELDS}
+    return free if shape.num_experts else {name: v for name, v in free.items() if not name.startswith("moe_")}
 
 
 def _recompute_fields(recompute: RecomputeConfig | None) -> dict[str, Any]:
     if recompute is None or recompute.granularity is None:
         return {}
+    is_full = recompute.granularity == "full"
     return {
         "recompute_granularity": recompute.granularity,
-        "recompute_method": recompute.method,
-        "recompute_num_layers": recompute.num_layers,
+        "recompute_method": recompute.method if is_full else None,
+        "recompute_num_layers": recompute.num_layers if is_full else None,
         "recompute_modules": ["core_attn"],  # read where granularity is selective
     }
 
@@ -301,7 +304,7 @@ def output_weight(model: torch.nn.Module) -> Tensor:
 
 def named_parameters(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, layout: Layout, rank: int
-) -> dict[str, Tensor]:
+) -> dict[str, torch.nn.Parameter]:
     """Return this rank's parameters by the name map's names (global layer indices), shapes checked.
 
     Raises ModelFolderError where the built model and the name map disagree: no parameter is left without an entry.
@@ -309,7 +312,7 @@ def named_parameters(
     aliases = {alias: entry.megatron[0] for entry in entries(shape) for alias in entry.megatron}
     experts = local_experts(shape, layout.ep, layout.expert_coordinates(rank).ep)
     found = {
-        _canonical(name, inner, aliases, experts): parameter.data
+        _canonical(name, inner, aliases, experts): parameter
         for inner in map(unwrap, chunks)
         for name, parameter in inner.named_parameters()
     }
