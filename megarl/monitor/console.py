@@ -57,6 +57,10 @@ class StepTable:
         self._shown: list[str] = []
         self._lines_to_header = 0
 
+    def interrupt(self) -> None:
+        """Have a header above the next line: something else stands above it."""
+        self._lines_to_header = 0
+
     def lines(self, step: int, metrics: Mapping[str, float]) -> str:
         """Return the line of a step, at most LINE_COLUMNS wide, with a header above it where one is due.
 
@@ -107,13 +111,18 @@ class Progress:
             self._bar.start_t = time.time() - metrics.get("time_s/step", 0.0)
             self._has_stepped = True
         self._bar.n = step
-        self.write(self._table.lines(step, metrics))
+        self._write(self._table.lines(step, metrics))
 
     def wait_for(self, what: str) -> None:
         """Say in the bar what goes on until the next such word; an empty one says nothing."""
         self._bar.set_postfix_str(what)
 
     def write(self, text: str) -> None:
+        """Write text above the bar; the next step's line then has its header again."""
+        self._table.interrupt()
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         """Write text above the bar; characters that the terminal can't encode are escaped."""
         encoding = self._stream.encoding or "utf-8"
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=self._stream)
