@@ -39,6 +39,7 @@ HEADLINE: Mapping[str, str] = {
 TROUBLES = ("reward/num_raised", "reward/num_timeout", "reward/num_invalid")
 MAX_CELL_LINES = 16
 _COLUMN, _LINES_UNDER_A_HEADER = 8, 20
+_BAR = "{l_bar}{bar:30}{r_bar}"  # of one width, whatever the run waits for
 
 
 def stage_line(number: int, total: int, what: str) -> str:
@@ -99,7 +100,9 @@ class Progress:
         self._log_file = None if log_file is None else LineFile(log_file)
         self._stream = sys.stdout if stream is None else stream
         self._table = StepTable(headline)
-        self._bar = tqdm(total=total_steps, unit="step", file=self._stream, disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps, unit="step", file=self._stream, disable=None, dynamic_ncols=True, bar_format=_BAR
+        )
         self._has_stepped = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
