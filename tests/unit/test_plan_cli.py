@@ -164,7 +164,7 @@ def test_a_recipe_of_supervised_fine_tuning_is_planned_as_what_it_is() -> None:
     assert [layout["role"] for layout in plan["layout"]] == ["actor"]
     assert [phase["phase"] for phase in plan["memory"]] == ["load", "actor scoring", "actor update"]
     assert (plan["engine"], plan["publish"], plan["num_steps"]) == (None, None, 5)
-    assert [idle["key"] for idle in plan["no_effect"]] == ["trainer.total_epochs", "lr_scheduler.warmup_steps"]
+    assert [idle["key"] for idle in plan["no_effect"]] == ["lr_scheduler.warmup_steps"]
 
 
 def test_fine_tuning_that_does_not_fit_names_changes_after_which_it_does() -> None:
