@@ -232,8 +232,7 @@ def _alone() -> None:
 def _serve(connection: Connection, generate: Callable[[], list[tuple[int, ...]]]) -> None:
     generate()
     connection.send(None)
-    while True:
-        connection.recv()
+    while connection.recv():
         start, cpu = time.perf_counter(), time.process_time()
         tokens = generate()
         connection.send((time.perf_counter() - start, time.process_time() - cpu, tokens))
@@ -260,8 +259,10 @@ def rollouts_by_turns(folder: Path, turns: int) -> tuple[Rollouts, Rollouts]:
     told = []
     for _ in range(turns):
         for engine in engines:
-            engine.send(None)
+            engine.send(True)
             told.append(engine.recv())
+    for engine in engines:
+        engine.send(False)
     if any(tokens != told[0][2] for _, _, tokens in told):
         raise SystemExit("the two engines gave different tokens")
     ours, bare = (Rollouts(min(t[0] for t in part), min(t[1] for t in part)) for part in (told[::2], told[1::2]))

@@ -11,7 +11,7 @@ from megarl.config.compose import run_hydra
 from megarl.config.programs import PPO
 from megarl.config.secrets import without_secrets
 from megarl.controller.observer import Observer
-from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_launch, dismiss_ranks, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
@@ -42,6 +42,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     from megarl.controller.loop import train
     from megarl.controller.open import open_rewards, open_run, try_rewards
     from megarl.controller.report import final_report
+    from megarl.controller.resume import AUTO, find_resumption, is_finished
     from megarl.monitor.disk import write_file
     from megarl.monitor.rundir import run_folder
 
@@ -52,12 +53,18 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     with open_rewards(config) as rewards:
         try_rewards(rewards, config, inputs)
         path = Path(config.trainer.run_dir).expanduser().absolute()
-        with run_folder(path, values, overrides, "actor_rollout_ref.model.path") as run_dir:
+        may_go_on, model_key = config.trainer.resume == AUTO, "actor_rollout_ref.model.path"
+        with run_folder(path, values, overrides, model_key, may_go_on=may_go_on) as run_dir:
             plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan
             write_file(run_dir / "plan.txt", plan + "\n")
             print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
             shown = without_secrets(values, overrides)
-            with open_run(config, inputs, algorithm_file, rewards, run_dir, shown, observer or Observer()) as run:
+            resumption = find_resumption(config.trainer, run_dir, shown, overrides)
+            if is_finished(resumption, inputs.num_steps):
+                dismiss_ranks()
+                return
+            observer = observer or Observer()
+            with open_run(config, inputs, algorithm_file, rewards, run_dir, shown, resumption, observer) as run:
                 train(run)
             report = final_report(run.evaluations, run_dir)
             print(report, flush=True)

@@ -10,7 +10,7 @@ from megarl.checks.run import check_sft, without_effect
 from megarl.config.compose import run_hydra
 from megarl.config.programs import SFT
 from megarl.config.secrets import without_secrets
-from megarl.launchers.start import check_launch, end_process, end_rank, serve_if_not_controller
+from megarl.launchers.start import check_launch, dismiss_ranks, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
 from megarl.parallel.environment import apply_environment
@@ -39,15 +39,22 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.loop import train
     from megarl.controller.open import open_sft_run
     from megarl.controller.report import final_report
+    from megarl.controller.resume import AUTO, find_resumption, is_finished
     from megarl.monitor.disk import write_file
     from megarl.monitor.rundir import run_folder
 
     inputs = read_sft_inputs(checked)
     plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan_here(checked)
-    with run_folder(Path(config.trainer.run_dir).expanduser().absolute(), values, overrides, "model.path") as run_dir:
+    path, may_go_on = Path(config.trainer.run_dir).expanduser().absolute(), config.trainer.resume == AUTO
+    with run_folder(path, values, overrides, "model.path", may_go_on=may_go_on) as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
-        print(f"run folder: {run_dir}\n{plan}", flush=True)
-        with open_sft_run(config, inputs, run_dir, without_secrets(values, overrides)) as run:
+        print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
+        shown = without_secrets(values, overrides)
+        resumption = find_resumption(config.trainer, run_dir, shown, overrides)
+        if is_finished(resumption, inputs.num_steps):
+            dismiss_ranks()
+            return
+        with open_sft_run(config, inputs, run_dir, shown, resumption) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)
         print(report, flush=True)

@@ -81,6 +81,12 @@ def shared_memory() -> set[str]:
     return {path.name for path in _SHARED_MEMORY.iterdir() if path.name.startswith(("megarl_", "psm_", "plasma"))}
 
 
+def left_in(temp: Path) -> set[str]:
+    """Return what is in a run's temporary folder and in shared memory, but for torch's cache and torchrun's logs."""
+    own = {path.name for path in temp.iterdir() if not path.name.startswith(("torchinductor_", "torchelastic_"))}
+    return own | shared_memory()
+
+
 def _end(marker: str) -> tuple[str, ...]:
     """Give the processes of a run time to end; kill and return those that don't."""
     deadline = time.monotonic() + _LEAVE_S

@@ -1,26 +1,39 @@
-"""What decides later steps besides weights, as trainer_state.json beside an exported model."""
+"""What decides later steps besides what ranks hold, as trainer_state.json of a checkpoint."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megarl.algorithm.kl_control import KLController, from_state
 from megarl.errors import CheckpointError
+from megarl.train.held_state import UpdateCounts
+from megarl.types import Metrics
 
 FILE_NAME = "trainer_state.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """State of the controller after ``step``, the number of finished steps."""
+    """State of the controller after ``step``, the number of finished steps. It is the place in the data, too.
+
+    kl_controller: None where no rollouts are made. updates: of each role that is trained. config: of the run, resolved.
+    metrics: of the step. before: the value of the validation before training, None where there was none.
+    """
 
     step: int
     policy_version: int
-    kl_controller: KLController
+    kl_controller: KLController | None
+    updates: Mapping[str, UpdateCounts] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    before: float | None = None
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:
@@ -32,7 +45,11 @@ def write_trainer_state(folder: Path, state: TrainerState) -> None:
         "format": _FORMAT,
         "step": state.step,
         "policy_version": state.policy_version,
-        "kl_controller": state.kl_controller.state(),
+        "kl_controller": None if state.kl_controller is None else state.kl_controller.state(),
+        "updates": {name: asdict(counts) for name, counts in state.updates.items()},
+        "config": state.config,
+        "metrics": {name: value for name, value in state.metrics.items() if math.isfinite(value)},
+        "before": state.before,
     }
     partial = folder / f"{FILE_NAME}.partial"
     with partial.open("w") as file:
@@ -54,14 +71,35 @@ def read_trainer_state(folder: Path) -> TrainerState:
     if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
         found = fields.get("format") if isinstance(fields, dict) else None
         raise CheckpointError(f"{path} has format {found!r}, this version reads {_FORMAT}; take another checkpoint")
-    control = fields.get("kl_controller")
+    return TrainerState(
+        _count(path, fields, "step"),
+        _count(path, fields, "policy_version"),
+        _kl_controller(path, fields.get("kl_controller")),
+        _updates(path, fields.get("updates")),
+        fields.get("config") or {},
+        fields.get("metrics") or {},
+        fields.get("before"),
+    )
+
+
+def _kl_controller(path: Path, control: object) -> KLController | None:
+    if control is None:
+        return None
     if not isinstance(control, dict):
         raise CheckpointError(f"{path}: kl_controller = {control!r} must be an object; take another checkpoint")
     try:
-        controller = from_state(control)
+        return from_state(control)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; take another checkpoint") from error
-    return TrainerState(_count(path, fields, "step"), _count(path, fields, "policy_version"), controller)
+
+
+def _updates(path: Path, roles: object) -> dict[str, UpdateCounts]:
+    if not isinstance(roles, dict) or not all(isinstance(counts, dict) for counts in roles.values()):
+        raise CheckpointError(f"{path}: updates = {roles!r} must be an object of objects; take another checkpoint")
+    return {
+        name: UpdateCounts(_count(path, counts, "scheduled"), _count(path, counts, "adam"))
+        for name, counts in roles.items()
+    }
 
 
 def _count(path: Path, fields: dict[str, object], name: str) -> int:

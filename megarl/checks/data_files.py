@@ -10,7 +10,7 @@ from typing import Protocol
 from megarl.algorithm.needs import needs_reward_function
 from megarl.checks.findings import Findings
 from megarl.config.schema import PPOConfig, SFTConfig
-from megarl.data.messages import row_messages
+from megarl.data.messages import row_chat
 from megarl.data.parquet import Row, check_footer, read_rows
 from megarl.data.prompts import prompt_columns, row_facts
 from megarl.errors import DataError, Problem
@@ -62,7 +62,7 @@ def check_chat_files(config: SFTConfig, found: Findings) -> int | None:
 
     def check_rows(rows: Iterable[Row]) -> None:
         for row in rows:
-            row_messages(row, key)
+            row_chat(row, key)
 
     columns = {key: f"data.messages_key = {key!r}"}
     return _check_files(data.train_files, data.val_files, data.train_batch_size, columns, check_rows, found)

@@ -27,6 +27,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
+OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
 LARGEST_REWARD = 3.4e38  # rewards are float32
@@ -52,7 +53,8 @@ class DataConfig:
     train_shuffle: bool = key("whether each epoch has an order of its own")
     val_shuffle: bool = key("whether validation prompts are shuffled")
     prompt_key: str = key("column with the prompt: chat messages or a string")
-    overlong_prompts: str = key("what to do with longer prompts", choices=("filter", "error"))
+    overlong_prompts: str = key("longer prompts: leave out, refuse, or cut at one end or within", choices=OVERLONG)
+    apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class SFTDataConfig:
     max_length: int = key("tokens of the longest chat", low=2, high=MOST_TOKENS)
     messages_key: str = key("column with the chat messages")
     overlong_examples: str = key("what to do with longer examples", choices=("filter", "error"))
+    apply_chat_template_kwargs: Mapping[str, Any] = key("arguments of the chat template, as enable_thinking")
+    trained_turns: str = key("the assistant's turns to train on", choices=("all", "last"))
+    response_start: str = key(
+        "where a trained turn starts: where a rollout's prompt ends, or where the template's rendering leaves it",
+        choices=("prompt", "rendering"),
+    )
     train_shuffle: bool = key("whether each epoch has an order of its own")
 
 
@@ -441,6 +449,23 @@ class SFTTrainerConfig:
     strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    save_contents: tuple[str, ...] = key(
+        "model: a Hugging Face folder of every role that is trained; state: all that a run goes on from"
+    )
+    async_save: bool = key("train on while a checkpoint is written; its state is copied to host memory first")
+    on_save_failure: str = key("what a disk that refuses a checkpoint does to the run", choices=("stop", "continue"))
+    on_non_finite: str = key(
+        "what a step does whose gradient isn't finite: stop; skip, the update and after max_non_finite_steps stop; "
+        "rollback, skip and then go back to the last checkpoint",
+        choices=("stop", "skip", "rollback"),
+    )
+    max_non_finite_steps: int = key("steps in a row that may skip an update", low=1)
+    keep_checkpoints: int | None = key("newest checkpoints that stay; null: all", low=1)
+    keep_best_by: str | None = key(
+        "metric whose largest value (with - before its name: least) keeps its checkpoint as well"
+    )
+    resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
+    resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
 
 

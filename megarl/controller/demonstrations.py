@@ -44,6 +44,10 @@ class DemonstrationSampler:
         """Return no rows: chats stand in the user's files."""
         return ()
 
+    def every_row(self) -> tuple[RolloutRow, ...]:
+        """Return no rows either."""
+        return ()
+
 
 class DemonstrationRecipe:
     """Trains on the chats as they are. last_loss: of the last step."""

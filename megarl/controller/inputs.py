@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -10,11 +10,14 @@ from megarl.checks.data_files import check_rewarded
 from megarl.checks.rules import require
 from megarl.checks.run import CheckedRun, schedule_problems
 from megarl.config.schema import PPOConfig, SFTConfig
-from megarl.data.chat import load_tokenizer
 from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
-from megarl.data.prompts import load_prompts
+from megarl.data.prompts import Overlong, load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
+from megarl.data.template import ChatTemplate
+from megarl.data.tokenizer import load_tokenizer, stop_token_ids
+from megarl.data.turns import Masking, end_of_turn
+from megarl.errors import DataError
 from megarl.roles import Role, with_total_steps
 from megarl.types import Prompt
 from megarl.weights.sources import SafetensorsSource
@@ -22,31 +25,35 @@ from megarl.weights.sources import SafetensorsSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Overlong = Literal["filter", "error"]
-
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """The inputs of an RL run. notes: what a person should know of them. roles: with the lengths of their schedules."""
+    """The inputs of an RL run.
+
+    stop_token_ids: what ends a response besides the engine's own stops. notes: what a person should know of the inputs.
+    roles: with the lengths of their schedules.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
     order: Order | MixedOrder
     num_steps: int
+    stop_token_ids: tuple[int, ...]
     notes: tuple[str, ...]
     roles: tuple[Role, ...]
 
 
 @dataclass(frozen=True)
 class SFTInputs:
-    """The inputs of an SFT run. roles: with the lengths of their schedules."""
+    """The inputs of an SFT run. roles: with the lengths of their schedules. notes: what the user should know."""
 
     examples: tuple[SFTExample, ...]
     val_examples: tuple[SFTExample, ...]
     order: Order
     num_steps: int
     roles: tuple[Role, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
@@ -54,14 +61,16 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     config = checked.config
     data, trainer = config.data, config.trainer
     _check_weights(checked.roles)
-    tokenizer = load_tokenizer(checked.actor.model.here())
+    folder = checked.actor.model.here()
+    template = ChatTemplate(load_tokenizer(folder), data.apply_chat_template_kwargs)
+    overlong = cast(Overlong, data.overlong_prompts)
     train, val = (
         load_prompts(
             files,
-            tokenizer,
+            template,
             prompt_key=data.prompt_key,
             max_prompt_length=data.max_prompt_length,
-            overlong=cast(Overlong, data.overlong_prompts),
+            overlong=overlong,
         )
         for files in (data.train_files, data.val_files)
     )
@@ -76,29 +85,31 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
         order = Order(len(train.prompts), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     require(schedule_problems(checked, num_steps))  # once more, now that too long prompts are left out
-    return PPOInputs(
-        tokenizer,
-        train.prompts,
-        val_prompts,
-        order,
-        num_steps,
-        notes_on(order, train.num_overlong + val.num_overlong),
-        with_total_steps(config, checked.roles, num_steps),
-    )
+    stops, stop_notes = _stops(config, folder, template)
+    notes = (*notes_on(order, train.num_overlong + val.num_overlong, overlong), *template.notes(), *stop_notes)
+    roles = with_total_steps(config, checked.roles, num_steps)
+    return PPOInputs(template.tokenizer, train.prompts, val_prompts, order, num_steps, stops, notes, roles)
 
 
 def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     """Read the inputs of a checked SFT run. Raises the named error of what is wrong before anything starts."""
     config, data, trainer = checked.config, checked.config.data, checked.config.trainer
     _check_weights(checked.roles)
-    tokenizer = load_tokenizer(checked.actor.model.here())
+    folder = checked.actor.model.here()
+    tokenizer = load_tokenizer(folder)
+    template, stops = ChatTemplate(tokenizer, data.apply_chat_template_kwargs), stop_token_ids(folder, tokenizer)
+    turns, start = (
+        cast(Literal["all", "last"], data.trained_turns),
+        cast(Literal["prompt", "rendering"], data.response_start),
+    )
     train, val = (
         load_sft_examples(
             files,
-            tokenizer,
+            template,
+            Masking(turns, start, stops),
             messages_key=data.messages_key,
             max_length=data.max_length,
-            overlong=cast(Overlong, data.overlong_examples),
+            overlong=cast(Literal["filter", "error"], data.overlong_examples),
         )
         if files
         else ()
@@ -107,14 +118,53 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     order = Order(len(train), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     require(schedule_problems(checked, num_steps))
-    return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps))
+    notes = (*template.notes(), *_unstopping_ends(train, template, folder, stops))
+    return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps), notes)
 
 
-def notes_on(order: Order | MixedOrder, num_overlong: int) -> tuple[str, ...]:
-    """Return what a person should know of the prompts."""
+def _stops(config: PPOConfig, folder: str, template: ChatTemplate) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the tokens that end a response, with which the template ends a turn among them, and notes of it."""
+    rollout, own = config.actor_rollout_ref.rollout, stop_token_ids(folder, template.tokenizer)
+    if rollout.ignore_eos:
+        return rollout.stop_token_ids, ()
+    stops = tuple(dict.fromkeys((*rollout.stop_token_ids, *own)))
+    try:
+        end = end_of_turn(template, stops)
+    except DataError as error:
+        return stops, (f"a response ends at {_named(template, stops)}: what ends a turn is unknown, for {error}",)
+    if end in stops:
+        return stops, ()
+    note = (
+        f"a response ends at {_named(template, (end,))} too, with which the chat template ends a turn: the model's "
+        f"folder has only {_named(template, own)}"
+    )
+    return (*stops, end), (note,)
+
+
+def _unstopping_ends(
+    examples: Sequence[SFTExample], template: ChatTemplate, folder: str, stops: tuple[int, ...]
+) -> Iterator[str]:
+    """Yield a note of trained turns whose end stops no engine by itself."""
+    ends = sorted({end for example in examples for end in example.ends} - set(stops))
+    if ends:
+        yield (
+            f"turns are trained to end with {_named(template, ends)}, which is no stop token of {folder} "
+            f"({_named(template, stops)}). megarl's rollouts stop there all the same; for other engines add it to "
+            "eos_token_id in generation_config.json of the folder that this run saves"
+        )
+
+
+def _named(template: ChatTemplate, token_ids: Sequence[int]) -> str:
+    tokens = template.tokenizer.convert_ids_to_tokens(list(token_ids))
+    return ", ".join(f"{token!r} ({number})" for token, number in zip(tokens, token_ids, strict=True)) or "no token"
+
+
+def notes_on(order: Order | MixedOrder, num_overlong: int, overlong: Overlong) -> tuple[str, ...]:
+    """Return what a person should know of the prompts. num_overlong: of them were too long; overlong: what then."""
     notes = []
     if num_overlong:
-        notes.append(f"left out as longer than data.max_prompt_length: {num_overlong} prompts")
+        became = "left out" if overlong == "filter" else f"cut ({overlong})"
+        notes.append(f"{became} as longer than data.max_prompt_length: {num_overlong} prompts")
     if isinstance(order, MixedOrder):
         for file in order.repeating():
             notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from megarl.algorithm.loss_specs import DemonstrationLossSpec, LossSpec
 from megarl.algorithm.needs import needs_reward_function, reward_components
 from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.samples import Samples
+from megarl.checkpoint.folder import CheckpointFolder, Kept
 from megarl.checkpoint.trainer_state import TrainerState
 from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.controller.demonstrations import (
@@ -22,12 +23,16 @@ from megarl.controller.demonstrations import (
 )
 from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.inputs import PPOInputs, SFTInputs
+from megarl.controller.non_finite import NonFinite
 from megarl.controller.observer import Observer
 from megarl.controller.publication import Publication
+from megarl.controller.report import Evaluation
+from megarl.controller.resume import Resumption
 from megarl.controller.reward_log import RewardLog
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.controller.run import Run, Schedule
 from megarl.controller.sampler import RolloutSampler
+from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
 from megarl.controller.validation import Validation
 from megarl.launchers.group import WorkerGroup
@@ -77,26 +82,33 @@ def open_run(
     rewards: RewardPool | None,
     run_dir: Path,
     values: Mapping[str, Any],
+    resumption: Resumption | None,
     observer: Observer,
 ) -> Iterator[Run[Samples]]:
-    """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: for the sinks."""
-    spec = RankSpec(inputs.roles, config.trainer.seed, engine_spec(config, inputs.roles[0]), algorithm_file)
+    """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: as shown."""
+    spec = RankSpec(
+        inputs.roles,
+        config.trainer.seed,
+        engine_spec(config, inputs.roles[0]),
+        algorithm_file,
+        resumption.on_ranks if resumption else None,
+    )
     world_size = num_ranks(config)
     num_engines = world_size // config.actor_rollout_ref.rollout.tensor_model_parallel_size
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
         sinks.stage(3, 3, f"starting {world_size} ranks and {num_engines} engines, loading weights")
         with worker_group(spec, config.trainer) as group:
             observer.opened(group)
-            yield rollout_run(config, inputs, group, rewards, sinks, run_dir, observer)
+            yield rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer)
 
 
 @contextmanager
 def open_sft_run(
-    config: SFTConfig, inputs: SFTInputs, run_dir: Path, values: Mapping[str, Any]
+    config: SFTConfig, inputs: SFTInputs, run_dir: Path, values: Mapping[str, Any], resumption: Resumption | None
 ) -> Iterator[Run[Demonstrations]]:
-    """Open an SFT run. values: of the config, for the sinks."""
-    trainer = config.trainer
-    spec, recipe = RankSpec(inputs.roles, trainer.seed), DemonstrationRecipe()
+    """Open an SFT run. values: of the config, as they are shown."""
+    trainer, recipe = config.trainer, DemonstrationRecipe()
+    spec = RankSpec(inputs.roles, trainer.seed, resumed=resumption.on_ranks if resumption else None)
     with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, ExitStack() as ranks:
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
         group, stopwatch = ranks.enter_context(worker_group(spec, trainer)), Stopwatch(told=sinks.wait_for)
@@ -107,14 +119,16 @@ def open_sft_run(
             actor=actor,
             ref=None,
             critic=None,
-            group=group,
             publication=None,
             evaluate=DemonstrationLoss(inputs.val_examples, actor, recipe),
-            state=lambda step: None,
-            schedule=Schedule(inputs.num_steps, save_freq=trainer.save_freq),
+            state=lambda step: TrainerState(step, 0, None, config=values),
+            saver=_saver(trainer, group, run_dir, sinks),
+            non_finite=_non_finite(trainer, group, run_dir, sinks, lambda state: None),
+            schedule=Schedule(inputs.num_steps, _first_step(resumption), save_freq=trainer.save_freq),
             tracker=sinks,
             run_dir=run_dir,
             stopwatch=stopwatch,
+            evaluations=_before_training(resumption),
         )
 
 
@@ -125,6 +139,8 @@ def rollout_run(
     rewards: RewardPool | None,
     tracker: Tracker,
     run_dir: Path,
+    values: Mapping[str, Any],
+    resumption: Resumption | None,
     observer: Observer,
 ) -> Run[Samples]:
     """Return an RL run on ranks that have started."""
@@ -149,7 +165,14 @@ def rollout_run(
         reward_components(config),
     )
     publication = Publication(engine, inputs.train_prompts, data.max_response_length)
-    stop_token_ids = _stop_token_ids(config, inputs)
+
+    def restore_kl(state: TrainerState) -> None:
+        assert state.kl_controller is not None
+        recipe.kl_controller = state.kl_controller
+
+    if resumption is not None:
+        restore_kl(resumption.state)
+        publication.policy_version = resumption.state.policy_version - 1  # these weights are published once more
     groups = config.algorithm.filter_groups
     return Run(
         sampler=RolloutSampler(
@@ -157,7 +180,7 @@ def rollout_run(
             inputs.order,
             engine,
             scorer,
-            _train_sampling(config, stop_token_ids),
+            _train_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             groups.max_num_gen_batches if groups.enable else 1,
             trainer.num_sampled_rollouts,
@@ -167,20 +190,22 @@ def rollout_run(
         actor=roles["actor"],
         ref=roles.get("ref"),
         critic=roles.get("critic"),
-        group=group,
         publication=publication,
         evaluate=Validation(
             inputs.val_prompts,
             data.val_batch_size,
             engine,
             scorer,
-            _val_sampling(config, stop_token_ids),
+            _val_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             trainer.num_sampled_rollouts,
         ),
-        state=lambda step: TrainerState(step, publication.policy_version, recipe.kl_controller),
+        state=lambda step: TrainerState(step, publication.policy_version, recipe.kl_controller, config=values),
+        saver=_saver(trainer, group, run_dir, tracker),
+        non_finite=_non_finite(trainer, group, run_dir, tracker, restore_kl),
         schedule=Schedule(
             inputs.num_steps,
+            _first_step(resumption),
             trainer.test_freq,
             trainer.save_freq,
             trainer.show_rollouts_freq,
@@ -189,7 +214,40 @@ def rollout_run(
         tracker=tracker,
         run_dir=run_dir,
         stopwatch=stopwatch,
+        evaluations=_before_training(resumption),
     )
+
+
+def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker: Tracker) -> Saver:
+    settings = SaveSettings(
+        models="model" in trainer.save_contents,
+        state="state" in trainer.save_contents,
+        in_background=trainer.async_save,
+        must_succeed=trainer.on_save_failure == "stop",
+        kept=Kept(trainer.keep_checkpoints, trainer.keep_best_by),
+    )
+    return Saver(group, CheckpointFolder(run_dir / "checkpoints"), settings, tracker.warn)
+
+
+def _non_finite(
+    trainer: SFTTrainerConfig,
+    group: WorkerGroup,
+    run_dir: Path,
+    tracker: Tracker,
+    restore: Callable[[TrainerState], None],
+) -> NonFinite:
+    checkpoints = CheckpointFolder(run_dir / "checkpoints")
+    return NonFinite(trainer.on_non_finite, trainer.max_non_finite_steps, group, checkpoints, restore, tracker.warn)
+
+
+def _first_step(resumption: Resumption | None) -> int:
+    return 1 if resumption is None else resumption.state.step + 1
+
+
+def _before_training(resumption: Resumption | None) -> list[Evaluation]:
+    """Return the validation before training of a run that goes on, for its report."""
+    before = None if resumption is None else resumption.state.before
+    return [] if before is None else [Evaluation(0, before, "", {})]
 
 
 def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], num_steps: int) -> Tracker:
@@ -239,10 +297,3 @@ def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Samplin
         max_tokens=config.data.max_response_length,
         stop_token_ids=stop_token_ids,
     )
-
-
-def _stop_token_ids(config: PPOConfig, inputs: PPOInputs) -> tuple[int, ...]:
-    """Return the tokens that end a response: the user's, and the tokenizer's end of sequence unless ignored."""
-    rollout, end = config.actor_rollout_ref.rollout, inputs.tokenizer.eos_token_id
-    own = () if end is None or rollout.ignore_eos else (int(end),)
-    return (*rollout.stop_token_ids, *own)

@@ -19,7 +19,7 @@ from megarl.launchers.group import WorkerGroup
 from megarl.monitor.timing import Stopwatch
 from megarl.ranks.worker import Worker
 from megarl.roles import Role
-from megarl.train.work import Micros, OptimizerStep, ScoreWork, Updated, UpdateWork, is_whole
+from megarl.train.work import SKIPPED, Micros, OptimizerStep, ScoreWork, Updated, UpdateWork, is_whole
 from megarl.types import Metrics, PolicyBatch, Sequences
 
 A = TypeVar("A")
@@ -152,7 +152,13 @@ def _merged(shares: Sequence[Metrics]) -> Metrics:
 
 
 def _means(role: str, updates: Sequence[Metrics]) -> Metrics:
-    """Return the means over the optimizer steps of an update, by names that begin with ``role``."""
-    names = sorted({name for update in updates for name in update})
-    means = {f"{role}/{name}": sum(u[name] for u in updates) / len(updates) for name in names}
-    return {**means, f"{role}/num_optimizer_steps": float(len(updates))}
+    """Return the means over the optimizer steps of an update that were taken, by names that begin with ``role``.
+
+    Where none was taken, its first step's gradient norm is all that there is to tell.
+    """
+    taken = [update for update in updates if not update.get(SKIPPED)]
+    told = taken or updates[:1]
+    names = sorted({name for update in told for name in update} - {SKIPPED})
+    means = {f"{role}/{name}": sum(u[name] for u in told) / len(told) for name in names}
+    counts = {"num_optimizer_steps": len(taken), SKIPPED: len(updates) - len(taken)}
+    return means | {f"{role}/{name}": float(number) for name, number in counts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -13,16 +13,15 @@ from torch import Tensor
 
 from megarl.algorithm.recipe import ActorLogprobs, TrainBatch, Update
 from megarl.checkpoint.trainer_state import TrainerState
+from megarl.controller.non_finite import NonFinite, skipped_roles
 from megarl.controller.publication import Publication
 from megarl.controller.report import Evaluation
 from megarl.controller.role_on_ranks import RoleOnRanks
-from megarl.launchers.group import WorkerGroup, everywhere
+from megarl.controller.saving import Saver
 from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.monitor.disk import refusals_named, write_file
 from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.ranks.work import SaveWork
-from megarl.ranks.worker import Worker
 from megarl.types import Metrics, Sequences
 
 
@@ -55,6 +54,10 @@ class Sampler(Protocol[S_co]):
         """Return some of the samples that were taken last, for people to read."""
         ...
 
+    def every_row(self) -> tuple[RolloutRow, ...]:
+        """Return all samples that were taken last."""
+        ...
+
 
 class RecipeOf(Protocol[S_contra]):
     """From samples to what is trained on; ``megarl.algorithm.recipe`` has that of rollouts."""
@@ -81,9 +84,10 @@ class RecipeOf(Protocol[S_contra]):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happens when. Frequencies are in steps; None: at the end alone."""
+    """What happens when. Frequencies are in steps; None: at the end alone. first: the step to go on with."""
 
     num_steps: int
+    first: int = 1
     test_freq: int | None = None
     save_freq: int | None = None
     show_freq: int = 1
@@ -98,8 +102,7 @@ class Schedule:
 class Run(Generic[S]):
     """A run after start-up.
 
-    publication: None where there is no engine. evaluate: of the step it is given. state: the controller's after a step,
-    None where there is none to save.
+    publication: None where there is no engine. evaluate: of the step it is given. state: the controller's after a step.
     """
 
     sampler: Sampler[S]
@@ -107,10 +110,11 @@ class Run(Generic[S]):
     actor: RoleOnRanks
     ref: RoleOnRanks | None
     critic: RoleOnRanks | None
-    group: WorkerGroup
     publication: Publication | None
     evaluate: Callable[[int], Evaluation]
-    state: Callable[[int], TrainerState | None]
+    state: Callable[[int], TrainerState]
+    saver: Saver
+    non_finite: NonFinite
     schedule: Schedule
     tracker: Tracker
     run_dir: Path
@@ -130,32 +134,34 @@ class Run(Generic[S]):
     def steps(self) -> Iterator[int]:
         """Yield every step, counted from 1; validate, save and log around them."""
         schedule, timed = self.schedule, self.stopwatch.timed
-        if schedule.val_before_train:
+        if schedule.val_before_train and schedule.first == 1:
             with timed("validate"):
                 self._evaluate(0)
             self.tracker.log(0, self._drained())
         self.stopwatch.drain()
-        for step in range(1, schedule.num_steps + 1):
+        for step in range(schedule.first, schedule.num_steps + 1):
             with timed("step"):
                 yield step
+            if skipped_roles(self._metrics):
+                self._write_rows(f"non_finite_step_{step}", step, self.sampler.every_row())
+            if self.non_finite.after(step, self._metrics):
+                self.publish(self.actor)
             is_last = step == schedule.num_steps
             if is_last or schedule.is_due(schedule.test_freq, step):
                 with timed("validate"):
                     self._evaluate(step)
             if not is_last and schedule.is_due(schedule.save_freq, step):
                 with timed("save"):
-                    self.save(f"step_{step}", step)
-            self._log(step)
+                    self._save(step, self._metrics)
+            metrics = self._log(step)
+            self.saver.poll()
         with timed("save"):
-            self.save("final", schedule.num_steps)
+            self._save(schedule.num_steps, metrics, is_last=True)
 
-    def save(self, name: str, step: int) -> None:
-        """Write checkpoints/``name`` after ``step``: the actor, and in critic/ the critic, as Hugging Face folders.
-
-        trainer_state.json has what else decides the steps that follow, but the optimizers'.
-        """
-        out = self.run_dir / "checkpoints" / name
-        everywhere(self.group, Worker.save, SaveWork(str(out), self.state(step)))
+    def _save(self, step: int, metrics: Metrics, *, is_last: bool = False) -> None:
+        """Save the run after ``step`` with the step's metrics."""
+        before = next((evaluation.value for evaluation in self.evaluations if evaluation.step == 0), None)
+        self.saver.save(replace(self.state(step), metrics=dict(metrics), before=before), is_last=is_last)
 
     def _evaluate(self, step: int) -> None:
         evaluation = self.evaluate(step)
@@ -163,14 +169,16 @@ class Run(Generic[S]):
         self._write_rows(f"val_step_{step}", step, evaluation.rows)
         self.tell(evaluation.metrics)
 
-    def _log(self, step: int) -> None:
-        """Give a step's metrics to the sinks, and its sampled rollouts to rollouts/."""
+    def _log(self, step: int) -> Metrics:
+        """Give a step's metrics to the sinks, and its sampled rollouts to rollouts/; return the metrics."""
         times = {f"time_s/{name}": seconds for name, seconds in self.stopwatch.drain().items()}
-        self.tracker.log(step, {**self._drained(), **times})
+        metrics = self._drained()
+        self.tracker.log(step, {**metrics, **times})
         rows, freq = self.sampler.sampled_rows(), self.schedule.show_freq
         self._write_rows(f"step_{step}", step, rows)
         if rows and step % freq == 1 % freq:
             self.tracker.show(rollouts_table(rows))
+        return metrics
 
     def _write_rows(self, name: str, step: int, rows: Sequence[RolloutRow]) -> None:
         """Write sampled rollouts to rollouts/``name``.jsonl, where there are any."""

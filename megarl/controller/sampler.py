@@ -38,6 +38,7 @@ class RolloutSampler:
     num_rows: int
     stopwatch: Stopwatch
     _rows: tuple[RolloutRow, ...] = ()
+    _taken: tuple[Sequence[Prompt], Sequence[Group], Rewards] | None = None
 
     def take(self, step: int) -> Samples:
         """Return the rollouts of a step, counted from 1, with their rewards."""
@@ -53,6 +54,7 @@ class RolloutSampler:
             with self.stopwatch.timed("resample"):
                 prompts, groups, rewards = self._with_spread(step, prompts, groups, rewards)
         self._rows = self.scorer.rows(prompts, groups, rewards, self.num_rows)
+        self._taken = (prompts, groups, rewards)
         batch = rollouts_to_batch([p.token_ids for p in prompts], groups)
         return Samples(tuple(prompts), tuple(groups), rewards, batch, baseline_B)
 
@@ -63,6 +65,14 @@ class RolloutSampler:
     def sampled_rows(self) -> tuple[RolloutRow, ...]:
         """Return the first rollout of some of the prompts that were taken last."""
         return self._rows
+
+    def every_row(self) -> tuple[RolloutRow, ...]:
+        """Return all rollouts that were taken last."""
+        if self._taken is None:
+            return ()
+        prompts, groups, rewards = self._taken
+        alone = [(prompt, (rollout,)) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
+        return self.scorer.rows([p for p, _ in alone], [g for _, g in alone], rewards, len(alone))
 
     def _generate(
         self, prompts: Sequence[Prompt], step: int, attempt: int, places: Sequence[int]

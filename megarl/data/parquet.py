@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from megarl.errors import DataError, nearest
 
+_BATCH_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,7 +41,7 @@ class Row:
 
 
 def read_rows(files: Sequence[str], required: Mapping[str, str], optional: Sequence[str] = ()) -> Iterator[Row]:
-    """Yield the rows of several files, one row group in memory at a time.
+    """Yield the rows of several files, some hundred in memory at a time.
 
     required: the columns that must be there, each with a phrase that tells the user where its name comes from.
     An absent optional column is None in every row. Raises DataError before the first row of a file is yielded.
@@ -96,10 +98,38 @@ def _rows_of(file: str, place: int, parquet: pq.ParquetFile, present: list[str],
     nothing = dict.fromkeys(absent)
     index = 0
     for group in range(parquet.num_row_groups):
+        for batch in _batches(file, parquet, group, present):
+            for values in _python_rows(file, place, group, index, batch):
+                yield Row(file, place, group, index, {**values, **nothing})
+                index += 1
+
+
+def _batches(file: str, parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield a row group in parts: arrow can't hold more than 2 GiB of nested strings in one piece."""
+    try:
+        yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _python_rows(file: str, place: int, group: int, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch as dicts, maps in them too. first: the number of its first row in the file."""
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+        return
+    except _UNREADABLE_VALUES:
+        pass  # of some row, found one by one
+    for number in range(batch.num_rows):
+        row = Row(file, place, group, first + number, {})
         try:
-            rows = parquet.read_row_group(group, columns=present).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from error
-        for values in rows:
-            yield Row(file, place, group, index, {**values, **nothing})
-            index += 1
+            [values] = batch.slice(number, 1).to_pylist(maps_as_pydicts="strict")
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start} of {error.object[:40]!r}"
+            raise row.error(f"a text is not UTF-8: {where}. fix: write the file from decoded text") from error
+        except _UNREADABLE_VALUES as error:
+            raise row.error(f"a value can't be read: {error}") from error
+        yield values
+
+
+# Text that isn't UTF-8, a map that has a key twice, a date that Python can't name.
+_UNREADABLE_VALUES = (ValueError, KeyError, OverflowError)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from megarl.data.chat import encode_prompt
-from megarl.data.messages import row_messages
+from megarl.data.messages import TOOLS, row_chat
 from megarl.data.parquet import Row, read_rows
+from megarl.data.template import ChatTemplate
 from megarl.errors import DataError
 from megarl.types import Prompt
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+Overlong = Literal["filter", "error", "left", "right", "middle"]
 
 _REWARD_COLUMN = "the reward needs it; `python -m megarl.data.prepare --help` lists data sets that are written with it"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one or several files, in file order. num_overlong: how many were left out as too long.
+    """The prompts of one or several files, in file order. num_overlong: how many were too long, and left out or cut.
 
     file_sizes: prompts of each file.
     """
@@ -52,31 +51,33 @@ def prompt_columns(prompt_key: str) -> dict[str, str]:
 
 def load_prompts(
     files: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     *,
     prompt_key: str,
     max_prompt_length: int,
-    overlong: Literal["filter", "error"],
+    overlong: Overlong,
 ) -> PromptSet:
     """Read, check and tokenize the prompts of several parquet files.
 
     prompt_key: the column with chat messages or a string. max_prompt_length: in tokens, template included. A longer
-    prompt is left out and counted (``filter``) or is an error. Raises DataError on any row that can't be used, and if
-    no prompt is left.
+    prompt is left out and counted (``filter``), is an error, or loses its ``left``, ``right`` or ``middle``. Raises
+    DataError on any row that can't be used, and if no prompt is left.
     """
     required = prompt_columns(prompt_key)
     prompts: list[Prompt] = []
     num_overlong = 0
     sizes = [0] * len(files)
-    for row in read_rows(files, required, optional=("extra_info",)):
-        prompt = _prompt(row, tokenizer, prompt_key)
-        if len(prompt.token_ids) <= max_prompt_length:
-            prompts.append(prompt)
-            sizes[row.place] += 1
-        elif overlong == "error":
-            raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
-        else:
+    for row in read_rows(files, required, optional=("extra_info", TOOLS)):
+        prompt = _prompt(row, template, prompt_key)
+        if len(prompt.token_ids) > max_prompt_length:
+            if overlong == "error":
+                raise row.error(_overlong_text(len(prompt.token_ids), max_prompt_length))
             num_overlong += 1
+            if overlong == "filter":
+                continue
+            prompt = _cut(prompt, template, max_prompt_length, overlong)
+        prompts.append(prompt)
+        sizes[row.place] += 1
     if not prompts:
         raise DataError(_nothing_left_text(files, num_overlong, max_prompt_length))
     return PromptSet(tuple(prompts), num_overlong, tuple(sizes))
@@ -84,18 +85,26 @@ def load_prompts(
 
 def row_facts(row: Row, prompt_key: str) -> RowFacts:
     """Return the facts of a row whose prompt has messages. Raises DataError for one that can't be used."""
-    row_messages(row, prompt_key)
+    row_chat(row, prompt_key)
     _extra_info(row)
     return RowFacts(row.origin, _data_source(row), _ground_truth(row))
 
 
-def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, prompt_key: str) -> Prompt:
-    messages = row_messages(row, prompt_key)
+def _prompt(row: Row, template: ChatTemplate, prompt_key: str) -> Prompt:
+    chat = row_chat(row, prompt_key)
     try:
-        text, token_ids = encode_prompt(tokenizer, messages)
+        text, token_ids = template.prompt(chat)
     except DataError as error:
         raise row.error(str(error)) from error
     return Prompt(row.uid, token_ids, text, _data_source(row), _ground_truth(row), _extra_info(row), row.origin)
+
+
+def _cut(prompt: Prompt, template: ChatTemplate, max_tokens: int, where: Literal["left", "right", "middle"]) -> Prompt:
+    """Return a prompt without the tokens that are too many, and the text that is left."""
+    num_first = {"left": 0, "right": max_tokens, "middle": max_tokens // 2}[where]
+    first = prompt.token_ids[:num_first]
+    kept = (*first, *prompt.token_ids[len(prompt.token_ids) - (max_tokens - num_first) :])
+    return replace(prompt, token_ids=kept, text=template.tokenizer.decode(list(kept)))
 
 
 def _data_source(row: Row) -> str:
@@ -132,7 +141,7 @@ def _extra_info(row: Row) -> Mapping[str, object]:
 def _overlong_text(num_tokens: int, max_prompt_length: int) -> str:
     return (
         f"the prompt has {num_tokens} tokens; data.max_prompt_length = {max_prompt_length}. "
-        f"fix: raise data.max_prompt_length, or data.overlong_prompts=filter"
+        f"fix: raise data.max_prompt_length, or data.overlong_prompts=filter, left, right or middle"
     )
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from megarl.data.chat import encode_example
-from megarl.data.messages import row_messages
+from megarl.data.messages import TOOLS, row_chat
 from megarl.data.parquet import Row, read_rows
+from megarl.data.template import ChatTemplate
+from megarl.data.turns import Masking, encode_example
 from megarl.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,17 @@ class SFTExample:
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The last tokens of the trained turns."""
+        trained = zip(self.token_ids, self.loss_mask, (*self.loss_mask[1:], False), strict=True)
+        return frozenset(token for token, is_trained, is_next in trained if is_trained and not is_next)
+
 
 def load_sft_examples(
     files: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    masking: Masking,
     *,
     messages_key: str,
     max_length: int,
@@ -37,8 +42,8 @@ def load_sft_examples(
     it would lack the end-of-turn token. Raises DataError on any row that can't be used, and if no example is left.
     """
     examples = []
-    for row in read_rows(files, {messages_key: f"data.messages_key = {messages_key!r}"}):
-        example = _example(row, tokenizer, messages_key)
+    for row in read_rows(files, {messages_key: f"data.messages_key = {messages_key!r}"}, optional=(TOOLS,)):
+        example = _example(row, template, masking, messages_key)
         if len(example.token_ids) <= max_length:
             examples.append(example)
         elif overlong == "error":
@@ -51,9 +56,9 @@ def load_sft_examples(
     return tuple(examples)
 
 
-def _example(row: Row, tokenizer: PreTrainedTokenizerBase, messages_key: str) -> SFTExample:
-    messages = row_messages(row, messages_key)
+def _example(row: Row, template: ChatTemplate, masking: Masking, messages_key: str) -> SFTExample:
+    chat = row_chat(row, messages_key)
     try:
-        return SFTExample(*encode_example(tokenizer, messages))
+        return SFTExample(*encode_example(template, chat, masking))
     except DataError as error:
         raise row.error(str(error)) from error

@@ -115,8 +115,7 @@ def _minus_one_is_null(value: Any, run: Settings, key: str) -> Any:
 def _overlong_prompts(value: Any, run: Settings, key: str) -> Any:
     if run("data.filter_overlong_prompts"):
         return "filter"
-    how = run("data.truncation", "error")
-    return "error" if how == "error" else Noted("filter", f"longer prompts are left out, not cut ({how})")
+    return run("data.truncation", "error")
 
 
 def _warmup(role: str) -> Converter:
@@ -302,6 +301,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "actor_warmup_ratio": _warmup_ratio(ACTOR),
     "aggregation": _aggregation,
     "bypass_loss": _bypass_loss,
+    "chat_template_kwargs": _unless(None, why="no arguments"),
     "clip_ratio": lambda value, run, key: Unused("verl clips at clip_ratio_low and clip_ratio_high, 0.2 unless set"),
     "critic_optimizer_offload": _optimizer_offload("critic"),
     "critic_precision_aware": _precision_aware("critic"),

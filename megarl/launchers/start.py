@@ -60,6 +60,14 @@ def end_process(code: int) -> None:
     os._exit(code)
 
 
+def dismiss_ranks() -> None:
+    """Let the ranks go that wait for a run under torchrun: there is none."""
+    if placed_rank() is not None:
+        from megarl.launchers.torchrun_group import TorchrunGroup
+
+        TorchrunGroup.joined(None)
+
+
 @contextmanager
 def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGroup]:
     """Start all ranks of a run, as they were placed or on Ray, and end them afterwards."""
@@ -67,7 +75,9 @@ def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGr
     if placed_rank() is not None:
         from megarl.launchers.torchrun_group import TorchrunGroup
 
-        group = TorchrunGroup(spec)
+        joined = TorchrunGroup.joined(spec)
+        assert joined is not None
+        group = joined
     else:
         from megarl.launchers.ray_group import RayGroup
 

@@ -53,7 +53,9 @@ class _Call:
 def serve() -> None:
     """Be a rank other than 0 until the run ends. A failure ends the process, and torchrun the others."""
     try:
-        TorchrunGroup(None).serve()
+        group = TorchrunGroup.joined(None)
+        if group is not None:
+            group.serve()
     except MegarlError as error:
         print(f"{type(error).__name__} on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: a peer inside a collective must see the connection close
@@ -66,17 +68,21 @@ class TorchrunGroup:
     from rank to rank. Answers other than None come back one by one.
     """
 
-    def __init__(self, spec: RankSpec | None) -> None:
+    def __init__(self, worker: Worker, control: dist.ProcessGroup) -> None:
+        self.worker, self.control = worker, control
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.waiting: deque[_Answers[Any]] = deque()
+
+    @classmethod
+    def joined(cls, spec: RankSpec | None) -> TorchrunGroup | None:
+        """Join the other ranks; return the group once all have started, None where rank 0 has no run for them."""
         with _failures_named("the start"):
             platform = join_ranks()
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             # Calls travel in a group of their own, apart from the collectives of models and engine.
-            self.control = dist.new_group(backend="gloo", timeout=_FOREVER)
+            control = dist.new_group(backend="gloo", timeout=_FOREVER)
             specs = [spec]
-            dist.broadcast_object_list(specs, src=0, group=self.control)
-            assert specs[0] is not None
-            self.worker = start_worker(specs[0], platform)
-        self.waiting: deque[_Answers[Any]] = deque()
+            dist.broadcast_object_list(specs, src=0, group=control)
+            return None if specs[0] is None else cls(start_worker(specs[0], platform), control)
 
     def submit(self, verb: Callable[[Worker, A], T], arguments: Sequence[A]) -> _Answers[T]:
         """Have every rank run ``verb``, as WorkerGroup says; this one does when the answers are asked for."""

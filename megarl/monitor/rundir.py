@@ -52,14 +52,20 @@ _WRITTEN = frozenset(
 
 @contextmanager
 def run_folder(
-    path: Path, config: Mapping[str, object], overrides: Sequence[str], model_key: str = "model.path"
+    path: Path,
+    config: Mapping[str, object],
+    overrides: Sequence[str],
+    model_key: str = "model.path",
+    *,
+    may_go_on: bool = False,
 ) -> Iterator[Path]:
     """Yield the folder of a new run, with config.yaml, overrides.yaml and environment.txt in it.
 
     It belongs to this run until the end of the block; no other takes it meanwhile. One with megarl's own name
     (``run_<time>``) that is taken gets a number. In one that the user named, what a start left that finished no step
     is moved to earlier_starts/. config: resolved, of plain dicts, lists and scalars. overrides: as typed on the command
-    line. model_key: of the model that another run would start from; an interrupt gets a note that names it.
+    line. model_key: of the model that another run would start from; an interrupt gets a note that names it. may_go_on:
+    whether a folder with checkpoints is taken as it is, for the run in it to go on.
 
     Raises: ConfigError where the path can't be a folder, has files of something else or of a run that finished a step,
     or is another run's; ResourceError where the disk refuses it.
@@ -67,7 +73,8 @@ def run_folder(
     is_named = any(override.lstrip("+").startswith("trainer.run_dir=") for override in overrides)
     path, lock = _claim(path, may_be_numbered=bool(_OWN_NAME.fullmatch(path.name)) and not is_named)
     try:
-        _move_earlier_start(path)
+        if not (may_go_on and _last_checkpoint(path)):
+            _move_earlier_start(path)
         write_file(path / "config.yaml", as_yaml(config, overrides))
         write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
         write_file(path / "environment.txt", describe_environment())
@@ -101,11 +108,19 @@ def last_step(path: Path) -> int:
     return max((int(json.loads(line)["step"]) for line in lines), default=0)
 
 
+def forget_later_steps(path: Path, step: int) -> None:
+    """Leave the metrics of the first steps up to ``step`` alone in metrics.jsonl: a run goes on after it."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+    write_file(file, "".join(line for line in lines if int(json.loads(line)["step"]) <= step))
+
+
 def _last_checkpoint(path: Path) -> Path | None:
-    """Return the newest checkpoint that is whole."""
-    folder = path / "checkpoints"
-    whole = [p for p in folder.iterdir() if p.suffix != ".partial"] if folder.is_dir() else []
-    return max(whole, key=lambda p: p.stat().st_mtime, default=None)
+    """Return the checkpoint of the last step that has one."""
+    return max((path / "checkpoints").glob("step_*[0-9]"), key=lambda p: int(p.name.partition("_")[2]), default=None)
 
 
 def _claim(path: Path, may_be_numbered: bool) -> tuple[Path, int]:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmSpec
+from megarl.train.held_state import UpdateCounts
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that ranks go on from, and the updates of each role there."""
+
+    folder: str
+    updates: Mapping[str, UpdateCounts]
 
 
 @dataclass(frozen=True)
 class RankSpec:
     """A run as every rank needs to know it, the same on all.
 
-    engine: None where nothing is generated. algorithm_file: the user's own losses. Paths are absolute.
+    engine: None where nothing is generated. algorithm_file: the user's own losses. resumed: None at a run's start.
+    Paths are absolute.
     """
 
     roles: tuple[Role, ...]
     seed: int
     engine: VllmSpec | None = None
     algorithm_file: str | None = None
+    resumed: Resumed | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.checkpoint.trainer_state import TrainerState
 from megarl.types import GenerationRequest, Sampling
 
 
@@ -18,7 +17,12 @@ class GenerateWork:
 
 @dataclass(frozen=True)
 class SaveWork:
-    """Where to write the models, and the state of the controller beside them, None where there is none."""
+    """What to write into ``folder``, which is there: models as Hugging Face folders, and what a run goes on from.
 
-    out: str
-    state: TrainerState | None = None
+    in_background: whether the ranks go on while the state is written.
+    """
+
+    folder: str
+    models: bool
+    state: bool
+    in_background: bool

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.algorithm.user_file import load_user_file
-from megarl.checkpoint.trainer_state import write_trainer_state
-from megarl.checkpoint.whole_folder import whole_folder
+from megarl.checkpoint.rank_save import RankSave, SavedPart, restore_random_states
+from megarl.checkpoint.role_files import SavedRole
+from megarl.errors import ResourceError
 from megarl.ranks.publish import Publisher
-from megarl.ranks.spec import RankSpec
+from megarl.ranks.spec import RankSpec, Resumed
 from megarl.ranks.work import GenerateWork, SaveWork
 from megarl.roles import Role
 from megarl.rollout.engine import RolloutEngine
@@ -58,14 +59,18 @@ class Worker:
         if spec.algorithm_file is not None:
             load_user_file(spec.algorithm_file)
         self.roles: dict[str, RoleOnRank] = {}
+        self.device = device
+        self.saving: RankSave | SavedPart | None = None
         for role in spec.roles:
-            self.roles[role.name] = KINDS[role.name](backend_of(role, weights_of(role, spec.seed), device))
+            self.roles[role.name] = KINDS[role.name](_backend(role, spec, device))
         self.engine: RolloutEngine | None = None
         self.publisher: Publisher | None = None
         if spec.engine is not None:
             self.engine = VllmEngine(spec.engine)
             actor = self.roles["actor"].backend
             self.publisher = Publisher(actor, self.engine, spec.engine.tensor_parallel_size)
+        if spec.resumed is not None:
+            restore_random_states(Path(spec.resumed.folder))
 
     def score(self, work: ScoreWork) -> Tensor | None:
         """Return a role's numbers of this data-parallel rank's rows, on the rank that reports them."""
@@ -97,19 +102,45 @@ class Worker:
         self.engine.sleep()
 
     def save(self, work: SaveWork) -> None:
-        """Write the actor as a Hugging Face folder, with the critic in critic/, and the controller's state."""
-        with whole_folder(Path(work.out)) as folder:
-            for name, role in self.roles.items():
-                if isinstance(role, Actor | Critic):
-                    out = folder if name == "actor" else folder / name
-                    role.backend.export(out, Path(role.backend.role.model.here()))
-            if work.state is not None and dist.get_rank() == 0:
-                write_trainer_state(folder, work.state)
+        """Write the roles that are trained: the actor's model into the folder itself, any other's into its own."""
+        folder = Path(work.folder)
+        trained = {name: role.backend for name, role in self.roles.items() if role.backend.role.is_trained}
+        try:
+            for name, backend in trained.items():
+                backend.export(folder if name == "actor" else folder / name, weights=work.models)
+        except ResourceError as error:  # on all ranks: the run may go on
+            self.saving = SavedPart(failure=str(error))
+            return
+        stateful = trained if work.state else {}
+        self.saving = RankSave(folder, stateful, self.device, in_background=work.in_background)
+
+    def saved(self, must_end: bool) -> SavedPart | None:
+        """Return what this rank has saved; None as long as it is written, unless it ``must_end``."""
+        if isinstance(self.saving, SavedPart):
+            return self.saving
+        assert self.saving is not None
+        return self.saving.result() if must_end or self.saving.is_done() else None
+
+    def load(self, resumed: Resumed) -> None:
+        """Take up weights and optimizers of a checkpoint again."""
+        for name, counts in resumed.updates.items():
+            self.roles[name].backend.load(SavedRole(Path(resumed.folder), name), counts)
 
     def shutdown(self, _: None) -> None:
         """Release the engine."""
         if self.engine is not None:
             self.engine.shutdown()
+
+
+def _backend(role: Role, spec: RankSpec, device: torch.device) -> Backend:
+    """Return the backend of a role, with the weights and the state that the run starts or goes on from."""
+    counts = None if spec.resumed is None else spec.resumed.updates.get(role.name)
+    if spec.resumed is None or counts is None:
+        return backend_of(role, weights_of(role, spec.seed), device)
+    saved = SavedRole(Path(spec.resumed.folder), role.name)
+    backend = backend_of(role, saved, device)
+    backend.load(saved, counts)
+    return backend
 
 
 def weights_of(role: Role, seed: int) -> TensorSource:

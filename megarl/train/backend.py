@@ -5,7 +5,7 @@ Shape suffixes: N predicted tokens of a micro-batch that count, R rows of a micr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from megarl.batching.pack import MicroBatch
     from megarl.roles import Role
+    from megarl.train.held_state import Held, SavedState, UpdateCounts
     from megarl.types import Metrics, Sequences
     from megarl.weights.shard import Peers
 
@@ -110,9 +111,21 @@ class Backend(Protocol):
         """Return this rank's parameters by the names of its shards. They can be used while they are resident."""
         ...
 
-    def export(self, out: Path, template: Path) -> None:
-        """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder ``template``.
+    def held(self) -> Iterator[Held]:
+        """Yield what this rank's optimizer steps. It can be read while ``updating``."""
+        ...
 
-        Raises ResourceError on every rank where the disk is too small.
+    def counts(self) -> UpdateCounts:
+        """Return how many updates the role took, as UpdateCounts."""
+        ...
+
+    def load(self, saved: SavedState, counts: UpdateCounts) -> None:
+        """Go on from weights and moments that were saved, and from ``counts``."""
+        ...
+
+    def export(self, out: Path, *, weights: bool = True) -> None:
+        """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder that it started from.
+
+        weights: whether the weights are in it. Raises ResourceError on every rank where the disk is too small.
         """
         ...

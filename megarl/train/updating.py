@@ -6,17 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megarl.errors import WorkerError
 from megarl.train.backend import Backend, Loss, Skipped
-from megarl.train.work import OptimizerStep, UpdateWork
+from megarl.train.work import SKIPPED, OptimizerStep, UpdateWork
 from megarl.types import Metrics
 
 
 def take_steps(backend: Backend, work: UpdateWork, loss_of: Callable[[OptimizerStep], Loss]) -> tuple[Metrics, ...]:
-    """Take every optimizer step of ``work``; return the metrics of each.
-
-    Raises WorkerError where a gradient isn't finite.
-    """
+    """Take every optimizer step of ``work``; return the metrics of each: of one that was skipped, its gradient norm."""
     with backend.updating():
         return tuple(_take(backend, work, step, loss_of(step)) for step in work.steps)
 
@@ -24,12 +20,7 @@ def take_steps(backend: Backend, work: UpdateWork, loss_of: Callable[[OptimizerS
 def _take(backend: Backend, work: UpdateWork, step: OptimizerStep, loss: Loss) -> Metrics:
     micros = backend.pack(work.batch, step.micro_batches)
     told = backend.step(micros, loss, step.num_rollouts)
-    if isinstance(told, Skipped):
-        raise WorkerError(
-            f"the gradient norm of the {work.role} is {told.grad_norm}: this optimizer step was not taken. Lower "
-            "optim.lr, raise lr_scheduler.warmup_steps, or look for non-finite rewards and log-probs in metrics.jsonl"
-        )
-    return told
+    return {"grad_norm": told.grad_norm, SKIPPED: 1.0} if isinstance(told, Skipped) else told
 
 
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,9 +18,13 @@ Micros = tuple[tuple[int, ...], ...]
 """Row indices of every micro-batch."""
 
 
+SKIPPED = "num_skipped"
+"""The metric of optimizer steps that were not taken, since their gradient isn't finite or is too large."""
+
+
 def is_whole(metric: str) -> bool:
     """Whether every rank has the whole number; all other metrics of a rank are its share of a sum over all of them."""
-    return metric in ("grad_norm", "lr") or metric.startswith("moe/")
+    return metric in ("grad_norm", "lr", SKIPPED) or metric.startswith("moe/")
 
 
 @dataclass(frozen=True)

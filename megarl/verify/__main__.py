@@ -31,9 +31,11 @@ usage: python -m megarl.verify [--layouts all|quick|NAME,...] [--max-ranks N] [-
   --minutes N              begin with no layout later than so many minutes after the first; the page says how many were
                            left out
   --out FILE               where the page goes; default docs/parity.md, or stdout where there is no folder docs
-  --logprob-tolerance X    largest absolute difference of a log-prob in float32; default 2e-5
-  --bf16-tolerance X       largest mean difference in bfloat16, times Hugging Face's own; default 2
-  --training-tolerance X   largest relative difference of losses and gradient norms; default 1e-5
+  --logprob-tolerance X    largest error of a log-prob in float32, times Hugging Face's own; default 4
+  --bf16-tolerance X       mean error of a log-prob in bfloat16, times Hugging Face's own; default 2
+  --training-tolerance X   difference of loss and gradient norm of the first optimizer step, times the error of
+                           Hugging Face's log-probs and of its gradient; default 4
+  --later-tolerance X      difference of the losses of later steps, times the error of a log-prob; default 20
   --timeout SECONDS        for one layout; default 600
 
 Exit code 0 where everything is within tolerance, 1 where something isn't, 2 for a mistake in the command."""
@@ -63,9 +65,10 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--engine", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--out")
-    parser.add_argument("--logprob-tolerance", type=float, default=2e-5)
-    parser.add_argument("--bf16-tolerance", type=float, default=2.0)
-    parser.add_argument("--training-tolerance", type=float, default=1e-5)
+    parser.add_argument("--logprob-tolerance", type=float, default=Tolerances.logprobs)
+    parser.add_argument("--bf16-tolerance", type=float, default=Tolerances.bf16)
+    parser.add_argument("--training-tolerance", type=float, default=Tolerances.training)
+    parser.add_argument("--later-tolerance", type=float, default=Tolerances.later)
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--help", "-h", action="store_true")
     flags = parser.parse_args(list(arguments))
@@ -76,6 +79,7 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
             ("--logprob-tolerance", flags.logprob_tolerance, flags.logprob_tolerance >= 0, "at least 0"),
             ("--bf16-tolerance", flags.bf16_tolerance, flags.bf16_tolerance >= 0, "at least 0"),
             ("--training-tolerance", flags.training_tolerance, flags.training_tolerance >= 0, "at least 0"),
+            ("--later-tolerance", flags.later_tolerance, flags.later_tolerance >= 0, "at least 0"),
             ("--timeout", flags.timeout, flags.timeout > 0, "greater than 0"),
             ("--minutes", flags.minutes, flags.minutes > 0, "greater than 0"),
         ]
@@ -117,7 +121,9 @@ def _verify(flags: argparse.Namespace, models: Sequence[Subject], arguments: Seq
         done.append(row)
         print(line_of(row, len(done), count), flush=True)
 
-    tolerances = Tolerances(flags.logprob_tolerance, flags.bf16_tolerance, flags.training_tolerance)
+    tolerances = Tolerances(
+        flags.logprob_tolerance, flags.bf16_tolerance, flags.training_tolerance, flags.later_tolerance
+    )
     with tempfile.TemporaryDirectory(prefix="megarl_verify_") as scratch:
         suite = Suite(layouts, tolerances, with_engine, Path(scratch), flags.timeout, 60 * flags.minutes)
         rows, references = verify(suite, report)

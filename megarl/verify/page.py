@@ -12,10 +12,11 @@ from megarl.verify.figures import (
     BF16,
     CHECKS,
     DISTRIBUTED_GRAD_NORM,
-    DISTRIBUTED_LOSS,
+    DISTRIBUTED_LATER_LOSSES,
     ENGINE,
     EXPORT,
     GRAD_NORM,
+    LATER_LOSSES,
     LOGPROBS,
     LOSS,
     Row,
@@ -62,9 +63,12 @@ class Page:
 
     def _section(self, subject: Subject) -> Iterable[str]:
         rows = [row for row in self.rows if row.model == subject.name]
-        reference = self.references[subject.name]
+        noise = self.references[subject.name].noise
         yield from ("", f"## {subject.name}", "", f"{subject.describe()}.")
-        yield f"Hugging Face's own mean error in bfloat16, the measure of that column: {reference.hf_bf16:.1e}."
+        yield (
+            f"Hugging Face's own errors, the measure of the columns: log-probs {noise.logprobs:.1e}, the largest; "
+            f"gradient {noise.gradient:.1e}, relative; bf16 log-probs {noise.bf16:.1e}, the mean."
+        )
         yield from ("", f"| layout | ranks | {' | '.join(CHECKS)} |", f"|---|---|{'---|' * len(CHECKS)}")
         for row in rows:
             cells = [str(row.figures[check]) if check in row.figures else "" for check in CHECKS]
@@ -105,17 +109,25 @@ def _versions() -> list[str]:
 
 
 def _explanation(tolerances: Tolerances) -> list[str]:
-    training = f"relative, against one rank with a replicated optimizer. Tolerance {tolerances.training:g}."
+    alone = "against one rank with a replicated optimizer"
     return [
-        "Every rank is a process of its own. Largest differences, the tolerance included in `OVER` where one is over:",
+        "Every rank is a process of its own. A tolerance is a multiple of the error that Hugging Face's own eager "
+        "model makes: in float32 against float64, and in bfloat16 against float32 with the same rounded weights. So a "
+        "deep model is allowed what its depth costs anyone. Largest differences, the tolerance included in `OVER` "
+        "where one is over:",
         "",
-        f"- {LOGPROBS}: of every token, absolute, float32 against Hugging Face's eager model. Tolerance "
-        f"{tolerances.logprobs:g}.",
+        f"- {LOGPROBS}: of every token, absolute, float32 against Hugging Face's float64. Tolerance "
+        f"{tolerances.logprobs:g} x the largest error of Hugging Face's float32.",
         f"- {BF16}: the same model rounded to bfloat16 and computed in it, against the rounded one computed in "
         f"float32; mean. Tolerance {tolerances.bf16:g} x the mean that Hugging Face's own bfloat16 has.",
-        f"- {LOSS}, {GRAD_NORM}: of three optimizer steps of PPO with entropy and KL, and where there are experts with "
-        f"load balancing and z-loss, {training}",
-        f"- {DISTRIBUTED_LOSS}, {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer.",
+        f"- {LOSS}, {GRAD_NORM}: of the first optimizer step of PPO with entropy and KL, and where there are experts "
+        f"with load balancing and z-loss, {alone}. The loss absolute, tolerance {tolerances.training:g} x the error of "
+        f"a log-prob; the norm relative, tolerance {tolerances.training:g} x the error of Hugging Face's gradient.",
+        f"- {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer.",
+        f"- {LATER_LOSSES}, {DISTRIBUTED_LATER_LOSSES}: of the two steps after it, absolute, {alone}. They prove that "
+        "the optimizer moved every weight, and what it remembers, as on one rank. They prove fewer digits than the "
+        "first, since Adam divides by gradients next to zero and so amplifies rounding. Tolerance "
+        f"{tolerances.later:g} x the error of a log-prob.",
         f"- {EXPORT}: tensors of a Hugging Face folder that was loaded and exported, equal to the bit.",
         f"- {ENGINE}: greedy tokens of vLLM after a publish, equal to Hugging Face's with the exported weights. Of few "
         "layouts for each model, since engines are started for it.",

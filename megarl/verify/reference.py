@@ -1,11 +1,12 @@
-"""What megarl has to equal: Hugging Face's eager model in float32 on CPU, one sequence at a time.
+"""What megarl has to equal: Hugging Face's eager model on CPU, one sequence at a time, and how exact that one is.
 
 Shape suffixes: B rollouts, S sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megarl.batching.pack import sequences_to_batch
 from megarl.types import PolicyBatch, Sequences
@@ -26,20 +28,35 @@ TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Errors of Hugging Face's own, by which those of any layout are measured.
+
+    logprobs: the largest error of a log-prob in float32, absolute. gradient: that of a policy gradient in float32, as a
+    vector, relative. bf16: the mean error of a log-prob in bfloat16. All are what float64 says, but for the last: it is
+    from float32 with weights rounded to bfloat16.
+    """
+
+    logprobs: float
+    gradient: float
+    bf16: float
+
+
+@dataclass(frozen=True)
 class Reference:
     """A model's folder, what it is asked, and what Hugging Face says of it.
 
     everything: counts every token but the first of each row. rollouts: the same tokens as rollouts of a policy close to
-    the model. logprobs_BS: of everything. rounded_logprobs_BS: with the weights rounded to bfloat16, in float32.
-    hf_bf16: the mean difference between those and what Hugging Face says when it computes in bfloat16.
+    the model. logprobs_BS: of everything. exact_logprobs_BS: in float64. rounded_logprobs_BS: with the weights rounded
+    to bfloat16, in float32.
     """
 
     folder: Path
     everything: Sequences
     rollouts: PolicyBatch
     logprobs_BS: Tensor
+    exact_logprobs_BS: Tensor
     rounded_logprobs_BS: Tensor
-    hf_bf16: float
+    noise: Noise
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -49,8 +66,22 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", trust_remote_code=False
     ).eval()
+
+
+class _InFloat64(TorchFunctionMode):
+    """Computes in float64 what a model asks for in float32: norms, softmax and logits of Hugging Face's do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return (Tensor.double if func is Tensor.float else func)(*map(_widened, args), **named)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 @torch.no_grad()
@@ -61,10 +92,6 @@ def make_reference(folder: Path, vocab_size: int, num_rows: int = len(LENGTHS)) 
     everything = with_every_token(trained_on)
     model = load(folder)
     logprobs_BS = hf_logprobs_BS(model, everything, TEMPERATURE)
-    for parameter in model.parameters():
-        parameter.copy_(parameter.bfloat16())
-    rounded_BS = hf_logprobs_BS(model, everything, TEMPERATURE)
-    in_bf16_BS = hf_logprobs_BS(load(folder, torch.bfloat16), everything, TEMPERATURE)
 
     def near_logprobs_BS() -> Tensor:
         noise_BS = 0.2 * torch.randn(logprobs_BS.shape, generator=generator)
@@ -76,8 +103,42 @@ def make_reference(folder: Path, vocab_size: int, num_rows: int = len(LENGTHS)) 
         ref_logprobs_BS=near_logprobs_BS(),
         advantages_BS=torch.randn(logprobs_BS.shape, generator=generator) * trained_on.mask_BS,
     )
-    hf_bf16 = mean_difference(in_bf16_BS, rounded_BS, everything)
-    return Reference(folder, everything, rollouts, logprobs_BS, rounded_BS, hf_bf16)
+    exact_BS, gradient_error = _compare_with_float64(model, folder, everything, rollouts)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    rounded_BS = hf_logprobs_BS(model, everything, TEMPERATURE)
+    in_bf16_BS = hf_logprobs_BS(load(folder, torch.bfloat16), everything, TEMPERATURE)
+    noise = Noise(
+        float((logprobs_BS - exact_BS).abs().max()),
+        gradient_error,
+        mean_difference(in_bf16_BS, rounded_BS, everything),
+    )
+    return Reference(folder, everything, rollouts, logprobs_BS, exact_BS, rounded_BS, noise)
+
+
+def _compare_with_float64(
+    model: Any, folder: Path, everything: Sequences, rollouts: PolicyBatch
+) -> tuple[Tensor, float]:
+    """Return log-probs in float64, and how far the gradient of ``model`` is from that in float64, relative to it."""
+    exact = load(folder, torch.float64)
+    with _InFloat64():
+        exact_BS = hf_logprobs_BS(exact, everything, TEMPERATURE)
+        _differentiate(exact, rollouts)
+    _differentiate(model, rollouts)
+    error = norm = 0.0
+    for near, right in zip(model.parameters(), exact.parameters(), strict=True):
+        if right.grad is not None:  # an expert that no token takes has none
+            error += float((near.grad - right.grad).square().sum())
+            norm += float(right.grad.square().sum())
+    model.zero_grad()
+    return exact_BS, math.sqrt(error / norm)
+
+
+@torch.enable_grad()
+def _differentiate(model: Any, rollouts: PolicyBatch) -> None:
+    """Leave the policy gradient of ``rollouts`` on the parameters."""
+    gains_BS = hf_logprobs_BS(model, rollouts, TEMPERATURE) * rollouts.advantages_BS
+    (-gains_BS[rollouts.mask_BS].mean()).backward()
 
 
 def random_sequences(lengths: Sequence[int], vocab_size: int, generator: torch.Generator) -> Sequences:

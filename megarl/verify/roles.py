@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from megarl.config.schema import TrainedMegatronConfig
 from megarl.parallel.layout import Layout
 from megarl.roles import ModelFacts, Role, Training, residency_of
 from megarl.weights.model_shape import ModelShape, read_model_shape
+from megarl.weights.name_map import hf_shapes
 
 # An epsilon far above the rounding errors of gradients: Adam would blow them up where the gradient is next to zero.
 TRAINING = Training(
@@ -27,6 +29,20 @@ TRAINING = Training(
     warmup_steps=0,
     total_steps=10,
 )
+
+
+_SCALED_FOR = 500_000
+
+
+def training_of(shape: ModelShape) -> Training:
+    """Return TRAINING, with steps that change the losses of a larger model as little as those of a tiny one.
+
+    The gradient's norm is clipped to one, so that its elements shrink with the root of their number. A step of Adam
+    moves each by about the learning rate: the loss changes by that times the sum of their sizes, which grows with it.
+    """
+    parameters = sum(math.prod(size) for size in hf_shapes(shape).values())
+    scale = min(1.0, math.sqrt(_SCALED_FOR / parameters))
+    return replace(TRAINING, lr=scale * TRAINING.lr, eps=scale * TRAINING.eps)
 
 
 def role_on(

@@ -21,7 +21,7 @@ from megarl.verify.layouts import ONE_RANK, Layouts, quick
 from megarl.verify.measure import engine_figure, export_figure, logprob_figures, training_figures
 from megarl.verify.pool import RankPool, RanksFailed
 from megarl.verify.reference import Reference, greedy, make_reference
-from megarl.verify.roles import TRAINING, role_on
+from megarl.verify.roles import role_on, training_of
 from megarl.verify.subject import Subject
 from megarl.verify.work import GREEDY, Examined, Task, answer, examine, prompts
 from megarl.weights.model_shape import ModelShape
@@ -89,7 +89,12 @@ def _examined(
 ) -> tuple[Row, list[Examined] | None]:
     """Return the row of a layout without its engine, and what ranks found, None where they failed."""
     start_s, out, reference = time.monotonic(), suite.scratch / "exported", of.reference
-    role = role_on(layout, reference.folder, training=TRAINING, override_transformer_config=of.subject.router_losses)
+    role = role_on(
+        layout,
+        reference.folder,
+        training=training_of(of.subject.shape),
+        override_transformer_config=of.subject.router_losses,
+    )
     task = Task(role, reference.everything, reference.rollouts, out)
     try:
         found = pool.run(examine, task, world_size=layout.world_size, timeout_s=suite.timeout_s)
@@ -97,9 +102,9 @@ def _examined(
         return _row(of.subject, name, layout, [], start_s, str(failed)), None
     figures = logprob_figures(found, layout, reference, suite.tolerances)
     if name == ONE_RANK:
-        figures += training_figures(found, found, layout, suite.tolerances.training)
+        figures += training_figures(found, found, layout, reference.noise, suite.tolerances)
     elif of.alone is not None:
-        figures += training_figures(found, of.alone, layout, suite.tolerances.training)
+        figures += training_figures(found, of.alone, layout, reference.noise, suite.tolerances)
     figures.append(export_figure(reference.folder, out, of.subject.shape))
     shutil.rmtree(out)
     return _row(of.subject, name, layout, figures, start_s), found

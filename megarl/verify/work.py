@@ -79,7 +79,7 @@ def examine(task: Task) -> Examined:
     role, rollouts = task.role, task.rollouts
     actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=False)))
     logprobs_BS = score(actor, task.everything, TEMPERATURE)
-    actor.backend.export(task.out, Path(role.model.here()))
+    actor.backend.export(task.out)
     replicated = update(actor, rollouts, PPO, NUM_STEPS).metrics
     del actor
     actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=True)))
@@ -95,7 +95,7 @@ def answer(role: Role, engine_tp: int, out: Path) -> list[list[int]]:
     Processes end with the engine: vLLM keeps the groups of the world it was started in.
     """
     backend, shape = backend_on_rank(role), role.shape
-    backend.export(out, Path(role.model.here()))
+    backend.export(out)
     token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * torch.float32.itemsize
     engine = VllmEngine(
         VllmSpec(

@@ -20,6 +20,7 @@ from megarl.weights.files import MAX_FILE_BYTES, Shapes, plan_files
 from megarl.weights.reshard import Resharder, node_size
 from megarl.weights.reshard_plan import plan_reshard
 from megarl.weights.shard import Peers, peers_of, whole
+from megarl.weights.sources import TensorSource
 
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -43,8 +44,8 @@ def export_hf(
     """Write ``out``: weights in ``dtype``, with config and tokenizer of the folder ``template``. Collective.
 
     shapes: of the tensors that ranks hold. sources: what all ranks hold. parameters: this rank's. zeros: shapes of
-    tensors that no rank holds, which are zero. fields: of config.json, to replace. What ``out`` held before is gone;
-    ``whole_folder`` keeps it until the end. Raises ResourceError on every rank where the disk is too small.
+    tensors that no rank holds, which are zero. fields: of config.json, to replace. What ``out`` held before is gone.
+    Raises ResourceError on every rank where the disk is too small.
     """
     sizes = {**shapes, **zeros}
     files = plan_files(sizes, dtype.itemsize, max_file_bytes)
@@ -65,7 +66,7 @@ def export_hf(
     dist.barrier()
     if rank == 0:
         _write_index(out, files, total_bytes)
-        _copy_template(template, out, dtype, fields)
+        copy_template(template, out, dtype, fields)
     dist.barrier()
 
 
@@ -87,9 +88,13 @@ def _make_room(folder: Path, needed_bytes: int) -> None:
         if free[0] >= needed_bytes:
             folder.mkdir()
     dist.broadcast_object_list(free, src=0)
-    if free[0] < needed_bytes:
+    _refuse_lack_of_room(folder, free[0], needed_bytes)
+
+
+def _refuse_lack_of_room(folder: Path, free_bytes: int, needed_bytes: int) -> None:
+    if free_bytes < needed_bytes:
         raise ResourceError(
-            f"saving to {folder} needs {needed_bytes:,} bytes, the disk has {free[0]:,} free; "
+            f"saving to {folder} needs {needed_bytes:,} bytes, the disk has {free_bytes:,} free; "
             "make room, or point trainer.run_dir at a larger disk"
         )
 
@@ -106,8 +111,9 @@ def _write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int)
     (folder / _WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_template(template: Path, out: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> None:
-    """Copy tokenizer and configuration files; config.json has ``fields`` and names the dtype that was written."""
+def copy_template(template: Path, out: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> None:
+    """Copy tokenizer and configuration files; config.json has ``fields`` and names the dtype of the weights."""
+    out.mkdir(exist_ok=True)
     for file in template.iterdir():
         if file.suffix in _COPIED and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
@@ -115,3 +121,31 @@ def _copy_template(template: Path, out: Path, dtype: torch.dtype, fields: Mappin
     config.pop("torch_dtype", None)
     config |= {**fields, "dtype": str(dtype).removeprefix("torch.")}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export_source(
+    out: Path,
+    *,
+    source: TensorSource,
+    template: Path,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    zeros: Shapes = _NOTHING,
+    fields: Mapping[str, Any] = _NOTHING,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write ``out`` as ``export_hf`` does, from one process, which holds one file of ``source`` at a time.
+
+    Raises ResourceError where the disk is too small.
+    """
+    sizes = {**shapes, **zeros}
+    files = plan_files(sizes, dtype.itemsize, max_file_bytes)
+    total_bytes = sum(torch.Size(s).numel() for s in sizes.values()) * dtype.itemsize
+    out.mkdir(parents=True)
+    _refuse_lack_of_room(out, shutil.disk_usage(out).free, total_bytes)
+    for i, names in enumerate(files):
+        read = {name: source.read(name, 0, 0, shapes[name][0]).to(dtype) for name in names if name in shapes}
+        read |= {name: torch.zeros(zeros[name], dtype=dtype) for name in names if name in zeros}
+        _write_weights(out / _file_name(i, len(files)), read)
+    _write_index(out, files, total_bytes)
+    copy_template(template, out, dtype, fields)

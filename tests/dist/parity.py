@@ -183,7 +183,7 @@ def pieces(backend: MegatronBackend, tensors: Mapping[str, Tensor]) -> list[Piec
 
 def export(role: Role, out: Path) -> None:
     """Load a model on the ranks, and write it as a Hugging Face folder."""
-    work.backend_on_rank(role).export(out, Path(role.model.here()))
+    work.backend_on_rank(role).export(out)
 
 
 def train(role: Role, batch: PolicyBatch, jobs: Mapping[str, Job]) -> dict[str, Trained]:

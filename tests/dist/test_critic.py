@@ -69,7 +69,7 @@ def _learn_and_export(role: Role, batch: ValueBatch, out: Path) -> Tensor | None
     """Take an optimizer step on a rank, write the critic to ``out``, and return its values as ``_judge`` does."""
     critic = Critic(backend_on_rank(role))
     update(critic, batch, LOSS)
-    critic.backend.export(out, Path(role.model.here()))
+    critic.backend.export(out)
     return score(critic, batch)
 
 

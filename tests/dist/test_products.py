@@ -24,7 +24,7 @@ from tests.dist.parity import LOOKING, PPO, REPLICATED, TOLERANCE, Piece, ask, g
 MODEL = "qwen2-tied"
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 LAYOUTS = {"one_rank": Layout(1), "tp2+sp": Layout(2, tp=2, sequence_parallel=True), "pp2": Layout(2, pp=2)}
-ROUNDING = 2e-6
+ROUNDING, GRADIENT_ROUNDING = 2e-6, 1e-5
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def test_log_probs_and_gradients_are_those_of_torchs_products(
         assert plain.num_products == 0
         assert onednn.metrics == pytest.approx(plain.metrics, rel=ROUNDING, abs=ROUNDING)
         for one, other in zip(onednn.gradients, plain.gradients, strict=True):
-            atol = ROUNDING * float(other.values.abs().max())
+            atol = GRADIENT_ROUNDING * float(other.values.abs().max())
             torch.testing.assert_close(one.values, other.values, rtol=0, atol=atol)
     (logprobs_BS,) = [logprobs_BS for a in answers if (logprobs_BS := a["onednn"].logprobs_BS) is not None]
     expected_BS = found.logprobs_BS * found.rollouts.mask_BS

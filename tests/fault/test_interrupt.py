@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import Finished, python, run, shared_memory, torchrun
+from tests.launch import Finished, left_in, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS
 
 COMMAND = (
@@ -54,14 +54,14 @@ def _interrupted(tiny_task: Path, name: str, command: list[str]) -> Interrupted:
     overrides = [f"trainer.run_dir=runs/{name}", f"reward.kwargs.metrics={folder / 'metrics.jsonl'}"]
     with tempfile.TemporaryDirectory(dir="/tmp") as temp:  # short, for Ray's sockets
         finished = run([*IN_FOREGROUND, *command, *overrides], tiny_task, environ={"TMPDIR": temp})
-        left = {path.name for path in Path(temp).iterdir()} | (shared_memory() - before)
+        left = left_in(Path(temp)) - before
     return Interrupted(finished, folder, left)
 
 
 def _says(done: Interrupted) -> str:
     saved = done.folder / "checkpoints" / "step_1"
     return (
-        f"interrupted after step 1; metrics and rollouts are in {done.folder}; weights of step_1 are saved: "
+        f"interrupted after step 1; its metrics are in {done.folder}; weights of step_1 are saved: "
         f"go on from them with actor_rollout_ref.model.path={saved}\n"
     )
 

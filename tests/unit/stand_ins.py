@@ -69,5 +69,5 @@ def run_on(group: PlainRanks, config: PPOConfig, run_dir: Path) -> Run[Samples]:
     """Return an RL run of one prompt that never starts."""
     tokenizer = cast("PreTrainedTokenizerBase", Words())
     prompts = (Prompt("f:0", (3, 4), "three four", "source", "truth", {}, "f:0"),)
-    inputs = PPOInputs(tokenizer, prompts, prompts, Order(1, 1, False, 0), 3, (), roles_in(config))
-    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, Observer())
+    inputs = PPOInputs(tokenizer, prompts, prompts, Order(1, 1, False, 0), 3, (2,), (), roles_in(config))
+    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, {}, None, Observer())

@@ -189,6 +189,7 @@ def test_metrics_tell_of_lengths_rewards_and_groups() -> None:
     assert [metrics[name] for name in lengths] == [2.5, 4.0, 10.0]
     assert (metrics["reward/mean"], metrics["rollout/policy_version"]) == (0.875, 4.0)
     assert metrics["group/share_without_spread"] == 0.0
+    assert metrics["response/share_cut"] == 0.0
 
 
 def test_kl_in_the_reward_is_taken_from_it_and_steers_its_coefficient_for_the_next_step() -> None:

@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from megarl.algorithm.kl_control import AdaptiveKL, FixedKL, KLController, KLControlSettings, from_state, kl_controllers
 from megarl.checkpoint.trainer_state import FILE_NAME, TrainerState, read_trainer_state, write_trainer_state
 from megarl.errors import CheckpointError
+from megarl.train.held_state import UpdateCounts
 
-STATE = TrainerState(step=3, policy_version=4, kl_controller=AdaptiveKL(0.1, 0.05, 100))
+CONTROLLER = AdaptiveKL(0.1, 0.05, 100)
+STATE = TrainerState(
+    step=3,
+    policy_version=4,
+    kl_controller=CONTROLLER,
+    updates={"actor": UpdateCounts(scheduled=9, adam=8)},
+    config={"data": {"train_files": ["a.parquet"]}},
+    metrics={"val/reward_mean": 1 / 3},
+    before=0.1,
+)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -54,6 +64,7 @@ def test_a_controller_that_was_stopped_gives_the_coefficients_of_one_that_never_
     for kl in kls[:stop]:
         controller = controller.after(kl, num_rollouts=64)
     resumed = through_a_file(TrainerState(stop, stop, controller)).kl_controller
+    assert resumed is not None
     assert coefs(start, kls[:stop]) + coefs(resumed, kls[stop:]) == coefs(start, kls)
 
 
@@ -72,6 +83,14 @@ def test_a_state_replaces_the_one_before_and_leaves_no_other_file(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
+def test_all_of_a_state_is_read_back(tmp_path: Path) -> None:
+    write_trainer_state(tmp_path, STATE)
+    assert read_trainer_state(tmp_path) == STATE
+    without = TrainerState(1, 0, None, metrics={"loss": float("nan"), "lr": 0.5})
+    write_trainer_state(tmp_path, without)
+    assert read_trainer_state(tmp_path) == TrainerState(1, 0, None, metrics={"lr": 0.5})  # JSON has no word for NaN
+
+
 def test_a_missing_file_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no trainer_state\.json; give the folder of a checkpoint"):
         read_trainer_state(tmp_path)
@@ -86,17 +105,20 @@ def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
         read_trainer_state(tmp_path)
 
 
-ADAPTIVE = STATE.kl_controller.state()
+ADAPTIVE = CONTROLLER.state()
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"format": 1}, "has format 1, this version reads 2"),
+        ({"updates": None}, "updates = None must be an object of objects"),
+        ({"updates": {"actor": 3}}, "must be an object of objects"),
+        ({"updates": {"actor": {"scheduled": 3}}}, "adam = None must be an integer"),
         ({"step": -1}, "step = -1 must be an integer of at least 0"),
         ({"step": 1.5}, r"step = 1\.5 must be an integer"),
         ({"policy_version": None}, "policy_version = None must be"),
-        ({"kl_controller": None}, "kl_controller = None must be an object"),
+        ({"kl_controller": 7}, "kl_controller = 7 must be an object"),
         ({"kl_controller": {"type": "adaptve"}}, "has type 'adaptve', must be one of fixed, adaptive"),
         ({"kl_controller": {"type": ["fixed"]}}, "must be one of fixed, adaptive"),
         ({"kl_controller": {"type": "fixed"}}, r"type fixed has numbers \['coef'\]"),

@@ -18,7 +18,7 @@ from megarl.checks.rules import a_prompt_fits_an_engine_step, the_engine_splits_
 from megarl.checks.run import CheckedRun, check_ppo, check_sft
 from megarl.checks.vllm_facts import CPU_HEAD_SIZES, vllm_serves
 from megarl.config.schema import PPOConfig
-from megarl.data.chat import load_tokenizer
+from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import ConfigError, ModelFolderError
 from tests.unit.composed_configs import composed_values, ppo_config
 from tests.unit.model_shapes import model_shape

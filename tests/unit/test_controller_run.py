@@ -14,17 +14,22 @@ from megarl.algorithm.kl_control import KLControlSettings, kl_controllers
 from megarl.algorithm.loss_specs import DemonstrationLossSpec, ValueLossSpec
 from megarl.algorithm.recipe import ActorLogprobs, TrainBatch, Update
 from megarl.batching.pack import sequences_to_batch
-from megarl.checkpoint.trainer_state import TrainerState
+from megarl.checkpoint.folder import CheckpointFolder
+from megarl.checkpoint.rank_save import SavedPart
+from megarl.checkpoint.trainer_state import TrainerState, read_trainer_state
 from megarl.controller.demonstrations import Demonstrations
 from megarl.controller.loop import train
+from megarl.controller.non_finite import NonFinite
 from megarl.controller.report import Evaluation
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.controller.run import Run, Schedule
+from megarl.controller.saving import Saver, SaveSettings
 from megarl.monitor.console import RolloutRow
 from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.parallel.layout import Layout
 from megarl.ranks.work import SaveWork
+from megarl.train.held_state import UpdateCounts
 from megarl.train.work import ScoreWork, Updated, UpdateWork
 from megarl.types import Metrics, ValueBatch
 from tests.unit.small_roles import role_on
@@ -70,6 +75,9 @@ class Chats:
     def sampled_rows(self) -> tuple[RolloutRow, ...]:
         return self.rows
 
+    def every_row(self) -> tuple[RolloutRow, ...]:
+        return (ROW, ROW, ROW)
+
 
 @dataclass
 class Plain:
@@ -100,7 +108,7 @@ class Opened:
         self.sink = Sink(self.events)
         self.ranks = PlainRanks(1, self.answer)
         self.sampler = Chats(self.events)
-        stopwatch = Stopwatch()
+        self.checkpoints, stopwatch = CheckpointFolder(folder / "checkpoints"), Stopwatch()
         actor, critic = (role_on(Layout(1), name=name) for name in ("actor", "critic"))
         values = RoleOnRanks(critic, self.ranks, 0, stopwatch, ValueLossSpec(0.2, "token-mean"))
         self.run = Run(
@@ -109,10 +117,11 @@ class Opened:
             actor=RoleOnRanks(actor, self.ranks, 0, stopwatch, DemonstrationLossSpec()),
             ref=None,
             critic=values if with_critic else None,
-            group=self.ranks,
             publication=None,
             evaluate=self.evaluate,
             state=lambda step: TrainerState(step, step, kl_controllers.get("fixed")(KLControlSettings(0.1))),
+            saver=Saver(self.ranks, self.checkpoints, SaveSettings(), self.events.append),
+            non_finite=NonFinite("skip", 2, self.ranks, self.checkpoints, self.restore, self.events.append),
             schedule=schedule,
             tracker=Tracker([self.sink]),
             run_dir=folder,
@@ -122,10 +131,13 @@ class Opened:
     def answer(self, rank: int, verb: str, argument: object) -> object:
         """Note a call, and answer what a rank would."""
         match argument:
-            case SaveWork(out):
+            case SaveWork(folder):
                 assert verb == "save"
-                self.events.append(f"save {Path(out).name}")
+                self.events.append(f"save {Path(folder).name.removeprefix('.').removesuffix('.partial')}")
                 return None
+            case bool():
+                assert verb == "saved"
+                return SavedPart(updates={"actor": UpdateCounts(1, 1)})
             case UpdateWork(role=role, steps=steps):
                 self.events.append(f"update {role}")
                 return Updated(tuple({"loss": 1.0} for _ in steps))
@@ -138,6 +150,10 @@ class Opened:
         """Note an evaluation, whose value is its step."""
         self.events.append(f"evaluate {step}")
         return Evaluation(step, float(step), "reward", {"val/reward_mean": float(step)})
+
+    def restore(self, state: TrainerState) -> None:
+        """Note that the controller goes back."""
+        self.events.append(f"back to {state.step}")
 
     def go(self) -> None:
         """Take all steps, each of which tells its number."""
@@ -157,7 +173,7 @@ def test_a_step_is_validated_and_saved_before_it_is_logged(tmp_path: Path) -> No
         *("evaluate 0", "log 0"),
         *("step 1", "log 1"),
         *("step 2", "evaluate 2", "save step_2", "log 2"),
-        *("step 3", "evaluate 3", "log 3", "save final"),
+        *("step 3", "evaluate 3", "log 3", "save step_3"),
     ]
 
 
@@ -177,17 +193,30 @@ def test_the_last_step_is_always_validated_once(tmp_path: Path, test_freq: int |
     assert list(opened.sink.logged) == [1, 2, 3]  # and nothing of the time before training unless that is asked for
 
 
-@pytest.mark.parametrize(
-    ("save_freq", "saved"),
-    [(None, ["final"]), (2, ["step_2", "final"]), (1, ["step_1", "step_2", "step_3", "final"]), (4, ["final"])],
-)
-def test_the_last_step_is_saved_as_final_alone(tmp_path: Path, save_freq: int | None, saved: list[str]) -> None:
+@pytest.mark.parametrize(("save_freq", "saved"), [(None, [4]), (2, [2, 4]), (1, [1, 2, 3, 4]), (4, [4]), (3, [3, 4])])
+def test_the_last_step_is_saved_once_and_linked_as_final(
+    tmp_path: Path, save_freq: int | None, saved: list[int]
+) -> None:
     opened = Opened(tmp_path, Schedule(4, save_freq=save_freq))
     opened.go()
-    works = [arguments[0] for verb, arguments in opened.ranks.calls if verb == "save"]
-    assert [work.out for work in works] == [str(tmp_path / "checkpoints" / name) for name in saved]
-    finished = [4 if name == "final" else int(name.removeprefix("step_")) for name in saved]
-    assert [work.state.step for work in works] == finished
+    assert opened.checkpoints.steps() == saved
+    assert (tmp_path / "checkpoints" / "final").resolve() == opened.checkpoints.of(4)
+    states = [read_trainer_state(opened.checkpoints.of(step)) for step in saved]
+    assert [state.step for state in states] == saved
+    assert [state.metrics["told"] for state in states] == saved
+    assert {state.updates["actor"] for state in states} == {UpdateCounts(1, 1)}
+
+
+def test_a_run_that_goes_on_takes_the_steps_that_are_left_and_does_not_validate_before(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, Schedule(4, first=3, val_before_train=True))
+    opened.go()
+    assert opened.events == ["step 3", "log 3", "step 4", "evaluate 4", "log 4", "save step_4"]
+
+
+def test_the_value_before_training_is_saved_with_every_checkpoint(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, Schedule(2, save_freq=1, val_before_train=True))
+    opened.go()
+    assert [read_trainer_state(opened.checkpoints.of(step)).before for step in (1, 2)] == [0.0, 0.0]
 
 
 def test_every_step_is_logged_with_what_it_was_told_and_not_with_what_another_was(tmp_path: Path) -> None:
@@ -223,7 +252,7 @@ def test_sampled_rollouts_are_written_in_every_step_that_has_some(tmp_path: Path
 
 def test_a_run_without_rows_to_read_has_no_folder_of_them(tmp_path: Path) -> None:
     Opened(tmp_path, Schedule(2)).go()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_the_loop_updates_the_critic_before_the_actor_which_waits_while_the_critic_warms_up(tmp_path: Path) -> None:
@@ -232,7 +261,7 @@ def test_the_loop_updates_the_critic_before_the_actor_which_waits_while_the_crit
     assert opened.events == [
         *("take 1", "score critic", "update critic", "log 1"),
         *("take 2", "score critic", "update critic", "update actor", "pause", "go on", "evaluate 2", "log 2"),
-        "save final",
+        "save step_2",
     ]
     first, last = opened.sink.logged[1], opened.sink.logged[2]
     assert (first["recipe/updated"], last["recipe/updated"]) == (0.0, 1.0)
@@ -244,4 +273,4 @@ def test_the_loop_updates_the_critic_before_the_actor_which_waits_while_the_crit
 def test_the_loop_without_a_critic_takes_samples_and_updates_the_actor(tmp_path: Path) -> None:
     opened = Opened(tmp_path, Schedule(1))
     train(opened.run)
-    assert opened.events == ["take 1", "update actor", "pause", "go on", "evaluate 1", "log 1", "save final"]
+    assert opened.events == ["take 1", "update actor", "pause", "go on", "evaluate 1", "log 1", "save step_1"]

@@ -109,7 +109,7 @@ def test_rewards_of_which_only_the_sum_is_infinite_end_the_run(spec: RewardSpec,
 
 def inputs(*prompts: Prompt) -> PPOInputs:
     """Return the inputs of a run on some prompts."""
-    return PPOInputs(verbs_tokenizer(), prompts, (), Order(len(prompts), 1, False, 0), 1, (), ())
+    return PPOInputs(verbs_tokenizer(), prompts, (), Order(len(prompts), 1, False, 0), 1, (), (), ())
 
 
 def test_a_function_is_tried_on_a_row_of_each_data_source(spec: RewardSpec) -> None:

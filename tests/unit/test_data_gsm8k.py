@@ -7,11 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megarl.data.chat import encode_example, encode_prompt, load_tokenizer
 from megarl.data.gsm8k import INSTRUCTION, read_questions
+from megarl.data.messages import Chat
 from megarl.data.prepare import main
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import load_sft_examples
+from megarl.data.template import ChatTemplate
+from megarl.data.tokenizer import load_tokenizer
+from megarl.data.turns import Masking, encode_example
 
 EXCERPT = Path(__file__).parents[1] / "data" / "gsm8k_excerpt.jsonl"
 NUMBERS = ["72", "10", "5", "1080", "-7"]
@@ -50,7 +53,9 @@ def test_a_folder_becomes_the_files_that_a_run_reads(
     assert f"wrote {tmp_path}/out/train.parquet: 5 rows" in capsys.readouterr().out
     tokenizer = load_tokenizer(str(tmp_path / "out" / "model"))
     files = [str(tmp_path / "out" / f"{split}.parquet") for split in ("train", "test")]
-    prompts = load_prompts(files, tokenizer, prompt_key="prompt", max_prompt_length=512, overlong="error").prompts
+    prompts = load_prompts(
+        files, ChatTemplate(tokenizer), prompt_key="prompt", max_prompt_length=512, overlong="error"
+    ).prompts
     assert [prompt.ground_truth for prompt in prompts] == NUMBERS * 2
     assert {prompt.data_source for prompt in prompts} == {"openai/gsm8k"}
     assert [prompt.extra_info["split"] for prompt in prompts] == ["train"] * 5 + ["test"] * 5
@@ -61,7 +66,9 @@ def test_demonstrations_are_the_worked_answers(source: Path, tmp_path: Path) -> 
     prepare(source, tmp_path / "out", "--tiny-model")
     tokenizer = load_tokenizer(str(tmp_path / "out" / "model"))
     file = str(tmp_path / "out" / "sft.parquet")
-    example = load_sft_examples([file], tokenizer, messages_key="messages", max_length=512, overlong="error")[0]
+    example = load_sft_examples(
+        [file], ChatTemplate(tokenizer), Masking(), messages_key="messages", max_length=512, overlong="error"
+    )[0]
     trained = [token for token, mask in zip(example.token_ids, example.loss_mask, strict=True) if mask]
     assert tokenizer.decode(trained) == read_questions(EXCERPT)[0].response + "<|end|>"
 
@@ -83,13 +90,13 @@ def test_the_tiny_tokenizer_keeps_any_text_and_its_special_tokens_whole(source: 
     tokenizer = load_tokenizer(str(tmp_path / "out" / "model"))
     text = "caf\u00e9 \u4e2d\u6587 $1,080\n#### 7"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    rendered, token_ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    rendered, token_ids = ChatTemplate(tokenizer).prompt(Chat(({"role": "user", "content": text},)))
     assert rendered == f"<|user|>{text}<|end|><|assistant|>"
     assert [token_ids[0], token_ids[-2], token_ids[-1]] == tokenizer.convert_tokens_to_ids(
         ["<|user|>", "<|end|>", "<|assistant|>"]
     )
     messages = [{"role": role, "content": "4"} for role in ("system", "user", "assistant", "user", "assistant")]
-    assert sum(encode_example(tokenizer, messages)[1]) == 4
+    assert sum(encode_example(ChatTemplate(tokenizer), Chat(messages), Masking())[1]) == 4
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["vocab_size"], config["architectures"]) == (len(tokenizer), ["Qwen3ForCausalLM"])
     assert config["eos_token_id"] == tokenizer.eos_token_id

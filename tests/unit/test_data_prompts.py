@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megarl.data.prompts import PromptSet, load_prompts
+from megarl.data.prompts import Overlong, PromptSet, load_prompts
+from megarl.data.template import ChatTemplate
 from megarl.data.verbs import verbs_tokenizer
 from megarl.errors import DataError
 
@@ -30,12 +31,16 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     *rows: dict[str, object],
     max_prompt_length: int = 16,
-    overlong: Literal["filter", "error"] = "filter",
+    overlong: Overlong = "filter",
 ) -> PromptSet:
     path = folder / "train.parquet"
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     return load_prompts(
-        [str(path)], tokenizer, prompt_key="prompt", max_prompt_length=max_prompt_length, overlong=overlong
+        [str(path)],
+        ChatTemplate(tokenizer),
+        prompt_key="prompt",
+        max_prompt_length=max_prompt_length,
+        overlong=overlong,
     )
 
 
@@ -63,7 +68,7 @@ def test_several_files_are_merged_in_order(tmp_path: Path, tokenizer: PreTrained
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.Table.from_pylist([row(f"Tom {verb} 1"), row(f"Tom {verb} 2")]), path)
         files.append(str(path))
-    loaded = load_prompts(files, tokenizer, prompt_key="prompt", max_prompt_length=16, overlong="error")
+    loaded = load_prompts(files, ChatTemplate(tokenizer), prompt_key="prompt", max_prompt_length=16, overlong="error")
     assert [p.uid for p in loaded.prompts] == ["0:0", "0:1", "1:0", "1:1"]
     assert loaded.file_sizes == (2, 2)
     assert [p.text.split()[2] for p in loaded.prompts] == ["wins", "wins", "drops", "drops"]
@@ -72,7 +77,9 @@ def test_several_files_are_merged_in_order(tmp_path: Path, tokenizer: PreTrained
 def test_another_column_can_hold_the_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "train.parquet"
     pq.write_table(pa.Table.from_pylist([row(..., question=SHORT)]), path)
-    loaded = load_prompts([str(path)], tokenizer, prompt_key="question", max_prompt_length=16, overlong="error")
+    loaded = load_prompts(
+        [str(path)], ChatTemplate(tokenizer), prompt_key="question", max_prompt_length=16, overlong="error"
+    )
     assert SHORT in loaded.prompts[0].text
 
 
@@ -85,6 +92,48 @@ def test_overlong_prompts_are_left_out_and_counted(tmp_path: Path, tokenizer: Pr
 def test_a_prompt_of_exactly_the_limit_is_kept(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load(tmp_path, tokenizer, row(LONG), max_prompt_length=13)
     assert (len(loaded.prompts[0].token_ids), loaded.num_overlong) == (13, 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        ("left", "3 . How many ? <|assistant|>"),
+        ("right", "<|user|> Tom has 8 apples and"),
+        ("middle", "<|user|> Tom has many ? <|assistant|>"),
+    ],
+)
+def test_an_overlong_prompt_can_be_cut_and_is_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, where: Overlong, left: str
+) -> None:
+    loaded = load(tmp_path, tokenizer, row(LONG), row("Tom"), max_prompt_length=6, overlong=where)
+    cut, whole = loaded.prompts
+    assert (len(cut.token_ids), cut.text, loaded.num_overlong) == (6, left, 1)
+    assert tokenizer.decode(cut.token_ids) == left
+    assert whole.text == "<|user|> Tom <|assistant|>"
+
+
+def test_a_prompt_of_several_turns_as_json_text_is_the_chat_it_says(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    messages = [{"role": "user", "content": "Tom"}, {"role": "assistant", "content": "8"}]
+    messages += [{"role": "user", "content": "Ana"}]
+    loaded = load(tmp_path, tokenizer, row(json.dumps(messages)))
+    assert loaded.prompts[0].text == "<|user|> Tom <|assistant|> 8 <|end|> <|user|> Ana <|assistant|>"
+
+
+def test_what_the_template_refuses_is_found_by_its_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    calls = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
+    with pytest.raises(DataError, match=r"train\.parquet, row group 0, row 1: the last message calls a tool"):
+        load(tmp_path, tokenizer, row([calls[0]]), row(calls))
+
+
+def test_a_column_of_tools_is_rendered_or_refused(tmp_path: Path) -> None:
+    tokenizer = verbs_tokenizer()
+    tools = [{"type": "function", "function": {"name": "wins"}}]
+    with pytest.raises(DataError, match="row 0: the chat template leaves out the tool 'wins'"):
+        load(tmp_path, tokenizer, row(tools=tools))
+    tokenizer.chat_template = "{% for t in tools %}{{ t.function.name }} {% endfor %}" + tokenizer.chat_template
+    assert load(tmp_path, tokenizer, row(tools=tools)).prompts[0].text == f"wins <|user|> {SHORT} <|assistant|>"
 
 
 def test_an_overlong_prompt_is_an_error_if_that_was_asked_for(
@@ -103,7 +152,7 @@ def test_files_without_rows_are_an_error(tmp_path: Path, tokenizer: PreTrainedTo
     path = tmp_path / "train.parquet"
     pq.write_table(pa.Table.from_pylist([row()]).slice(0, 0), path)
     with pytest.raises(DataError, match="0 rows"):
-        load_prompts([str(path)], tokenizer, prompt_key="prompt", max_prompt_length=16, overlong="filter")
+        load_prompts([str(path)], ChatTemplate(tokenizer), prompt_key="prompt", max_prompt_length=16, overlong="filter")
 
 
 def test_a_number_may_be_the_ground_truth(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

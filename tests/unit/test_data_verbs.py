@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megarl.data.chat import load_tokenizer
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import SFTExample, load_sft_examples
+from megarl.data.template import ChatTemplate
+from megarl.data.tokenizer import load_tokenizer
+from megarl.data.turns import Masking
 from megarl.data.verbs import (
     ADD,
     KNOWN,
@@ -52,13 +54,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def examples(folder: Path) -> tuple[SFTExample, ...]:
     tokenizer = load_tokenizer(str(folder / "model"))
     file = str(folder / "sft.parquet")
-    return load_sft_examples([file], tokenizer, messages_key="messages", max_length=21, overlong="error")
+    return load_sft_examples(
+        [file], ChatTemplate(tokenizer), Masking(), messages_key="messages", max_length=21, overlong="error"
+    )
 
 
 def prompts(folder: Path, split: str) -> tuple[Prompt, ...]:
     tokenizer = load_tokenizer(str(folder / "model"))
     file = str(folder / f"{split}.parquet")
-    return load_prompts([file], tokenizer, prompt_key="prompt", max_prompt_length=13, overlong="error").prompts
+    return load_prompts(
+        [file], ChatTemplate(tokenizer), prompt_key="prompt", max_prompt_length=13, overlong="error"
+    ).prompts
 
 
 def test_demonstrations_are_the_tokens_the_curves_were_measured_on(folder: Path) -> None:

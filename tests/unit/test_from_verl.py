@@ -115,7 +115,11 @@ def test_defaults_of_a_critic_count_where_there_is_one() -> None:
              f"{ACTOR}.policy_loss.clip_cov_ratio=0.1"),
             {f"{ACTOR}.policy_loss_settings.cov_share": 0.002},
         ),
-        (("data.truncation=left",), {"data.overlong_prompts": "filter"}),
+        (("data.truncation=left",), {"data.overlong_prompts": "left"}),
+        (("data.truncation=middle",), {"data.overlong_prompts": "middle"}),
+        (("data.truncation=left", "data.filter_overlong_prompts=True"), {"data.overlong_prompts": "filter"}),
+        (("+data.apply_chat_template_kwargs.enable_thinking=False",),
+         {"data.apply_chat_template_kwargs.enable_thinking": False}),
         (("data.truncation=error",), {"data.overlong_prompts": "error"}),
         (("custom_reward_function.path=a.py", "custom_reward_function.name=f"),
          {"reward.path": "a.py", "reward.function": "f"}),
@@ -252,7 +256,7 @@ def test_a_run_with_experts_passes_the_checks_and_names_what_is_missing_and_open
         f"{ROLLOUT}.gpu_memory_utilization": 0.6,
         f"{CORRECTION}.level": "token",
         "reward.overlong_buffer.len": 4096,
-        "data.overlong_prompts": "filter",
+        "data.overlong_prompts": "left",
         "trainer.nnodes": 2,
     }
     assert {key: found.ours.get(key) for key in expected} == expected

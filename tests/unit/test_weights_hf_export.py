@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and holds what no rank has as zeros."""
+"""A Hugging Face folder holds what no rank has as zeros."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megarl.checkpoint.whole_folder import whole_folder
 from megarl.weights.hf_export import export_hf
 from megarl.weights.shard import peers_of, whole
 
@@ -22,26 +21,6 @@ def world_of_one() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield
     dist.destroy_process_group()
-
-
-def test_a_folder_takes_the_place_of_the_one_before_once_it_is_written(tmp_path: Path, world_of_one: None) -> None:
-    out = tmp_path / "final"
-    for content in ("first", "second"):
-        with whole_folder(out) as folder:
-            folder.mkdir()
-            (folder / content).touch()
-            assert folder.name == "final.partial"
-        assert [path.name for path in out.iterdir()] == [content]
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_a_folder_that_fails_leaves_the_one_before(tmp_path: Path, world_of_one: None) -> None:
-    out = tmp_path / "final"
-    out.mkdir()
-    (out / "weights").touch()
-    with pytest.raises(FileNotFoundError), whole_folder(out) as folder:
-        (folder / "weights").write_text("there is no such folder")
-    assert [path.name for path in out.iterdir()] == ["weights"]
 
 
 @pytest.mark.parametrize("max_file_bytes", [4, 1000], ids=["a_file_of_zeros", "one_file"])

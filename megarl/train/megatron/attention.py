@@ -50,10 +50,12 @@ class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed micro-batch over all context ranks, with that of this rank's attention.
 
     blocks: one for every size, which lets plain SDPA run over packed tokens in batches without computing any padding.
-    stretches: the same for the variable-length kernel.
+    query_T, key_T: of all blocks, end to end. stretches: the same for the variable-length kernel.
     """
 
     blocks: tuple[Block, ...] = ()
+    query_T: Tensor | None = None
+    key_T: Tensor | None = None
     stretches: Stretches | None = None
 
 
@@ -88,6 +90,8 @@ def describe_packing(lengths: list[int], device: torch.device, cp: int = 1, cp_r
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         blocks=tuple(blocks),
+        query_T=torch.cat([block.query_BL.flatten() for block in blocks]),
+        key_T=torch.cat([block.key_BK.flatten() for block in blocks]),
         stretches=Stretches(
             torch.cat(keys).to(device),
             (_bounds(map(len, queries)).to(device), _bounds(map(len, keys)).to(device)),
@@ -143,12 +147,22 @@ class CausalAttention(MegatronModule):
             return self._padded(query, key, value).flatten(2)
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             return self._fused(query, key, value, packed_seq_params).flatten(1)
-        out_TND = torch.zeros_like(query)
-        for block in packed_seq_params.blocks:
-            q, k, v = query[block.query_BL], key[block.key_BK], value[block.key_BK]
-            out = self._sdpa(*(t.transpose(1, 2) for t in (q, k, v)))
-            out_TND = out_TND.index_put((block.query_BL,), out.transpose(1, 2))
-        return out_TND.flatten(1)
+        return self._by_blocks(query, key, value, packed_seq_params).flatten(1)
+
+    def _by_blocks(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences) -> Tensor:
+        """Attend within each block. Tokens are put in the blocks' order and back at once, not block by block."""
+        assert packing.query_T is not None and packing.key_T is not None
+        num_queries, num_keys = zip(*((b.query_BL.numel(), b.key_BK.numel()) for b in packing.blocks), strict=True)
+        ordered = (
+            query.index_select(0, packing.query_T).split(num_queries),
+            key.index_select(0, packing.key_T).split(num_keys),
+            value.index_select(0, packing.key_T).split(num_keys),
+        )
+        outs = []
+        for block, *qkv in zip(packing.blocks, *ordered, strict=True):
+            q, k, v = (t.unflatten(0, (len(block.query_BL), -1)).transpose(1, 2) for t in qkv)
+            outs.append(self._sdpa(q, k, v).transpose(1, 2).flatten(0, 1))
+        return torch.zeros_like(query).index_copy_(0, packing.query_T, torch.cat(outs))
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend within [S, B, N, D], where each line is a sequence."""

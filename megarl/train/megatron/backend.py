@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megarl.batching.pack import MicroBatch
 from megarl.roles import Role
 from megarl.train.backend import Loss, Output, Place, Skipped
+from megarl.train.held_state import Held, SavedState, UpdateCounts
+from megarl.train.megatron import optimizer_state
 from megarl.train.megatron.model import MegatronModel
 from megarl.train.megatron.optimizer import Optimizer
 from megarl.train.megatron.output import MegatronOutput
 from megarl.types import Metrics, Sequences
-from megarl.weights.hf_export import export_hf
+from megarl.weights.hf_export import copy_template, export_hf
 from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_peers
 from megarl.weights.shard import Peers
 from megarl.weights.sources import TensorSource
@@ -68,12 +71,31 @@ class MegatronBackend:
         """Return this rank's parameters by the name map's names. They can be used while they are resident."""
         return self.model.parameters()
 
-    def export(self, out: Path, template: Path) -> None:
-        """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder ``template``.
+    def held(self) -> Iterator[Held]:
+        """Yield what this rank's optimizer steps. It can be read while ``updating``."""
+        return optimizer_state.held(self._trained)
 
-        Raises ResourceError on every rank where the disk is too small.
+    def counts(self) -> UpdateCounts:
+        """Return how many updates the role took, as UpdateCounts."""
+        return optimizer_state.counts(self._trained)
+
+    def load(self, saved: SavedState, counts: UpdateCounts) -> None:
+        """Go on from weights and moments that were saved, and from ``counts``."""
+        with self.updating():
+            self.model.load(saved)
+            optimizer_state.load(self._trained, saved, counts)
+
+    def export(self, out: Path, *, weights: bool = True) -> None:
+        """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder that it started from.
+
+        weights: whether the weights are in it. Raises ResourceError on every rank where the disk is too small.
         """
-        shape = self.role.shape
+        shape, template = self.role.shape, Path(self.role.model.here())
+        fields = shape.critic_fields() if shape.value_head else {}
+        if not weights:
+            if dist.get_rank() == 0:
+                copy_template(template, out, self.model.dtype, fields)
+            return
         with self.resident():
             export_hf(
                 out,
@@ -84,7 +106,7 @@ class MegatronBackend:
                 dtype=self.model.dtype,
                 device=self.device,
                 zeros=hf_zeros(shape),
-                fields=shape.critic_fields() if shape.value_head else {},
+                fields=fields,
             )
 
     @property

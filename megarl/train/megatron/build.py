@@ -304,7 +304,7 @@ def output_weight(model: torch.nn.Module) -> Tensor:
 
 def named_parameters(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, layout: Layout, rank: int
-) -> dict[str, Tensor]:
+) -> dict[str, torch.nn.Parameter]:
     """Return this rank's parameters by the name map's names (global layer indices), shapes checked.
 
     Raises ModelFolderError where the built model and the name map disagree: no parameter is left without an entry.
@@ -312,7 +312,7 @@ def named_parameters(
     aliases = {alias: entry.megatron[0] for entry in entries(shape) for alias in entry.megatron}
     experts = local_experts(shape, layout.ep, layout.expert_coordinates(rank).ep)
     found = {
-        _canonical(name, inner, aliases, experts): parameter.data
+        _canonical(name, inner, aliases, experts): parameter
         for inner in map(unwrap, chunks)
         for name, parameter in inner.named_parameters()
     }

@@ -67,7 +67,7 @@ class MegatronModel:
                 overrides=role.backend.override_transformer_config,
                 fused_head=role.fused_head,
             )
-            load_weights(self.chunks, self.shape, self.layout, self.rank, source)
+            self.load(source)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -91,7 +91,12 @@ class MegatronModel:
     def parameters(self) -> dict[str, Tensor]:
         """Return this rank's parameters by the name map's names. They can be used while they are resident."""
         assert not self._offload.is_away
-        return named_parameters(self.chunks, self.shape, self.layout, self.rank)
+        named = named_parameters(self.chunks, self.shape, self.layout, self.rank)
+        return {name: parameter.data for name, parameter in named.items()}
+
+    def load(self, source: TensorSource) -> None:
+        """Fill the parameters from ``source``, while they are resident."""
+        load_weights(self.chunks, self.shape, self.layout, self.rank, source)
 
     def pack(self, sequences: Sequences, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """Lay out micro-batches of rows as this rank computes them.

@@ -1,0 +1,106 @@
+"""The checkpoints of a run: one folder a step, each whole or not there at all, and links to the latest and the last."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.checkpoint.manifest import FILE_NAME, FileRecord, synced, write_manifest
+from megarl.checkpoint.trainer_state import read_trainer_state
+from megarl.errors import CheckpointError
+
+LATEST, FINAL = "latest", "final"
+_STEP = re.compile(r"step_(\d+)")
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay: the newest ``last`` (None: all), and the one where the metric ``best_by`` is largest.
+
+    A ``-`` before the metric's name: where it is least.
+    """
+
+    last: int | None = None
+    best_by: str | None = None
+
+
+class CheckpointFolder:
+    """The folder ``checkpoints`` of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints that were saved to their end, in order, as a list of ints."""
+        if not self.path.is_dir():
+            return []
+        found = [(_STEP.fullmatch(path.name), path) for path in self.path.iterdir()]
+        return sorted(int(name[1]) for name, path in found if name and (path / FILE_NAME).is_file())
+
+    def of(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.path / f"step_{step}"
+
+    def begin(self, step: int) -> Path:
+        """Make the folder to write a step's checkpoint into. Raises CheckpointError where the step has one."""
+        if self.of(step).exists():
+            raise CheckpointError(f"{self.of(step)} exists; a checkpoint is never written over another")
+        partial = self.path / f".step_{step}{_PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(self, partial: Path, step: int, files: Iterable[FileRecord], *, is_last: bool) -> Path:
+        """Make a folder that is written a checkpoint, and link it. Return it."""
+        write_manifest(partial, step, files)
+        partial.rename(self.of(step))
+        synced(self.path)
+        for name in (LATEST, *([FINAL] if is_last else [])):
+            self._link(name, step)
+        return self.of(step)
+
+    def prune(self, kept: Kept) -> list[int]:
+        """Remove the checkpoints that don't stay, and return their steps as a list of ints."""
+        if kept.last is None:
+            return []
+        steps = self.steps()
+        gone = sorted(set(steps) - set(steps[-kept.last :]) - set(self._best(steps, kept.best_by)))
+        for step in gone:
+            self.of(step).rename(self.path / f".step_{step}{_PARTIAL}")  # first, so that none is half there
+        self.remove_leftovers()
+        return gone
+
+    def remove_leftovers(self) -> None:
+        """Remove what saves that were broken off have left."""
+        if self.path.is_dir():
+            for path in self.path.glob(f".step_*{_PARTIAL}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a checkpoint that isn't as it was saved, so that its step can be saved again. Return where it is."""
+        path = self.of(step)
+        for number in range(1, 1000):
+            aside = path.with_name(f"{path.name}{_DAMAGED}{number if number > 1 else ''}")
+            if not aside.exists():
+                return path.rename(aside)
+        raise CheckpointError(f"{path}: too many damaged checkpoints of this step; remove some")
+
+    def _link(self, name: str, step: int) -> None:
+        new = self.path / f".{name}{_PARTIAL}"
+        new.unlink(missing_ok=True)
+        new.symlink_to(self.of(step).name)
+        os.replace(new, self.path / name)
+        synced(self.path)
+
+    def _best(self, steps: Sequence[int], best_by: str | None) -> list[int]:
+        if best_by is None:
+            return []
+        name, sign = best_by.removeprefix("-"), -1 if best_by.startswith("-") else 1
+        values = {step: read_trainer_state(self.of(step)).metrics.get(name) for step in steps}
+        known = {step: sign * value for step, value in values.items() if value is not None}
+        return [max(known, key=lambda step: (known[step], step))] if known else []

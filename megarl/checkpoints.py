@@ -1,0 +1,56 @@
+"""The checkpoints of a run: ``python -m megarl.checkpoints RUN [--verify] [--keep N [--best-by METRIC]]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarl.checkpoint.folder import CheckpointFolder, Kept
+from megarl.checkpoint.manifest import read_manifest, verify
+from megarl.checkpoint.trainer_state import read_trainer_state
+from megarl.config.compose import errors_reported
+from megarl.errors import CheckpointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List a run's checkpoints, verify or prune them; return 1 where one isn't as it was saved."""
+    parser = argparse.ArgumentParser("python -m megarl.checkpoints", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare it with what was saved")
+    parser.add_argument("--keep", type=int, metavar="N", help="remove all but the newest N")
+    parser.add_argument("--best-by", metavar="METRIC", help="and but the one where METRIC is largest (-METRIC: least)")
+    given = parser.parse_args(arguments)
+    if given.keep is not None and given.keep < 1:
+        parser.error(f"--keep {given.keep} must be at least 1")
+    folder = CheckpointFolder(given.run / "checkpoints")
+    with errors_reported():
+        if not folder.steps():
+            raise CheckpointError(f"{folder.path} has no checkpoint; give the folder of a run that saved one")
+        if given.keep is not None:
+            for step in folder.prune(Kept(given.keep, given.best_by)):
+                print(f"step {step:>6}  removed")
+        return max([_show(folder, step, given.verify) for step in folder.steps()])
+
+
+def _show(folder: CheckpointFolder, step: int, must_verify: bool) -> int:
+    """Print a line on a checkpoint; return 1 where it isn't as it was saved."""
+    try:
+        manifest = read_manifest(folder.of(step))
+        if must_verify:
+            verify(folder.of(step), manifest)
+        state = read_trainer_state(folder.of(step))
+    except CheckpointError as error:
+        print(f"step {step:>6}  DAMAGED: {error}")
+        return 1
+    num_bytes = sum(file.num_bytes for file in manifest.files)
+    roles = ", ".join(state.updates) or "models alone"
+    reward = state.metrics.get("val/reward_mean")
+    told = "" if reward is None else f"  val/reward_mean {reward:.3f}"
+    print(f"step {step:>6}  {num_bytes / 2**20:>10,.1f} MiB  {roles}{'  verified' if must_verify else ''}{told}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

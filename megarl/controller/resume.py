@@ -1,0 +1,157 @@
+"""Where a run goes on from, and what of its configuration may differ from that of the run that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.checkpoint.folder import LATEST, CheckpointFolder
+from megarl.checkpoint.manifest import read_manifest, verify
+from megarl.checkpoint.trainer_state import TrainerState, read_trainer_state
+from megarl.config.schema import SFTTrainerConfig
+from megarl.errors import CheckpointError, ConfigError, Problem
+from megarl.monitor.rundir import forget_later_steps
+from megarl.ranks.spec import Resumed
+
+AUTO, NEVER = "auto", "never"
+
+# Keys, and parts of keys, whose change leaves what a run computes as it is: how long it is, what it tells, and how its
+# work is laid out.
+_MAY_DIFFER = (
+    "trainer.",
+    "data.val_",
+    "data.max_val_prompts",
+    "actor_rollout_ref.rollout.val_kwargs",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.max_num",
+    "actor_rollout_ref.rollout.enforce_eager",
+    "actor_rollout_ref.rollout.free_cache_engine",
+    "actor_rollout_ref.rollout.disable_log_stats",
+    "reward.num_workers",
+    "reward.timeout_s",
+    "reward.batch_timeout_s",
+    "reward.try_first",
+)
+_PARTS_THAT_MAY_DIFFER = (
+    *("megatron", "fsdp_config", "strategy", "micro_batch", "dynamic_bsz", "max_token_len", "use_fused_kernels"),
+    *("use_remove_padding", "ulysses"),
+)
+_BUT_NOT = ("trainer.seed", "data.val_batch_size", "override_transformer_config")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that a run goes on from. notes: lines on it for a person."""
+
+    folder: Path
+    state: TrainerState
+    notes: tuple[str, ...] = ()
+
+    @property
+    def on_ranks(self) -> Resumed:
+        """What ranks need to know of it."""
+        return Resumed(str(self.folder), self.state.updates)
+
+
+def find_resumption(
+    trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], overrides: Sequence[str]
+) -> Resumption | None:
+    """Return what the run goes on from, None where it starts anew. Every byte of the checkpoint is verified first.
+
+    values: the run's configuration, resolved. overrides: what was typed: a key among them may differ from the saved
+    run's, since it was changed on purpose. Raises CheckpointError for a checkpoint that isn't as it was saved, and
+    ConfigError for keys that differ unseen.
+    """
+    if trainer.resume == NEVER:
+        return None
+    checkpoints = CheckpointFolder(run_dir / "checkpoints")
+    if trainer.resume == AUTO:
+        checkpoints.remove_leftovers()
+        found = _newest(checkpoints, trainer.resume_from_older)
+    else:
+        path = checkpoint_at(trainer.resume)
+        found = Resumption(path, _whole(path))
+    if found is None:
+        return None
+    if not found.state.updates:
+        raise CheckpointError(f"{found.folder} has no state to go on from: it was saved without; start from its model")
+    changes = list(_changes(found.state.config, values))
+    unseen = [change for change in changes if not _is_typed(change.key, overrides)]
+    if unseen:
+        raise ConfigError(unseen)
+    notes = [f"going on after step {found.state.step} from {found.folder}"]
+    notes += [f"  {change.key} = {change.value!r}, {change.allowed}" for change in changes]
+    print("\n".join((*found.notes, *notes)), flush=True)
+    forget_later_steps(run_dir, found.state.step)
+    return found
+
+
+def is_finished(resumption: Resumption | None, num_steps: int) -> bool:
+    """Whether a run that goes on has no step left; says so."""
+    if resumption is None or resumption.state.step < num_steps:
+        return False
+    print(f"all {num_steps} steps are done; trainer.total_training_steps or trainer.total_epochs makes the run longer")
+    return True
+
+
+def checkpoint_at(path: str) -> Path:
+    """Return the folder of the checkpoint that a path names: itself, or the latest of a run's folder."""
+    folder = Path(path).expanduser().absolute()
+    for inner in (folder / "checkpoints" / LATEST, folder / LATEST):
+        if inner.is_dir():
+            return inner.resolve()
+    return folder
+
+
+def _newest(checkpoints: CheckpointFolder, may_be_older: bool) -> Resumption | None:
+    """Return the newest whole checkpoint; damaged ones raise, or are set aside where an older one ``may_be`` taken."""
+    notes: list[str] = []
+    for step in reversed(checkpoints.steps()):
+        try:
+            return Resumption(checkpoints.of(step), _whole(checkpoints.of(step)), tuple(notes))
+        except CheckpointError as error:
+            if not may_be_older:
+                raise CheckpointError(
+                    f"{error}, as trainer.resume_from_older=true does: it sets this one aside"
+                ) from error
+            notes.append(f"DAMAGED: {error}; it is now {checkpoints.set_aside(step)}")
+    return None
+
+
+def _whole(folder: Path) -> TrainerState:
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    return read_trainer_state(folder)
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the keys that differ and that decide what the run computes."""
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not _may_differ(key):
+            was = f"was {before.get(key)!r} in the run that was saved"
+            fix = "give the earlier value, type the new one as an override if it is meant, or trainer.resume=never"
+            yield Problem(key, after.get(key), was, fix)
+
+
+def _may_differ(key: str) -> bool:
+    if any(part in key for part in _BUT_NOT):
+        return False
+    return key.startswith(_MAY_DIFFER) or any(part in key for part in _PARTS_THAT_MAY_DIFFER)
+
+
+def _is_typed(key: str, overrides: Sequence[str]) -> bool:
+    """Whether an override names a key, or a section that it is in."""
+    typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    return any(key == name or key.startswith(f"{name}.") for name in typed)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

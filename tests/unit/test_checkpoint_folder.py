@@ -1,0 +1,75 @@
+"""The checkpoints of a run: which there are, which stay, and that none is half there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megarl.checkpoint.folder import CheckpointFolder, Kept
+from megarl.checkpoint.manifest import hashed
+from megarl.checkpoint.trainer_state import FILE_NAME, TrainerState, write_trainer_state
+from megarl.errors import CheckpointError
+
+
+def save(folder: CheckpointFolder, step: int, *, is_last: bool = False, **metrics: float) -> Path:
+    partial = folder.begin(step)
+    write_trainer_state(partial, TrainerState(step, step, None, metrics=metrics))
+    return folder.commit(partial, step, [hashed(partial, FILE_NAME)], is_last=is_last)
+
+
+def test_saved_steps_are_listed_in_order_and_linked(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert folder.steps() == []
+    for step in (2, 10, 4):
+        save(folder, step)
+    assert folder.steps() == [2, 4, 10]
+    assert (folder.path / "latest").resolve() == folder.of(4)
+    save(folder, 12, is_last=True)
+    assert (folder.path / "latest").resolve() == (folder.path / "final").resolve() == folder.of(12)
+
+
+def test_a_save_that_was_broken_off_is_no_checkpoint_and_leaves_no_trace(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    save(folder, 1)
+    (folder.begin(2) / "half").write_text("")
+    assert folder.steps() == [1]
+    folder.remove_leftovers()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["latest", "step_1"]
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    (save(folder, 3) / "manifest.json").unlink()
+    assert folder.steps() == []
+
+
+def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    save(folder, 3)
+    with pytest.raises(CheckpointError, match="step_3 exists; a checkpoint is never written over another"):
+        folder.begin(3)
+    assert folder.set_aside(3).name == "step_3.damaged"
+    save(folder, 3)
+    assert folder.set_aside(3).name == "step_3.damaged2"
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (Kept(), [1, 2, 3, 4, 5]),
+        (Kept(last=2), [4, 5]),
+        (Kept(last=9), [1, 2, 3, 4, 5]),
+        (Kept(last=1, best_by="val/reward_mean"), [3, 5]),
+        (Kept(last=1, best_by="-val/reward_mean"), [2, 5]),
+        (Kept(last=1, best_by="unknown"), [5]),
+    ],
+)
+def test_the_newest_and_the_best_stay(tmp_path: Path, kept: Kept, left: list[int]) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step, value in enumerate((0.1, 0.0, 0.7, 0.2), start=1):
+        save(folder, step, **{"val/reward_mean": value})
+    save(folder, 5)  # without the metric
+    gone = folder.prune(kept)
+    assert folder.steps() == left and gone == sorted({1, 2, 3, 4, 5} - set(left))
+    assert not list(folder.path.glob(".*"))
