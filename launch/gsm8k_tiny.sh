@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The real GSM8K through the whole path on two CPU cores: byte-pair tokenizer trained on it, small fresh model, SFT of
-# sixty steps, twenty steps of GRPO. The model is too small to reason; the reward is for the form of its answers, too.
+# 200 steps, ten steps of GRPO. The model is too small to reason; the reward is for the form of its answers, too.
 # Usage: launch/gsm8k_tiny.sh SOURCE [main_ppo overrides]   (SOURCE: a folder with train.jsonl and test.jsonl, or a
 # downloaded HF copy)
 set -euo pipefail

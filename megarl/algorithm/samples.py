@@ -49,6 +49,13 @@ class Rewards:
         """Parts of the rewards by name, float32 [B, K]; None where the estimator reads none."""
         return torch.tensor([r.components for r in self.results]) if self.component_names else None
 
+    @property
+    def component_means(self) -> Metrics:
+        """The mean of every component by its name."""
+        columns_BK = self.components_BK
+        means = [] if columns_BK is None else columns_BK.double().mean(0).tolist()
+        return dict(zip(self.component_names, means, strict=True)) if means else {}
+
     def has_spread(self, group_B: Tensor) -> Tensor:
         """Return for each rollout whether its group teaches: it has two scores, or two values of a part; bool [B].
 
@@ -87,9 +94,7 @@ class Rewards:
 
     def _parts(self) -> Metrics:
         """Return the mean of every component; of the model's scores as they are, and of the function's beside them."""
-        columns_BK = self.components_BK
-        means = [] if columns_BK is None else columns_BK.double().mean(0).tolist()
-        parts = {f"reward/component/{name}": mean for name, mean in zip(self.component_names, means, strict=True)}
+        parts = {f"reward/component/{name}": mean for name, mean in self.component_means.items()}
         if self.model_B is None:
             return parts
         parts["reward/model_mean"] = float(self.model_B.mean())

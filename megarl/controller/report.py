@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megarl.monitor.console import RolloutRow, rollouts_table
@@ -14,7 +14,7 @@ from megarl.types import Metrics
 class Evaluation:
     """How good the weights after ``step`` are: ``value`` is the ``measure``, in words.
 
-    rows: some of the rollouts, of the same prompts each time.
+    rows: some of the rollouts, of the same prompts each time. components: means of the parts of the reward, by name.
     """
 
     step: int
@@ -22,6 +22,11 @@ class Evaluation:
     measure: str
     metrics: Metrics
     rows: tuple[RolloutRow, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in self.components.items())
+        return f"{self.value:.3f}" + (f" ({parts})" if parts else "")
 
 
 def final_report(evaluations: Sequence[Evaluation], run_dir: Path) -> str:
@@ -38,7 +43,7 @@ def final_report(evaluations: Sequence[Evaluation], run_dir: Path) -> str:
             parts.append(f"\nvalidation rollouts {name} training (step {evaluation.step})\n{table}")
     parts.append(f"\n{after.measure}")
     if before is not None:
-        parts.append(f"  before training: {before.value:.3f}")
-    parts.append(f"  after {after.step} steps: {after.value:.3f}")
+        parts.append(f"  before training: {before}")
+    parts.append(f"  after {after.step} steps: {after}")
     parts.append(f"run folder: {run_dir}\nmodel: {run_dir / 'checkpoints' / 'final'}")
     return "\n".join(parts)

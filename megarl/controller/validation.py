@@ -34,10 +34,12 @@ class Validation:
         lengths = [len(r.token_ids) for group in groups for r in group]
         num_cut = sum(r.finish_reason == "length" for group in groups for r in group)
         mean = sum(rewards.unpenalized) / len(rewards.unpenalized)
+        components = rewards.component_means
         metrics = {
             "val/reward_mean": mean,
+            **{f"val/component/{name}": value for name, value in components.items()},
             "val/response_mean_tokens": sum(lengths) / len(lengths),
             "val/response_share_cut": num_cut / len(lengths),
         }
         rows = self.scorer.rows(self.prompts, groups, rewards, self.num_rows)
-        return Evaluation(step, mean, f"validation reward over {len(lengths)} rollouts", metrics, rows)
+        return Evaluation(step, mean, f"validation reward over {len(lengths)} rollouts", metrics, rows, components)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megarl.config.command_line import end_quietly_with_the_reader
 from megarl.data.gsm8k import prepare_gsm8k
+from megarl.data.smollm2 import prepare_smollm2
 from megarl.data.verbs import prepare_verbs
 from megarl.errors import MegarlError
 
@@ -30,6 +31,8 @@ def _prepare(options: argparse.Namespace) -> dict[Path, str]:
     out = options.out.expanduser()
     if options.name == "verbs":
         return prepare_verbs(out, options.seed)
+    if options.name == "smollm2":
+        return prepare_smollm2(out)
     return prepare_gsm8k(options.source.expanduser(), out, tiny_model=options.tiny_model)
 
 
@@ -48,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = names.add_parser("verbs", help="the quickstart task, generated, with its tokenizer and model config")
     verbs.add_argument("--seed", type=int, default=0, help="of the demonstrations and of the training prompts")
-    for name in (gsm8k, verbs):
+    smollm2 = names.add_parser("smollm2", help="a pretrained model of 135M parameters, and numbers to count on from")
+    for name in (gsm8k, verbs, smollm2):
         name.add_argument("--out", type=Path, required=True, help="folder to write into")
     return parser
 

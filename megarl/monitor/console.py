@@ -39,6 +39,7 @@ HEADLINE: Mapping[str, str] = {
 TROUBLES = ("reward/num_raised", "reward/num_timeout", "reward/num_invalid")
 MAX_CELL_LINES = 16
 _COLUMN, _LINES_UNDER_A_HEADER = 8, 20
+_BAR = "{l_bar}{bar:30}{r_bar}"  # of one width, whatever the run waits for
 
 
 def stage_line(number: int, total: int, what: str) -> str:
@@ -55,6 +56,10 @@ class StepTable:
     def __init__(self, headline: Mapping[str, str] = HEADLINE) -> None:
         self._headline = headline
         self._shown: list[str] = []
+        self._lines_to_header = 0
+
+    def interrupt(self) -> None:
+        """Have a header above the next line: something else stands above it."""
         self._lines_to_header = 0
 
     def lines(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -95,7 +100,9 @@ class Progress:
         self._log_file = None if log_file is None else LineFile(log_file)
         self._stream = sys.stdout if stream is None else stream
         self._table = StepTable(headline)
-        self._bar = tqdm(total=total_steps, unit="step", file=self._stream, disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps, unit="step", file=self._stream, disable=None, dynamic_ncols=True, bar_format=_BAR
+        )
         self._has_stepped = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -107,13 +114,18 @@ class Progress:
             self._bar.start_t = time.time() - metrics.get("time_s/step", 0.0)
             self._has_stepped = True
         self._bar.n = step
-        self.write(self._table.lines(step, metrics))
+        self._write(self._table.lines(step, metrics))
 
     def wait_for(self, what: str) -> None:
         """Say in the bar what goes on until the next such word; an empty one says nothing."""
         self._bar.set_postfix_str(what)
 
     def write(self, text: str) -> None:
+        """Write text above the bar; the next step's line then has its header again."""
+        self._table.interrupt()
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         """Write text above the bar; characters that the terminal can't encode are escaped."""
         encoding = self._stream.encoding or "utf-8"
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=self._stream)

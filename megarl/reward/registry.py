@@ -31,17 +31,18 @@ class RewardFunction(Protocol):
 
     def __call__(
         self, *, data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]
-    ) -> float:
+    ) -> float | Mapping[str, float]:
         """Return the reward of a response: a finite number, or a mapping that has one under ``score``."""
 
 
-_Function = TypeVar("_Function", bound=Callable[..., float])
+_Function = TypeVar("_Function", bound=Callable[..., float | Mapping[str, float]])
 _FUNCTIONS: dict[str, RewardFunction] = {}
 _WHY_UNMATCHABLE: Mapping[str, Callable[[str], str]] = {
     "gsm8k": why_no_number,
     "openai/gsm8k": why_no_number,
     "gsm8k_flexible": why_no_number,
     "gsm8k_format": why_no_number,
+    "counting": why_no_number,
     "verbs": why_no_single_mark,
 }
 DEFAULT_FUNCTION = "compute_score"
@@ -102,6 +103,17 @@ def exact_match(data_source: str, solution_str: str, ground_truth: str, extra_in
     return score_exact_match(solution_str, ground_truth)
 
 
+@register("counting")
+def counting(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]
+) -> Mapping[str, float]:
+    """Score the SmolLM2 task: ``form`` for a bare number and nothing else, ``right`` for the right one besides."""
+    text, stopped = solution_str.strip(), extra_info["finish_reason"] == "stop"
+    form = float(stopped and text.isdecimal())
+    right = form * score_exact_match(text, ground_truth)
+    return {"score": 0.2 * form + 0.8 * right, "form": form, "right": right}
+
+
 @register("verbs")
 def verbs(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]) -> float:
     """Score the quickstart task. A response that was cut off is worth nothing: the model has to learn to stop."""
@@ -145,7 +157,7 @@ def require_functions(data_sources: Iterable[str]) -> None:
 
 def score_by_data_source(
     *, data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, object]
-) -> float:
+) -> float | Mapping[str, float]:
     """Score with the function that the row's data_source names."""
     score = _by_name(data_source, "the row's data_source")
     return score(data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info)

@@ -70,7 +70,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     ).eval()
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Computes in float64 what a model asks for in float32: norms, softmax and logits of Hugging Face's do."""
 
     def __torch_function__(
@@ -121,7 +121,7 @@ def _compare_with_float64(
 ) -> tuple[Tensor, float]:
     """Return log-probs in float64, and how far the gradient of ``model`` is from that in float64, relative to it."""
     exact = load(folder, torch.float64)
-    with _InFloat64():
+    with InFloat64():
         exact_BS = hf_logprobs_BS(exact, everything, TEMPERATURE)
         _differentiate(exact, rollouts)
     _differentiate(model, rollouts)

@@ -91,6 +91,21 @@ def test_no_line_is_wider_than_120_columns_and_columns_never_touch(metrics: dict
     assert len(line.split()) == len(header.split()) == 1 + sum(name in HEADLINE for name in metrics)
 
 
+def test_after_a_table_the_header_comes_again() -> None:
+    stream = io.StringIO()
+    progress = Progress(total_steps=10, stream=stream, headline=AB)
+    progress.log(1, {"a": 1.0})
+    progress.log(2, {"a": 1.0})
+    progress.write("a table")
+    progress.log(3, {"a": 1.0})
+    progress.close()
+    header = "  step    alpha"
+    assert stream.getvalue().splitlines() == [
+        *(header, "     1        1", "     2        1"),
+        *("a table", header, "     3        1"),
+    ]
+
+
 def test_a_log_file_gets_lines_and_no_bar() -> None:
     stream = io.StringIO()
     progress = Progress(total_steps=10, stream=stream, headline=AB)

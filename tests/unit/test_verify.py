@@ -3,15 +3,29 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megarl.errors import ConfigError, ModelFolderError
 from megarl.parallel.layout import Layout
-from megarl.verify.figures import LOSS, Figure
+from megarl.verify.figures import (
+    DISTRIBUTED_GRAD_NORM,
+    DISTRIBUTED_LATER_LOSSES,
+    GRAD_NORM,
+    LATER_LOSSES,
+    LOSS,
+    Figure,
+    Tolerances,
+)
 from megarl.verify.layouts import ONE_RANK, axes_of, check_names, chosen, layouts_of, name_of, quick
+from megarl.verify.measure import training_figures
+from megarl.verify.reference import TEMPERATURE, InFloat64, Noise, hf_logprobs_BS, load, make_reference
+from megarl.verify.roles import TRAINING, training_of
 from megarl.verify.subject import subjects
+from megarl.verify.work import Examined
 from megarl.weights.model_shape import ModelShape
 
 DENSE, TIED, MOE = subjects(None)
@@ -119,3 +133,41 @@ def test_a_mistake_in_the_command_is_told_before_torch_is_loaded(arguments: list
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert said in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_steps_of_a_larger_model_move_its_losses_as_little_as_those_of_a_tiny_one() -> None:
+    large = replace(DENSE.shape, num_layers=100 * DENSE.shape.num_layers)
+    tiny, scaled = training_of(DENSE.shape), training_of(large)
+    assert tiny.lr == pytest.approx(TRAINING.lr, rel=0.1)
+    assert scaled.lr / tiny.lr == pytest.approx(0.1, rel=0.1)
+    assert scaled.eps / scaled.lr == pytest.approx(TRAINING.eps / TRAINING.lr)
+
+
+def test_optimizer_steps_are_compared_in_errors_of_hugging_face() -> None:
+    def found(*steps: tuple[float, float]) -> Examined:
+        metrics = tuple({"loss": loss, "grad_norm": norm} for loss, norm in steps)
+        return Examined(None, None, metrics, metrics)
+
+    alone = [found((0.5, 2.0), (0.4, 2.0), (0.3, 2.0))]
+    other = [found((0.5 + 3e-6, 2.0 + 6e-6), (0.4 - 1e-5, 2.0), (0.3 + 7e-5, 9.0))]
+    noise = Noise(logprobs=1e-6, gradient=1e-6, bf16=1.0)
+    figures = {f.check: f for f in training_figures(other, alone, Layout(1), noise, Tolerances())}
+    assert figures[LOSS].value == pytest.approx(3e-6)
+    assert figures[GRAD_NORM].value == figures[DISTRIBUTED_GRAD_NORM].value == pytest.approx(3e-6)
+    assert figures[LATER_LOSSES].value == figures[DISTRIBUTED_LATER_LOSSES].value == pytest.approx(7e-5)
+    assert {check for check, figure in figures.items() if not figure.passes} == {LATER_LOSSES, DISTRIBUTED_LATER_LOSSES}
+
+
+def test_a_reference_in_float64_is_exact_and_what_float32_loses_is_measured(tmp_path: Path) -> None:
+    found = make_reference(DENSE.write(tmp_path), DENSE.shape.vocab_size)
+    assert found.exact_logprobs_BS.dtype == torch.float64
+    assert 1e-7 < found.noise.logprobs < 1e-5
+    assert 1e-7 < found.noise.gradient < 1e-5
+    assert found.noise.logprobs == float((found.logprobs_BS - found.exact_logprobs_BS).abs().max())
+    # Weights that float64 alone tells apart move what is exact, by about as much: no float32 is left in between.
+    model = load(found.folder, torch.float64)
+    with torch.no_grad(), InFloat64():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-12)
+        moved_BS = hf_logprobs_BS(model, found.everything, TEMPERATURE)
+    assert 0 < float((moved_BS - found.exact_logprobs_BS).abs().max()) < 1e-9
