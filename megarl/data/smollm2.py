@@ -54,7 +54,7 @@ def require_packages() -> None:
 
 def counting_rows(split: str) -> list[dict[str, Any]]:
     """Return the prompts of ``train`` or ``test``: all sequences of some lengths, by the number that goes on."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for answer in range(SMALLEST + min(LENGTHS), LARGEST + 1):
         if is_held_out(answer) != (split == "test"):
             continue

@@ -31,7 +31,7 @@ LAYERS = (
     {"launchers"},
     {"controller", "doctor", "from_verl"},
     {"verify"},
-    {"main_ppo", "main_sft", "checkpoints", "export"},
+    {"main_ppo", "main_sft", "checkpoints", "export", "__main__"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 

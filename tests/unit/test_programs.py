@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
+import megarl
 from megarl.__main__ import PROGRAMS, main
 
 
@@ -61,3 +63,13 @@ def test_a_reader_that_has_seen_enough_ends_a_program_without_a_word(arguments: 
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.returncode in (0, 141)  # 128 + SIGPIPE
+
+
+def test_every_module_that_a_user_runs_is_a_program() -> None:
+    package = Path(megarl.__file__).parent
+    modules = {path for path in package.rglob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    names = {".".join(("megarl", *path.relative_to(package).with_suffix("").parts)) for path in modules}
+    for_maintainers = {"megarl.__main__", "megarl.config.docs", "megarl.from_verl.docs"}
+    assert {name.removesuffix(".__main__") for name in names - for_maintainers} == {
+        program.module for program in PROGRAMS.values()
+    }
