@@ -108,8 +108,6 @@ def saved_bytes(actor: MegatronBackend, batch: PolicyBatch, rows: Rows) -> int:
     """Return the bytes that the forward pass of one micro-batch keeps for its backward pass, parameters left out."""
     import torch
 
-    from megarl.train.megatron.output import MegatronOutput
-
     resident = {parameter.untyped_storage()._cdata for parameter in actor.model.own_parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
@@ -122,7 +120,7 @@ def saved_bytes(actor: MegatronBackend, batch: PolicyBatch, rows: Rows) -> int:
     (micro,), model = actor.pack(batch, [rows]), actor.model
     model.set_training(True)
     with model.resident(), model.groups.active(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = MegatronOutput(micro, model.forward(model.module, micro), actor.role, model.module)
+        output = model.output(micro, model.forward(model.module, micro))
         scores = output.logprobs(1.0)
         total = sum(storage.nbytes() for storage in saved.values())
     del scores

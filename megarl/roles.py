@@ -6,16 +6,19 @@ One more role is a section of the config, a function here, and a line in ``roles
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from megarl.algorithm.needs import needs_critic, needs_reference, needs_reward_model
 from megarl.batching.balance import TokenBudget, pass_cost, spread_rows
 from megarl.batching.plan import BatchPlan, MiniBatch, Rows, cut, plan_batch, plan_update, split_rows
 from megarl.batching.size import Batching, rollouts_a_pass, tokens_a_pass
 from megarl.config.schema import (
+    FSDP_STRATEGIES,
     BackendConfig,
     CriticModelConfig,
+    FsdpConfig,
     LRSchedulerConfig,
+    MegatronConfig,
     ModelConfig,
     OptimConfig,
     PPOConfig,
@@ -272,7 +275,7 @@ def _layout(c: PPOConfig | SFTConfig, backend: BackendConfig, model: ModelFacts)
 
 def _actor(c: PPOConfig, find: FindModel) -> Role:
     actor, sizes, tokens = c.actor_rollout_ref.actor, _actor_sizes(c), _actor_tokens(c)
-    backend, model = _backend_of(ACTOR, actor.megatron, actor.fsdp_config), _policy(c, find)
+    backend, model = _actors_backend(c), _policy(c, find)
     layout, sequence = _layout(c, backend, model), _longest(c)
     return Role(
         "actor",
@@ -352,7 +355,7 @@ def _reward_model(c: PPOConfig, find: FindModel) -> Role:
         REWARD_MODEL,
         # Of a model that isn't here only the facts of the language model that it was made from are known.
         facts if facts.folder is not None else facts.with_value_head(),
-        _backend_of(REWARD_MODEL, model.megatron),
+        model.megatron or model.fsdp_config or _frozen_section(_actors_backend(c)),
         model.use_dynamic_bsz,
         (f"{REWARD_MODEL}.micro_batch_size_per_gpu", model.micro_batch_size_per_gpu),
         (f"{REWARD_MODEL}.forward_max_token_len_per_gpu", model.forward_max_token_len_per_gpu),
@@ -380,20 +383,21 @@ def _frozen(
 
 def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
     """Return the actor of supervised fine-tuning: one optimizer step is a step."""
+    backend: BackendConfig = c.fsdp_config if c.strategy in FSDP_STRATEGIES else c.megatron
     model = find(_named("model", c.model))
-    layout = _layout(c, c.megatron, model)
+    layout = _layout(c, backend, model)
     size = rollouts_a_pass("data.micro_batch_size_per_gpu", c.data.micro_batch_size_per_gpu, c.data.max_length, layout)
     return Role(
         "actor",
         "",
         model,
-        c.megatron,
+        backend,
         layout,
         c.model.dtype,
         size,
         size,
         training_of(c.optim, c.lr_scheduler, c.data.train_batch_size),
-        residency_of(c.megatron),
+        residency_of(backend),
         c.model.use_remove_padding,
         c.model.use_fused_kernels,
     )
@@ -432,13 +436,23 @@ def _named(key: str, model: ModelConfig | CriticModelConfig) -> ModelFacts:
     return ModelFacts(key, model.path, model.init)
 
 
+def _actors_backend(c: PPOConfig) -> BackendConfig:
+    return _backend_of(ACTOR, c.actor_rollout_ref.actor.megatron, c.actor_rollout_ref.actor.fsdp_config)
+
+
 def _backend_of(key: str, *sections: BackendConfig | None) -> BackendConfig:
     """Return the section of a backend that a role has."""
     given = next((section for section in sections if section is not None), None)
     if given is None:
-        fix = "--config-name=ppo_megatron_trainer, whose files have it"
+        fix = "--config-name=ppo_megatron_trainer, whose files have it; or fsdp_config, which those of ppo_trainer have"
         raise ConfigError([Problem(f"{key}.megatron", Absent(), "is missing", fix)])
     return given
+
+
+def _frozen_section(backend: BackendConfig) -> BackendConfig:
+    """Return what a section says of a model that isn't trained."""
+    kind = MegatronConfig if isinstance(backend, MegatronConfig) else FsdpConfig
+    return kind(**{field.name: getattr(backend, field.name) for field in fields(kind)})
 
 
 def residency_of(backend: BackendConfig) -> Residency:
@@ -449,7 +463,8 @@ def residency_of(backend: BackendConfig) -> Residency:
                 backend.param_offload, backend.grad_offload, backend.optimizer_offload, backend.optimizer_on_host
             )
         case TrainedFsdpConfig():
-            return Residency(backend.param_offload, optimizer_offload=backend.optimizer_offload)
+            # FSDP makes gradients anew in every optimizer step.
+            return Residency(backend.param_offload, grad_offload=True, optimizer_offload=backend.optimizer_offload)
         case _:
             return Residency(backend.param_offload)
 

@@ -39,6 +39,10 @@ reward: {path: reward.py}
 algorithm: {adv_estimator: grpo}
 trainer: {n_gpus_per_node: 2, total_training_steps: 3, num_sampled_rollouts: 2, run_dir: run}
 """
+# The same on FSDP.
+_RL_FSDP = _RL.replace("ppo_megatron_trainer", "ppo_trainer").replace(
+    "megatron: {tensor_model_parallel_size: 2}", "strategy: fsdp2"
+)
 _SFT = """
 defaults: [sft_trainer, _self_]
 data:
@@ -63,9 +67,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def write_tiny_task(folder: Path) -> Path:
-    """Write model/, parquet files, reward.py and the recipes rl.yaml and sft.yaml into ``folder``; return it.
+    """Write model/, parquet files, reward.py and the recipes into ``folder``; return it.
 
-    The recipes name their files relative to the folder: runs start in it, with ``--config-dir=.``.
+    Files are named relative to the folder: runs start in it, with ``--config-dir=.``.
     """
     tokenizer = verbs_tokenizer()
     config = Qwen3Config(
@@ -91,6 +95,7 @@ def write_tiny_task(folder: Path) -> Path:
     write_parquet(folder / "test.parquet", [p.prompt_row("test", i) for i, p in enumerate(test)])
     write_parquet(folder / "sft.parquet", [p.sft_row() for p in sft_problems(0)[:NUM_SFT]])
     (folder / "rl.yaml").write_text(_RL)
+    (folder / "rl_fsdp.yaml").write_text(_RL_FSDP)
     (folder / "sft.yaml").write_text(_SFT)
     (folder / "reward.py").write_text(_REWARD)
     return folder

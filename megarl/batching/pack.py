@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarl.batching.zigzag import held_positions, num_parts
+from megarl.batching.zigzag import contiguous_positions, held_positions, num_parts
 from megarl.types import Rollout, RolloutBatch, Sequences
 
 
@@ -46,16 +46,25 @@ class MicroBatch:
 
 
 def pack(
-    batch: Sequences, rows: Sequence[int], *, packed: bool, multiple: int = 1, cp: int = 1, cp_rank: int = 0
+    batch: Sequences,
+    rows: Sequence[int],
+    *,
+    packed: bool,
+    multiple: int = 1,
+    cp: int = 1,
+    cp_rank: int = 0,
+    contiguous: bool = False,
 ) -> MicroBatch:
     """Lay out ``rows`` of ``batch`` end to end (``packed``), or each on a line of its own; take a context rank's share.
 
-    multiple: a rank's number of positions is rounded up to it (sequence parallelism splits them evenly). No rows at
-    all, as for a rank that only keeps step with the others, give one sequence of as few padding tokens as can be.
+    multiple: a rank's number of positions is rounded up to it (sequence parallelism splits them evenly). contiguous:
+    a context rank's share is one part of the whole line in place of two of every sequence. No rows at all, as for a
+    rank that only keeps step with the others, give one sequence of as few padding tokens as can be.
     """
     lengths = [int(batch.lengths_B[row]) for row in rows]
-    room = [_round_up(length, num_parts(cp)) for length in lengths]
-    multiple = math.lcm(num_parts(cp), cp * multiple)
+    num_shares = 1 if contiguous else num_parts(cp)
+    room = [_round_up(length, num_shares) for length in lengths]
+    multiple = math.lcm(num_shares, cp * multiple)
     width = _round_up(max(room, default=1), multiple)
     starts = [sum(room[:i]) if packed else i * width for i in range(len(rows))]
     size = _round_up(sum(room) or 1, multiple) if packed else max(len(rows), 1) * width
@@ -74,7 +83,10 @@ def pack(
         row_index.append(torch.full_like(columns, row))
         column_index.append(columns)
     tail = [size - sum(room)] if packed and size > sum(room) else []
-    held_L = held_positions([*room, *tail] if packed else [width] * (size // width), cp, cp_rank)
+    if contiguous:
+        held_L = contiguous_positions([size] if packed else [width] * (size // width), cp, cp_rank)
+    else:
+        held_L = held_positions([*room, *tail] if packed else [width] * (size // width), cp, cp_rank)
     place_T = torch.full((size,), -1)
     place_T[held_L] = torch.arange(len(held_L))
     shape = (1, -1) if packed else (-1, width // cp)

@@ -35,7 +35,7 @@ class Batching:
     @property
     def sequence_multiple(self) -> int:
         """The number that the tokens of every sequence are rounded up to a multiple of; see megarl.batching.pack."""
-        return 2 * self.layout.cp if self.layout.cp > 1 else 1
+        return 2 * self.layout.cp if self.layout.cp > 1 and not self.layout.is_fsdp else 1
 
     @property
     def longest_tokens(self) -> int:

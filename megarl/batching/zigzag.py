@@ -35,6 +35,16 @@ def held_positions(lengths: Sequence[int], cp: int, cp_rank: int) -> Tensor:
     return torch.cat(spans)
 
 
+def contiguous_positions(lengths: Sequence[int], cp: int, cp_rank: int) -> Tensor:
+    """Return the same where a rank holds the ``cp_rank``-th of ``cp`` equal parts of each, as Ulysses has it."""
+    spans, start = [torch.empty(0, dtype=torch.int64)], 0
+    for length in lengths:
+        size = length // cp
+        spans.append(torch.arange(start + cp_rank * size, start + (cp_rank + 1) * size))
+        start += length
+    return torch.cat(spans)
+
+
 def gathered_positions(lengths: Sequence[int], cp: int) -> Tensor:
     """Return where each token of sequences that lie end to end stands [T] once all ranks' tokens are gathered."""
     held_T = torch.cat([held_positions(lengths, cp, rank) for rank in range(cp)])

@@ -23,12 +23,13 @@ from megarl.checks.axes import (
     recomputation_has_layers_to_pick,
     what_is_said_of_experts_has_some,
 )
+from megarl.checks.backends import parameters_are_gathered
 from megarl.checks.effects import settings_have_an_effect
 from megarl.checks.rules import without_followers
 from megarl.config.defaults import default_of, defaults_in, value_of
 from megarl.config.programs import MEGATRON, PPO
 from megarl.config.router_losses import router_losses_are_added
-from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
+from megarl.config.schema import FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import Problem
 from megarl.roles import CRITIC, REF, REWARD_MODEL, Role
 
@@ -113,13 +114,15 @@ def the_last_learning_rate_is_that_of_a_schedule(role: Role) -> Problems:
 
 
 def axes_have_something_to_split(role: Role) -> Problems:
-    """Axes, recomputation and fields of megatron's act on the role's model."""
+    """Axes, recomputation and fields of the backend's act on the role's model."""
     key, backend = role.backend_key, role.backend
     if isinstance(backend, MegatronConfig):
         yield from chunks_take_turns_on_a_pipeline(key, backend)
         yield from router_losses_are_added(f"{key}.override_transformer_config", backend.override_transformer_config)
         if role.model.known_shape is not None:
             yield from what_is_said_of_experts_has_some(key, role.shape, backend)
+    if isinstance(backend, FsdpConfig):
+        yield from parameters_are_gathered(key, backend)
     if isinstance(backend, TrainedMegatronConfig):
         yield from recomputation_has_layers_to_pick(key, backend.recompute)
         yield from moments_of_16_bits_are_those_of_an_optimizer_that_has_them(key, backend)

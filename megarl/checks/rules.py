@@ -17,9 +17,10 @@ from megarl.checks.axes import (
     recomputation_is_complete,
     the_model_fits_its_axes,
 )
+from megarl.checks.backends import shards_and_sequences_divide_the_ranks, ulysses_splits_the_heads
 from megarl.checks.vllm_facts import VLLM_HEAD_SIZES, vllm_serves
 from megarl.config.defaults import default_of
-from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
+from megarl.config.schema import FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
 from megarl.roles import Role, num_ranks
@@ -193,6 +194,8 @@ def axes_make_sense(role: Role) -> Problems:
     if isinstance(backend, MegatronConfig):
         yield from axes_divide_the_ranks(key, backend, role.layout.world_size)
         yield from overridden_fields_exist_and_are_free(key, backend)
+    if isinstance(backend, FsdpConfig):
+        yield from shards_and_sequences_divide_the_ranks(key, backend, role.layout.world_size)
     if isinstance(backend, TrainedMegatronConfig):
         yield from recomputation_is_complete(key, backend.recompute)
         yield from an_optimizer_on_the_host_is_split_and_stays(key, backend)
@@ -231,6 +234,8 @@ def model_problems(
     for role in known:
         if isinstance(role.backend, MegatronConfig):
             problems += the_model_fits_its_axes(role.backend_key, role.shape, role.backend)
+        else:
+            problems += ulysses_splits_the_heads(role.backend_key, role.shape, role.backend)
         problems += the_longest_rollout_fits_the_reward_model(role)
         if actor in known:
             problems += the_actors_tokens_are_known(role, actor.shape.vocab_size)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megarl.batching.plan import BatchPlan
+from megarl.checks.backends import every_role_has_one_backend
 from megarl.checks.config import built, drop_consequences
 from megarl.checks.data_files import check_chat_files, check_prompt_files
 from megarl.checks.findings import Findings
 from megarl.checks.idle import idle_settings
 from megarl.checks.rules import model_problems, run_problems
 from megarl.checks.tokenizer_file import differing_token, largest_token
-from megarl.config.schema import FSDP_STRATEGIES, PPOConfig, SFTConfig, TrainedMegatronConfig
-from megarl.errors import ModelFolderError, Problem
+from megarl.config.schema import PPOConfig, SFTConfig, TrainedMegatronConfig
+from megarl.errors import ConfigError, ModelFolderError, Problem
 from megarl.parallel.environment import PlatformName, platform_name
 from megarl.reward.registry import load_reward
 from megarl.reward.source import check_reward_file
@@ -77,7 +78,8 @@ def check_ppo(
     """
     found = Findings([] if files_may_be_missing else None)
     config, misread = built(PPOConfig, values)
-    found.problems += the_backend_is_built(config)
+    if backends := list(every_role_has_one_backend(config)):
+        raise ConfigError([*misread, *backends])  # no role can be said to have this or that size
     platform = platform or ("cuda" if files_may_be_missing else platform_name())
     roles = _checked_roles(config, found, platform)
     found.problems += _a_token_means_the_same(roles)
@@ -162,15 +164,6 @@ def _checked_roles(config: PPOConfig | SFTConfig, found: Findings, platform: Pla
     with found.of(f"{model.key}.path", model.path):
         found.problems += _the_embedding_holds_the_tokenizer(model)
     return roles
-
-
-def the_backend_is_built(config: PPOConfig) -> Iterator[Problem]:
-    """The strategy has code behind it."""
-    strategy = config.actor_rollout_ref.actor.strategy
-    if strategy in FSDP_STRATEGIES:
-        fix = "--config-name=ppo_megatron_trainer, or `defaults: [ppo_megatron_trainer, _self_]`"
-        allowed = "this backend isn't built yet; megatron is"
-        yield Problem("actor_rollout_ref.actor.strategy", strategy, allowed, fix)
 
 
 def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:

@@ -25,13 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megarl.config.command_line import EXPERIMENT, CommandLine, end_quietly_with_the_reader, parse_command_line
 from megarl.config.composition_errors import hydra_errors_named
-from megarl.config.files import OURS, group_names, names_in
+from megarl.config.files import OURS, find_config, group_names, names_in
 from megarl.config.programs import PROGRAMS, Program, for_recipe, recipes_of
 from megarl.config.provenance import find_origins, read_sources, with_origins
 from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, Problem, RewardError
 
 USER_ERROR, RUN_ERROR = 2, 1
+_ACTOR = "actor@actor_rollout_ref.actor"
 _USER_ERRORS = (ConfigError, DataError, ModelFolderError, RewardError)
 _NO_SECTION = re.compile(r"node `([\w.]+)` is not a container")
 
@@ -177,7 +178,8 @@ def _for_hydra(override: Override, line: CommandLine, loader: ConfigLoader) -> I
     """Yield an override as Hydra takes it.
 
     A value is set whether or not its key exists: an unknown key is then reported with the others and its nearest
-    match. A recipe comes after the user's own file, not in the slot before it, for the command line has the last word.
+    match. A recipe comes after the user's own file, not in the slot before it, for the command line has the last word;
+    what it says of the actor's backend alone, in a folder of the backend's name, comes after it.
     """
     key, value = override.key_or_group, override.value()
     if key == EXPERIMENT and override.package is None:
@@ -187,6 +189,9 @@ def _for_hydra(override: Override, line: CommandLine, loader: ConfigLoader) -> I
             yield f"~{EXPERIMENT}"
         if value is not None:
             yield f"+{EXPERIMENT}@_global_={override.get_value_string()}"
+            group = f"{EXPERIMENT}/{choices.get(_ACTOR, '').removesuffix('_actor')}"
+            if find_config(line.config_dir, f"{group}/{value}"):
+                yield f"+{group}@_global_={value}"
     elif override.is_delete() or "/" in key or override.package:
         yield str(override.input_line)
     elif key in group_names(line.config_dir) and not isinstance(value, dict):  # data={...} sets values

@@ -27,6 +27,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
+ALL_RANKS = -1  # in fsdp_size, as verl has it
 OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
@@ -155,16 +156,20 @@ class TrainedMegatronConfig(MegatronConfig):
 
 @dataclass(frozen=True)
 class FsdpConfig:
-    """Where a model of the data-parallel backend waits between uses."""
+    """How one model is sharded on FSDP, and where it waits between uses."""
 
+    fsdp_size: int = key("ranks that share a copy of the model; -1: all", low=ALL_RANKS)
+    ulysses_sequence_parallel_size: int = key("ranks that share every sequence, by heads in attention", low=1)
+    reshard_after_forward: bool = key("free a layer's gathered parameters until the backward pass, or the next pass")
     param_offload: bool = key("keep parameters in host memory between uses")
 
 
 @dataclass(frozen=True)
 class TrainedFsdpConfig(FsdpConfig):
-    """Where a trained model of the data-parallel backend waits between uses."""
+    """How a model that is trained is sharded on FSDP."""
 
     optimizer_offload: bool = key("keep optimizer state in host memory between updates")
+    enable_gradient_checkpointing: bool = key("compute the activations of a layer again instead of keeping them")
 
 
 BackendConfig = MegatronConfig | FsdpConfig
@@ -189,7 +194,7 @@ class ActorConfig:
 
     strategy: str = key("training backend", choices=("megatron", *FSDP_STRATEGIES))
     megatron: TrainedMegatronConfig | None = key("axes, where strategy is megatron")
-    fsdp_config: TrainedFsdpConfig | None = key("offload, where strategy is fsdp or fsdp2")
+    fsdp_config: TrainedFsdpConfig | None = key("sharding and offload, where strategy is fsdp or fsdp2")
 
     optim: OptimConfig = key("optimizer")
     lr_scheduler: LRSchedulerConfig = key("schedule")
@@ -234,7 +239,7 @@ class RefConfig:
     log_prob_use_dynamic_bsz: bool | None = key("fill micro-batches up to a number of tokens; null: as the actor's")
     log_prob_max_token_len_per_gpu: int | None = key("those tokens, on one device; null: as the actor's", low=1)
     megatron: MegatronConfig | None = key("axes, on Megatron")
-    fsdp_config: FsdpConfig | None = key("offload, on FSDP")
+    fsdp_config: FsdpConfig | None = key("sharding and offload, on FSDP")
 
 
 @dataclass(frozen=True)
@@ -306,6 +311,7 @@ class RewardModelConfig:
         "those tokens, on one device; null: as the actor's log-prob pass", low=1
     )
     megatron: MegatronConfig | None = key("axes, on Megatron; the actor's unless given")
+    fsdp_config: FsdpConfig | None = key("sharding and offload, on FSDP; the actor's unless given")
 
 
 @dataclass(frozen=True)
@@ -431,7 +437,7 @@ class CriticConfig:
     loss_agg_mode: str | None = key("how token losses become one; null: token-mean", choices=AGGREGATIONS)
     warmup_steps: int = key("steps at the start that train the critic alone", low=0)
     megatron: TrainedMegatronConfig | None = key("axes, on Megatron; the actor's unless given")
-    fsdp_config: TrainedFsdpConfig | None = key("offload, on FSDP; the actor's unless given")
+    fsdp_config: TrainedFsdpConfig | None = key("sharding and offload, on FSDP; the actor's unless given")
 
 
 @dataclass(frozen=True)
@@ -500,5 +506,7 @@ class SFTConfig:
     model: ModelConfig = key("model")
     optim: OptimConfig = key("optimizer")
     lr_scheduler: LRSchedulerConfig = key("schedule")
-    megatron: TrainedMegatronConfig = key("axes")
+    strategy: str = key("training backend", choices=("megatron", *FSDP_STRATEGIES))
+    megatron: TrainedMegatronConfig = key("axes, where strategy is megatron")
+    fsdp_config: TrainedFsdpConfig = key("sharding and offload, where strategy is fsdp or fsdp2")
     trainer: SFTTrainerConfig = key("trainer")

@@ -151,12 +151,6 @@ def _min_lr(value: Any, run: Settings, key: str) -> Any:
     return Unused("the schedule is constant") if style == "constant" else value
 
 
-def _recompute(value: Any, run: Settings, key: str) -> Any:
-    if run.is_megatron:
-        return Unused("verl's Megatron backend doesn't read it")
-    return Missing("recomputation on the data-parallel backend") if value else Unused("off")
-
-
 def _precision_aware(role: str) -> Converter:
     def convert(value: Any, run: Settings, key: str) -> Any:
         return Unused("Adam steps on the host") if value and run(f"{role}.{_CPU_ADAM}") else value
@@ -320,7 +314,6 @@ CONVERTERS: Mapping[str, Converter] = {
     "of_kl_cov": _of_loss("kl_cov"),
     "old_rollout_is": _old_rollout_is,
     "overlong_prompts": _overlong_prompts,
-    "recompute": _recompute,
     "rejections": _rejections,
     "reward_model": _reward_model,
     "same_response_length": _same_response_length,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.parallel.vocab import CHUNK_BYTES, VocabSlice
+from megarl.parallel.vocab import CHUNK_BYTES, VocabSlice, reduce_over
 
 _ALIGNED = 128  # columns, so that matrix units run at full speed
 _LEAST = torch.finfo(torch.float32).min  # in place of -inf, of which differences are no numbers
@@ -32,7 +32,7 @@ class _FusedLogProbs(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         targets_N: Tensor,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         columns: VocabSlice,
         width: int,
     ) -> tuple[Tensor, Tensor]:
@@ -45,9 +45,9 @@ class _FusedLogProbs(torch.autograd.Function):
             target_N = block.of_targets(logits_NC, targets_N)
             sums_3N += torch.stack([*block.sums(logits_NC.sub_(own_top_N[:, None])), target_N])
         top_N = own_top_N.clone()
-        dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
+        reduce_over(group, top_N, dist.ReduceOp.MAX)
         _lower(sums_3N, own_top_N - top_N)
-        dist.all_reduce(sums_3N, group=group)
+        reduce_over(group, sums_3N)
         total_N, weighted_N, target_N = sums_3N
 
         log_total_N = total_N.log()
@@ -97,7 +97,7 @@ def fused_vocab_parallel_logprobs(
     weight_VH: Tensor,
     targets_N: Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     vocab_size: int,
     rows_N: Tensor,
     temperature: float = 1.0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megarl.config.schema import BackendConfig, MegatronConfig
+from megarl.config.schema import ALL_RANKS, BackendConfig, MegatronConfig
 from megarl.errors import ConfigError, Problem
 
 
@@ -37,8 +37,8 @@ class ExpertCoordinates:
 class Layout:
     """Sizes of all axes of one model. ``dp`` and ``edp`` follow from the others.
 
-    vpp: model chunks of a pipeline stage, 1 without interleaving. is_fsdp: every data-parallel rank has a part of each
-    tensor. etp: tensor-parallel size of experts, None as ``tp``.
+    vpp: model chunks of a pipeline stage, 1 without interleaving. etp: tensor-parallel size of experts, None as ``tp``.
+    fsdp: ranks in a row that have one copy of the model between them, of every tensor a part; 0 on Megatron.
     """
 
     world_size: int
@@ -49,7 +49,12 @@ class Layout:
     ep: int = 1
     etp: int | None = None
     vpp: int = 1
-    is_fsdp: bool = False
+    fsdp: int = 0
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether every rank has a part of each tensor, which is gathered where it is used."""
+        return self.fsdp > 0
 
     @property
     def dp(self) -> int:
@@ -93,7 +98,8 @@ def layout_of(backend: BackendConfig, world_size: int) -> Layout:
     Sequence parallelism means something only where TP > 1, virtual stages where PP > 1.
     """
     if not isinstance(backend, MegatronConfig):
-        return Layout(world_size, is_fsdp=True)
+        size = world_size if backend.fsdp_size == ALL_RANKS else backend.fsdp_size
+        return Layout(world_size, cp=backend.ulysses_sequence_parallel_size, fsdp=size)
     tp, pp = backend.tensor_model_parallel_size, backend.pipeline_model_parallel_size
     return Layout(
         world_size,

@@ -29,9 +29,9 @@ class VocabSlice:
     temperature: float
 
     @staticmethod
-    def of_rank(width: int, group: dist.ProcessGroup, vocab_size: int, temperature: float) -> VocabSlice:
-        """Return this rank's ``width`` columns of a vocabulary of ``vocab_size`` real tokens."""
-        first = dist.get_rank(group) * width
+    def of_rank(width: int, group: dist.ProcessGroup | None, vocab_size: int, temperature: float) -> VocabSlice:
+        """Return this rank's ``width`` columns of a vocabulary of ``vocab_size`` real tokens; all where no group is."""
+        first = 0 if group is None else dist.get_rank(group) * width
         return VocabSlice(first, max(0, min(width, vocab_size - first)), temperature)
 
     def scaled(self, copied_CV: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logits_LV: Tensor,
         rows_N: Tensor,
         targets_N: Tensor,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         columns: VocabSlice,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
@@ -103,12 +103,12 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         sums_3N = top_N.new_zeros((3, len(top_N)))
         for part in _chunks(len(rows_N), chunk) if columns.real else ():
             top_N[part] = columns.scaled(logits_LV[rows_N[part]])[:, : columns.real].amax(-1)
-        dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
+        reduce_over(group, top_N, dist.ReduceOp.MAX)
         for part in _chunks(len(rows_N), chunk):
             shifted_CV = columns.scaled(logits_LV[rows_N[part]]).sub_(top_N[part, None])
             target_C = columns.of_targets(shifted_CV, targets_N[part])
             sums_3N[:, part] = torch.stack([*columns.sums(shifted_CV), target_C])
-        dist.all_reduce(sums_3N, group=group)
+        reduce_over(group, sums_3N)
         total_N, weighted_N, target_N = sums_3N
 
         log_total_N = total_N.log()
@@ -137,6 +137,12 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         return grad_LV, None, None, None, None, None
 
 
+def reduce_over(group: dist.ProcessGroup | None, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce ``numbers`` in place over the ranks of a group; without one they are whole."""
+    if group is not None:
+        dist.all_reduce(numbers, op=op, group=group)
+
+
 def _chunks(count: int, size: int) -> Iterator[slice]:
     """Yield the tokens of one chunk after the other."""
     return (slice(start, start + size) for start in range(0, count, size))
@@ -146,7 +152,7 @@ def vocab_parallel_logprobs(
     logits_LV: Tensor,
     targets_N: Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     vocab_size: int,
     rows_N: Tensor | None = None,
     temperature: float = 1.0,
@@ -154,9 +160,10 @@ def vocab_parallel_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return (log p(target), entropy of p), both float32 [N] and differentiable, the same on all ranks of ``group``.
 
-    logits_LV: this rank's slice, rank r holding columns [r V, (r + 1) V). targets_N: global token ids. rows_N: the row
-    that predicts each target, every row at most once; all in order by default. vocab_size: the real vocabulary; columns
-    past it are padding and get probability 0. p = softmax(logits / temperature), computed in float32.
+    logits_LV: this rank's slice, rank r holding columns [r V, (r + 1) V). group: None where that is all of them.
+    targets_N: global token ids. rows_N: the row that predicts each target, every row at most once; all in order by
+    default. vocab_size: the real vocabulary; columns past it are padding and get probability 0.
+    p = softmax(logits / temperature), computed in float32.
 
     log p_t = z_t - log sum_v exp z_v;  H = log sum_v exp z_v - sum_v p_v z_v. Two all-reduces: N and 3 N floats.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.schema import RecomputeConfig, TrainedMegatronConfig
+from megarl.config.schema import RecomputeConfig, TrainedFsdpConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout, layers_of_chunks
 from megarl.roles import Role
 from megarl.weights.model_shape import ModelShape
@@ -23,9 +23,18 @@ def pass_of(role: Role, tokens: int, fused: bool) -> Pass:
     return Pass(role.shape, role.layout, tokens, role.dtype_bytes, fused, role.fused_head)
 
 
+_EVERY_LAYER = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
+
+
 def recompute_of(role: Role) -> RecomputeConfig | None:
-    """Return the recomputation of a role that is trained on Megatron, None elsewhere."""
-    return role.backend.recompute if isinstance(role.backend, TrainedMegatronConfig) else None
+    """Return the recomputation of a role that is trained, None elsewhere."""
+    match role.backend:
+        case TrainedMegatronConfig():
+            return role.backend.recompute
+        case TrainedFsdpConfig():
+            return _EVERY_LAYER if role.backend.enable_gradient_checkpointing else None
+        case _:
+            return None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from megarl.checks.rules import model_problems, run_problems
 from megarl.config.defaults import value_of
-from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig
+from megarl.config.schema import ALL_RANKS, FsdpConfig, MegatronConfig, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
@@ -21,10 +21,10 @@ C = TypeVar("C", PPOConfig, SFTConfig)
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
 MEGATRON = f"{ACTOR}.megatron"
+FSDP = f"{ACTOR}.fsdp_config"
 ROLLOUT = "actor_rollout_ref.rollout"
 MAX_COMBINED = 3
 
-_FROZEN_FIELDS = frozenset(field.name for field in fields(MegatronConfig))
 _OF_CRITIC = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": "critic.ppo_micro_batch_size_per_gpu",
     f"{ACTOR}.log_prob_micro_batch_size_per_gpu": "critic.forward_micro_batch_size_per_gpu",
@@ -57,7 +57,7 @@ def changed(config: C, values: Mapping[str, object]) -> C:
     tree: dict[str, Any] = {}
     for key, value in values.items():
         before = value_of(config, key)
-        followers: list[str] = [f for f in _followers(key) if f not in values and value_of(config, f) == before]
+        followers: list[str] = [f for f in _followers(key) if f not in values and _value_if_there(config, f) == before]
         for name in (key, *followers):
             sections: list[str] = name.split(".")
             node = tree
@@ -69,14 +69,22 @@ def changed(config: C, values: Mapping[str, object]) -> C:
 
 def _followers(key: str) -> Iterator[str]:
     """Yield the keys that megarl's own configs set to the value of ``key``."""
-    if key.startswith(f"{MEGATRON}."):
-        name = key.removeprefix(f"{MEGATRON}.")
-        yield f"critic.megatron.{name}"
-        if name in _FROZEN_FIELDS:
-            yield f"actor_rollout_ref.ref.megatron.{name}"
-            yield f"reward.model.megatron.{name}"
-    elif key in _OF_CRITIC:
+    for section, frozen in ((MEGATRON, MegatronConfig), (FSDP, FsdpConfig)):
+        if key.startswith(f"{section}."):
+            name = key.removeprefix(f"{ACTOR}.")
+            yield f"critic.{name}"
+            if name.split(".")[1] in {field.name for field in fields(frozen)}:
+                yield f"actor_rollout_ref.ref.{name}"
+                yield f"reward.model.{name}"
+    if key in _OF_CRITIC:
         yield _OF_CRITIC[key]
+
+
+def _value_if_there(config: object, key: str) -> Any:
+    """Return the value of a dotted key, None where it is in a section that isn't there."""
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def _replaced(config: Any, tree: Mapping[str, Any]) -> Any:
@@ -89,27 +97,25 @@ def _replaced(config: Any, tree: Mapping[str, Any]) -> Any:
 
 def single_changes(c: PPOConfig | SFTConfig, plan: RunPlan) -> Iterator[Change]:
     """Yield what may save memory, cheapest first; what is so already is left out."""
-    megatron, model = (MEGATRON, MODEL) if isinstance(c, PPOConfig) else ("megatron", "model")
-    wanted = [Change({f"{megatron}.use_distributed_optimizer": True}, "nothing")]
-    if isinstance(c, PPOConfig):
+    is_rl, is_fsdp = isinstance(c, PPOConfig), plan.roles[0].layout.is_fsdp
+    section = (FSDP if is_fsdp else MEGATRON) if is_rl else ("fsdp_config" if is_fsdp else "megatron")
+    wanted = [] if is_fsdp else [Change({f"{section}.use_distributed_optimizer": True}, "nothing")]
+    if is_rl:
         wanted.append(Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step"))
+    if not is_fsdp:
+        wanted.append(Change({f"{section}.grad_offload": True}, "allocating gradients again each update"))
     wanted += [
-        Change({f"{megatron}.grad_offload": True}, "allocating gradients again each update"),
-        Change({f"{megatron}.optimizer_offload": True}, "moving optimizer state twice a step"),
-        Change({f"{megatron}.param_offload": True}, "moving parameters for each use"),
+        Change({f"{section}.optimizer_offload": True}, "moving optimizer state twice a step"),
+        Change({f"{section}.param_offload": True}, "moving parameters for each use"),
         *(_of_rollouts(c, plan) if isinstance(c, PPOConfig) else _of_examples(c)),
-        Change({f"{model}.use_fused_kernels": True}, "logits computed twice in updates"),
+        Change({f"{MODEL if is_rl else 'model'}.use_fused_kernels": True}, "logits computed twice in updates"),
     ]
-    full = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    recompute = {f"{megatron}.recompute.{name}": value for name, value in full.items()}
-    wanted.append(Change(recompute, "a third more work in updates"))
-    on_host = {f"{megatron}.optimizer_on_host": True, f"{megatron}.optimizer_offload": False}
-    wanted.append(Change(on_host, "Adam at the host's speed"))
     node = c.trainer.n_gpus_per_node
-    wanted += _doubled(f"{megatron}.tensor_model_parallel_size", c, node, "more exchange between ranks")
-    if isinstance(c, PPOConfig):
+    wanted += _on_fsdp(section) if is_fsdp else _on_megatron(section, c)
+    if is_rl:
         wanted += _doubled(f"{ROLLOUT}.tensor_model_parallel_size", c, node, "slower tokens, fewer replicas")
-    wanted += _doubled(f"{megatron}.pipeline_model_parallel_size", c, plan.num_ranks, "waiting stages")
+    if not is_fsdp:
+        wanted += _doubled(f"{section}.pipeline_model_parallel_size", c, plan.num_ranks, "waiting stages")
     for change in wanted:
         if any(value_of(c, key) != value for key, value in change.values.items()):
             yield change
@@ -151,6 +157,24 @@ def _of_rollouts(c: PPOConfig, plan: RunPlan) -> Iterator[Change]:
     tokens = update.value if update.max_tokens is not None else 0
     while (tokens := tokens // 2) >= update.least_value:
         yield Change({update.key: tokens}, "smaller matrix products")
+
+
+def _on_fsdp(section: str) -> Iterator[Change]:
+    """Yield what may save memory on FSDP alone."""
+    yield Change({f"{section}.reshard_after_forward": True}, "gathering parameters twice in updates")
+    yield Change({f"{section}.enable_gradient_checkpointing": True}, "a third more work in updates")
+    yield Change({f"{section}.fsdp_size": ALL_RANKS}, "gathering parameters from all nodes")
+
+
+def _on_megatron(section: str, c: PPOConfig | SFTConfig) -> Iterator[Change]:
+    """Yield what may save memory on Megatron alone."""
+    full = {"granularity": "full", "method": "uniform", "num_layers": 1}
+    recompute = {f"{section}.recompute.{name}": value for name, value in full.items()}
+    yield Change(recompute, "a third more work in updates")
+    on_host = {f"{section}.optimizer_on_host": True, f"{section}.optimizer_offload": False}
+    yield Change(on_host, "Adam at the host's speed")
+    node = c.trainer.n_gpus_per_node
+    yield from _doubled(f"{section}.tensor_model_parallel_size", c, node, "more exchange between ranks")
 
 
 def fitting_changes(

@@ -16,6 +16,7 @@ from megarl.config.schema import PPOConfig
 from megarl.parallel.layout import layers_of_chunks
 from megarl.plan.activations import Pass, chunk_bytes, pass_of, recompute_of, recomputed_bytes
 from megarl.plan.devices import CPU, Device
+from megarl.plan.fsdp import gathered_bytes
 from megarl.plan.pipeline import Moment, moments
 from megarl.plan.static import static_of
 from megarl.roles import DTYPE_BYTES, Role
@@ -217,6 +218,8 @@ def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
     """Yield what a pass without gradients needs at its widest place."""
     p, stage = pass_of(role, role.scoring.most_tokens, fused), role.layout.coordinates(rank).pp
     layers = chain.from_iterable(layers_of_chunks(role.shape.num_layers, role.layout, stage))
+    if role.layout.is_fsdp:
+        yield Item("gathered parameters", gathered_bytes(role, is_updated=False))
     yield Item("one layer at work", _layer_work_bytes(p, layers))
     if stage == role.layout.pp - 1 and not role.shape.value_head:
         yield Item("logits", _logits_bytes(p))
@@ -236,6 +239,8 @@ def _updating(role: Role, num_micro_batches: int, rank: int, fused: bool) -> Ite
         return moment.bytes_of(kept) + again[moment.chunk] + work[moment.chunk]
 
     fullest = max(moments(role.layout, stage, num_micro_batches), key=held_bytes)
+    if role.layout.is_fsdp:
+        yield Item("gathered parameters and their gradients", gathered_bytes(role, is_updated=True))
     yield Item(f"activations of {_count_of(fullest)}", fullest.bytes_of(kept))
     yield Item("one layer computed again", again[fullest.chunk])
     yield Item("backward pass at work", work[fullest.chunk])

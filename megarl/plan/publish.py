@@ -14,8 +14,9 @@ from megarl.parallel.layout import Layout
 from megarl.plan.devices import Device
 from megarl.weights.cells import cells_of
 from megarl.weights.model_shape import ModelShape
-from megarl.weights.name_map import megatron_peers, vllm_peers
+from megarl.weights.name_map import vllm_peers
 from megarl.weights.reshard_plan import BUCKET_BYTES, Load, RankPlan, asked_of, loads_of, plan_reshard
+from megarl.weights.trainer_peers import trainer_peers
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def publish_traffic(
 
 def rank_loads(shape: ModelShape, layout: Layout, engine_tp: int, ranks_per_node: int) -> tuple[Load, ...]:
     """Return the Load of every rank, in elements."""
-    sources = cells_of(megatron_peers(shape, layout), ranks_per_node)
+    sources = cells_of(trainer_peers(shape, layout), ranks_per_node)
     targets = vllm_peers(shape, engine_tp, range(layout.world_size))
     return loads_of(asked_of(sources, targets), targets, ranks_per_node, layout.world_size)
 
 
 def rank_plan(shape: ModelShape, layout: Layout, engine_tp: int, ranks_per_node: int, rank: int) -> RankPlan:
     """Return the RankPlan of one rank, as it plans it in a run."""
-    sources = cells_of(megatron_peers(shape, layout), ranks_per_node)
+    sources = cells_of(trainer_peers(shape, layout), ranks_per_node)
     return plan_reshard(sources, vllm_peers(shape, engine_tp, range(layout.world_size)), rank)
 
 

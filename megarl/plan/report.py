@@ -73,6 +73,13 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
     lines = [f"{topology.role}: {sizes} on {plan.num_ranks} ranks, {plan.ranks_per_node} a node"]
     if axes:
         lines.append("  " + "; ".join(_axis_words(a) for a in axes))
+    layout = next(role.layout for role in plan.roles if role.name == topology.role)
+    if layout.is_fsdp:
+        copies = plan.num_ranks // layout.fsdp
+        lines.append(
+            f"  every tensor is cut into {layout.fsdp} by torch's fully_shard, as strategy fsdp and fsdp2 both do; "
+            f"{copies} {'copies' if copies > 1 else 'copy'} of the model"
+        )
     if len(topology.layers) > 1:
         layers = " ".join(
             f"{size} x {len(list(stages))}" for size, stages in groupby(len(stage) for stage in topology.layers)

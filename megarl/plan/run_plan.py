@@ -15,7 +15,8 @@ from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
-from megarl.plan.static import StaticBytes, Stored, stored_of
+from megarl.plan.sizes import StaticBytes
+from megarl.plan.static import Stored, stored_of
 from megarl.plan.topology import Topology, topology_of
 from megarl.roles import Role, batch_plan, num_ranks
 from megarl.weights.files import plan_files

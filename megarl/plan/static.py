@@ -1,7 +1,8 @@
 """Bytes that a rank holds from start to end of a run: parameters, gradient buffers, optimizer state.
 
-Exact: the parameters are those of the name map, and the buffers are laid out as megatron.core's DDP and distributed
-optimizer do (param_and_grad_buffer.py, distrib_optimizer.py). Real ranks are compared with this in tests/dist.
+Exact: on Megatron the parameters are those of the name map, and the buffers are laid out as megatron.core's DDP and
+distributed optimizer do (param_and_grad_buffer.py, distrib_optimizer.py); FSDP's are in ``megarl.plan.fsdp``. Real
+ranks are compared with both in tests/dist.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from functools import cache
 
 from megarl.config.schema import BackendConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Coordinates, Layout, layers_of_chunks
+from megarl.plan.fsdp import fsdp_static_bytes
+from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.roles import DTYPE_BYTES, Role
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import megatron_shards
 
-FP32_BYTES = 4
 # Where a parameter stands among those of its layer, in the order in which megatron's modules register them; experts
 # stand where the feed-forward network does, and after them the shared one.
 _IN_A_LAYER = (
@@ -43,20 +45,6 @@ class Parameter:
     numel: int
     is_expert: bool = False
     own_bucket: bool = False
-
-
-@dataclass(frozen=True)
-class StaticBytes:
-    """What one rank holds of one role."""
-
-    parameters: int
-    gradients: int = 0
-    optimizer: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.parameters + self.gradients + self.optimizer
 
 
 @cache
@@ -151,6 +139,8 @@ class Stored:
 
     def on(self, rank: int) -> StaticBytes:
         """Return the bytes of ``rank``."""
+        if self.layout.is_fsdp:
+            return fsdp_static_bytes(self.shape, self.layout, rank, dtype_bytes=self.dtype_bytes, trained=self.trained)
         return static_bytes(
             self.shape,
             self.layout,

@@ -43,7 +43,9 @@ def topology_of(role: Role, ranks_per_node: int, num_micro_batches: int) -> Topo
     layout, shape = role.layout, role.shape
     sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
     axes = [_axis(name, sizes[name], _stride(layout, name), layout.world_size, ranks_per_node) for name in _AXES]
-    if shape.num_experts:
+    if layout.is_fsdp:
+        axes = [replace(axis, name="ulysses") if axis.name == "cp" else axis for axis in axes]
+    if shape.num_experts and not layout.is_fsdp:
         expert = {"etp": layout.expert_tp, "ep": layout.ep, "edp": layout.edp}
         stride = 1
         for name in _EXPERT_AXES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -21,6 +22,15 @@ def _take(backend: Backend, work: UpdateWork, step: OptimizerStep, loss: Loss) -
     micros = backend.pack(work.batch, step.micro_batches)
     told = backend.step(micros, loss, step.num_rollouts)
     return {"grad_norm": told.grad_norm, SKIPPED: 1.0} if isinstance(told, Skipped) else told
+
+
+def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
+    """Add up the numbers of the micro-batches; empty on ranks that aren't on the last stage."""
+    sums: dict[str, float] = defaultdict(float)
+    for result in results:
+        for name, value in result.items():
+            sums[name] += float(value)
+    return dict(sums)
 
 
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,37 +10,45 @@ from megarl.checks.axes import (
     chunks_take_turns_on_a_pipeline,
     the_model_fits_its_axes,
 )
+from megarl.checks.backends import ulysses_splits_the_heads
 from megarl.errors import Absent, ConfigError, Problem, nearest
 from megarl.parallel.layout import Layout
-from megarl.verify.roles import megatron_section
+from megarl.verify.roles import fsdp_section, megatron_section
 from megarl.weights.model_shape import ModelShape
 
 ONE_RANK = "one_rank"
 ALL, QUICK = "all", "quick"
+_ALWAYS_NAMED = ("etp", "fsdp")
 Layouts = dict[str, Layout]
 
 
 def name_of(layout: Layout) -> str:
-    """Return the axes in use with their sizes, as in ``tp2xpp2xdp2+sp``; ``one_rank`` where there is none."""
-    sizes = {name: size for name, size in _sizes(layout).items() if size > 1 or name == "etp"}
+    """Return the axes in use with their sizes, as in ``tp2xpp2+sp`` or ``fsdp2xulysses2``; ``one_rank`` for none."""
+    sizes = {name: size for name, size in _sizes(layout).items() if size > 1 or name in _ALWAYS_NAMED}
     axes = "x".join(f"{name}{size}" for name, size in sizes.items())
     return (axes or ONE_RANK) + ("+sp" if layout.sequence_parallel else "")
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
+    if layout.is_fsdp:
+        return {"fsdp": layout.fsdp, "copies": layout.world_size // layout.fsdp, "ulysses": layout.cp}
     sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp, "ep": layout.ep}
     return sizes if layout.etp is None else sizes | {"etp": layout.etp}
 
 
 def axes_of(layout: Layout) -> frozenset[str]:
     """Return the axes that a layout uses, sequence parallelism (``sp``) among them."""
-    axes = {name for name, size in _sizes(layout).items() if size > 1 or name == "etp"}
+    axes = {name for name, size in _sizes(layout).items() if size > 1 or name in _ALWAYS_NAMED}
     return frozenset(axes | ({"sp"} if layout.sequence_parallel else set()))
 
 
 def layouts_of(shape: ModelShape, max_ranks: int) -> Layouts:
-    """Return every layout of 1, 2, 4, ... ranks that the rules allow, with axes that are powers of two."""
+    """Return every layout of 1, 2, 4, ... ranks that the rules allow, with axes that are powers of two.
+
+    Of FSDP with one copy of the model, and with two.
+    """
     found = [layout for ranks in _powers(max_ranks) for layout in _layouts(ranks) if _is_allowed(shape, layout)]
+    found += [layout for ranks in _powers(max_ranks) for layout in _fsdp_layouts(shape, ranks)]
     return {name_of(layout): layout for layout in found}
 
 
@@ -91,6 +99,13 @@ def _layouts(ranks: int) -> Iterator[Layout]:
             for vpp in (1, 2) if pp > 1 else (1,):
                 for etp in (None, *(size for size in sizes if size != tp)):
                     yield Layout(ranks, tp, pp, is_sequence_parallel, cp, ep, etp, vpp)
+
+
+def _fsdp_layouts(shape: ModelShape, ranks: int) -> Iterator[Layout]:
+    for cp, size in product(_powers(ranks), (ranks, ranks // 2) if ranks > 1 else (ranks,)):
+        layout = Layout(ranks, cp=cp, fsdp=size)
+        if not list(ulysses_splits_the_heads("", shape, fsdp_section(layout))):
+            yield layout
 
 
 def _is_allowed(shape: ModelShape, layout: Layout) -> bool:

@@ -62,9 +62,13 @@ def training_figures(
     of_losses, of_gradients = tolerances.training * noise.logprobs, tolerances.training * noise.gradient
     found = [Figure(LOSS, _largest([_reported(replicated, layout)[0] - loss]), of_losses)]
     for check, steps in ((GRAD_NORM, replicated), (DISTRIBUTED_GRAD_NORM, distributed)):
+        if not steps[0]:
+            continue  # FSDP has one optimizer
         off = [_norms(of_rank)[0] / norm - 1 for of_rank in steps]
         found.append(Figure(check, _largest(off), of_gradients))
     for check, steps in ((LATER_LOSSES, replicated), (DISTRIBUTED_LATER_LOSSES, distributed)):
+        if not steps[0]:
+            continue
         off = [value - right for value, right in zip(_reported(steps, layout)[1:], later, strict=True)]
         found.append(Figure(check, _largest(off), tolerances.later * noise.logprobs))
     return found

@@ -123,7 +123,7 @@ def _explanation(tolerances: Tolerances) -> list[str]:
         f"- {LOSS}, {GRAD_NORM}: of the first optimizer step of PPO with entropy and KL, and where there are experts "
         f"with load balancing and z-loss, {alone}. The loss absolute, tolerance {tolerances.training:g} x the error of "
         f"a log-prob; the norm relative, tolerance {tolerances.training:g} x the error of Hugging Face's gradient.",
-        f"- {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer.",
+        f"- {DISTRIBUTED_GRAD_NORM}: the same with the distributed optimizer, on Megatron.",
         f"- {LATER_LOSSES}, {DISTRIBUTED_LATER_LOSSES}: of the two steps after it, absolute, {alone}. They prove that "
         "the optimizer moved every weight, and what it remembers, as on one rank. They prove fewer digits than the "
         "first, since Adam divides by gradients next to zero and so amplifies rounding. Tolerance "
@@ -133,7 +133,8 @@ def _explanation(tolerances: Tolerances) -> list[str]:
         "layouts for each model, since engines are started for it.",
         "",
         "Layouts are named by their axes: tp tensor, pp pipeline, vpp chunks of a stage, cp context, dp data, "
-        "ep expert, etp expert-tensor (as tp where unnamed), +sp sequence parallelism.",
+        "ep expert, etp expert-tensor (as tp where unnamed), +sp sequence parallelism; fsdp ranks that have a copy of "
+        "the model between them, copies of it, ulysses ranks that share every sequence.",
     ]
 
 

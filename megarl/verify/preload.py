@@ -8,4 +8,5 @@ from megarl.parallel.platform import install_platform
 apply_environment()
 install_platform()
 
+import megarl.train.fsdp.backend  # noqa: E402
 import megarl.train.megatron.backend  # noqa: E402, F401

@@ -11,7 +11,7 @@ from typing import Any
 from megarl.batching.size import rollouts_a_pass, tokens_a_pass
 from megarl.config.build import build_config
 from megarl.config.defaults import default_values
-from megarl.config.schema import TrainedMegatronConfig
+from megarl.config.schema import TrainedFsdpConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout
 from megarl.roles import ModelFacts, Role, Training, residency_of
 from megarl.weights.model_shape import ModelShape, read_model_shape
@@ -61,7 +61,7 @@ def role_on(
     """Return a Role of the model in a folder, or of a shape whose weights are drawn.
 
     name: as in a run; a critic gets a value head. training: None for a frozen role. max_tokens: of a micro-batch on a
-    device, in place of a count of rollouts. section: what differs from the defaults of Megatron's section.
+    device, in place of a count of rollouts. section: what differs from the defaults of the backend's section.
     """
     folder = model if isinstance(model, Path) else None
     shape = read_model_shape(model) if isinstance(model, Path) else model
@@ -74,7 +74,7 @@ def role_on(
         name,
         name,
         facts.with_value_head() if name == "critic" else facts,
-        megatron_section(layout),
+        fsdp_section(layout) if layout.is_fsdp else megatron_section(layout),
         layout,
         dtype,
         batching,
@@ -104,6 +104,13 @@ def megatron_section(layout: Layout) -> TrainedMegatronConfig:
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.sequence_parallel,
     )
+
+
+def fsdp_section(layout: Layout) -> TrainedFsdpConfig:
+    """Return FSDP's section with the axes of ``layout``."""
+    values = default_values("ppo_trainer")["actor_rollout_ref"]["actor"]["fsdp_config"]
+    section = build_config(TrainedFsdpConfig, values)
+    return replace(section, fsdp_size=layout.fsdp, ulysses_sequence_parallel_size=layout.cp)
 
 
 @cache

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megarl.errors import ConfigError, Problem
+from megarl.parallel.layout import Layout
 from megarl.weights.model_shape import ModelShape, parse_model_shape, read_model_shape
 
 # Heads that eight ranks can share, and as many layers; heads of 32, the smallest that vLLM's attention takes on CPU.
@@ -59,10 +60,14 @@ class Subject:
             + (experts if shape.num_experts else "")
         )
 
-    @property
-    def router_losses(self) -> dict[str, Any]:
-        """Fields of Megatron's configuration that add the router's losses where there are experts."""
-        return dict(_ROUTER_LOSSES) if self.shape.num_experts else {}
+    def section(self, layout: Layout) -> dict[str, Any]:
+        """Return what differs in the backend's section: the router's losses on Megatron, where there are experts."""
+        is_added = self.shape.num_experts and not layout.is_fsdp
+        return {"override_transformer_config": dict(_ROUTER_LOSSES)} if is_added else {}
+
+    def trains_alike(self, layout: Layout) -> bool:
+        """Whether a layout has the losses of one rank of Megatron: FSDP has none of the router."""
+        return not (self.shape.num_experts and layout.is_fsdp)
 
     def write(self, parent: Path) -> Path:
         """Return the model's folder, of float32 weights in ``parent`` unless it is the user's."""

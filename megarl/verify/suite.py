@@ -89,12 +89,7 @@ def _examined(
 ) -> tuple[Row, list[Examined] | None]:
     """Return the row of a layout without its engine, and what ranks found, None where they failed."""
     start_s, out, reference = time.monotonic(), suite.scratch / "exported", of.reference
-    role = role_on(
-        layout,
-        reference.folder,
-        training=training_of(of.subject.shape),
-        override_transformer_config=of.subject.router_losses,
-    )
+    role = role_on(layout, reference.folder, training=training_of(of.subject.shape), **of.subject.section(layout))
     task = Task(role, reference.everything, reference.rollouts, out)
     try:
         found = pool.run(examine, task, world_size=layout.world_size, timeout_s=suite.timeout_s)
@@ -103,7 +98,7 @@ def _examined(
     figures = logprob_figures(found, layout, reference, suite.tolerances)
     if name == ONE_RANK:
         figures += training_figures(found, found, layout, reference.noise, suite.tolerances)
-    elif of.alone is not None:
+    elif of.alone is not None and of.subject.trains_alike(layout):
         figures += training_figures(found, of.alone, layout, reference.noise, suite.tolerances)
     figures.append(export_figure(reference.folder, out, of.subject.shape))
     shutil.rmtree(out)

@@ -25,8 +25,9 @@ from megarl.ranks.worker import RoleOnRank, weights_of
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.actor import Actor
+from megarl.train.backend import Backend
+from megarl.train.backends import backend_of
 from megarl.train.critic import Critic
-from megarl.train.megatron.backend import MegatronBackend
 from megarl.train.reference import Reference
 from megarl.train.work import Micros, OptimizerStep, ScoreWork, Updated, UpdateWork
 from megarl.types import GenerationRequest, Metrics, PolicyBatch, Sampling, Sequences
@@ -65,7 +66,8 @@ class Task:
 class Examined:
     """What a rank found. logprobs: in float32 and bfloat16, of its data-parallel rank's rows, None unless it reports.
 
-    replicated, distributed: metrics of every optimizer step with either optimizer.
+    replicated, distributed: metrics of every optimizer step with either optimizer of Megatron; with FSDP's own, and
+    none.
     """
 
     logprobs_BS: Tensor | None
@@ -76,15 +78,17 @@ class Examined:
 
 def examine(task: Task) -> Examined:
     """Score in both dtypes, export what was loaded, and train with both optimizers. Collective."""
-    role, rollouts = task.role, task.rollouts
-    actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=False)))
+    role, rollouts, distributed = task.role, task.rollouts, tuple[Metrics, ...]()
+    is_fsdp = role.layout.is_fsdp
+    actor = Actor(backend_on_rank(role if is_fsdp else with_section(role, use_distributed_optimizer=False)))
     logprobs_BS = score(actor, task.everything, TEMPERATURE)
     actor.backend.export(task.out)
     replicated = update(actor, rollouts, PPO, NUM_STEPS).metrics
     del actor
-    actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=True)))
-    distributed = update(actor, rollouts, PPO, NUM_STEPS).metrics
-    del actor
+    if not is_fsdp:
+        actor = Actor(backend_on_rank(with_section(role, use_distributed_optimizer=True)))
+        distributed = update(actor, rollouts, PPO, NUM_STEPS).metrics
+        del actor
     in_bf16 = Reference(backend_on_rank(replace(role, dtype="bfloat16", training=None)))
     return Examined(logprobs_BS, score(in_bf16, task.everything, TEMPERATURE), replicated, distributed)
 
@@ -119,10 +123,10 @@ def prompts(vocab_size: int) -> list[tuple[int, ...]]:
     return [tuple(token % vocab_size for token in prompt) for prompt in PROMPTS]
 
 
-def backend_on_rank(role: Role) -> MegatronBackend:
+def backend_on_rank(role: Role) -> Backend:
     """Return this rank's part of a role, with the weights of its folder, or with random ones. Collective."""
     device = Platform(platform_name()).device(int(os.environ["LOCAL_RANK"]))
-    return MegatronBackend(role, weights_of(role, seed=0), device)
+    return backend_of(role, weights_of(role, seed=0), device)
 
 
 def score(model: RoleOnRank, sequences: Sequences, temperature: float = 1.0) -> Tensor | None:

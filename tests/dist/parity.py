@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,16 +22,18 @@ from megarl.batching.pack import MicroBatch
 from megarl.parallel.layout import Layout
 from megarl.roles import Role, Training
 from megarl.train.actor import Actor
+from megarl.train.backend import Backend, Output
+from megarl.train.fsdp.backend import FsdpBackend
 from megarl.train.megatron.backend import MegatronBackend
-from megarl.train.megatron.output import MegatronOutput
+from megarl.train.output import ModelOutput
 from megarl.train.work import is_whole
 from megarl.types import Metrics, PolicyBatch, Sequences
 from megarl.verify import work
 from megarl.verify.pool import RankPool
 from megarl.verify.reference import TEMPERATURE, Reference, hf_logits_BSV, load, with_every_token
 from megarl.verify.roles import TRAINING, with_section
-from megarl.weights.name_map import megatron_shards
 from tests.dist import hf_training
+from tests.dist.fsdp_inside import keep_gradients
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def ask(ranks: RankPool, function: Callable[..., T], role: Role, *arguments: obj
 
 def examine(role: Role, batch: Sequences) -> dict[str, Examined]:
     """Score and differentiate ``batch`` on a rank, packed and padded."""
-    role = replace(with_section(role, **REPLICATED), training=LOOKING)
+    role = replace(role if role.layout.is_fsdp else with_section(role, **REPLICATED), training=LOOKING)
     return {
         name: _examine(replace(role, packed=packed), batch) for name, packed in (("packed", True), ("padded", False))
     }
@@ -138,29 +139,38 @@ def _examine(role: Role, batch: Sequences) -> Examined:
     actor, everything = Actor(backend), with_every_token(batch)
     logprobs_BS = work.score(actor, everything, TEMPERATURE)
     logits_BSV = _logits_BSV(backend, everything)
+    gradients = keep_gradients(backend) if isinstance(backend, FsdpBackend) else {}
     (metrics,) = work.update(actor, batch, SFT).metrics
+    if isinstance(backend, MegatronBackend):
+        gradients = gradients_of(backend)
     scored = None if logprobs_BS is None else Scored(logits_BSV, logprobs_BS)
-    return Examined(scored, pieces(backend, gradients_of(backend)), metrics)
+    return Examined(scored, pieces(backend, gradients), metrics)
 
 
-def _logits_BSV(backend: MegatronBackend, sequences: Sequences) -> Tensor:
+def _logits_BSV(backend: Backend, sequences: Sequences) -> Tensor:
     """Return the logits of this data-parallel rank's rows, each where the token is that it predicts.
 
     They are gathered from tensor-parallel and context-parallel ranks; zeros on other stages than the last.
     """
-    layout, vocab_size = backend.role.layout, backend.role.shape.vocab_size
+    vocab_size = backend.role.shape.vocab_size
     rows, micros = work.share(backend.role, sequences)
     logits_BSV = torch.zeros(*rows.tokens_BS.shape, vocab_size)
+    context_ranks = set()
 
-    def place(micro: MicroBatch, output: MegatronOutput) -> None:
-        parts = [torch.empty_like(output.tensor) for _ in range(layout.tp)]
-        dist.all_gather(parts, output.tensor.contiguous(), group=mpu.get_tensor_model_parallel_group())
+    def place(micro: MicroBatch, output: Output) -> None:
+        assert isinstance(output, ModelOutput)
+        context_ranks.add(output.context_ranks)
+        parts = [output.tensor.contiguous()]
+        if output.vocab_ranks is not None:
+            parts = [torch.empty_like(output.tensor) for _ in range(output.vocab_ranks.size())]
+            dist.all_gather(parts, output.tensor.contiguous(), group=output.vocab_ranks)
         own_N, logits_LV = micro.predict_N >= 0, torch.cat(parts, -1).flatten(0, -2)
-        logits_BSV[micro.row_N[own_N], micro.column_N[own_N]] = logits_LV[micro.predict_N[own_N], :vocab_size]
+        logits_NV = logits_LV if output.at_predictions else logits_LV[micro.predict_N[own_N]]
+        logits_BSV[micro.row_N[own_N], micro.column_N[own_N]] = logits_NV[:, :vocab_size]
 
     backend.forward(backend.pack(rows, micros), place)
-    with backend.model.groups.active():
-        dist.all_reduce(logits_BSV, group=mpu.get_context_parallel_group())
+    for group in context_ranks - {None}:
+        dist.all_reduce(logits_BSV, group=group)
     return logits_BSV
 
 
@@ -171,10 +181,11 @@ def gradients_of(backend: MegatronBackend) -> dict[str, Tensor]:
     return {name: by_address[parameter.data_ptr()] for name, parameter in backend.parameters().items()}
 
 
-def pieces(backend: MegatronBackend, tensors: Mapping[str, Tensor]) -> list[Piece]:
+def pieces(backend: Backend, tensors: Mapping[str, Tensor]) -> list[Piece]:
     """Cut tensors, by the name map's names, into ranges of Hugging Face's."""
     found = []
-    for shard in megatron_shards(backend.role.shape, backend.role.layout, dist.get_rank()):
+    mine = [peers for peers in backend.peers() if dist.get_rank() in peers.ranks]
+    for shard in (shard for peers in mine for pattern in peers.patterns for shard in pattern.shards()):
         parts = tensors[shard.name].detach().split([segment.length for segment in shard.segments], shard.dim)
         for segment, part in zip(shard.segments, parts, strict=True):
             found.append(Piece(segment.tensor, shard.dim, segment.start, segment.stop, part.cpu().clone()))
@@ -196,7 +207,7 @@ def _train(role: Role, batch: PolicyBatch, job: Job) -> Trained:
     role = replace(with_section(role, **job.section), training=job.training, scoring=batching, packed=job.packed)
     backend = work.backend_on_rank(role)
     metrics = work.update(Actor(backend), batch, job.loss, job.steps).metrics
-    assert backend.optimizer is not None
+    assert isinstance(backend, MegatronBackend | FsdpBackend) and backend.optimizer is not None
     dtypes = {parameter.dtype for group in backend.optimizer.inner.param_groups for parameter in group["params"]}
     return Trained(metrics, pieces(backend, backend.parameters()), dtypes)
 

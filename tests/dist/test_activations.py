@@ -12,7 +12,6 @@ from megarl.config.schema import RecomputeConfig
 from megarl.parallel.layout import Layout
 from megarl.plan.activations import chunk_bytes, pass_of, recompute_of
 from megarl.roles import Role
-from megarl.train.megatron.output import MegatronOutput
 from megarl.types import Sequences
 from megarl.verify.pool import RankPool
 from megarl.verify.roles import role_on
@@ -62,7 +61,7 @@ def _kept_and_planned(role: Role, batch: Sequences) -> tuple[int, int]:
     (micro,), model = backend.pack(batch, [range(len(batch))]), backend.model
 
     def forward() -> object:
-        return MegatronOutput(micro, model.forward(model.module, micro), role, model.module).logprobs(1.0)
+        return model.output(micro, model.forward(model.module, micro)).logprobs(1.0)
 
     model.set_training(True)
     with model.groups.active():

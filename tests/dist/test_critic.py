@@ -38,6 +38,8 @@ LAYOUTS = {
     "pp2_dp2": Layout(4, pp=2),
     "pp2_vpp2": Layout(2, pp=2, vpp=2),
     "tp2_cp2+sp": Layout(4, tp=2, cp=2, sequence_parallel=True),
+    "fsdp2": Layout(2, fsdp=2),
+    "fsdp4_ulysses2": Layout(4, cp=2, fsdp=4),
 }
 
 

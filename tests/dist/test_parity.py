@@ -105,6 +105,17 @@ EXPERT_CHUNK_LAYOUTS = {
     "pp2xvpp2xep2": Layout(4, pp=2, vpp=2, ep=2),
     "tp2xpp2xvpp2xep2xetp1+sp": Layout(4, tp=2, pp=2, vpp=2, ep=2, etp=1, sequence_parallel=True),
 }
+FSDP_LAYOUTS = {
+    "fsdp1": Layout(1, fsdp=1),
+    "fsdp2": Layout(2, fsdp=2),
+    "fsdp3": Layout(3, fsdp=3),
+    "fsdp4": Layout(4, fsdp=4),
+    "copies2xfsdp2": Layout(4, fsdp=2),
+    "ulysses2": Layout(2, cp=2, fsdp=2),
+    "ulysses2xdp2": Layout(4, cp=2, fsdp=4),
+    "ulysses4": Layout(4, cp=4, fsdp=2),
+}
+FSDP_JOBS = ("sft", "ppo_token_mean", "ppo_sequence_sum_padded")
 EXPERT_JOBS = ("sft_replicated_optimizer", "ppo_token_mean", "ppo_sequence_sum_padded")
 QWEN3_MOE, _, QWEN2_MOE = MOE_MODELS
 EIGHT_LAYERS = {"num_hidden_layers": 8}
@@ -161,6 +172,16 @@ KINDS = (
         sizes=EIGHT_LAYERS,
     ),
     # A dense layer, then layers of experts.
+    Kind(
+        FSDP_LAYOUTS,
+        _all((*MODELS, *MOE_MODELS), [name for name in FSDP_LAYOUTS if name != "fsdp3"]),
+        {
+            *product(TELLING[:1], ["fsdp2", "fsdp4", "ulysses2", "copies2xfsdp2"]),
+            *product(TELLING[1:], ["fsdp4", "ulysses4"]),
+            *product(MOE_MODELS, ["fsdp4"]),
+        },
+        FSDP_JOBS,
+    ),
     Kind(
         EXPERT_CHUNK_LAYOUTS, _all([QWEN2_MOE], EXPERT_CHUNK_LAYOUTS), {(QWEN2_MOE, "pp2xvpp2xep2")}, sizes=EIGHT_LAYERS
     ),

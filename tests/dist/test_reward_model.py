@@ -31,9 +31,17 @@ LAYOUTS = {
     "tp2_pp2": Layout(4, tp=2, pp=2),
     "pp2_vpp2_dp2": Layout(4, pp=2, vpp=2),
     "tp2_cp2+sp": Layout(4, tp=2, cp=2, sequence_parallel=True),
+    "fsdp4": Layout(4, fsdp=4),
+    "fsdp2_ulysses2": Layout(2, cp=2, fsdp=2),
     "ep2_tp2+sp": Layout(4, tp=2, ep=2, sequence_parallel=True),
 }
-QUICK = {("qwen3-tied", "tp2+sp"), ("qwen3-tied", "cp2"), ("llama-untied", "pp2_vpp2_dp2")}
+QUICK = {
+    ("qwen2-untied", "fsdp2_ulysses2"),
+    ("llama-untied", "fsdp4"),
+    ("qwen3-tied", "tp2+sp"),
+    ("qwen3-tied", "cp2"),
+    ("llama-untied", "pp2_vpp2_dp2"),
+}
 PAIRS = [
     pytest.param(model, layout, id=f"{model}-{layout}", marks=[] if (model, layout) in QUICK else pytest.mark.long)
     for model in MODELS

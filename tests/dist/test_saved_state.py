@@ -37,6 +37,9 @@ LAYOUTS = {
     "tp2xpp2+sp": Layout(4, tp=2, pp=2, sequence_parallel=True),
     "cp2xdp2": Layout(4, cp=2),
     "tp4": Layout(4, tp=4),
+    "fsdp2": Layout(2, fsdp=2),
+    "fsdp4": Layout(4, fsdp=4),
+    "fsdp2x2": Layout(4, fsdp=2),
     "ep2xtp2": Layout(4, tp=2, ep=2, sequence_parallel=True),
     "ep4xetp1": Layout(4, tp=2, ep=4, etp=1, sequence_parallel=True),
 }
@@ -97,9 +100,24 @@ DENSE = [
     ("cp2xdp2", "tp4"),
     ("dp2", "one_rank"),
     ("one_rank", "tp2xpp2+sp"),
+    ("fsdp2", "tp2xpp2+sp"),
+    ("tp2xpp2+sp", "fsdp4"),
+    ("fsdp4", "fsdp2x2"),
 ]
-EXPERTS = [("ep2xtp2", "dp2"), ("dp2", "ep4xetp1"), ("ep4xetp1", "ep2xtp2")]
+EXPERTS = [
+    ("ep2xtp2", "dp2"),
+    ("dp2", "ep4xetp1"),
+    ("ep4xetp1", "ep2xtp2"),
+    ("ep2xtp2", "fsdp2"),
+    ("fsdp4", "ep2xtp2"),
+]
 _number = count()
+
+
+def _role(layout: Layout, folder: Path, optimizer: str) -> Role:
+    """Return an actor whose optimizer on Megatron is ``distributed`` or ``replicated``; FSDP has one kind."""
+    role = role_on(layout, folder, training=TRAINING)
+    return role if layout.is_fsdp or optimizer == "distributed" else with_section(role, **REPLICATED)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +135,9 @@ def test_a_state_moves_between_layouts_and_optimizers_to_the_bit(
     optimizers: tuple[str, str],
 ) -> None:
     found = reference(model)
-    sections = [{} if name == "distributed" else REPLICATED for name in optimizers]
     before, after = (
-        with_section(role_on(LAYOUTS[name], found.folder, training=TRAINING), **section)
-        for name, section in zip((saved_on, loaded_on), sections, strict=True)
+        _role(LAYOUTS[name], found.folder, optimizer)
+        for name, optimizer in zip((saved_on, loaded_on), optimizers, strict=True)
     )
     saved = ask(ranks, save, before, found.rollouts, tmp_path, next(_number) % 2 == 0)
     updates = {part.updates["actor"] for _, part, _ in saved}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megarl.batching.pack import sequences_to_batch
 from megarl.parallel.layout import Layout
-from megarl.plan.static import StaticBytes, static_of
+from megarl.plan.sizes import StaticBytes
+from megarl.plan.static import static_of
 from megarl.roles import Role
 from megarl.train.actor import Actor
 from megarl.train.megatron.backend import MegatronBackend

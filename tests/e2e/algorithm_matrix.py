@@ -1,15 +1,16 @@
 """Run main_ppo's loop for many algorithms in ranks that start once. Started by torchrun in the folder of a tiny task.
 
-    torchrun ... algorithm_matrix.py OUT.json
+    torchrun ... algorithm_matrix.py OUT.json RECIPE CASE...
 
 The ranks hold actor, reference, critic and engine, and each algorithm uses those that it needs. OUT.json gets the
-metrics of every step by the overrides that selected the algorithm.
+metrics of every step by the name of the case.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,20 +87,23 @@ def algorithms() -> dict[str, tuple[str, ...]]:
     return cases
 
 
-def compose_config(overrides: tuple[str, ...]) -> tuple[CheckedRun[PPOConfig], dict[str, Any]]:
+def compose_config(recipe: str, overrides: tuple[str, ...]) -> tuple[CheckedRun[PPOConfig], dict[str, Any]]:
     """Return the checked run of the tiny recipe with ``overrides``, and its plain values."""
     own = ["hydra.searchpath=[pkg://megarl.conf]", "trainer.run_dir=matrix", *overrides]
-    values = cast(dict[str, Any], OmegaConf.to_container(compose("rl", own), resolve=True))
+    values = cast(dict[str, Any], OmegaConf.to_container(compose(recipe, own), resolve=True))
     return check_ppo(values), values
 
 
-def main(out: Path) -> None:
-    """Run every case and write the metrics. The cases share an actor; its steps are small, so that it stays random."""
+def main(out: Path, recipe: str, names: Sequence[str]) -> None:
+    """Run cases of the tiny ``recipe`` and write the metrics.
+
+    The cases share an actor; its steps are small, so that it stays random.
+    """
     with initialize_config_dir(str(Path.cwd()), version_base="1.3"):
         everything, _ = compose_config(
-            ("algorithm.adv_estimator=gae", *KL["in_loss"], "actor_rollout_ref.actor.optim.lr=1e-6")
+            recipe, ("algorithm.adv_estimator=gae", *KL["in_loss"], "actor_rollout_ref.actor.optim.lr=1e-6")
         )
-        cases = {name: compose_config(overrides) for name, overrides in algorithms().items()}
+        cases = {name: compose_config(recipe, algorithms()[name]) for name in names}
         trainer = everything.config.trainer
         roles = with_total_steps(everything.config, everything.roles, 1000)
         spec = RankSpec(roles, trainer.seed, engine_spec(everything.config, everything.actor))
@@ -107,7 +111,7 @@ def main(out: Path) -> None:
         with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec, trainer) as group:
             for name, (checked, values) in cases.items():
                 config = checked.config
-                folder = Path("matrix") / name
+                folder = Path("matrix") / recipe / name
                 folder.mkdir(parents=True)
                 inputs = read_ppo_inputs(checked)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
@@ -119,4 +123,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     if not serve_if_not_controller():
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

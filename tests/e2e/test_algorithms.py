@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,25 @@ CASES = tuple(algorithms())
 Steps = list[dict[str, Any]]
 
 
+ON_FSDP = (*(case for case in CASES if case.endswith("kl in_loss")), "dapo", "dynamic batches", "critic warm-up")
+
+
 @pytest.fixture(scope="module")
 def steps(tiny_task: Path) -> dict[str, Steps]:
     """Run all cases in ranks that start once; return the metrics of each case's steps."""
-    finished = run(torchrun(NUM_RANKS, str(SCRIPT), "matrix.json"), tiny_task, timeout_s=900.0)
+    return _run(tiny_task, "rl", CASES)
+
+
+@pytest.fixture(scope="module")
+def fsdp_steps(tiny_task: Path) -> dict[str, Steps]:
+    """Run some cases, of every estimator one, on FSDP."""
+    return _run(tiny_task, "rl_fsdp", ON_FSDP)
+
+
+def _run(folder: Path, recipe: str, cases: Sequence[str]) -> dict[str, Steps]:
+    finished = run(torchrun(NUM_RANKS, str(SCRIPT), f"{recipe}.json", recipe, *cases), folder, timeout_s=900.0)
     assert finished.code == 0, finished.output
-    results: dict[str, Steps] = json.loads((tiny_task / "matrix.json").read_text())
+    results: dict[str, Steps] = json.loads((folder / f"{recipe}.json").read_text())
     return results
 
 
@@ -35,7 +49,15 @@ def test_the_cases_hold_every_estimator_with_every_place_of_the_kl() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps_give_finite_metrics_and_move_the_weights(steps: dict[str, Steps], case: str) -> None:
-    lines = steps[case]
+    _assert_trained(steps[case], case)
+
+
+@pytest.mark.parametrize("case", ON_FSDP)
+def test_every_estimator_takes_three_steps_on_fsdp(fsdp_steps: dict[str, Steps], case: str) -> None:
+    _assert_trained(fsdp_steps[case], case)
+
+
+def _assert_trained(lines: Steps, case: str) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(value is not None and math.isfinite(value) for line in lines for value in line.values())
     trained = [line for line in lines if "actor/grad_norm" in line]

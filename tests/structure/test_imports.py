@@ -115,6 +115,15 @@ def test_imports_point_down_and_through_the_doors() -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_fsdp_is_named_by_its_own_backend_alone() -> None:
+    named = {
+        module
+        for module, path in megarl_modules().items()
+        if any(t.startswith("torch.distributed.fsdp") for t in imported_modules(path.read_text("utf-8"), module))
+    }
+    assert {module.rpartition(".")[0] for module in named} == {"megarl.train.fsdp"}
+
+
 def test_every_part_of_megarl_has_a_layer() -> None:
     parts = {name.split(".")[1] for name in megarl_modules()} - {"__init__"}
     assert parts <= set(LEVEL), f"give a layer to {', '.join(sorted(parts - set(LEVEL)))}"

@@ -25,6 +25,7 @@ CORRECTION, RANKS = "algorithm.rollout_correction", "trainer.n_gpus_per_node"
 JUDGE = "reward.model.path"
 AXES, REF_AXES = f"{ACTOR}.megatron", f"{REF}.megatron"
 RECOMPUTE, OVERRIDES = f"{AXES}.recompute", f"{AXES}.override_transformer_config"
+FSDP, ULYSSES = f"{ACTOR}.fsdp_config", "ulysses_sequence_parallel_size"
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, EP, ETP = (
     "virtual_pipeline_model_parallel_size",
@@ -87,6 +88,11 @@ def _axes_of(*typed: str, says: str, axis: str) -> Mistake:
     return Mistake(typed, (f"{AXES}.{axis}",), says)
 
 
+def _of_fsdp(*typed: str, says: str, axis: str) -> Mistake:
+    """Return a mistake in the actor's section of FSDP, which the reference takes over."""
+    return Mistake(("--config-name=ppo_trainer", *typed), (f"{FSDP}.{axis}",), says)
+
+
 MISTAKES = {
     # How models are split.
     "TP that doesn't divide the heads": Mistake(
@@ -131,7 +137,32 @@ MISTAKES = {
         (f"{AXES}.{VPP}", f"{REF_AXES}.{VPP}", f"critic.megatron.{VPP}", f"reward.model.megatron.{VPP}"),
         "at least 2, or null",
     ),
-    "a backend that isn't built": _of(f"{ACTOR}.strategy=fsdp", says="isn't built yet; megatron is"),
+    "a strategy without its section": _of(
+        f"{ACTOR}.strategy=fsdp2",
+        says=f"is missing, which {ACTOR}.strategy = fsdp2 asks for",
+        keys=(f"{ACTOR}.fsdp_config", f"{ACTOR}.strategy"),
+    ),
+    "a role on two backends": _of(
+        "+critic.fsdp_config={fsdp_size: -1, ulysses_sequence_parallel_size: 1, reshard_after_forward: true, "
+        "param_offload: false, optimizer_offload: false, enable_gradient_checkpointing: true}",
+        says="contradicts critic.megatron",
+    ),
+    "Ulysses that doesn't divide heads": _of_fsdp(
+        *(f"{RANKS}=3", f"{MINI}=3", f"{MICRO}=1", "data.train_batch_size=3", f"{FSDP}.{ULYSSES}=3"),
+        says="must divide the model's 4 attention heads",
+        axis=ULYSSES,
+    ),
+    "Ulysses that doesn't divide the ranks": _of_fsdp(
+        f"{FSDP}.{ULYSSES}=4", says="must divide the 2 ranks", axis=ULYSSES
+    ),
+    "copies of a model that don't divide the ranks": _of_fsdp(
+        f"{FSDP}.fsdp_size=3", says="must divide the 2 ranks", axis="fsdp_size"
+    ),
+    "nothing to gather, and nothing to free": _of_fsdp(
+        *(f"{FSDP}.fsdp_size=1", f"{FSDP}.reshard_after_forward=false"),
+        says="has no effect where",
+        axis="reshard_after_forward",
+    ),
     "an engine that isn't built": _of(f"{ROLLOUT}.name=sglang", says="isn't built yet"),
     "an engine's misspelled name": _of(f"{ROLLOUT}.name=vlm", says="must be one of vllm, sglang"),
     "rollouts on devices of their own": _of("actor_rollout_ref.hybrid_engine=false", says="on the training ranks only"),

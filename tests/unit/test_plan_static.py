@@ -14,7 +14,8 @@ from megarl.checks.run import check_ppo
 from megarl.parallel.layout import Layout
 from megarl.plan.devices import device
 from megarl.plan.of_run import planned
-from megarl.plan.static import Parameter, StaticBytes, chunk_parameters, static_bytes, static_of
+from megarl.plan.sizes import StaticBytes
+from megarl.plan.static import Parameter, chunk_parameters, static_bytes, static_of
 from megarl.weights.model_facts.shipped import shipped_config
 from megarl.weights.model_shape import ModelShape, parse_model_shape
 from megarl.weights.name_map import hf_shapes, megatron_shards

@@ -8,7 +8,7 @@ from megarl.algorithm.seeds import seed_of
 from megarl.batching.plan import plan_update
 from megarl.batching.size import Batching, rollouts_a_pass, tokens_a_pass
 from megarl.checks.run import check_ppo
-from megarl.config.schema import FsdpConfig, PPOConfig, TrainedFsdpConfig
+from megarl.config.schema import FsdpConfig, PPOConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError
 from megarl.parallel.layout import Layout
 from megarl.plan.changes import changed, single_changes
@@ -25,6 +25,7 @@ from megarl.roles import (
     roles_of,
     with_total_steps,
 )
+from megarl.verify.roles import fsdp_section
 from tests.unit.composed_configs import (
     composed_values,
     ppo_config,
@@ -103,7 +104,7 @@ def test_the_keys_of_passes_are_also_those_of_a_reference_and_reward_model_that_
 
 @pytest.mark.parametrize(
     ("section", "changes"),
-    [(ACTOR, {}), (REF, {}), ("critic", GAE), ("reward.model", JUDGE)],
+    [(ACTOR, {}), (REF, {}), ("critic", GAE)],
 )
 def test_a_role_without_the_section_of_a_backend_is_one_error_with_its_key(
     section: str, changes: dict[str, object]
@@ -116,6 +117,13 @@ def test_a_role_without_the_section_of_a_backend_is_one_error_with_its_key(
     assert (problem.key, problem.allowed) == (f"{section}.megatron", "is missing")
 
 
+def test_a_reward_model_without_a_section_is_laid_out_as_the_actor() -> None:
+    config = ppo_config(**JUDGE, **{f"{ACTOR}.megatron.tensor_model_parallel_size": 4})
+    actor, *_, judge = roles_in(changed(config, {"reward.model.megatron": None}))
+    assert (judge.name, judge.layout) == ("reward_model", actor.layout)
+    assert not isinstance(judge.backend, TrainedMegatronConfig)
+
+
 def test_a_section_that_no_role_needs_may_be_missing() -> None:
     config = ppo_config(**{f"{ACTOR}.use_kl_loss": False})
     for section in (REF, "critic", "reward.model"):
@@ -124,16 +132,17 @@ def test_a_section_that_no_role_needs_may_be_missing() -> None:
 
 
 def test_a_role_on_fsdp_has_a_rank_for_every_part_of_the_batch_and_the_key_of_its_section() -> None:
+    section = fsdp_section(Layout(8, fsdp=8))
     sections = {
         f"{ACTOR}.megatron": None,
-        f"{ACTOR}.fsdp_config": TrainedFsdpConfig(param_offload=True, optimizer_offload=True),
+        f"{ACTOR}.fsdp_config": replace(section, param_offload=True, optimizer_offload=True),
         f"{REF}.megatron": None,
-        f"{REF}.fsdp_config": FsdpConfig(param_offload=True),
+        f"{REF}.fsdp_config": FsdpConfig(4, 2, reshard_after_forward=True, param_offload=True),
     }
     actor, ref = roles_in(changed(ppo_config(), sections))
     assert (actor.layout.dp, actor.layout.is_fsdp, actor.backend_key) == (8, True, f"{ACTOR}.fsdp_config")
-    assert (ref.layout.dp, ref.layout.is_fsdp, ref.backend_key) == (8, True, f"{REF}.fsdp_config")
-    assert actor.residency == Residency(param_offload=True, optimizer_offload=True)
+    assert (ref.layout.dp, ref.layout.cp, ref.layout.fsdp, ref.backend_key) == (4, 2, 4, f"{REF}.fsdp_config")
+    assert actor.residency == Residency(param_offload=True, grad_offload=True, optimizer_offload=True)
     assert ref.residency == Residency(param_offload=True)
 
 

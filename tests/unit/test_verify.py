@@ -40,6 +40,8 @@ AXES = {"tp", "sp", "pp", "dp"}
         (Layout(8, tp=2, pp=2, sequence_parallel=True), "tp2xpp2xdp2+sp"),
         (Layout(4, pp=2, vpp=2, cp=2), "pp2xvpp2xcp2"),
         (Layout(4, tp=2, ep=2, etp=1, sequence_parallel=True), "tp2xdp2xep2xetp1+sp"),
+        (Layout(1, fsdp=1), "fsdp1"),
+        (Layout(8, cp=2, fsdp=4), "fsdp4xcopies2xulysses2"),
     ],
 )
 def test_a_layout_is_named_by_the_axes_that_it_uses(layout: Layout, name: str) -> None:
@@ -56,9 +58,15 @@ def test_every_axis_product_divides_the_ranks_and_no_name_stands_for_two_layouts
 
 
 def test_dense_layouts_are_all_splits_of_up_to_four_ranks_over_the_axes() -> None:
-    found = {name for name, layout in layouts_of(DENSE.shape, 4).items() if not axes_of(layout) & {"cp", "vpp"}}
+    found = {name for name, layout in layouts_of(DENSE.shape, 4).items() if not axes_of(layout) & {"cp", "vpp", "fsdp"}}
     plain = {"one_rank", "tp2", "pp2", "dp2", "tp4", "pp4", "dp4", "tp2xpp2", "tp2xdp2", "pp2xdp2"}
     assert found == plain | {f"{name}+sp" for name in plain if "tp" in name}
+
+
+def test_fsdp_has_one_copy_of_the_model_or_two_and_ulysses_wherever_it_splits_the_heads() -> None:
+    found = {name for name, layout in layouts_of(DENSE.shape, 4).items() if layout.is_fsdp and layout.world_size == 4}
+    sizes = ("fsdp4", "fsdp2xcopies2")
+    assert found == {size + ulysses for size in sizes for ulysses in ("", "xulysses2", "xulysses4")}
 
 
 def test_what_a_model_cannot_be_split_into_is_left_out() -> None:

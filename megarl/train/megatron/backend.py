@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megarl.batching.pack import MicroBatch
 from megarl.roles import Role
 from megarl.train.backend import Loss, Output, Place, Skipped
+from megarl.train.export import export_model
 from megarl.train.held_state import Held, SavedState, UpdateCounts
 from megarl.train.megatron import optimizer_state
 from megarl.train.megatron.model import MegatronModel
 from megarl.train.megatron.optimizer import Optimizer
-from megarl.train.megatron.output import MegatronOutput
+from megarl.train.output import ModelOutput
 from megarl.types import Metrics, Sequences
-from megarl.weights.hf_export import copy_template, export_hf
-from megarl.weights.name_map import hf_shapes, hf_zeros, megatron_peers
+from megarl.weights.name_map import megatron_peers
 from megarl.weights.shard import Peers
 from megarl.weights.sources import TensorSource
 
@@ -44,7 +43,7 @@ class MegatronBackend:
     def forward(self, micros: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], T]) -> list[T]:
         """Return a list of what ``read`` makes of every micro-batch, without gradients; empty but on the last stage."""
 
-        def told(micro: MicroBatch, output: MegatronOutput) -> tuple[Tensor, T]:
+        def told(micro: MicroBatch, output: ModelOutput) -> tuple[Tensor, T]:
             return output.tensor.new_zeros(()), read(micro, output)
 
         self.model.set_training(False)
@@ -90,24 +89,7 @@ class MegatronBackend:
 
         weights: whether the weights are in it. Raises ResourceError on every rank where the disk is too small.
         """
-        shape, template = self.role.shape, Path(self.role.model.here())
-        fields = shape.critic_fields() if shape.value_head else {}
-        if not weights:
-            if dist.get_rank() == 0:
-                copy_template(template, out, self.model.dtype, fields)
-            return
-        with self.resident():
-            export_hf(
-                out,
-                template=template,
-                shapes=hf_shapes(shape),
-                sources=self.peers(),
-                parameters=self.parameters(),
-                dtype=self.model.dtype,
-                device=self.device,
-                zeros=hf_zeros(shape),
-                fields=fields,
-            )
+        export_model(self, out, weights=weights)
 
     @property
     def _trained(self) -> Optimizer:

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -20,17 +21,17 @@ from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout
 from megarl.roles import Role
 from megarl.train.megatron.attention import describe_packing
-from megarl.train.megatron.build import build_model, load_weights, named_parameters
-from megarl.train.megatron.output import MegatronOutput
+from megarl.train.megatron.build import build_model, load_weights, named_parameters, output_weight
 from megarl.train.megatron.router import sequences_for_routers
 from megarl.train.offload import Offload
+from megarl.train.output import ModelOutput
 from megarl.types import Sequences
 from megarl.weights.sources import TensorSource
 
 R = TypeVar("R")
 
 # Turns a micro-batch and its output into a loss, and whatever the caller wants to keep.
-Told = Callable[[MicroBatch, MegatronOutput], tuple[Tensor, R]]
+Told = Callable[[MicroBatch, ModelOutput], tuple[Tensor, R]]
 
 _groups: WeakValueDictionary[tuple[dist.ProcessGroup | None, Layout], ParallelGroups] = WeakValueDictionary()
 
@@ -150,6 +151,17 @@ class MegatronModel:
         )
         return output
 
+    def output(self, micro: MicroBatch, tensor: Tensor) -> ModelOutput:
+        """Return what the last chunk made of a micro-batch, as a ModelOutput over the groups that are active."""
+        return ModelOutput(
+            micro,
+            tensor,
+            self.shape.vocab_size,
+            mpu.get_tensor_model_parallel_group(),
+            mpu.get_context_parallel_group() if self.layout.cp > 1 else None,
+            output_weight(self.chunks[-1]) if self.role.fused_head else None,
+        )
+
     def _forward_step(self, told: Told[R], data: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run this stage on the next micro-batch and say how to turn its output into a loss, as Megatron wants it."""
         micro: MicroBatch = next(data)
@@ -157,5 +169,5 @@ class MegatronModel:
 
     def _with_token_count(self, told: Told[R], micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, R]:
         """Answer as Megatron's schedule wants. It sums the counts to normalise by; ours are in the loss already."""
-        value, result = told(micro, MegatronOutput(micro, output, self.role, self.chunks[-1]))
+        value, result = told(micro, self.output(micro, output))
         return value, torch.tensor(0, dtype=torch.int, device=value.device), result

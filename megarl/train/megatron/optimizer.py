@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,6 +21,7 @@ from megarl.train.megatron.model import MegatronModel
 from megarl.train.megatron.router import RoutedSequences, routers, routing_metrics
 from megarl.train.offload import Offload
 from megarl.train.schedule import learning_rate
+from megarl.train.updating import summed
 from megarl.types import Metrics
 
 
@@ -116,15 +116,6 @@ class Optimizer:
         if not math.isfinite(grad_norm):
             raise _NotFinite(grad_norm)
         return grad_norm
-
-
-def summed(results: Sequence[dict[str, Tensor]]) -> Metrics:
-    """Add up the numbers of the micro-batches; empty on ranks that aren't on the last stage."""
-    sums: dict[str, float] = defaultdict(float)
-    for result in results:
-        for name, value in result.items():
-            sums[name] += float(value)
-    return dict(sums)
 
 
 def _wrap(model: MegatronModel, backend: TrainedMegatronConfig) -> list[DistributedDataParallel]:

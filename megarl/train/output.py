@@ -1,38 +1,42 @@
-"""The last stage's output for a micro-batch, over however many ranks its vocabulary and sequences are split.
+"""A model's output for a micro-batch, over however many ranks its vocabulary and sequences are split.
 
 Shape suffixes: N predicted tokens that count, M those of this context rank, P places of any kind, R rows, L positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+import torch.distributed as dist
 from torch import Tensor
 
 from megarl.batching.pack import MicroBatch
 from megarl.parallel.fused_vocab import fused_vocab_parallel_logprobs
 from megarl.parallel.vocab import vocab_parallel_logprobs
-from megarl.roles import Role
 from megarl.train.backend import TokenScores
-from megarl.train.megatron.build import output_weight
 
 
 @dataclass(frozen=True)
-class MegatronOutput:
-    """What a role's last chunk made of a micro-batch: ``tensor`` is [.., L, width].
+class ModelOutput:
+    """What a model made of a micro-batch: ``tensor`` is [.., L, width].
 
-    Its last dim is this rank's slice of the logits, a value, or hidden states where the head is fused. Every method is
-    collective over the tensor-parallel and context-parallel ranks.
+    Its last dim is this rank's slice of the logits, a value, or hidden states where ``head_weight`` is there: that of
+    an output layer that is fused with the log-probs. vocab_ranks, context_ranks: that split vocabulary and sequences,
+    None where neither is. at_predictions: whether ``tensor`` has the places alone that predict a token that counts.
+    Every method is collective over those ranks.
     """
 
     micro: MicroBatch
     tensor: Tensor
-    role: Role
-    chunk: torch.nn.Module
+    vocab_size: int
+    vocab_ranks: dist.ProcessGroup | None = None
+    context_ranks: dist.ProcessGroup | None = None
+    head_weight: Tensor | None = None
+    at_predictions: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -43,15 +47,16 @@ class MegatronOutput:
         """Return log-probs and entropies under softmax(logits / temperature)."""
         micro, output_L = self.micro, self.tensor.flatten(0, -2)
         is_own_N = micro.predict_N >= 0
-        if self.role.fused_head:
-            compute = partial(fused_vocab_parallel_logprobs, output_L, output_weight(self.chunk))
+        rows_M = micro.predict_N[is_own_N].to(self.device)
+        if self.head_weight is not None:
+            compute = partial(fused_vocab_parallel_logprobs, output_L, self.head_weight)
         else:
             compute = partial(vocab_parallel_logprobs, output_L)
         logprobs_M, entropy_M = compute(
             micro.targets_N[is_own_N].to(self.device),
-            group=mpu.get_tensor_model_parallel_group(),
-            vocab_size=self.role.shape.vocab_size,
-            rows_N=micro.predict_N[is_own_N].to(self.device),
+            group=self.vocab_ranks,
+            vocab_size=self.vocab_size,
+            rows_N=torch.arange(len(rows_M), device=self.device) if self.at_predictions else rows_M,
             temperature=temperature,
         )
         return TokenScores(*self._of_all_ranks(micro.predict_N, logprobs_M, entropy_M))
@@ -77,10 +82,23 @@ class MegatronOutput:
         So every context rank knows the whole loss, whose gradient goes back to this rank's tokens only: over context
         ranks, gradients add up as they do over data-parallel ones.
         """
-        if self.role.layout.cp == 1:
+        if self.context_ranks is None:
             return numbers
         own_M = (place_P >= 0).nonzero()[:, 0].to(self.device)
         all_P = [numbers[0].new_zeros(len(place_P)).index_put((own_M,), number_M) for number_M in numbers]
-        group = mpu.get_context_parallel_group()
-        together: Tensor = reduce_from_tensor_model_parallel_region(torch.stack(all_P), group=group)
-        return together.unbind()
+        add_up: Callable[..., Tensor] = _Together.apply
+        return add_up(torch.stack(all_P), self.context_ranks).unbind()
+
+
+class _Together(torch.autograd.Function):
+    """Adds up over ranks; its gradient is passed on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = numbers.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

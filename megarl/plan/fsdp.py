@@ -1,0 +1,63 @@
+"""Bytes of a role on FSDP: what a rank holds from start to end, and what it gathers in a pass.
+
+Exact where nothing is gathered: torch gives every rank room for as many rows of each parameter as the first has, of
+parameters and gradients alike; Adam's moments are of the rows that are there. Real ranks are compared with this in
+tests/dist.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from megarl.config.schema import FsdpConfig
+from megarl.parallel.layout import Layout
+from megarl.plan.sizes import FP32_BYTES, StaticBytes
+from megarl.roles import Role
+from megarl.weights.fsdp_map import parameter_shapes, rows_of
+from megarl.weights.model_shape import ModelShape
+
+
+@cache
+def fsdp_static_bytes(shape: ModelShape, layout: Layout, rank: int, *, dtype_bytes: int, trained: bool) -> StaticBytes:
+    """Return the bytes that ``rank`` holds of a role. dtype_bytes: of a frozen one's parameters; others are float32."""
+    roomy, real = 0, 0
+    for rows, *rest in parameter_shapes(shape).values():
+        roomy += len(rows_of(rows, 0, layout.fsdp)) * math.prod(rest)
+        real += len(rows_of(rows, rank % layout.fsdp, layout.fsdp)) * math.prod(rest)
+    if not trained:
+        return StaticBytes(roomy * dtype_bytes)
+    return StaticBytes(roomy * FP32_BYTES, roomy * FP32_BYTES, real * 2 * FP32_BYTES)
+
+
+@cache
+def _gathered_numel(shape: ModelShape) -> tuple[int, int]:
+    """Return the elements of the largest layer, and of all that is in none."""
+    of_layers: dict[str, int] = {}
+    outside = 0
+    for name, size in parameter_shapes(shape).items():
+        _, _, rest = name.partition(".layers.")
+        if rest:
+            layer = rest.partition(".")[0]
+            of_layers[layer] = of_layers.get(layer, 0) + math.prod(size)
+        else:
+            outside += math.prod(size)
+    return max(of_layers.values()), outside
+
+
+def gathered_bytes(role: Role, *, is_updated: bool) -> int:
+    """Return the bytes of the parameters that are gathered at once in a pass, and of what goes with them.
+
+    Gathered are all that are in no layer, the layer at work and the next one; all layers where none is freed. In the
+    backward pass each has a gradient, and while it is reduced another in float32.
+    """
+    if role.layout.fsdp == 1 and role.dtype_bytes == FP32_BYTES:
+        return 0
+    layer, outside = _gathered_numel(role.shape)
+    assert isinstance(role.backend, FsdpConfig)
+    frees = role.backend.reshard_after_forward
+    layers = 2 if frees or not is_updated else role.shape.num_layers
+    parameters = (outside + layers * layer) * role.dtype_bytes
+    if not is_updated:
+        return parameters
+    return parameters + max(outside, layer) * (role.dtype_bytes + FP32_BYTES)

@@ -1,0 +1,1 @@
+"""Models of transformers, sharded by torch's ``fully_shard``."""
