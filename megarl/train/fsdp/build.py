@@ -133,7 +133,7 @@ def named_parameters(
     for name, parameter in root.model.named_parameters():
         whole = of(parameter)
         assert isinstance(whole, DTensor), f"{name} is gathered"
-        local = whole.to_local()
+        local = whole.to_local().detach()
         if ".experts." in name:
             share = -(-role.shape.num_experts // role.layout.fsdp)
             first = rank % role.layout.fsdp * share
