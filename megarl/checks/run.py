@@ -113,6 +113,7 @@ def check_ppo(
     _check_reward(config, found)
     if not files_may_be_missing:
         found.problems += _optimizers_are_installed(roles)
+        found.problems += _adapters_are_installed(roles)
     found.finish()
     checked = CheckedRun(config, roles, num_rows, tuple(found.notes or ()))
     found.problems += schedule_problems(checked, checked.num_steps)
@@ -126,6 +127,7 @@ def check_sft(values: Mapping[str, Any]) -> CheckedRun[SFTConfig]:
     found = _Findings()
     roles = _checked_roles(config, found, platform_name())
     found.problems += _optimizers_are_installed(roles)
+    found.problems += _adapters_are_installed(roles)
     columns = {config.data.messages_key: f"data.messages_key = {config.data.messages_key!r}"}
     for file in (*config.data.train_files, *config.data.val_files):
         with found.of("data.train_files or data.val_files", file):
@@ -245,6 +247,14 @@ def _optimizers_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
             name = f"{role.backend_key}.use_precision_aware_optimizer"
             allowed = "is Transformer Engine's Adam, which isn't installed"
             yield Problem(name, True, allowed, f"pip install 'megarl[gpu]' where there are GPUs, or {name}=false")
+
+
+def _adapters_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
+    """Yield the roles that ask for adapters where peft, which makes them, isn't here."""
+    for role in roles:
+        if role.lora and find_spec("peft") is None:
+            allowed = "is made by peft, which isn't installed"
+            yield Problem(f"{role.model.key}.lora_rank", role.lora.rank, allowed, "pip install 'megarl[lora]'")
 
 
 def _check_reward(config: PPOConfig, found: _Findings) -> None:

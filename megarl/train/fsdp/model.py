@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
@@ -56,8 +56,8 @@ class FsdpModel:
         """Have the parameters on the device for the duration: whoever reads or writes them does it in here."""
         return self._offload.resident()
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return this rank's parameters by the name map's names. They can be used while they are resident."""
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return this rank's parameters by the name map's names, adapters merged. They can be used while resident."""
         assert not self._offload.is_away
         return named_parameters(self.root, self.role, self.rank)
 

@@ -28,7 +28,7 @@ class Optimizer:
         assert role.training is not None
         self.model, self.training, self.num_updates = model, role.training, 0
         self._state = Offload(self._state_tensors, enabled=role.residency.optimizer_offload)
-        parameters = list(model.own_parameters())
+        parameters = [parameter for parameter in model.own_parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.training.weight_decay},
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
