@@ -1,6 +1,6 @@
 """Low-rank adapters of a model (LoRA, Hu et al., arXiv:2106.09685): which modules have one, and its tensors. No torch.
 
-The weight W [out, in] of an adapted module is used as W + scale * B A, where A [rank, in] and B [out, rank] are trained.
+An adapted module uses its weight W [out, in] as W + scale * B A, of which A [rank, in] and B [out, rank] are trained.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def case(
     lora = replace(LORA, targets=("all-linear",)) if "moe" in name else LORA
     folder, out = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("out")
     save_tiny_model(name, folder)
-    found = make_reference(folder, 99)
-    role = replace(role_on(layout, folder, training=TRAINING), lora=lora)
+    found = make_reference(folder, 99, 12)
+    role = replace(role_on(layout, folder, training=TRAINING, micro_batch_size=1), lora=lora)
     return found, ask(ranks, _run, role, found.rollouts, found.everything, out), out, layout, lora
 
 
@@ -122,7 +122,7 @@ def test_adapters_train_as_those_of_peft_do(case: Case) -> None:
 
 
 def test_the_merged_model_and_the_adapter_say_what_the_trainer_says(case: Case) -> None:
-    found, runs, out, layout, _ = case
+    found, runs, out, _, _ = case
     told = [run.logprobs_BS for run in runs if run.logprobs_BS is not None]
     trained_BS = torch.cat(told)
     merged_BS = hf_logprobs_BS(load(out / "end"), found.everything, TEMPERATURE)
@@ -159,7 +159,7 @@ def test_every_rank_holds_the_planned_bytes(case: Case) -> None:
 def test_in_bfloat16_weights_are_merged_in_float32_and_rounded_once(ranks: RankPool, tmp_path: Path) -> None:
     base, out = tmp_path / "model", tmp_path / "out"
     save_tiny_model("qwen3-untied", base)
-    found = make_reference(base, 99)
+    found = make_reference(base, 99, 12)
     role = replace(role_on(THREE, base, training=TRAINING, dtype="bfloat16", fused_head=True), lora=LORA)
     runs = ask(ranks, _run, role, found.rollouts, found.everything, out)
     expected, end = _merged(base, out / "end", LORA, torch.bfloat16), load_file(out / "end" / "model.safetensors")
