@@ -89,6 +89,8 @@ def _model(role: Role, dtype: torch.dtype) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # log-probs would differ between two passes
             module.p = 0.0
+        if isinstance(module, torch.nn.Embedding):  # a padding token that was sampled has a gradient like any other
+            module.padding_idx = None
     return model
 
 
