@@ -52,7 +52,7 @@ def _run(role: Role, batch: PolicyBatch, everything: Sequences, out: Path) -> Ru
     backend = backend_on_rank(role)
     assert isinstance(backend, FsdpBackend)
     model, adam = backend.model.root.model, optimizer_of(backend).inner
-    backend.export(out / "start", Path(role.model.here()))
+    backend.export(out / "start")
     before = {name: local(parameter).clone() for name, parameter in model.named_parameters()}
     with_gradient: set[str] = set()
     adam.register_step_pre_hook(
@@ -61,7 +61,7 @@ def _run(role: Role, batch: PolicyBatch, everything: Sequences, out: Path) -> Ru
     metrics = update(Actor(backend), batch, PPO, 3).metrics
     logprobs_BS = score(Actor(backend), everything, TEMPERATURE)
     changed = {name for name, p in model.named_parameters() if not local(p).equal(before[name])}
-    backend.export(out / "end", Path(role.model.here()))
+    backend.export(out / "end")
     moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
     planned = static_of(role, dist.get_rank())
     assert planned.gradients == sum(_bytes(p) for n, p in model.named_parameters() if is_adapter(n))
