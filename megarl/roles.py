@@ -28,6 +28,7 @@ from megarl.config.schema import (
 )
 from megarl.errors import Absent, ConfigError, Problem
 from megarl.parallel.layout import Layout, layout_of, without_experts
+from megarl.weights.adapters import Lora
 from megarl.weights.model_shape import ModelShape
 
 ACTOR, REF, CRITIC, REWARD_MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic", "reward.model"
@@ -122,7 +123,7 @@ class Role:
 
     name: ``actor``, ``ref``, ``critic`` or ``reward_model``. key: section of the config, empty where the keys stand at
     the top. backend: section of the backend. packed: no padding is computed. fused_head: logits are computed together
-    with their log-probs. update, training: None where nothing is trained.
+    with their log-probs. update, training: None where nothing is trained. lora: adapters that alone are trained.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Role:
     residency: Residency = field(default_factory=Residency)
     packed: bool = True
     fused_head: bool = False
+    lora: Lora | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -292,6 +294,7 @@ def _actor(c: PPOConfig, find: FindModel) -> Role:
         residency_of(backend),
         c.actor_rollout_ref.model.use_remove_padding,
         c.actor_rollout_ref.model.use_fused_kernels,
+        _lora(c.actor_rollout_ref.model),
     )
 
 
@@ -400,6 +403,7 @@ def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
         residency_of(backend),
         c.model.use_remove_padding,
         c.model.use_fused_kernels,
+        _lora(c.model),
     )
 
 
@@ -434,6 +438,10 @@ def _policy(c: PPOConfig, find: FindModel) -> ModelFacts:
 
 def _named(key: str, model: ModelConfig | CriticModelConfig) -> ModelFacts:
     return ModelFacts(key, model.path, model.init)
+
+
+def _lora(model: ModelConfig) -> Lora | None:
+    return Lora(model.lora_rank, model.lora_alpha, model.target_modules) if model.lora_rank else None
 
 
 def _actors_backend(c: PPOConfig) -> BackendConfig:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from megarl.catalog import SINKS
+from megarl.checks.adapters import adapted_modules_exist, adapters_are_asked_for, adapters_are_on_fsdp
 from megarl.checks.algorithm import ALGORITHM_RULES
 from megarl.checks.axes import (
     RANKS,
@@ -218,6 +219,9 @@ def run_problems(
         problems += the_last_learning_rate_is_reached(role)
         problems += a_warm_up_is_said_in_one_way(role)
         problems += axes_make_sense(role)
+        problems += adapters_are_on_fsdp(role)
+    model = c.actor_rollout_ref.model if isinstance(c, PPOConfig) else c.model
+    problems += adapters_are_asked_for(roles[0].model.key, model)
     problems += sinks_are_known(c.trainer.logger)
     return without_followers(problems, roles)
 
@@ -236,6 +240,7 @@ def model_problems(
             problems += the_model_fits_its_axes(role.backend_key, role.shape, role.backend)
         else:
             problems += ulysses_splits_the_heads(role.backend_key, role.shape, role.backend)
+        problems += adapted_modules_exist(role)
         problems += the_longest_rollout_fits_the_reward_model(role)
         if actor in known:
             problems += the_actors_tokens_are_known(role, actor.shape.vocab_size)

@@ -104,6 +104,7 @@ def _finished(
     """Return the checked run. Raises what was found. misread: the problems of values that defaults stand in for."""
     if found.notes is None:
         found.problems += _optimizers_are_installed(roles)
+        found.problems += _adapters_are_installed(roles)
     idle = idle_settings(config, roles)
     found.problems += idle if config.trainer.strict else []
     drop_consequences(found, misread)
@@ -227,6 +228,14 @@ def _optimizers_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
             name = f"{role.backend_key}.use_precision_aware_optimizer"
             allowed = "is Transformer Engine's Adam, which isn't installed"
             yield Problem(name, True, allowed, f"pip install 'megarl[gpu]' where there are GPUs, or {name}=false")
+
+
+def _adapters_are_installed(roles: Sequence[Role]) -> Iterator[Problem]:
+    """Yield the roles that ask for adapters where peft, which makes them, isn't here."""
+    for role in roles:
+        if role.lora and find_spec("peft") is None:
+            allowed = "is made by peft, which isn't installed"
+            yield Problem(f"{role.model.key}.lora_rank", role.lora.rank, allowed, "pip install 'megarl[lora]'")
 
 
 def _check_reward(config: PPOConfig, found: Findings) -> None:

@@ -87,6 +87,11 @@ class ModelConfig:
     dtype: str = key("of weights and activations; bfloat16 keeps float32 main weights", choices=("bfloat16", "float32"))
     use_remove_padding: bool = key("pack sequences end to end, so that no padding token is computed")
     use_fused_kernels: bool = key("compute logits with their log-probs block by block, keep none, compute them twice")
+    lora_rank: int = key("columns of a low-rank adapter, of which the actor trains nothing else; 0: none", low=0)
+    lora_alpha: int = key("an adapter's product counts this / lora_rank times", low=1)
+    target_modules: tuple[str, ...] = key(
+        "linear modules of the layers with an adapter, by the ends of their names; all-linear: every one"
+    )
 
 
 @dataclass(frozen=True)

@@ -8,34 +8,54 @@ tests/dist.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from megarl.config.schema import FsdpConfig
 from megarl.parallel.layout import Layout
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.roles import Role
+from megarl.weights.adapters import Lora, adapter_shapes
 from megarl.weights.fsdp_map import parameter_shapes, rows_of
 from megarl.weights.model_shape import ModelShape
 
 
 @cache
-def fsdp_static_bytes(shape: ModelShape, layout: Layout, rank: int, *, dtype_bytes: int, trained: bool) -> StaticBytes:
-    """Return the bytes that ``rank`` holds of a role. dtype_bytes: of a frozen one's parameters; others are float32."""
+def fsdp_static_bytes(
+    shape: ModelShape, layout: Layout, rank: int, *, dtype_bytes: int, trained: bool, lora: Lora | None = None
+) -> StaticBytes:
+    """Return the bytes that ``rank`` holds of a role.
+
+    dtype_bytes: of a frozen parameter; trained ones are float32. lora: adapters that alone are trained.
+    """
+    weights = list(parameter_shapes(shape).values())
+    steps = trained and lora is None
+    found = _static_bytes(weights, layout, rank, FP32_BYTES if steps else dtype_bytes, steps)
+    if lora is None:
+        return found
+    added = _static_bytes(list(adapter_shapes(shape, lora).values()), layout, rank, FP32_BYTES, trained)
+    return StaticBytes(found.parameters + added.parameters, added.gradients, added.optimizer)
+
+
+def _static_bytes(
+    sizes: Iterable[Sequence[int]], layout: Layout, rank: int, dtype_bytes: int, trained: bool
+) -> StaticBytes:
+    """Return the bytes that ``rank`` holds of parameters of these sizes."""
     roomy, real = 0, 0
-    for rows, *rest in parameter_shapes(shape).values():
+    for rows, *rest in sizes:
         roomy += len(rows_of(rows, 0, layout.fsdp)) * math.prod(rest)
         real += len(rows_of(rows, rank % layout.fsdp, layout.fsdp)) * math.prod(rest)
     if not trained:
         return StaticBytes(roomy * dtype_bytes)
-    return StaticBytes(roomy * FP32_BYTES, roomy * FP32_BYTES, real * 2 * FP32_BYTES)
+    return StaticBytes(roomy * dtype_bytes, roomy * FP32_BYTES, real * 2 * FP32_BYTES)
 
 
 @cache
-def _gathered_numel(shape: ModelShape) -> tuple[int, int]:
-    """Return the elements of the largest layer, and of all that is in none."""
+def _gathered_numel(sizes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, int]:
+    """Return the elements of the largest layer, and of all that is in none, of parameters by name and size."""
     of_layers: dict[str, int] = {}
     outside = 0
-    for name, size in parameter_shapes(shape).items():
+    for name, size in sizes:
         _, _, rest = name.partition(".layers.")
         if rest:
             layer = rest.partition(".")[0]
@@ -53,11 +73,14 @@ def gathered_bytes(role: Role, *, is_updated: bool) -> int:
     """
     if role.layout.fsdp == 1 and role.dtype_bytes == FP32_BYTES:
         return 0
-    layer, outside = _gathered_numel(role.shape)
+    weights = tuple(parameter_shapes(role.shape).items())
+    adapters = tuple(adapter_shapes(role.shape, role.lora).items()) if role.lora else ()
+    layer, outside = _gathered_numel(weights + adapters)
     assert isinstance(role.backend, FsdpConfig)
     frees = role.backend.reshard_after_forward
     layers = 2 if frees or not is_updated else role.shape.num_layers
     parameters = (outside + layers * layer) * role.dtype_bytes
     if not is_updated:
         return parameters
-    return parameters + max(outside, layer) * (role.dtype_bytes + FP32_BYTES)
+    trained = max(_gathered_numel(adapters)) if adapters else max(outside, layer)
+    return parameters + trained * (role.dtype_bytes + FP32_BYTES)

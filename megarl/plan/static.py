@@ -17,6 +17,7 @@ from megarl.parallel.layout import Coordinates, Layout, layers_of_chunks
 from megarl.plan.fsdp import fsdp_static_bytes
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.roles import DTYPE_BYTES, Role
+from megarl.weights.adapters import Lora
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import megatron_shards
 
@@ -136,11 +137,14 @@ class Stored:
     distributed_optimizer: bool
     optimizer_on_host: bool
     adam_bytes: int | None
+    lora: Lora | None = None
 
     def on(self, rank: int) -> StaticBytes:
         """Return the bytes of ``rank``."""
         if self.layout.is_fsdp:
-            return fsdp_static_bytes(self.shape, self.layout, rank, dtype_bytes=self.dtype_bytes, trained=self.trained)
+            return fsdp_static_bytes(
+                *(self.shape, self.layout, rank), dtype_bytes=self.dtype_bytes, trained=self.trained, lora=self.lora
+            )
         return static_bytes(
             self.shape,
             self.layout,
@@ -164,6 +168,7 @@ def stored_of(role: Role) -> Stored:
         isinstance(backend, TrainedMegatronConfig) and backend.use_distributed_optimizer,
         role.residency.optimizer_on_host,
         _adam_bytes(backend),
+        role.lora,
     )
 
 

@@ -138,7 +138,7 @@ def _backend(role: Role, spec: RankSpec, device: torch.device) -> Backend:
     if spec.resumed is None or counts is None:
         return backend_of(role, weights_of(role, spec.seed), device)
     saved = SavedRole(Path(spec.resumed.folder), role.name)
-    backend = backend_of(role, saved, device)
+    backend = backend_of(role, saved if role.lora is None else weights_of(role, spec.seed), device)
     backend.load(saved, counts)
     return backend
 

@@ -32,11 +32,14 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def train(folder: Path, batch: PolicyBatch, loss: LossSpec, training: Training, steps: int) -> Trained:
-    """Take optimizer steps on the whole of ``batch``."""
-    model = load(folder)
+def train(
+    folder: Path, batch: PolicyBatch, loss: LossSpec, training: Training, steps: int, model: Any = None
+) -> Trained:
+    """Take optimizer steps on the whole of ``batch``. model: in place of that in ``folder``; frozen parts stay."""
+    model = model or load(folder)
     # Megatron's rule: no weight decay on norms and biases.
-    groups = [[p for p in model.parameters() if (p.dim() > 1) == decays] for decays in (False, True)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [[p for p in trained.values() if (p.dim() > 1) == decays] for decays in (False, True)]
     adam = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": training.weight_decay}],
         lr=training.lr,
@@ -49,7 +52,7 @@ def train(folder: Path, batch: PolicyBatch, loss: LossSpec, training: Training, 
         value = _policy_loss(model, batch, loss) if isinstance(loss, PolicyLossSpec) else sft_loss(model, batch)
         value.backward()
         losses.append(value.item())
-        gradients.append(checkpoint_tensors(model, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        gradients.append(checkpoint_tensors(model, {name: p.grad.clone() for name, p in trained.items()}))
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad).item())
         adam.step()
     weights = checkpoint_tensors(model, {name: p.detach() for name, p in model.named_parameters()})

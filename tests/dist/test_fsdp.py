@@ -159,7 +159,7 @@ def test_bfloat16_computes_in_it_and_keeps_main_weights_and_moments_in_float32(r
     answers = ask(ranks, _in_bf16, role, found.rollouts, found.everything)
     logprobs_BS = torch.cat([logprobs_BS for logprobs_BS, *_ in answers if logprobs_BS is not None])
     error = float((logprobs_BS - found.rounded_logprobs_BS).abs()[found.everything.mask_BS].mean())
-    assert TOLERANCE < error < 2 * found.hf_bf16
+    assert TOLERANCE < error < 2 * found.noise.bf16
     assert all(dtypes == {torch.float32} for _, dtypes, _ in answers)
 
 

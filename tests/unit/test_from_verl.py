@@ -172,7 +172,10 @@ def test_values_become_ours(texts: tuple[str, ...], ours: dict[str, Any]) -> Non
         (("algorithm.adv_estimator=optimal_token_baseline",), "the estimator optimal_token_baseline"),
         ((f"{CORRECTION}.bypass_mode=True", f"{CORRECTION}.loss_type=other"), "the loss other beside a bypass"),
         (("actor_rollout_ref.model.lora.rank=8",), "LoRA"),
-        (("actor_rollout_ref.model.lora_rank=8",), "LoRA"),
+        (
+            ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_adapter_path=adapter"),
+            "LoRA that starts from an adapter",
+        ),
         ((f"{ROLLOUT}.multi_turn.enable=True",), "multi-turn rollouts"),
         ((f"{ACTOR}.megatron.override_transformer_config.num_layers_in_last_pipeline_stage=11",), "stages of other"),
         (("trainer.resume_mode=auto",), "resuming"),
@@ -319,7 +322,7 @@ def test_a_written_value_is_read_as_it_is(value: Any) -> None:
     [
         ("trainer.critic_warmup", 3, "verl's trainer.critic_warmup is critic.warmup_steps here"),
         (f"{ROLLOUT}.calculate_log_probs", True, "has no effect here: they are always there"),
-        ("actor_rollout_ref.model.lora_rank", 8, "isn't there yet: LoRA"),
+        ("actor_rollout_ref.model.lora_adapter_path", "a", "isn't there yet: LoRA that starts from an adapter"),
         (
             "custom_reward_function",
             {"path": "x.py", "name": "f"},

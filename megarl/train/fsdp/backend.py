@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,7 @@ from megarl.batching.pack import MicroBatch
 from megarl.roles import Role
 from megarl.train.backend import Loss, Output, Place, Skipped
 from megarl.train.export import export_model
+from megarl.train.fsdp.lora import export_adapters
 from megarl.train.fsdp.model import FsdpModel
 from megarl.train.fsdp.optimizer import Optimizer
 from megarl.train.held_state import Held, SavedState, UpdateCounts
@@ -64,8 +65,8 @@ class FsdpBackend:
         """Return the shards of the role's model on all ranks, as a tuple of Peers."""
         return fsdp_peers(self.role.shape, self.role.layout)
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return this rank's parameters by the name map's names. They can be used while they are resident."""
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return this rank's parameters by the name map's names, adapters merged. They can be used while resident."""
         return self.model.parameters()
 
     def held(self) -> Iterator[Held]:
@@ -84,9 +85,13 @@ class FsdpBackend:
     def export(self, out: Path, *, weights: bool = True) -> None:
         """Write ``out`` as a Hugging Face folder, with config and tokenizer files of the folder that it started from.
 
-        weights: whether the weights are in it. Raises ResourceError on every rank where the disk is too small.
+        weights: whether the weights are in it, adapters merged, and besides in the folder ``adapter``. Raises
+        ResourceError on every rank where the disk is too small.
         """
         export_model(self, out, weights=weights)
+        if self.role.lora and weights:
+            with self.resident():
+                export_adapters(self.model.root.model, self.role, out / "adapter")
 
     @property
     def _trained(self) -> Optimizer:

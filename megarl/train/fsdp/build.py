@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from megarl.config.schema import FsdpConfig, TrainedFsdpConfig
 from megarl.roles import Role
 from megarl.train.fsdp import attention
+from megarl.train.fsdp.lora import Merged, add_adapters, fill_adapters, is_adapter, name_without_adapter
 from megarl.train.fsdp.mesh import Ranks
 from megarl.weights.fsdp_map import fsdp_shards
 from megarl.weights.sources import TensorSource, fill
@@ -56,15 +57,18 @@ class Root(torch.nn.Module):
 def build_root(role: Role, ranks: Ranks, device: torch.device) -> Root:
     """Return this rank's part of a role's model, whose parameters are on ``device`` and hold anything. Collective.
 
-    Parameters of a trained role are its float32 main weights, and layers gather them in the role's dtype.
+    What is trained is in float32: the main weights, or adapters of weights in the role's dtype. Layers gather in that.
     """
     assert isinstance(role.backend, FsdpConfig)
-    dtype = torch.float32 if role.is_trained else getattr(torch, role.dtype)
+    has_main_weights = role.is_trained and role.lora is None
+    dtype = torch.float32 if has_main_weights else getattr(torch, role.dtype)
     with torch.device("meta"):
         model = _model(role, dtype)
+        model.requires_grad_(has_main_weights)
+        if role.lora:
+            add_adapters(model, role.lora, role.shape)
     if isinstance(role.backend, TrainedFsdpConfig) and role.backend.enable_gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.requires_grad_(role.is_trained)
     root = Root(model)
     _shard(root, role, role.backend, ranks)
     root.to_empty(device=device)
@@ -85,6 +89,8 @@ def _model(role: Role, dtype: torch.dtype) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # log-probs would differ between two passes
             module.p = 0.0
+        if isinstance(module, torch.nn.Embedding):  # a padding token that was sampled has a gradient like any other
+            module.padding_idx = None
     return model
 
 
@@ -122,15 +128,29 @@ def _refill_buffers(model: PreTrainedModel) -> None:
 
 def load_weights(root: Root, role: Role, rank: int, source: TensorSource) -> None:
     """Fill this rank's part of the parameters."""
-    fill(named_parameters(root, role, rank), fsdp_shards(role.shape, role.layout, rank), source)
+    fill(base_parts(root, role, rank), fsdp_shards(role.shape, role.layout, rank), source)
+    if role.lora:
+        fill_adapters(root.model, rank % role.layout.fsdp, role.layout.fsdp)
 
 
-def named_parameters(
+def named_parameters(root: Root, role: Role, rank: int) -> Mapping[str, Tensor]:
+    """Return this rank's part of every parameter, as the name map has it: experts apart, adapters merged.
+
+    Collective.
+    """
+    base = base_parts(root, role, rank)
+    return Merged(base, root.model, role.lora.scale) if role.lora else base
+
+
+def base_parts(
     root: Root, role: Role, rank: int, of: Callable[[Tensor], Tensor] = lambda parameter: parameter
 ) -> dict[str, Tensor]:
-    """Return this rank's part of what there is ``of`` every parameter, as the name map has it: experts apart."""
+    """Return this rank's part of what there is ``of`` every parameter that isn't an adapter's, experts apart."""
     found: dict[str, Tensor] = {}
-    for name, parameter in root.model.named_parameters():
+    for adapted_name, parameter in root.model.named_parameters():
+        name = name_without_adapter(adapted_name)
+        if is_adapter(name):
+            continue
         whole = of(parameter)
         assert isinstance(whole, DTensor), f"{name} is gathered"
         local = whole.to_local().detach()

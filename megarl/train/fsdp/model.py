@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
@@ -16,11 +16,14 @@ from megarl.batching.pack import MicroBatch, pack
 from megarl.roles import Role
 from megarl.train.attention import packing_of
 from megarl.train.fsdp.attention import Attending
-from megarl.train.fsdp.build import build_root, load_weights, named_parameters, sharded_modules
+from megarl.train.fsdp.build import base_parts, build_root, load_weights, named_parameters, sharded_modules
+from megarl.train.fsdp.lora import adapter_parts
 from megarl.train.fsdp.mesh import ranks_of
 from megarl.train.offload import Offload
 from megarl.train.output import ModelOutput
 from megarl.types import Sequences
+from megarl.weights.fsdp_map import fsdp_shards
+from megarl.weights.shard import Shard
 from megarl.weights.sources import TensorSource
 
 R = TypeVar("R")
@@ -56,14 +59,20 @@ class FsdpModel:
         """Have the parameters on the device for the duration: whoever reads or writes them does it in here."""
         return self._offload.resident()
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return this rank's parameters by the name map's names. They can be used while they are resident."""
-        return self.named(lambda parameter: parameter)
-
-    def named(self, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of what there is ``of`` every parameter, by the name map's names."""
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return this rank's parameters by the name map's names, adapters merged. They can be used while resident."""
         assert not self._offload.is_away
-        return named_parameters(self.root, self.role, self.rank, of)
+        return named_parameters(self.root, self.role, self.rank)
+
+    def parts(self, of: Callable[[Tensor], Tensor]) -> Iterator[tuple[Shard, Tensor]]:
+        """Yield this rank's part of what there is ``of`` every parameter that is trained, with its shard."""
+        assert not self._offload.is_away
+        if self.role.lora:
+            yield from adapter_parts(self.root.model, self.rank % self.role.layout.fsdp, self.role.layout.fsdp, of)
+            return
+        found = base_parts(self.root, self.role, self.rank, of)
+        for shard in fsdp_shards(self.role.shape, self.role.layout, self.rank):
+            yield shard, found[shard.name]
 
     def pack(self, sequences: Sequences, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """Lay out micro-batches of rows as this rank computes them."""

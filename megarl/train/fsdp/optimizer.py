@@ -21,7 +21,6 @@ from megarl.train.offload import Offload
 from megarl.train.schedule import learning_rate
 from megarl.train.updating import summed
 from megarl.types import Metrics
-from megarl.weights.fsdp_map import fsdp_shards
 
 
 class Optimizer:
@@ -31,7 +30,7 @@ class Optimizer:
         assert role.training is not None
         self.model, self.training, self.num_updates = model, role.training, 0
         self._state = Offload(self._state_tensors, enabled=role.residency.optimizer_offload)
-        parameters = list(model.own_parameters())
+        parameters = list(self._trained())
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.training.weight_decay},
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
@@ -72,13 +71,17 @@ class Optimizer:
             self.inner.zero_grad(set_to_none=True)
         return metrics | {"grad_norm": grad_norm, "lr": lr} if math.isfinite(grad_norm) else Skipped(grad_norm)
 
+    def _trained(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters that are trained: all, or adapters alone."""
+        return (parameter for parameter in self.model.own_parameters() if parameter.requires_grad)
+
     def held(self) -> Iterator[Held]:
-        """Yield this rank's part of parameters and moments, by the shards of the name map."""
-        kinds = {WEIGHT: self.model.parameters()}
-        for kind in MOMENTS if self.inner.state else ():
-            kinds[kind] = self.model.named(partial(self._moment, kind))
-        for shard in fsdp_shards(self.model.role.shape, self.model.role.layout, self.model.rank):
-            values = {kind: parts[shard.name].reshape(-1) for kind, parts in kinds.items()}
+        """Yield this rank's part of trained parameters and moments."""
+        kinds = [self.model.parts(lambda parameter: parameter)]
+        kinds += [self.model.parts(partial(self._moment, kind)) for kind in MOMENTS if self.inner.state]
+        for parts in zip(*kinds, strict=True):
+            values = {kind: part.reshape(-1) for kind, (_, part) in zip((WEIGHT, *MOMENTS), parts, strict=False)}
+            shard = parts[0][0]
             yield Held(shard, 0, math.prod(shard.shape), values)
 
     def _moment(self, kind: str, parameter: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class Optimizer:
         """Take weights, moments and counts that were saved."""
         self.num_updates = counts.scheduled
         if counts.adam:
-            for parameter in self.model.own_parameters():
+            for parameter in self._trained():
                 state = self.inner.state[parameter]
                 state["step"] = torch.tensor(float(counts.adam), device=self.model.device)
                 for kind in MOMENTS:
