@@ -87,7 +87,7 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
         moments_of_16_bits_are_those_of_an_optimizer_that_has_them,
         lambda: (_megatron(exp_avg_dtype="bfloat16"),),
         ["m.exp_avg_dtype"],
-        "has an effect only where m.use_precision_aware_optimizer=true",
+        "has an effect only where m.use_precision_aware_optimizer is true",
     ),
     (
         a_precision_aware_optimizer_has_its_place,
@@ -152,7 +152,7 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
     (the_model_fits_its_axes, lambda: (DENSE, _megatron(**{TP: 8})), [f"m.{TP}"], "the model's 4 attention heads"),
     (the_model_fits_its_axes, lambda: (DENSE, _megatron(**{PP: 4})), [f"m.{PP}"], "the model's 3 layers"),
     (the_model_fits_its_axes, lambda: (DENSE, _megatron(**{PP: 2, VPP: 2})), [f"m.{VPP}"], "the model's 3 layers"),
-    (what_is_said_of_experts_has_some, lambda: (DENSE, _megatron(**{EP: 2})), [f"m.{EP}"], "the model has no experts"),
+    (what_is_said_of_experts_has_some, lambda: (DENSE, _megatron(**{EP: 2})), [f"m.{EP}"], "model has no experts"),
     (
         what_is_said_of_experts_has_some,
         lambda: (DENSE, _megatron(**{ETP: 2})),
