@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from megarl.weights.sources import TensorSource
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,8 +38,12 @@ class UpdateCounts:
     adam: int
 
 
-class SavedState(TensorSource, Protocol):
-    """Weights and moments of a role that were saved, on whatever layout."""
+class SavedState(Protocol):
+    """Weights and moments of a role that were saved, on whatever layout: a TensorSource of the weights."""
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) along ``dim`` of the weights of tensor ``name``."""
+        ...
 
     def fill(self, held: Held) -> None:
         """Write the values of what a rank holds."""

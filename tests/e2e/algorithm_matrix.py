@@ -115,7 +115,7 @@ def main(out: Path, recipe: str, names: Sequence[str]) -> None:
                 folder.mkdir(parents=True)
                 inputs = read_ppo_inputs(checked)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
-                    train(rollout_run(config, inputs, group, pool, tracker, folder, Observer()))
+                    train(rollout_run(config, inputs, group, pool, tracker, folder, {}, None, Observer()))
                 lines = (folder / "metrics.jsonl").read_text().splitlines()
                 results[name] = [step for line in lines if (step := json.loads(line))["step"] > 0]
     out.write_text(json.dumps(results))

@@ -45,6 +45,11 @@ OWN: Changes = {"algorithm.path": __file__, "algorithm.adv_estimator": "mine"}
 # What is changed in a config without problems, the keys of the problems that follow, and what the first one says.
 BROKEN: list[tuple[Changes, list[str], str]] = [
     ({f"{MODELS}.model.path": None}, [f"{MODELS}.model.path"], "must name a Hugging Face folder"),
+    (
+        {f"{MODELS}.model.lora_rank": 8, f"{MODELS}.model.target_modules": ["nothing"]},
+        [f"{MODELS}.model.lora_rank"],
+        "has adapters on FSDP only",
+    ),
     ({f"{ACTOR}.optim.beta": [0.9]}, [f"{ACTOR}.optim.beta"], "two numbers"),
     ({f"{ACTOR}.optim.beta": [0.9, 1.0]}, [f"{ACTOR}.optim.beta"], "less than 1"),
     ({f"{ACTOR}.optim.beta": [0.9, float("nan")]}, [f"{ACTOR}.optim.beta"], "less than 1"),

@@ -187,6 +187,7 @@ def test_metrics_of_an_update_are_sums_over_data_parallel_ranks_and_means_over_o
         "actor/whole": pytest.approx(1.0),  # every rank normalises by the tokens of the whole mini-batch
         "actor/lr": 3.5,  # of 6 steps, each known to every rank alike
         "actor/num_optimizer_steps": 6.0,
+        "actor/num_skipped": 0.0,
     }
 
 

@@ -146,6 +146,6 @@ def test_sinks_are_opened_before_any_rank_starts(tmp_path: Path) -> None:
     config = sft_config()
     with (
         pytest.raises(ResourceError, match=r"console\.log can't be written: its folder was removed"),
-        open_sft_run(config, nothing, tmp_path / "gone", {}),
+        open_sft_run(config, nothing, tmp_path / "gone", {}, None),
     ):
         pass
