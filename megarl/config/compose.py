@@ -189,8 +189,9 @@ def _for_hydra(override: Override, line: CommandLine, loader: ConfigLoader) -> I
             yield f"~{EXPERIMENT}"
         if value is not None:
             yield f"+{EXPERIMENT}@_global_={override.get_value_string()}"
-            group = f"{EXPERIMENT}/{choices.get(_ACTOR, '').removesuffix('_actor')}"
-            if find_config(line.config_dir, f"{group}/{value}"):
+            backend = choices.get(_ACTOR, "").removesuffix("_actor")
+            group = f"{EXPERIMENT}/{backend}"
+            if backend and find_config(line.config_dir, f"{group}/{value}"):
                 yield f"+{group}@_global_={value}"
     elif override.is_delete() or "/" in key or override.package:
         yield str(override.input_line)

@@ -49,7 +49,9 @@ def main_config_of(values: Mapping[str, Any]) -> str | None:
     sections = [values.get(name) for name in ("actor_rollout_ref", "critic", "reward")]
     models = [model for section in sections if isinstance(section, Mapping) for model in (section, *section.values())]
     has_megatron = any(isinstance(model, Mapping) and "megatron" in model for model in models)
-    return MEGATRON if has_megatron else None
+    if has_megatron:
+        return MEGATRON
+    return PPO.config_name if PPO.num_own_sections(values) else None
 
 
 def for_recipe(line: CommandLine, programs: Sequence[Program]) -> CommandLine:

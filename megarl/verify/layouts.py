@@ -9,6 +9,7 @@ from megarl.checks.axes import (
     axes_divide_the_ranks,
     chunks_take_turns_on_a_pipeline,
     the_model_fits_its_axes,
+    what_is_said_of_experts_has_some,
 )
 from megarl.checks.backends import ulysses_splits_the_heads
 from megarl.errors import Absent, ConfigError, Problem, nearest
@@ -110,11 +111,12 @@ def _fsdp_layouts(shape: ModelShape, ranks: int) -> Iterator[Layout]:
 
 def _is_allowed(shape: ModelShape, layout: Layout) -> bool:
     if layout.etp is not None and not shape.num_experts:
-        return False
+        return False  # of size 1 it says nothing
     megatron, key = megatron_section(layout), ""
     broken = [
         *axes_divide_the_ranks(key, megatron, layout.world_size),
         *chunks_take_turns_on_a_pipeline(key, megatron),
         *the_model_fits_its_axes(key, shape, megatron),
+        *what_is_said_of_experts_has_some(key, shape, megatron),
     ]
     return not broken

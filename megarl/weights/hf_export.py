@@ -23,6 +23,8 @@ from megarl.weights.shard import Peers, peers_of, whole
 from megarl.weights.sources import TensorSource
 
 _COPIED = (".json", ".txt", ".model", ".jinja")
+# Of a checkpoint that a run starts from: they tell of that one, and a new one writes its own.
+_OF_A_CHECKPOINT = ("manifest.json", "trainer_state.json")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -115,7 +117,7 @@ def copy_template(template: Path, out: Path, dtype: torch.dtype, fields: Mapping
     """Copy tokenizer and configuration files; config.json has ``fields`` and names the dtype of the weights."""
     out.mkdir(exist_ok=True)
     for file in template.iterdir():
-        if file.suffix in _COPIED and not file.name.endswith(".index.json"):
+        if file.suffix in _COPIED and not file.name.endswith(".index.json") and file.name not in _OF_A_CHECKPOINT:
             shutil.copyfile(file, out / file.name)
     config = json.loads((template / "config.json").read_text())
     config.pop("torch_dtype", None)

@@ -64,7 +64,7 @@ def test_the_data_parallel_trainer_has_rows_for_what_it_does_not_share() -> None
 
 def test_a_row_has_type_default_bounds_and_meaning() -> None:
     rows = reference().splitlines()
-    assert "| `eps` | number | `1e-08` | above 0 | added to the denominator |" in rows
+    assert "| `eps` | number | `1e-08` | above 0, at most 1 | added to the denominator |" in rows
 
 
 def test_types_read_as_yaml() -> None:

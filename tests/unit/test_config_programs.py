@@ -20,15 +20,18 @@ def _line(*typed: str) -> CommandLine:
 
 def test_every_recipe_of_ours_says_its_main_config() -> None:
     for recipe in names_in(None, "experiment"):
-        is_sft = "\nactor_rollout_ref:" not in (OURS / "experiment" / f"{recipe}.yaml").read_text()
-        assert main_config_of_recipe(None, recipe) == ("sft_trainer" if is_sft else MEGATRON), recipe
+        text = (OURS / "experiment" / f"{recipe}.yaml").read_text()
+        of_rollouts = MEGATRON if "megatron:" in text else "ppo_trainer"
+        expected = of_rollouts if "\nactor_rollout_ref:" in text else "sft_trainer"
+        assert main_config_of_recipe(None, recipe) == expected, recipe
 
 
 @pytest.mark.parametrize(
     ("typed", "config_name"),
     [
-        (("experiment=quickstart",), MEGATRON),
-        (("+experiment=quickstart",), MEGATRON),
+        (("experiment=gsm8k_tiny",), MEGATRON),
+        (("+experiment=gsm8k_tiny",), MEGATRON),
+        (("experiment=quickstart",), "ppo_trainer"),
         (("experiment=quickstart_sft",), "sft_trainer"),
         (("experiment=nothing",), "ppo_trainer"),
         ((), "ppo_trainer"),
@@ -71,10 +74,10 @@ def test_a_recipe_of_the_users_own_may_fit_any_main_config(tmp_path: Path) -> No
         ),
         (
             (PPO,),
-            ("--config-name=ppo_trainer", "experiment=quickstart"),
+            ("--config-name=ppo_trainer", "experiment=gsm8k_tiny"),
             Problem(
                 "experiment",
-                "quickstart",
+                "gsm8k_tiny",
                 "is a recipe for ppo_megatron_trainer",
                 "--config-name=ppo_megatron_trainer, or leave that out",
             ),

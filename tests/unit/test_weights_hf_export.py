@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megarl.weights.hf_export import export_hf
+from megarl.checkpoint import manifest, trainer_state
+from megarl.weights.hf_export import copy_template, export_hf
 from megarl.weights.shard import peers_of, whole
 
 
@@ -51,3 +52,12 @@ def test_tensors_that_no_rank_holds_are_zeros_and_fields_replace_those_of_the_te
     assert tensors["weight"].equal(weight) and tensors["bias"].equal(torch.zeros(1))
     config = json.loads((out / "config.json").read_text())
     assert config == {"architectures": ["B"], "vocab_size": 9, "dtype": "float32"}
+
+
+def test_what_a_checkpoint_tells_of_itself_is_not_copied_into_the_next(tmp_path: Path) -> None:
+    template, out = tmp_path / "template", tmp_path / "out"
+    template.mkdir()
+    for name in ("config.json", "tokenizer.json", manifest.FILE_NAME, trainer_state.FILE_NAME):
+        (template / name).write_text("{}")
+    copy_template(template, out, torch.float32, {})
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "tokenizer.json"]
