@@ -167,8 +167,10 @@ def _planning_cost(plan: RunPlan) -> PlanningCost:
 
 
 def _checkpoint_lines(plan: RunPlan) -> list[str]:
+    save = plan.checkpoint
     return [
-        f"checkpoint: {plan.checkpoint.num_bytes / _GB:.1f} GB in {plan.checkpoint.num_files} files of weights a save"
+        f"checkpoint: {save.num_bytes / _GB:.1f} GB in {save.num_files} files of weights a save, "
+        f"{save.state_bytes / _GB:.1f} GB of state"
     ]
 
 

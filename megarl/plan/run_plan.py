@@ -15,10 +15,11 @@ from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
-from megarl.plan.sizes import StaticBytes
+from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.topology import Topology, topology_of
 from megarl.roles import Role, batch_plan, num_ranks
+from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes
@@ -28,10 +29,11 @@ MAX_RANKS = 16_384
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One save of the actor as a Hugging Face folder."""
+    """One save: the actor as a Hugging Face folder, and the state of all roles that are trained, for going on."""
 
     num_bytes: int
     num_files: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def plan_run(
         engine_tp=engine_tp,
         phases=phases_of(roles, batches, engine, device, examined_ranks(roles, ranks)),
         traffic=traffic,
-        checkpoint=_checkpoint(actor.shape, b),
+        checkpoint=_checkpoint(actor.shape, b, sum(_state_bytes(role) for role in roles if role.is_trained)),
         num_steps=num_steps,
     )
 
@@ -137,10 +139,18 @@ def _num_scored_rollouts(c: PPOConfig, batch: BatchPlan) -> int:
 
 
 @cache
-def _checkpoint(shape: ModelShape, dtype_bytes: int) -> Checkpoint:
+def _checkpoint(shape: ModelShape, dtype_bytes: int, state_bytes: int) -> Checkpoint:
     tensors = hf_shapes(shape)
-    numel = sum(math.prod(size) for size in tensors.values())
-    return Checkpoint(numel * dtype_bytes, len(plan_files(tensors, dtype_bytes)))
+    return Checkpoint(_numel(tensors) * dtype_bytes, len(plan_files(tensors, dtype_bytes)), state_bytes)
+
+
+def _state_bytes(role: Role) -> int:
+    """Return the bytes of a role's weights and moments, in float32, of its adapters where these alone are trained."""
+    return 3 * FP32_BYTES * _numel(adapter_shapes(role.shape, role.lora) if role.lora else hf_shapes(role.shape))
+
+
+def _numel(tensors: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(size) for size in tensors.values())
 
 
 def examined_ranks(roles: tuple[Role, ...], ranks: int) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ def test_fine_tuning_that_does_not_fit_names_changes_after_which_it_does() -> No
         "experiment=quickstart_sft",
         "model.path=Qwen/Qwen2.5-7B-Instruct",
         "model.dtype=bfloat16",
-        "--gpu-memory=40",
+        "--gpu-memory=36",
     )
     code, printed, _ = _plan(*run, "--json")
     changes = json.loads(printed)["verdict"]["changes"]
