@@ -73,7 +73,7 @@ def _expect(folder: Path, batch: Sequences) -> Expected:
     loss = sft_loss(model, batch)
     rollouts = [tokens_S[:length] for tokens_S, length in zip(batch.tokens_BS, batch.lengths_B.tolist(), strict=True)]
     by_layer = list(zip(*(_router_logits(model, tokens_S) for tokens_S in rollouts), strict=True))
-    num_rollouts = int(batch.mask_BS.any(-1).sum())
+    num_rollouts = len(batch)
     balances, zs, entropies, loads = [], [], [], []
     for layer in by_layer:
         scores = [logits_SE.softmax(-1) for logits_SE in layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def test_the_run_folder_is_complete(runs: dict[str, Done], launcher: str) -> Non
     validated = [line["step"] for line in runs[launcher].lines() if "val/reward_mean" in line]
     names = {*(f"step_{s}.jsonl" for s in (1, 2, 3)), *(f"val_step_{s}.jsonl" for s in validated)}
     assert {path.name for path in (folder / "rollouts").iterdir()} == names
-    assert (folder / "console.log").read_text().startswith("step 0  ")
+    first, header, *_ = (folder / "console.log").read_text().splitlines()
+    assert first.startswith("3 of 3: starting ") and header.split()[0] == "step"
     assert (folder / "report.txt").read_text().splitlines()[-1] == f"model: {folder / 'checkpoints' / 'final'}"
 
 
@@ -138,8 +140,8 @@ def test_the_output_ends_with_the_report_of_before_and_after(runs: dict[str, Don
 @LAUNCHERS
 def test_a_newcomer_reads_nothing_but_the_run(runs: dict[str, Done], launcher: str) -> None:
     finished = runs[launcher].finished
-    steps = [line for line in finished.stdout.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in steps] == ["0", "1", "2", "3"]
+    steps = [found[1] for line in finished.stdout.splitlines() if (found := re.match(r" {5}(\d) ", line))]
+    assert steps == ["0", "1", "2", "3"]
     assert finished.stderr == ""
 
 

@@ -50,7 +50,7 @@ def test_a_folder_in_which_a_run_finished_a_step_is_refused_and_left_alone(tmp_p
     if way == "metrics":
         finish_step(folder)
     else:
-        (folder / "checkpoints" / "final").mkdir(parents=True)
+        (folder / "checkpoints" / "step_3").mkdir(parents=True)
     with pytest.raises(ConfigError, match="exists and is not empty: a run finished a step in it"):
         start(folder, seed=2)
     assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == {"seed": 1}
