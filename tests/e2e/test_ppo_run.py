@@ -108,7 +108,11 @@ def test_the_run_folder_is_complete(runs: dict[str, Done], launcher: str) -> Non
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["seed"] == 1 and config["data"]["train_files"] == ["train.parquet"]
     overrides = yaml.safe_load((folder / "overrides.yaml").read_text())
-    assert overrides == ["trainer.seed=1", f"trainer.run_dir=runs/{launcher}"]
+    assert overrides == [
+        "trainer.seed=1",
+        "actor_rollout_ref.actor.optim.eps=1e-5",
+        f"trainer.run_dir=runs/{launcher}",
+    ]
     assert "8 x 4 = 32 rollouts" in (folder / "plan.txt").read_text()
     assert "torch: " in (folder / "environment.txt").read_text()
     assert list((folder / "tensorboard").iterdir())
