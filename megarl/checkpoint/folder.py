@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarl.checkpoint.manifest import FILE_NAME, FileRecord, synced, write_manifest
-from megarl.checkpoint.trainer_state import read_trainer_state
+from megarl.checkpoint.manifest import FILE_NAME, FileRecord, read_manifest, synced, verify, write_manifest
+from megarl.checkpoint.trainer_state import TrainerState, read_trainer_state
 from megarl.errors import CheckpointError
 
 LATEST, FINAL = "latest", "final"
@@ -27,6 +27,15 @@ class Kept:
 
     last: int | None = None
     best_by: str | None = None
+
+
+def verified_state(checkpoint: Path) -> TrainerState:
+    """Return the controller's state in a checkpoint, every byte of which is verified before any is used.
+
+    Raises CheckpointError for one that isn't as it was saved.
+    """
+    verify(checkpoint, read_manifest(checkpoint))
+    return read_trainer_state(checkpoint)
 
 
 class CheckpointFolder:

@@ -104,13 +104,10 @@ class SavedRole:
     def _read(self, kind: str, wanted: Rectangle, values: Tensor) -> None:
         """Fill ``values`` with a rectangle of what was saved, from as many files as have parts of it."""
         parts = list(self._parts(kind, wanted))
-        numel = sum(inner.numel for _, inner in parts)
         for saved, inner in parts:
-            index = tuple(
-                slice(a - base, b - base) for (a, b), (base, _) in zip(inner.spans, saved.rectangle.spans, strict=True)
-            )
-            wanted.part_of(values, inner).copy_(self._file(saved.path).get_slice(saved.key)[index])
-        if numel != wanted.numel and not _is_covered(wanted, (inner for _, inner in parts)):
+            read = self._file(saved.path).get_slice(saved.key)[saved.rectangle.index(inner)]
+            wanted.part_of(values, inner).copy_(read)
+        if not _is_covered(wanted, (inner for _, inner in parts)):
             raise CheckpointError(f"{self.folder} lacks a part of {kind} of {wanted} of the {self.role}")
 
     def _parts(self, kind: str, wanted: Rectangle) -> Iterator[tuple[_Saved, Rectangle]]:

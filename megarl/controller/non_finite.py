@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megarl.checkpoint.folder import CheckpointFolder
-from megarl.checkpoint.manifest import read_manifest, verify
-from megarl.checkpoint.trainer_state import TrainerState, read_trainer_state
+from megarl.checkpoint.folder import CheckpointFolder, verified_state
+from megarl.checkpoint.trainer_state import TrainerState
 from megarl.errors import WorkerError
 from megarl.launchers.group import WorkerGroup, everywhere
 from megarl.ranks.spec import Resumed
@@ -66,8 +65,7 @@ class NonFinite:
     def _go_back(self, told: str) -> None:
         step = self.checkpoints.steps()[-1]
         folder = self.checkpoints.of(step)
-        verify(folder, read_manifest(folder))
-        state = read_trainer_state(folder)
+        state = verified_state(folder)
         everywhere(self.group, Worker.load, Resumed(str(folder), state.updates))
         self.restore(state)
         self.in_a_row = 0

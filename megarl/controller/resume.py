@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.checkpoint.folder import LATEST, CheckpointFolder
-from megarl.checkpoint.manifest import read_manifest, verify
-from megarl.checkpoint.trainer_state import TrainerState, read_trainer_state
+from megarl.checkpoint.folder import LATEST, CheckpointFolder, verified_state
+from megarl.checkpoint.trainer_state import TrainerState
 from megarl.config.schema import SFTTrainerConfig
 from megarl.errors import CheckpointError, ConfigError, Problem
 from megarl.monitor.rundir import forget_later_steps
@@ -73,7 +72,7 @@ def find_resumption(
         found = _newest(checkpoints, trainer.resume_from_older)
     else:
         path = checkpoint_at(trainer.resume)
-        found = Resumption(path, _whole(path))
+        found = Resumption(path, verified_state(path))
     if found is None:
         return None
     if not found.state.updates:
@@ -111,7 +110,7 @@ def _newest(checkpoints: CheckpointFolder, may_be_older: bool) -> Resumption | N
     notes: list[str] = []
     for step in reversed(checkpoints.steps()):
         try:
-            return Resumption(checkpoints.of(step), _whole(checkpoints.of(step)), tuple(notes))
+            return Resumption(checkpoints.of(step), verified_state(checkpoints.of(step)), tuple(notes))
         except CheckpointError as error:
             if not may_be_older:
                 raise CheckpointError(
@@ -119,12 +118,6 @@ def _newest(checkpoints: CheckpointFolder, may_be_older: bool) -> Resumption | N
                 ) from error
             notes.append(f"DAMAGED: {error}; it is now {checkpoints.set_aside(step)}")
     return None
-
-
-def _whole(folder: Path) -> TrainerState:
-    manifest = read_manifest(folder)
-    verify(folder, manifest)
-    return read_trainer_state(folder)
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:

@@ -36,13 +36,8 @@ class Box:
         layers, experts = self.layers & other.layers, self.experts & other.experts
         if not layers or not experts:
             return None
-        spans = []
-        for (a, b), (c, d) in zip(self.spans, other.spans, strict=True):
-            low, high = a if a > c else c, b if b < d else d
-            if low >= high:
-                return None
-            spans.append((low, high))
-        return Box(layers, experts, tuple(spans))
+        spans = spans_in_both(self.spans, other.spans)
+        return None if spans is None else Box(layers, experts, spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +90,17 @@ class Sources:
     peers: tuple[Peers, ...]
     ranks_per_node: int
     cells: Mapping[str, tuple[Cell, ...]]
+
+
+def spans_in_both(some: tuple[Span, ...], others: tuple[Span, ...]) -> tuple[Span, ...] | None:
+    """Return the range of each dim that is in both, as a tuple of spans; None where one is empty."""
+    spans = []
+    for (a, b), (c, d) in zip(some, others, strict=True):
+        low, high = a if a > c else c, b if b < d else d
+        if low >= high:
+            return None
+        spans.append((low, high))
+    return tuple(spans)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megarl.weights.cells import Span
+from megarl.weights.cells import Span, spans_in_both
 from megarl.weights.shard import Shard
 
 _WRITTEN = re.compile(r"(?P<tensor>[^\[\]]+)\[(?P<spans>\d+:\d+(,\d+:\d+)*)\]")
@@ -31,25 +31,22 @@ class Rectangle:
         """Shape of the rectangle."""
         return tuple(stop - start for start, stop in self.spans)
 
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.sizes)
-
     def __str__(self) -> str:
         """Return ``tensor[0:64,32:64]``."""
         return f"{self.tensor}[{','.join(f'{start}:{stop}' for start, stop in self.spans)}]"
 
     def overlap(self, other: Rectangle) -> Rectangle | None:
         """Return the Rectangle that is in both, None where there is none."""
-        spans = _overlap(self.spans, other.spans) if self.tensor == other.tensor else None
+        spans = spans_in_both(self.spans, other.spans) if self.tensor == other.tensor else None
         return None if spans is None else Rectangle(self.tensor, spans)
 
     def part_of(self, values: Tensor, inner: Rectangle) -> Tensor:
         """Return the view of ``inner`` where ``values`` are this rectangle's."""
-        return values[
-            tuple(slice(a - base, b - base) for (a, b), (base, _) in zip(inner.spans, self.spans, strict=True))
-        ]
+        return values[self.index(inner)]
+
+    def index(self, inner: Rectangle) -> tuple[slice, ...]:
+        """Return where ``inner`` is among this rectangle's values, as a tuple of slices."""
+        return tuple(slice(a - base, b - base) for (a, b), (base, _) in zip(inner.spans, self.spans, strict=True))
 
 
 def parsed(text: str) -> Rectangle | None:
@@ -84,7 +81,7 @@ def pieces_of(shard: Shard, start: int, stop: int) -> Iterator[Piece]:
             window = tuple(
                 (first, first + seg.length) if dim == shard.dim else (0, size) for dim, size in enumerate(shard.shape)
             )
-            inside = _overlap(box, window)
+            inside = spans_in_both(box, window)
             if seg.tensor is not None and inside is not None:
                 shift = seg.start - first
                 spans = tuple(
@@ -113,8 +110,3 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Span
         first = last
     if end:
         yield from (((first, first + 1), *rest) for rest in _boxes(shape[1:], at, end))
-
-
-def _overlap(some: tuple[Span, ...], others: tuple[Span, ...]) -> tuple[Span, ...] | None:
-    spans = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(some, others, strict=True))
-    return spans if all(low < high for low, high in spans) else None
