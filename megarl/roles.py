@@ -458,7 +458,7 @@ def _backend_of(key: str, *sections: BackendConfig | None) -> BackendConfig:
 
 
 def _frozen_section(backend: BackendConfig) -> BackendConfig:
-    """Return what a section says of a model that isn't trained."""
+    """Return the part of a section that concerns a model which isn't trained."""
     kind = MegatronConfig if isinstance(backend, MegatronConfig) else FsdpConfig
     return kind(**{field.name: getattr(backend, field.name) for field in fields(kind)})
 

@@ -287,7 +287,7 @@ def _policy_loss(config: PPOConfig) -> PolicyLossSpec:
 
 
 def _corrections(config: RolloutCorrectionConfig) -> tuple[CorrectionSettings, CorrectionSettings | None]:
-    """Return what is corrected before the update of a step, and what in every optimizer step; None: nothing.
+    """Return the corrections before the update of a step, and those in every optimizer step; None: none.
 
     A bypass leaves all of it to the optimizer steps: before the update there are no log-probs by the actor to compare.
     """

@@ -167,7 +167,7 @@ def correct_rollouts(
 def update_factors(
     log_ratio_N: Tensor, advantages_N: Tensor, sequence_N: Tensor, settings: CorrectionSettings
 ) -> Tensor:
-    """Return what to multiply each token's policy loss by in an optimizer step; [N], in the dtype of the log-ratios.
+    """Return the factors [N] of the tokens' policy losses in an optimizer step, in the dtype of the log-ratios.
 
     log_ratio_N: of the policy at hand to the engine. sequence_N: int64, which sequence a token is of, all of whose
     tokens must be there. The factor is the weight, and 0 where a rejection or the off-policy mask leaves the token out:

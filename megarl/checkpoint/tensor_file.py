@@ -41,7 +41,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Fil
 
 
 def _contents(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield what a safetensors file has, in order: the header's length, the header, and the bytes of every tensor."""
+    """Yield the parts of a safetensors file in order: the header's length, the header, the bytes of every tensor."""
     yield len(header).to_bytes(8, "little")
     yield header
     for tensor in tensors:

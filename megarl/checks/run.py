@@ -137,7 +137,7 @@ def cut_warm_ups(checked: CheckedRun[C], num_steps: int | None) -> Iterator[Prob
 
 
 def without_effect(checked: CheckedRun[C], num_steps: int | None) -> list[Problem]:
-    """Return what was asked of a run of so many steps and isn't done, to be said where it starts."""
+    """Return the Problems of settings that do nothing in a run of so many steps, to be said where it starts."""
     return [*checked.idle, *cut_warm_ups(checked, num_steps)]
 
 

@@ -44,7 +44,7 @@ def resolved_defaults(config_name: str) -> dict[str, Any]:
 
 
 def defaults_in(values: Mapping[str, Any], section: str, config_name: str) -> Mapping[str, Any]:
-    """Return what a section would be if nothing in it were set. values: of the whole config, whose rest stays."""
+    """Return the values of a section in which nothing is set. values: of the whole config, whose rest stays."""
     defaults: Any = default_values(config_name)
     for name in section.split("."):
         defaults = defaults[name]

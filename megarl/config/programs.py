@@ -26,7 +26,7 @@ class Program:
     schema: type[PPOConfig] | type[SFTConfig]
 
     def num_own_sections(self, values: Mapping[str, Any]) -> int:
-        """Return how many sections there are that no other program has."""
+        """Return the number of sections that no other program has, as an int."""
         others = (sections for schema, sections in _SECTIONS.items() if schema is not self.schema)
         return len(_SECTIONS[self.schema].difference(*others) & values.keys())
 
@@ -84,7 +84,7 @@ def recipes_of(programs: Sequence[Program], folder: Path | None) -> dict[str, st
 
 
 def _recipe(path: Path | None) -> dict[str, Any]:
-    """Return what a recipe sets; nothing where it can't be read, which the composition reports."""
+    """Return the values that a recipe sets; none where it can't be read, which the composition reports."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
     except (yaml.YAMLError, UnicodeDecodeError, OSError):

@@ -160,7 +160,7 @@ def _named(template: ChatTemplate, token_ids: Sequence[int]) -> str:
 
 
 def notes_on(order: Order | MixedOrder, num_overlong: int, overlong: Overlong) -> tuple[str, ...]:
-    """Return what a person should know of the prompts. num_overlong: of them were too long; overlong: what then."""
+    """Return notes on the prompts, for a person. num_overlong: of them were too long; overlong: what then."""
     notes = []
     if num_overlong:
         became = "left out" if overlong == "filter" else f"cut ({overlong})"

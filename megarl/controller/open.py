@@ -113,6 +113,7 @@ def open_sft_run(
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
         group, stopwatch = ranks.enter_context(worker_group(spec, trainer)), Stopwatch(told=sinks.wait_for)
         actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
+        saver = _saver(trainer, group, run_dir, sinks)
         yield Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
             recipe=recipe,
@@ -122,8 +123,8 @@ def open_sft_run(
             publication=None,
             evaluate=DemonstrationLoss(inputs.val_examples, actor, recipe),
             state=lambda step: TrainerState(step, 0, None, config=values),
-            saver=_saver(trainer, group, run_dir, sinks),
-            non_finite=_non_finite(trainer, group, run_dir, sinks, lambda state: None),
+            saver=saver,
+            non_finite=_non_finite(trainer, saver, lambda state: None),
             schedule=Schedule(inputs.num_steps, _first_step(resumption), save_freq=trainer.save_freq),
             tracker=sinks,
             run_dir=run_dir,
@@ -173,7 +174,7 @@ def rollout_run(
     if resumption is not None:
         restore_kl(resumption.state)
         publication.policy_version = resumption.state.policy_version - 1  # these weights are published once more
-    groups = config.algorithm.filter_groups
+    groups, saver = config.algorithm.filter_groups, _saver(trainer, group, run_dir, tracker)
     return Run(
         sampler=RolloutSampler(
             inputs.train_prompts,
@@ -201,8 +202,8 @@ def rollout_run(
             trainer.num_sampled_rollouts,
         ),
         state=lambda step: TrainerState(step, publication.policy_version, recipe.kl_controller, config=values),
-        saver=_saver(trainer, group, run_dir, tracker),
-        non_finite=_non_finite(trainer, group, run_dir, tracker, restore_kl),
+        saver=saver,
+        non_finite=_non_finite(trainer, saver, restore_kl),
         schedule=Schedule(
             inputs.num_steps,
             _first_step(resumption),
@@ -229,15 +230,9 @@ def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker
     return Saver(group, CheckpointFolder(run_dir / "checkpoints"), settings, tracker.warn)
 
 
-def _non_finite(
-    trainer: SFTTrainerConfig,
-    group: WorkerGroup,
-    run_dir: Path,
-    tracker: Tracker,
-    restore: Callable[[TrainerState], None],
-) -> NonFinite:
-    checkpoints = CheckpointFolder(run_dir / "checkpoints")
-    return NonFinite(trainer.on_non_finite, trainer.max_non_finite_steps, group, checkpoints, restore, tracker.warn)
+def _non_finite(trainer: SFTTrainerConfig, saver: Saver, restore: Callable[[TrainerState], None]) -> NonFinite:
+    policy, most = trainer.on_non_finite, trainer.max_non_finite_steps
+    return NonFinite(policy, most, saver.group, saver.folder, restore, saver.warn)
 
 
 def _first_step(resumption: Resumption | None) -> int:

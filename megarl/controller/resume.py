@@ -58,7 +58,7 @@ class Resumption:
 def find_resumption(
     trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], overrides: Sequence[str]
 ) -> Resumption | None:
-    """Return what the run goes on from, None where it starts anew. Every byte of the checkpoint is verified first.
+    """Return the Resumption of a run, None where it starts anew. Every byte of the checkpoint is verified first.
 
     values: the run's configuration, resolved. overrides: what was typed: a key among them may differ from the saved
     run's, since it was changed on purpose. Raises CheckpointError for a checkpoint that isn't as it was saved, and

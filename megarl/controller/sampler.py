@@ -37,7 +37,6 @@ class RolloutSampler:
     max_generations: int
     num_rows: int
     stopwatch: Stopwatch
-    _rows: tuple[RolloutRow, ...] = ()
     _taken: tuple[Sequence[Prompt], Sequence[Group], Rewards] | None = None
 
     def take(self, step: int) -> Samples:
@@ -53,7 +52,6 @@ class RolloutSampler:
         if self.max_generations > 1:
             with self.stopwatch.timed("resample"):
                 prompts, groups, rewards = self._with_spread(step, prompts, groups, rewards)
-        self._rows = self.scorer.rows(prompts, groups, rewards, self.num_rows)
         self._taken = (prompts, groups, rewards)
         batch = rollouts_to_batch([p.token_ids for p in prompts], groups)
         return Samples(tuple(prompts), tuple(groups), rewards, batch, baseline_B)
@@ -64,7 +62,7 @@ class RolloutSampler:
 
     def sampled_rows(self) -> tuple[RolloutRow, ...]:
         """Return the first rollout of some of the prompts that were taken last."""
-        return self._rows
+        return () if self._taken is None else self.scorer.rows(*self._taken, self.num_rows)
 
     def every_row(self) -> tuple[RolloutRow, ...]:
         """Return all rollouts that were taken last."""

@@ -67,7 +67,7 @@ class MixedOrder:
         return tuple(file for file, (size, share) in enumerate(sizes) if size < share + 1)
 
     def _taken(self, slots: int) -> Sequence[int]:
-        """Return how many rows each file gives to the first slots of the run: those of a file are evenly spaced.
+        """Return the rows that each file gives to the first slots of the run, as counts: a file's are evenly spaced.
 
         Its row k stands at (k + 1/2) / weight on a line, and the first on the line are taken (Sainte-Lague).
         """

@@ -125,7 +125,7 @@ def require_all(text: str, chat: Chat, turns: Collection[int]) -> None:
 
 
 def _parts(message: Message, with_text: bool) -> Iterator[str]:
-    """Yield what must be found of a message: its text, and the names of the tools that it calls."""
+    """Yield the texts of a message that must be found: its own, and the names of the tools that it calls."""
     if with_text and (text := message.get("content", "")).strip():
         yield text
     yield from (str(name) for call in message.get("tool_calls", ()) if (name := tool_name(call)))

@@ -97,7 +97,7 @@ def end_of_turn(template: ChatTemplate, stops: tuple[int, ...]) -> int:
 
 
 def _start(template: ChatTemplate, chat: Chat, turn: int, text: str, token_ids: TokenIds, masking: Masking) -> int:
-    """Return where the response of a turn starts."""
+    """Return the index of the first token of a turn's response."""
     if turn == 0:
         raise DataError("message 0 is the assistant's: no prompt comes before it. fix: begin with the user's message")
     prompt = template.rendered(chat.before(turn), add_generation_prompt=True)
@@ -122,7 +122,7 @@ def _start(template: ChatTemplate, chat: Chat, turn: int, text: str, token_ids: 
 
 
 def _end(template: ChatTemplate, chat: Chat, turn: int, start: int, token_ids: TokenIds, masking: Masking) -> int:
-    """Return where the response of a turn ends: behind the token that ends the turn."""
+    """Return the index behind a turn's response, which the token that ends the turn closes."""
     special = template.special_ids | frozenset(masking.stops)
     if turn + 1 == len(chat.messages):
         return _closing(template, token_ids, start, turn, special, masking)[0] + 1
@@ -175,7 +175,7 @@ def _is_closing(template: ChatTemplate, token: int, special: frozenset[int]) -> 
 
 
 def _num_shared(a: TokenIds, b: TokenIds) -> int:
-    """Return how many tokens two sequences have in common at their start."""
+    """Return the number of tokens that two sequences have in common at their start."""
     return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 

@@ -43,7 +43,7 @@ _BAR = "{l_bar}{bar:30}{r_bar}"  # of one width, whatever the run waits for
 
 
 def stage_line(number: int, total: int, what: str) -> str:
-    """Return what is said when a stage of a start begins."""
+    """Return the line that is said when a stage of a start begins."""
     return f"{number} of {total}: {what}"
 
 

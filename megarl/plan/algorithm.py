@@ -36,7 +36,7 @@ def _components(c: PPOConfig) -> str:
 
 
 def _correction(c: PPOConfig) -> str:
-    """Return what is done about the engine's log-probs in words, empty where nothing is."""
+    """Return the words on what is done about the engine's log-probs, empty where nothing is."""
     correction = c.algorithm.rollout_correction
     level, delta, parts = weight_level(c), correction.off_policy_mask_delta, []
     if correction.preset:

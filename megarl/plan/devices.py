@@ -284,7 +284,7 @@ def cpu_device(ranks_per_node: int = 1) -> Device:
 
 
 def bytes_for_ranks(total_bytes: int, held_bytes: int) -> int:
-    """Return what ranks may hold of a machine's memory before Ray ends one, beside what others hold."""
+    """Return the bytes of a machine's memory that ranks may hold before Ray ends one, beside what others hold."""
     return max(0, int(RAY_MEMORY_SHARE * total_bytes) - held_bytes - BESIDE_RANKS_BYTES)
 
 
@@ -322,7 +322,7 @@ def held_memory_bytes(info: Path = _MEMORY_INFO) -> int:
 
 
 def held_in_group(folder: Path) -> int | None:
-    """Return what a control group holds, None where it has no files that tell."""
+    """Return the bytes that a control group holds, None where it has no files that tell."""
     used = next((folder / n for n in ("memory.current", "memory.usage_in_bytes") if (folder / n).is_file()), None)
     stat = folder / "memory.stat"
     if used is None or not stat.is_file():

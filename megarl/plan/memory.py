@@ -42,7 +42,7 @@ _ASSUMED_OF_ENGINES = (
 
 
 def assumed(has_engine: bool) -> tuple[str, ...]:
-    """Return what is assumed, in words."""
+    """Return the plan's assumptions, in words."""
     return (
         f"{RUNTIME_BYTES / GIB:g} GiB a device for the CUDA context, NCCL and cuBLAS ({CPU_RUNTIME_BYTES / MIB:g} MiB "
         "a rank on CPU)",

@@ -37,7 +37,7 @@ def plan_text(plan: RunPlan, verdict: Verdict | None = None, notes: Sequence[str
 
 
 def no_effect_text(idle: Sequence[Problem]) -> str:
-    """Return what was asked for and isn't done as a block of lines with an end, empty where there is nothing."""
+    """Return the block of lines on settings without effect, with an end; empty where there are none."""
     lines = [str(replace(problem, fix="")) for problem in idle]
     return "".join(f"{line}\n" for line in _titled("No effect in this run", lines)) if lines else ""
 

@@ -115,7 +115,7 @@ class Worker:
         self.saving = RankSave(folder, stateful, self.device, in_background=work.in_background)
 
     def saved(self, must_end: bool) -> SavedPart | None:
-        """Return what this rank has saved; None as long as it is written, unless it ``must_end``."""
+        """Return this rank's SavedPart; None as long as it is written, unless it ``must_end``."""
         if isinstance(self.saving, SavedPart):
             return self.saving
         assert self.saving is not None

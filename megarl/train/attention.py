@@ -87,7 +87,7 @@ def packing_of(lengths: Sequence[int], device: torch.device, cp: int = 1, cp_ran
 
 
 def bounds_of(lengths: Iterable[int]) -> Tensor:
-    """Return where each of several stretches begins, and where the last one ends."""
+    """Return the first index of each of several stretches, and the end of the last, as a tensor."""
     return F.pad(torch.tensor(list(lengths)).cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -117,7 +117,7 @@ def _by_blocks(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, sc
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Return what [B, N, L, D] attend to of [B, N, K, D], where the last query looks at all keys."""
+    """Return the attended values [B, N, L, D] of keys [B, N, K, D], where the last query looks at all keys."""
     length, num_keys = q.shape[2], k.shape[2]
     mask = None  # torch's own causal mask has the first query look at the first key only
     if num_keys > length:

@@ -112,11 +112,11 @@ class Backend(Protocol):
         ...
 
     def held(self) -> Iterator[Held]:
-        """Yield what this rank's optimizer steps. It can be read while ``updating``."""
+        """Yield the Held parts of parameters that this rank's optimizer steps. They can be read while ``updating``."""
         ...
 
     def counts(self) -> UpdateCounts:
-        """Return how many updates the role took, as UpdateCounts."""
+        """Return the UpdateCounts of the role."""
         ...
 
     def load(self, saved: SavedState, counts: UpdateCounts) -> None:

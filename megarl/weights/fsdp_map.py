@@ -83,5 +83,5 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def name_in_memory(tensor: str) -> str:
-    """Return how a model in memory names what its checkpoint calls ``tensor``."""
+    """Return the name in memory of what a checkpoint calls ``tensor``."""
     return OUTPUT if tensor == VALUE_HEAD else tensor.replace(".block_sparse_moe.", ".mlp.")

@@ -45,7 +45,7 @@ class Rectangle:
         return values[self.index(inner)]
 
     def index(self, inner: Rectangle) -> tuple[slice, ...]:
-        """Return where ``inner`` is among this rectangle's values, as a tuple of slices."""
+        """Return the index of ``inner`` in this rectangle's values, as a tuple of slices."""
         return tuple(slice(a - base, b - base) for (a, b), (base, _) in zip(inner.spans, self.spans, strict=True))
 
 

@@ -70,11 +70,11 @@ class FsdpBackend:
         return self.model.parameters()
 
     def held(self) -> Iterator[Held]:
-        """Yield what this rank's optimizer steps. It can be read while ``updating``."""
+        """Yield the Held parts of parameters that this rank's optimizer steps. They can be read while ``updating``."""
         return self._trained.held()
 
     def counts(self) -> UpdateCounts:
-        """Return how many updates the role took, as UpdateCounts."""
+        """Return the UpdateCounts of the role."""
         return self._trained.counts()
 
     def load(self, saved: SavedState, counts: UpdateCounts) -> None:

@@ -53,7 +53,7 @@ def is_adapter(name: str) -> bool:
 
 
 def name_without_adapter(name: str) -> str:
-    """Return how a model without adapters calls a parameter."""
+    """Return the name of a parameter in a model without adapters."""
     return name.replace(f"{_BASE}.", ".")
 
 
@@ -152,5 +152,5 @@ def export_adapters(model: PreTrainedModel, role: Role, out: Path) -> None:
 
 
 def _exported(name: str) -> str:
-    """Return how peft's files call an A or B: without the name of the adapter."""
+    """Return the name of an A or B in peft's files: without that of the adapter."""
     return name.replace(".default.", ".")

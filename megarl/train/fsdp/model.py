@@ -102,7 +102,7 @@ class FsdpModel:
         return results
 
     def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
-        """Return what transformers' model is given of a micro-batch."""
+        """Return the arguments that transformers' model is given of a micro-batch, by name."""
         packing = packing_of(micro.lengths, self.device) if micro.lengths else None
         inputs = {
             "input_ids": micro.tokens.to(self.device),

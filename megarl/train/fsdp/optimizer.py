@@ -89,7 +89,7 @@ class Optimizer:
         return moment
 
     def counts(self) -> UpdateCounts:
-        """Return how many updates were taken, as UpdateCounts."""
+        """Return the UpdateCounts of this optimizer."""
         steps = [int(state["step"]) for state in self.inner.state.values()]
         return UpdateCounts(self.num_updates, max(steps, default=0))
 

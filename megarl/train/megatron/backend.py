@@ -71,11 +71,11 @@ class MegatronBackend:
         return self.model.parameters()
 
     def held(self) -> Iterator[Held]:
-        """Yield what this rank's optimizer steps. It can be read while ``updating``."""
+        """Yield the Held parts of parameters that this rank's optimizer steps. They can be read while ``updating``."""
         return optimizer_state.held(self._trained)
 
     def counts(self) -> UpdateCounts:
-        """Return how many updates the role took, as UpdateCounts."""
+        """Return the UpdateCounts of the role."""
         return optimizer_state.counts(self._trained)
 
     def load(self, saved: SavedState, counts: UpdateCounts) -> None:

@@ -152,7 +152,7 @@ class MegatronModel:
         return output
 
     def output(self, micro: MicroBatch, tensor: Tensor) -> ModelOutput:
-        """Return what the last chunk made of a micro-batch, as a ModelOutput over the groups that are active."""
+        """Return the ModelOutput of the last chunk for a micro-batch, over the groups that are active."""
         return ModelOutput(
             micro,
             tensor,

@@ -62,7 +62,7 @@ class _Stepped:
 
 
 def held(optimizer: Optimizer) -> Iterator[Held]:
-    """Yield what this rank's optimizers step. The values are views of theirs wherever Adam keeps float32."""
+    """Yield the Held parts that this rank's optimizers step. Values are views of theirs wherever Adam keeps float32."""
     for stepped in _stepped(optimizer):
         tensors = stepped.tensors()
         values = {WEIGHT: tensors[_MAIN], **{kind: tensors[kind] for kind in MOMENTS if kind in tensors}}
@@ -71,7 +71,7 @@ def held(optimizer: Optimizer) -> Iterator[Held]:
 
 
 def counts(optimizer: Optimizer) -> UpdateCounts:
-    """Return how many updates the role took, as UpdateCounts."""
+    """Return the UpdateCounts of the role."""
     steps = [0]
     for inner in optimizer.inner.chained_optimizers:
         steps += [int(group["step"]) for group in inner.param_groups if "step" in group]
@@ -112,7 +112,7 @@ def _take(stepped: _Stepped, values: dict[str, Tensor], adam_steps: int) -> None
 
 
 def _stepped(optimizer: Optimizer) -> Iterator[_Stepped]:
-    """Yield what this rank's optimizers step, in the order of the name map."""
+    """Yield the parts of parameters that this rank's optimizers step, in the order of the name map."""
     model = optimizer.model
     named = named_parameters(model.chunks, model.shape, model.layout, model.rank)
     inners = optimizer.inner.chained_optimizers
