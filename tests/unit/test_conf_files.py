@@ -97,12 +97,22 @@ def test_mistakes_of_the_command_line_end_a_run_before_it_starts_with_all_of_the
         "~data.prompt_key",
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(  # what other keys lack, as the data files, follows
+    write = "fix: correct data.train_files or data.val_files, or write it: python -m megarl.data.prepare --help"
+    assert done.stderr == (
         "ConfigError: 7 problems in the configuration:\n"
         "  1. data.trian_batch_size = 4  (command line): no such key\n"
         "      fix: did you mean 'train_batch_size'?\n"
         "  2. data.max_prompt_length = 'x'  (command line): must be an integer\n"
         "  3. data.prompt_key  (command line): is missing\n"
         "      fix: start from one of megarl's own configs, or set data.prompt_key\n"
+        "  4. critic.model.path = None  (conf/critic/common.yaml:3, from actor_rollout_ref.model.path at "
+        "conf/model/hf_model.yaml:1): must name a Hugging Face folder\n"
+        "      fix: critic.model.path=/path/to/model\n"
+        "  5. actor_rollout_ref.model.path = None  (conf/model/hf_model.yaml:1): must name a Hugging Face folder\n"
+        "      fix: actor_rollout_ref.model.path=/path/to/model\n"
+        "  6. data.train_files = '~/data/gsm8k/train.parquet'  (conf/data/legacy_data.yaml:1): "
+        f"~/data/gsm8k/train.parquet does not exist. {write}\n"
+        "  7. data.val_files = '~/data/gsm8k/test.parquet'  (conf/data/legacy_data.yaml:3): "
+        f"~/data/gsm8k/test.parquet does not exist. {write}\n"
     )
     assert not any(tmp_path.iterdir())
