@@ -34,6 +34,10 @@ class Mistake:
 
 
 FIRST_STAGE = "1 of 3: reading the tokenizer and the prompts\n"
+FOUND_WHILE_READING = {
+    *("no weights", "truncated weights"),
+    *("a null prompt", "an empty prompt", "a prompt that is too long"),
+}
 MISTAKES = {
     "an unknown key": Mistake(
         ("data.train_bach_size=8",), ("ConfigError", "data.train_bach_size", "did you mean 'train_batch_size'?")
@@ -135,7 +139,7 @@ def test_a_mistake_is_one_error_that_says_what_where_and_how_to_fix_it(
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_before_anything_starts(outcomes: dict[str, Finished], tiny_task: Path, name: str) -> None:
-    assert outcomes[name].stdout in ("", FIRST_STAGE)
+    assert outcomes[name].stdout == (FIRST_STAGE if name in FOUND_WHILE_READING else "")
     assert not (tiny_task / "run").exists(), "a folder in the way of the next try"
 
 
