@@ -475,6 +475,11 @@ class SFTTrainerConfig:
     keep_best_by: str | None = key(
         "metric whose largest value (with - before its name: least) keeps its checkpoint as well"
     )
+    preempt_save_s: float = key(
+        "seconds after SIGTERM or SIGUSR1 in which the step must be done and saved; then the run ends without",
+        above=0.0,
+        high=LONGEST_S,
+    )
     resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
     resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")

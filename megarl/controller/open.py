@@ -36,7 +36,8 @@ from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
 from megarl.controller.validation import Validation
 from megarl.launchers.group import WorkerGroup
-from megarl.launchers.start import worker_group
+from megarl.launchers.start import preemption_of, worker_group
+from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.ranks.spec import RankSpec
@@ -97,9 +98,12 @@ def open_run(
     num_engines = world_size // config.actor_rollout_ref.rollout.tensor_model_parallel_size
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
         sinks.stage(3, 3, f"starting {world_size} ranks and {num_engines} engines, loading weights")
-        with worker_group(spec, config.trainer) as group:
+        preemption = preemption_of(config.trainer, sinks.warn)
+        with worker_group(spec, config.trainer, preemption) as group:
             observer.opened(group)
-            yield rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer)
+            run = rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer, preemption)
+            yield run
+        run.raise_if_preempted()
 
 
 @contextmanager
@@ -111,10 +115,12 @@ def open_sft_run(
     spec = RankSpec(inputs.roles, trainer.seed, resumed=resumption.on_ranks if resumption else None)
     with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, ExitStack() as ranks:
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
-        group, stopwatch = ranks.enter_context(worker_group(spec, trainer)), Stopwatch(told=sinks.wait_for)
+        preemption = preemption_of(trainer, sinks.warn)
+        group = ranks.enter_context(worker_group(spec, trainer, preemption))
+        stopwatch = Stopwatch(told=sinks.wait_for)
         actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
         saver = _saver(trainer, group, run_dir, sinks)
-        yield Run(
+        run = Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
             recipe=recipe,
             actor=actor,
@@ -129,8 +135,12 @@ def open_sft_run(
             tracker=sinks,
             run_dir=run_dir,
             stopwatch=stopwatch,
+            preemption=preemption,
             evaluations=_before_training(resumption),
         )
+        yield run
+        ranks.close()
+        run.raise_if_preempted()
 
 
 def rollout_run(
@@ -143,6 +153,7 @@ def rollout_run(
     values: Mapping[str, Any],
     resumption: Resumption | None,
     observer: Observer,
+    preemption: Preemption,
 ) -> Run[Samples]:
     """Return an RL run on ranks that have started."""
     trainer, data, rollout = config.trainer, config.data, config.actor_rollout_ref.rollout
@@ -215,6 +226,7 @@ def rollout_run(
         tracker=tracker,
         run_dir=run_dir,
         stopwatch=stopwatch,
+        preemption=preemption,
         evaluations=_before_training(resumption),
     )
 

@@ -7,9 +7,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -73,7 +76,8 @@ class RayGroup:
     def __init__(self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
         self.world_size = nnodes * ranks_per_node
         self.actors: list[Any] = []
-        self._session = _connect(self.world_size, dashboard)
+        with _own_sigterm():
+            self._session = _connect(self.world_size, dashboard)
         try:
             self._start(spec, nnodes, ranks_per_node)
         except BaseException as error:
@@ -224,6 +228,17 @@ def _death(call: Any) -> Exception | None:
     except ray.exceptions.RayError:
         return None  # an error of its own, which the caller has, or one that follows from another rank's
     return None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: Ray's start has it exit with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(num_cpus: int, dashboard: bool) -> Path | None:
