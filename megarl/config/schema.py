@@ -475,6 +475,12 @@ class SFTTrainerConfig:
     keep_best_by: str | None = key(
         "metric whose largest value (with - before its name: least) keeps its checkpoint as well"
     )
+    hang_timeout_s: float = key(
+        "seconds that the ranks may take for one call (generate, score, update, publish, save), or wait for one "
+        "another; then the run ends and says where each stands. Their start may take 600 in any case",
+        above=0.0,
+        high=LONGEST_S,
+    )
     preempt_save_s: float = key(
         "seconds after SIGTERM or SIGUSR1 in which the step must be done and saved; then the run ends without",
         above=0.0,

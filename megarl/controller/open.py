@@ -90,6 +90,7 @@ def open_run(
     spec = RankSpec(
         inputs.roles,
         config.trainer.seed,
+        config.trainer.hang_timeout_s,
         engine_spec(config, inputs.roles[0]),
         algorithm_file,
         resumption.on_ranks if resumption else None,
@@ -102,6 +103,7 @@ def open_run(
         with worker_group(spec, config.trainer, preemption) as group:
             observer.opened(group)
             run = rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer, preemption)
+            group.watchdog.place = run.place
             yield run
         run.raise_if_preempted()
 
@@ -112,7 +114,8 @@ def open_sft_run(
 ) -> Iterator[Run[Demonstrations]]:
     """Open an SFT run. values: of the config, as they are shown."""
     trainer, recipe = config.trainer, DemonstrationRecipe()
-    spec = RankSpec(inputs.roles, trainer.seed, resumed=resumption.on_ranks if resumption else None)
+    resumed = resumption.on_ranks if resumption else None
+    spec = RankSpec(inputs.roles, trainer.seed, trainer.hang_timeout_s, resumed=resumed)
     with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, ExitStack() as ranks:
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
         preemption = preemption_of(trainer, sinks.warn)
@@ -138,6 +141,7 @@ def open_sft_run(
             preemption=preemption,
             evaluations=_before_training(resumption),
         )
+        group.watchdog.place = run.place
         yield run
         ranks.close()
         run.raise_if_preempted()

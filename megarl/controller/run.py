@@ -123,6 +123,7 @@ class Run(Generic[S]):
     preemption: Preemption
     evaluations: list[Evaluation] = field(default_factory=list)
     _metrics: Metrics = field(default_factory=dict)
+    _step: int = 0
     _is_preempted: bool = False
 
     def publish(self, actor: RoleOnRanks) -> None:
@@ -146,6 +147,7 @@ class Run(Generic[S]):
             self.tracker.log(0, self._drained())
         self.stopwatch.drain()
         for step in range(schedule.first, schedule.num_steps + 1):
+            self._step = step
             with timed("step"):
                 yield step
             if skipped_roles(self._metrics):
@@ -168,6 +170,11 @@ class Run(Generic[S]):
                 return
         with timed("save"):
             self._save(schedule.num_steps, metrics, is_last=True)
+
+    def place(self) -> str:
+        """Return the step and the phase that the run is in, in words."""
+        step = f"step {self._step}" if self._step else "before the first step"
+        return ", ".join(filter(None, (step, self.stopwatch.innermost)))
 
     def raise_if_preempted(self) -> None:
         """Raise Preempted where the steps ended before the last one."""

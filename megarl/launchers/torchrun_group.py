@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,13 +20,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, WorkerError
 from megarl.launchers.failure import failures_named
 from megarl.launchers.parcels import packed, parcels_of, relay_of
 from megarl.launchers.starter import has_peers
+from megarl.launchers.watchdog import Watchdog
 from megarl.monitor.preemption import Preempted, Preemption
-from megarl.ranks.join import join_ranks, start_worker
+from megarl.ranks.join import join_ranks, limit_collectives, meeting_host, start_worker
 from megarl.ranks.spec import RankSpec
+from megarl.ranks.watched import START, Watched, failed_at_once
 
 if TYPE_CHECKING:
     from megarl.ranks.worker import Worker
@@ -73,21 +75,44 @@ class TorchrunGroup:
     from rank to rank. Answers other than None come back one by one, and with each whether its rank got a signal.
     """
 
-    def __init__(self, worker: Worker, control: dist.ProcessGroup, preemption: Preemption) -> None:
-        self.worker, self.control, self.preemption = worker, control, preemption
+    def __init__(
+        self,
+        worker: Worker,
+        control: dist.ProcessGroup,
+        preemption: Preemption,
+        watched: Watched,
+        watchdog: Watchdog | None,
+    ) -> None:
+        self.worker, self.control, self.preemption, self.watched = worker, control, preemption, watched
+        self._watchdog = watchdog
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.waiting: deque[_Answers[Any]] = deque()
 
     @classmethod
     def joined(cls, spec: RankSpec | None, preemption: Preemption) -> TorchrunGroup | None:
         """Join the other ranks; return the group once all have started, None where rank 0 has no run for them."""
-        with _failures_named("the start", preemption):
+        with _failures_named(START, preemption):
             platform = join_ranks()
             # Calls travel in a group of their own, apart from the collectives of models and engine.
             control = dist.new_group(backend="gloo", timeout=_FOREVER)
-            specs = [spec]
-            dist.broadcast_object_list(specs, src=0, group=control)
-            return None if specs[0] is None else cls(start_worker(specs[0], platform), control, preemption)
+            watchdog = None if spec is None else Watchdog(meeting_host(), dist.get_world_size(), spec.hang_timeout_s)
+            told = [None if spec is None or watchdog is None else (spec, watchdog.address)]
+            dist.broadcast_object_list(told, src=0, group=control)
+            if told[0] is None:
+                return None
+            spec, address = told[0]
+            watched = Watched(address, dist.get_rank(), _fail)
+            limit = nullcontext() if watchdog is None else watchdog.limited(START, _fail)
+            with watched.at(START), limit:
+                worker = start_worker(spec, platform)
+            limit_collectives(_FOREVER.total_seconds(), [control])
+            return cls(worker, control, preemption, watched, watchdog)
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """What watches over all ranks, on rank 0."""
+        assert self._watchdog is not None
+        return self._watchdog
 
     def submit(self, verb: Callable[[Worker, A], T], arguments: Sequence[A]) -> _Answers[T]:
         """Have every rank run ``verb``, as WorkerGroup says; this one does when the answers are asked for."""
@@ -95,7 +120,7 @@ class TorchrunGroup:
         parcels = parcels_of(arguments)
         contents = packed(parcels)
         call = _Call(verb, parcels.takers, tuple(map(len, contents)))
-        with self._failures_named(call.name):
+        with self._failures_named(call.name), self._limited(call.name):
             self._tell(call)
             for content, takers in zip(contents, parcels.takers, strict=True):
                 first = takers[0] if takers[0] != self.rank else None
@@ -108,9 +133,10 @@ class TorchrunGroup:
     def shutdown(self) -> None:
         """Let the serving ranks return."""
         self.finish(None)
-        with self._failures_named("shutdown"):
+        with self._failures_named("shutdown"), self._limited("shutdown"):
             self._tell(_Call(None))
             self.worker.shutdown(None)
+        self.watchdog.close()
 
     def abort(self, cause: BaseException) -> None:
         """Do nothing: this process is about to fail, and torchrun, or the loss of this one, then ends the others."""
@@ -120,7 +146,7 @@ class TorchrunGroup:
         while self.waiting:
             answers = self.waiting.popleft()
             assert answers.call.verb is not None
-            with self._failures_named(answers.call.name):
+            with self._failures_named(answers.call.name), self._limited(answers.call.name):
                 answers.found = self._gather(answers.call.verb(self.worker, answers.own))
             if answers is last:
                 return
@@ -134,13 +160,23 @@ class TorchrunGroup:
             name = call.name
             if call.verb is None:
                 break
-            with self._failures_named(name):
+            with self._failures_named(name), self.watched.at(name):
                 self._gather(call.verb(self.worker, self._receive(call)))
         with self._failures_named(name):
             self.worker.shutdown(None)
 
     def _failures_named(self, call: str) -> AbstractContextManager[None]:
         return _failures_named(call, self.preemption)
+
+    @contextmanager
+    def _limited(self, call: str) -> Iterator[None]:
+        with self.watched.at(call), self.watchdog.limited(call, self._end_all):
+            yield
+
+    def _end_all(self, error: WorkerError) -> None:
+        _record(error)
+        self.watchdog.kill_ranks_here()  # torchrun would give one that is stopped half a minute
+        failed_at_once(error)
 
     def _tell(self, call: _Call | None) -> _Call:
         told = [call]
@@ -197,6 +233,20 @@ class _Answers(Generic[T]):
             self.group.finish(self)
         assert self.found is not None
         return self.found
+
+
+def _fail(error: WorkerError) -> None:
+    """End this rank with an error, whatever its main thread is in."""
+    _record(error)
+    failed_at_once(error)
+
+
+def _record(error: Exception) -> None:
+    """Give an error to torchrun, whose report ends the output."""
+    try:
+        raise error
+    except Exception:  # noqa: BLE001 - torch takes the text of what is being handled
+        get_error_handler().record_exception(error)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-from megarl.monitor.preemption import PREEMPTED, SIGNALS, Preempted, end_at_once, leave_soon, signals_heard
+from megarl.monitor.preemption import PREEMPTED, SIGNALS, Preempted, leave_soon, signals_heard
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -19,6 +20,13 @@ def interrupts_told(end: Callable[[int], None] = sys.exit) -> Iterator[None]:
 
     Without notes nothing was saved. end: how this process ends. What is interrupted has been left by then.
     """
+    is_preempted = False
+
+    def end_at_once(number: int, frame: FrameType | None) -> None:
+        nonlocal is_preempted
+        is_preempted = True
+        raise Preempted
+
     try:
         # Until something that can save listens to them.
         with signals_heard(lambda number: leave_soon(os._exit), end_at_once):
@@ -29,4 +37,4 @@ def interrupts_told(end: Callable[[int], None] = sys.exit) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # torchrun's others have nothing to tell
             notes = getattr(interrupt, "__notes__", ["interrupted before there was a run folder: nothing was saved"])
             print("\n".join(notes), file=sys.stderr, flush=True)
-        end(PREEMPTED if isinstance(interrupt, Preempted) else INTERRUPTED)
+        end(PREEMPTED if is_preempted or isinstance(interrupt, Preempted) else INTERRUPTED)

@@ -25,11 +25,6 @@ class Preempted(KeyboardInterrupt):
 Handler = Callable[[int, FrameType | None], None]
 
 
-def end_at_once(number: int, frame: FrameType | None) -> None:
-    """End what the main thread does, where there is nothing to save: a handler of signals."""
-    raise Preempted
-
-
 @contextmanager
 def signals_heard(hear: Callable[[signal.Signals], None], handler: Handler) -> Iterator[None]:
     """Call ``hear`` in a thread of its own for each of SIGNALS, also while the main thread is in a long call.
@@ -102,6 +97,10 @@ class Preemption:
         with signals_heard(self.hear, self._handle):
             try:
                 yield self
+            except KeyboardInterrupt as interrupt:
+                if self.is_ending and not isinstance(interrupt, Preempted):  # Ray raises its own for any other
+                    raise Preempted from interrupt
+                raise
             finally:
                 self.saved()
 

@@ -106,7 +106,7 @@ def main(out: Path, recipe: str, names: Sequence[str]) -> None:
         cases = {name: compose_config(recipe, algorithms()[name]) for name in names}
         trainer = everything.config.trainer
         roles = with_total_steps(everything.config, everything.roles, 1000)
-        spec = RankSpec(roles, trainer.seed, engine_spec(everything.config, everything.actor))
+        spec = RankSpec(roles, trainer.seed, trainer.hang_timeout_s, engine_spec(everything.config, everything.actor))
         reward, results = RewardSpec(path="reward.py", components=("digits", "length")), {}
         preemption = preemption_of(trainer, print)
         with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec, trainer, preemption) as group:

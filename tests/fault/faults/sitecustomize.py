@@ -3,8 +3,9 @@
 MEGARL_TEST_FAULT is ``<kind>:<rank>:<method>:<call>``: when that method of that rank's Worker is called for the n-th
 time, the process is killed (kind ``kill``), the method raises (``raise``), or the command of the whole run, whose
 process is MEGARL_TEST_COMMAND, is sent a signal, which the method waits for to arrive before it goes on: ``SIGTERM``,
-``SIGUSR1``; ``twice`` sends two, ``hold`` one, and neither goes on; ``here`` sends SIGTERM to the rank alone. The file
-MEGARL_TEST_STRUCK receives the time of it.
+``SIGUSR1``; ``twice`` sends two, ``hold`` one, and neither goes on; ``here`` sends SIGTERM to the rank alone. ``stop``
+stops the process, ``skip`` leaves the method out, ``shape`` gives the next collective of the rank another shape. The
+file MEGARL_TEST_STRUCK receives the time of it.
 """
 
 from __future__ import annotations
@@ -57,10 +58,30 @@ def _broken(method: Callable[..., Any], kind: str, rank: str, call: int) -> Call
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "raise":
                 raise ArithmeticError("broken by the test")
-            _send(kind)
+            if kind == "skip":
+                return None
+            if kind == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif kind == "shape":
+                _misshape_the_next_collective()
+            else:
+                _send(kind)
         return method(*args)
 
     return maybe
+
+
+def _misshape_the_next_collective() -> None:
+    import torch
+    import torch.distributed as dist
+
+    whole = dist.all_reduce
+
+    def misshapen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        dist.all_reduce = whole
+        return whole(torch.cat([tensor.flatten(), tensor.flatten()]), *args, **kwargs)
+
+    dist.all_reduce = misshapen
 
 
 def _send(kind: str) -> None:
