@@ -242,6 +242,7 @@ def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker
         in_background=trainer.async_save,
         must_succeed=trainer.on_save_failure == "stop",
         kept=Kept(trainer.keep_checkpoints, trainer.keep_best_by),
+        every_min=trainer.save_every_min,
     )
     return Saver(group, CheckpointFolder(run_dir / "checkpoints"), settings, tracker.warn)
 

@@ -159,7 +159,8 @@ class Run(Generic[S]):
             if is_last or (schedule.is_due(schedule.test_freq, step) and not self._is_preempted):
                 with timed("validate"):
                     self._evaluate(step)
-            if self._is_preempted or (schedule.is_due(schedule.save_freq, step) and not is_last):
+            is_save_due = schedule.is_due(schedule.save_freq, step) or self.saver.is_due()
+            if self._is_preempted or (is_save_due and not is_last):
                 with timed("save"):
                     self._save(step, self._metrics)
             metrics = self._log(step)

@@ -216,6 +216,16 @@ def test_a_run_that_goes_on_takes_the_steps_that_are_left_and_does_not_validate_
     assert opened.events == ["step 3", "log 3", "step 4", "evaluate 4", "log 4", "save step_4"]
 
 
+def test_a_step_at_whose_end_a_save_is_due_by_the_clock_is_saved(tmp_path: Path) -> None:
+    opened, now_s = Opened(tmp_path, Schedule(5, save_freq=4)), [0.0]
+    opened.run.saver = Saver(
+        opened.ranks, opened.checkpoints, SaveSettings(every_min=1.0), opened.events.append, lambda: now_s[0]
+    )
+    for _ in opened.run.steps():
+        now_s[0] += 31.0
+    assert opened.checkpoints.steps() == [2, 4, 5]
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_run_that_is_asked_to_end_saves_that_step_without_validating_and_takes_no_other(
     tmp_path: Path, in_background: bool
