@@ -59,10 +59,9 @@ def _interrupted(tiny_task: Path, name: str, command: list[str]) -> Interrupted:
 
 
 def _says(done: Interrupted) -> str:
-    saved = done.folder / "checkpoints" / "step_1"
     return (
-        f"interrupted after step 1; its metrics are in {done.folder}; weights of step_1 are saved: "
-        f"go on from them with actor_rollout_ref.model.path={saved}\n"
+        f"interrupted after step 1; its metrics are in {done.folder}; step_1 is saved: "
+        f"the same command with trainer.run_dir={done.folder} goes on after it\n"
     )
 
 
