@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarl.checkpoint.folder import CheckpointFolder, Kept
-from megarl.checkpoint.manifest import read_manifest, verify
+from megarl.checkpoint.folder import CheckpointFolder, Kept, verified
+from megarl.checkpoint.manifest import read_manifest
 from megarl.checkpoint.trainer_state import read_trainer_state
 from megarl.config.compose import errors_reported
 from megarl.errors import CheckpointError
@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(folder: CheckpointFolder, step: int, must_verify: bool) -> int:
     """Print a line on a checkpoint; return 1 where it isn't as it was saved."""
     try:
-        manifest = read_manifest(folder.of(step))
-        if must_verify:
-            verify(folder.of(step), manifest)
+        manifest = (verified if must_verify else read_manifest)(folder.of(step))
         state = read_trainer_state(folder.of(step))
     except CheckpointError as error:
         print(f"step {step:>6}  DAMAGED: {error}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.checkpoint.folder import LATEST, CheckpointFolder, verified_state
+from megarl.checkpoint.folder import CheckpointFolder, verified_state
 from megarl.checkpoint.trainer_state import TrainerState
 from megarl.config.schema import SFTTrainerConfig
 from megarl.errors import CheckpointError, ConfigError, Problem
@@ -97,11 +97,11 @@ def is_finished(resumption: Resumption | None, num_steps: int) -> bool:
 
 
 def checkpoint_at(path: str) -> Path:
-    """Return the folder of the checkpoint that a path names: itself, or the latest of a run's folder."""
+    """Return the folder of the checkpoint that a path names: itself, or the newest of a run's folder."""
     folder = Path(path).expanduser().absolute()
-    for inner in (folder / "checkpoints" / LATEST, folder / LATEST):
-        if inner.is_dir():
-            return inner.resolve()
+    for checkpoints in (CheckpointFolder(folder / "checkpoints"), CheckpointFolder(folder)):
+        if steps := checkpoints.steps():
+            return checkpoints.of(steps[-1])
     return folder
 
 
