@@ -67,25 +67,27 @@ def write_manifest(folder: Path, step: int, files: Iterable[FileRecord]) -> None
     for below in sorted({(folder / file.name).parent for file in listed}):
         synced(below)
     with (folder / FILE_NAME).open("x") as file:
-        file.write(json.dumps({**content, _OWN_HASH: _own_hash(content)}, indent=1) + "\n")
+        file.write(_text(content))
         file.flush()
         os.fsync(file.fileno())
     synced(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest. Raises CheckpointError where it is missing, broken, changed or of another format."""
+    """Read a checkpoint's manifest. Raises CheckpointError where it is missing, changed or of another format."""
     path = folder / FILE_NAME
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{folder} has no {FILE_NAME}: it is no checkpoint that was saved to its end")
     try:
-        fields = json.loads(path.read_bytes())
+        text = path.read_bytes().decode()
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not JSON ({error}); take another checkpoint") from error
     found = fields.get("format") if isinstance(fields, dict) else None
     if found != _FORMAT:
         raise CheckpointError(f"{path} has format {found!r}, this version reads {_FORMAT}; take another checkpoint")
-    if fields.pop(_OWN_HASH, None) != _own_hash(fields):
+    fields.pop(_OWN_HASH, None)
+    if text != _text(fields):
         raise CheckpointError(f"{path} has changed since it was saved; take another checkpoint")
     step, files = fields.get("step"), fields.get("files")
     if type(step) is not int or step < 0 or not isinstance(files, list):
@@ -127,8 +129,10 @@ def synced(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _own_hash(fields: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+def _text(fields: Mapping[str, object]) -> str:
+    """Return a manifest to the byte, with its own hash."""
+    own = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps({**fields, _OWN_HASH: own}, indent=1) + "\n"
 
 
 def _record(manifest: Path, fields: object) -> FileRecord:

@@ -40,6 +40,7 @@ PACKAGES = (
     "pyarrow",
 )
 _OWN_NAME = re.compile(r"(run_\d{4}(?:_\d\d){5})(?:_\d+)?")
+_CHECKPOINT = re.compile(r"step_(\d+)")
 _LOCK, _EARLIER = ".lock", "earlier_starts"
 _WRITTEN = frozenset(
     {
@@ -120,7 +121,8 @@ def forget_later_steps(path: Path, step: int) -> None:
 
 def _last_checkpoint(path: Path) -> Path | None:
     """Return the checkpoint of the last step that has one."""
-    return max((path / "checkpoints").glob("step_*[0-9]"), key=lambda p: int(p.name.partition("_")[2]), default=None)
+    found = {int(name[1]): p for p in (path / "checkpoints").glob("step_*") if (name := _CHECKPOINT.fullmatch(p.name))}
+    return found[max(found)] if found else None
 
 
 def _claim(path: Path, may_be_numbered: bool) -> tuple[Path, int]:

@@ -98,8 +98,8 @@ def test_a_link_in_a_checkpoint_is_refused(saved: Path, tmp_path_factory: pytest
 def sealed(**fields: object) -> str:
     """Return a manifest with its own hash, as whoever wrote it could have made it."""
     content = {"format": 2, "step": 7, "files": [], **fields}
-    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**content, "sha256": own})
+    own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1) + "\n"
 
 
 def record(name: object) -> dict[str, object]:
