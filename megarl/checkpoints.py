@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.keep is not None and given.keep < 1:
         parser.error(f"--keep {given.keep} must be at least 1")
+    if given.best_by is not None and given.keep is None:
+        parser.error("--best-by says which stays besides those of --keep")
     folder = CheckpointFolder(given.run / "checkpoints")
     with errors_reported():
         if not folder.steps():
