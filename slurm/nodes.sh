@@ -22,7 +22,8 @@ begin_attempt() {
   logs=${run}_logs/attempt_$attempt
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # One task a node has all of it: by default a step would have one core.
-  step=(--ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --mem=0)
+  step=(--ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --mem=0)
+  if scontrol show config | grep -q '^TaskPlugin .*affinity'; then step+=(--cpu-bind=none); fi
   MEGARL_JOB_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
   export MEGARL_JOB_TOKEN
   mkdir -p "$logs"
@@ -39,16 +40,21 @@ begin_attempt() {
 }
 
 on_all_nodes() {
-  local code=0 command
-  if ! in_job; then names=() job=JOB logs=${run}_logs step=() && for ((i = 0; i < nodes; i++)); do names+=("node$i"); done; fi
-  command=("${inside[@]}" "${MEGARL_PYTHON:-python}" -m megarl.nodes --nodes="$(IFS=,; echo "${names[*]}")"
-    --devices="$devices" --launcher="$launcher" --host="$(address)" --port="${MEGARL_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 1200 * 10))}"
-    --job="$job" --logs="$logs" --wait-s="${MEGARL_START_S:-300}")
+  local code=0 python=("${MEGARL_PYTHON:-python}") command start
+  if ! in_job; then
+    names=() job=JOB logs=${run}_logs step=(--ntasks-per-node=1)
+    for ((i = 0; i < nodes; i++)); do names+=("node$i"); done
+  fi
+  command=(-m megarl.nodes --nodes="$(IFS=,; echo "${names[*]}")" --devices="$devices" --launcher="$launcher"
+    --host="$(address)" --port="${MEGARL_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 1200 * 10))}" --job="$job" --logs="$logs"
+    --wait-s="${MEGARL_START_S:-300}")
+  start=(srun "${step[@]}" --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=0 --wait=60 "${flags[@]}")
   if [ "$mode" = dry-run ]; then
-    "${command[@]}" --dry-run -- "$@"
+    show "on all nodes" "${start[@]}" "${inside[@]}" "${python[@]}" "${command[@]}" -- "$@"
+    "${python[@]}" "${command[@]}" --dry-run -- "$@"
     return
   fi
-  srun "${step[@]}" --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=0 --wait=60 "${flags[@]}" "${command[@]}" -- "$@" &
+  "${start[@]}" "${inside[@]}" "${python[@]}" "${command[@]}" -- "$@" &
   while :; do # a signal ends a wait, not the step
     told='' code=0
     wait $! || code=$?

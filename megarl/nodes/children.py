@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import psutil
 
 from megarl.nodes.programs import Program
 
-_LEAVE_S = 10.0
+_LEAVE_S, _LEFT_S = 10.0, 2.0
 _OF_A_TASK = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "PMI_", "OMPI_COMM_WORLD_")
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -69,21 +69,29 @@ class Children:
                     target.send_signal(number)
 
     def end(self) -> None:
-        """End all programs and whatever they started: asked to first, killed after some seconds."""
+        """End all programs, then whatever they left: asked to first, killed after some seconds."""
         for process in self.running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=_LEAVE_S)
+        own = {process.pid for process in self.running.values()}
+        psutil.wait_procs([p for p in psutil.Process().children() if p.pid in own], timeout=_LEAVE_S)
+        left = psutil.Process().children(recursive=True)
+        _signal(left, signal.SIGTERM)
+        _, alive = psutil.wait_procs(left, timeout=_LEFT_S)
         while alive:
-            for process_left in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process_left.kill()
+            _signal(alive, signal.SIGKILL)
             psutil.wait_procs(alive, timeout=_LEAVE_S)
             alive = psutil.Process().children(recursive=True)
 
 
+def _signal(processes: Iterable[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
 def _not_of_a_task(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what says that a process is one of several: a node's task is, its programs aren't."""
+    """Return an environment without what says that a process is one of several, as this node's task is."""
     return {name: value for name, value in environ.items() if not name.startswith(_OF_A_TASK)}
 
 

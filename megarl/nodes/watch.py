@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarl.config.compose import USER_ERROR
 from megarl.nodes.channel import BEAT_S, SILENCE_S, Channel
 from megarl.nodes.children import Children, Ended
 from megarl.nodes.programs import NodePrograms
@@ -19,6 +18,7 @@ from megarl.nodes.roll_call import Peer
 
 NODE_LOST = 69  # EX_UNAVAILABLE: the same command may go well on other nodes
 FAILED = 1
+_USER_ERROR = 2  # no node can be why
 PREEMPT_FILE = "preempt"
 """The name of the file in the log folder whose appearance is passed on to the run as SIGUSR1."""
 _POLL_S = 0.5
@@ -154,7 +154,7 @@ class FirstNode(Watch):
 
     def _after_failure(self, code: int) -> int:
         """Return the exit code after the run failed with ``code``: a lost node may be why, and answers nothing."""
-        if code == USER_ERROR:
+        if code == _USER_ERROR:
             return code
         silent = set(self.channels)
         self._tell({"here": True})

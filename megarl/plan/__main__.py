@@ -93,7 +93,7 @@ def _place(config: PPOConfig | SFTConfig, name: str | None, gpu_memory: float | 
 
 
 def _plan(checked: CheckedRun[C], place: Device, as_json: bool, may_lack: bool) -> None:
-    """Print the plan; end with an exit code where it doesn't fit. may_lack: whether the run would start all the same."""
+    """Print the plan; exit with a code where it doesn't fit, unless it ``may_lack`` memory and starts all the same."""
     plan = planned(checked, place)
     verdict = None
     if not plan.fits:
