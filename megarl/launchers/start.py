@@ -12,8 +12,15 @@ from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem
 from megarl.launchers.group import WorkerGroup
 from megarl.launchers.ray_address import check_ray_address
-from megarl.launchers.starter import complete_local_rank, copies_of_command, is_torchrun, placed_rank, refusal
-from megarl.parallel.environment import apply_environment, check_platform
+from megarl.launchers.starter import (
+    complete_local_rank,
+    complete_world_of_srun,
+    copies_of_command,
+    is_torchrun,
+    placed_rank,
+    refusal,
+)
+from megarl.parallel.environment import apply_environment, check_platform, passed_environment
 from megarl.ranks.spec import RankSpec
 from megarl.roles import num_ranks
 
@@ -23,6 +30,7 @@ def serve_if_not_controller() -> bool:
 
     Ends the process where it is one of several that were started and aren't ranks; the first of them says why.
     """
+    complete_world_of_srun()
     rank = placed_rank()
     with errors_reported():
         if copies := copies_of_command():
@@ -82,7 +90,11 @@ def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGr
         from megarl.launchers.ray_group import RayGroup
 
         group = RayGroup(
-            spec, nnodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node, dashboard=trainer.ray_dashboard
+            spec,
+            nnodes=trainer.nnodes,
+            ranks_per_node=trainer.n_gpus_per_node,
+            dashboard=trainer.ray_dashboard,
+            passed=passed_environment(trainer.pass_environment),
         )
     try:
         yield group
