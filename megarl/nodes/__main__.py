@@ -25,7 +25,7 @@ from megarl.errors import Absent, ConfigError, Problem, ResourceError
 from megarl.monitor.disk import refusals_named
 from megarl.nodes.children import adopt_orphans
 from megarl.nodes.facts import NodeFacts, differences, read_facts, report
-from megarl.nodes.programs import LAUNCHERS, NUM_PORTS, Run, as_text, programs_of
+from megarl.nodes.programs import DOCTOR, LAUNCHERS, NUM_PORTS, Run, as_text, programs_of
 from megarl.nodes.roll_call import Meeting, answer_roll, call_roll, open_meeting
 from megarl.nodes.watch import first_node, other_node
 from megarl.parallel.environment import platform_name
@@ -61,9 +61,9 @@ def main() -> int:
 
 
 def _run(run: Run, names: tuple[str, ...], logs: Path) -> int:
-    values = _values(run.command)
-    run_folder = Path(str(values["trainer"]["run_dir"])).expanduser().absolute().parent
-    paths = sorted(set(_paths(values)))
+    values = {} if run.command[0] == DOCTOR else _values(run.command)
+    run_dir = Path(str(values["trainer"]["run_dir"])).expanduser() if values else logs / "run"
+    run_folder, paths = run_dir.absolute().parent, sorted(set(_paths(values)))
     probe = run_folder / f".megarl_{hashlib.sha256(run.token.encode()).hexdigest()[:12]}"
     meeting = Meeting(run.host, run.port, run.token, names, run.wait_s)
     logs.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, tuple[str,
     asked = parser.parse_args(arguments)
     names = tuple(asked.nodes.split(","))
     problems = []
-    if asked.command[0] not in [f"megarl.{program.name}" for program in PROGRAMS]:
+    if asked.command[0] not in (DOCTOR, *(f"megarl.{program.name}" for program in PROGRAMS)):
         known = " or ".join(f"megarl.{program.name}" for program in PROGRAMS)
         problems.append(Problem("--", asked.command[0], f"must be {known}", "-- megarl.main_ppo ..."))
     if not 0 <= asked.node_rank < len(names):

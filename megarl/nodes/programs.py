@@ -11,6 +11,8 @@ from typing import Literal
 LauncherName = Literal["ray", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "torchrun")
 NUM_PORTS = 10
+DOCTOR = "megarl.doctor.nodes"
+"""What torchrun starts on every node beside the programs that train."""
 _OBJECT_STORE_BYTES = 1_000_000_000
 
 

@@ -70,3 +70,14 @@ def test_a_node_that_does_not_come_is_named_within_the_deadline(cluster: Cluster
     job = cluster.run(task, TINY, "--nodes=2", MEGARL_PYTHON=str(python), MEGARL_START_S="8", timeout_s=90)
     assert job.state == "FAILED"
     assert re.search(r"node2 didn't come to 10\.231\.0\.11:\d+ in 8 s; node1 did", job.output)
+
+
+def test_the_doctor_looks_at_all_nodes_of_an_allocation_and_between_them(cluster: Cluster, task: Path) -> None:
+    flags = ("--nodes=2", "--job-name=doctor", "--output=%x-%j.log", "--wrap=python -m megarl.doctor --nodes")
+    number = cluster.slurm.submit(task, *flags, environ=cluster.environ())
+    output = cluster.slurm.wait(number, task, 120).output
+    assert "2 nodes: node1, node2\n" in output
+    assert re.search(r"^ok    python +3\.11\.\d+", output, re.MULTILINE), output
+    rate = re.search(r"^node1 -> node2: ([\d.]+) GB/s$", output, re.MULTILINE)
+    assert rate and float(rate[1]) > 0
+    assert not list(task.glob("megarl_doctor_*")) and cluster.slurm.processes() == []
