@@ -499,6 +499,9 @@ class SFTTrainerConfig:
     resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
     resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
+    pass_environment: tuple[str, ...] = key(
+        "names of variables that ranks on Ray get from the controller, beside NCCL_*, GLOO_*, UCX_*, HF_* and proxies"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -78,8 +79,10 @@ class RankActor:
 class RayGroup:
     """One Ray actor a rank. Consecutive ranks share a node."""
 
-    def __init__(self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
-        self.world_size = nnodes * ranks_per_node
+    def __init__(
+        self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool, passed: Mapping[str, str]
+    ) -> None:
+        self.world_size, self.passed = nnodes * ranks_per_node, passed
         self.actors: list[Any] = []
         with _own_sigterm():
             self._session = _connect(self.world_size, dashboard)
@@ -95,13 +98,14 @@ class RayGroup:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         placement = _place(nnodes, ranks_per_node)
+        bundles = _bundles_in_order(placement)
         remote = ray.remote(RankActor)
         self.actors = [
             remote.options(
                 num_cpus=1,
                 num_gpus=1 if platform_name() == "cuda" else 0,
                 runtime_env={"env_vars": platform_environment()},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank // ranks_per_node),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, bundles[rank // ranks_per_node]),
             ).remote(rank)
             for rank in range(self.world_size)
         ]
@@ -116,6 +120,7 @@ class RayGroup:
         # Ray shows an actor its own GPU alone, as device 0.
         local_rank = 0 if platform_name() == "cuda" else rank % ranks_per_node
         return {
+            **self.passed,
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.world_size),
@@ -207,6 +212,20 @@ def _watchdog(world_size: int, timeout_s: float) -> Watchdog:
     return Watchdog(ray.util.get_node_ip_address(), world_size, timeout_s)
 
 
+def _bundles_in_order(placement: Any) -> list[int]:
+    """Return the bundles of a placement in the order of the addresses of their nodes."""
+    import ray
+
+    places = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    bundles = ray.util.placement_group_table(placement)["bundles_to_node_id"]
+    return in_order({bundle: places[node] for bundle, node in bundles.items()})
+
+
+def in_order(addresses: Mapping[int, str]) -> list[int]:
+    """Return keys in the order of their IP addresses, as numbers: 10.0.0.9 comes before 10.0.0.10."""
+    return sorted(addresses, key=lambda key: (ipaddress.ip_address(addresses[key]).packed, key))
+
+
 def _cause(pending: Sequence[Any], first: Exception, place: str) -> MegarlError:
     """Return why a call failed: the death of a rank, if there was one, since its peers' errors only follow from it."""
     import ray
@@ -274,7 +293,7 @@ def _connect(num_cpus: int, dashboard: bool) -> Path | None:
 
     if cluster is not None:
         try:
-            ray.init(cluster)
+            ray.init(cluster, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise unreachable(cluster, str(error)) from error
         return None

@@ -14,6 +14,7 @@ from megarl.launchers.group import WorkerGroup
 from megarl.launchers.ray_address import check_ray_address
 from megarl.launchers.starter import (
     complete_local_rank,
+    complete_world_of_srun,
     copies_of_command,
     grace_s,
     has_peers,
@@ -22,7 +23,7 @@ from megarl.launchers.starter import (
     refusal,
 )
 from megarl.monitor.preemption import Limit, Preemption
-from megarl.parallel.environment import apply_environment, check_platform
+from megarl.parallel.environment import apply_environment, check_platform, passed_environment
 from megarl.ranks.spec import RankSpec
 from megarl.roles import num_ranks
 
@@ -34,6 +35,7 @@ def serve_if_not_controller() -> bool:
 
     Ends the process where it is one of several that were started and aren't ranks; the first of them says why.
     """
+    complete_world_of_srun()
     rank = placed_rank()
     with errors_reported():
         if copies := copies_of_command():
@@ -96,7 +98,11 @@ def worker_group(spec: RankSpec, trainer: SFTTrainerConfig, preemption: Preempti
         from megarl.launchers.ray_group import RayGroup
 
         group = RayGroup(
-            spec, nnodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node, dashboard=trainer.ray_dashboard
+            spec,
+            nnodes=trainer.nnodes,
+            ranks_per_node=trainer.n_gpus_per_node,
+            dashboard=trainer.ray_dashboard,
+            passed=passed_environment(trainer.pass_environment),
         )
     try:
         with preemption.heard():

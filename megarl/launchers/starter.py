@@ -46,6 +46,13 @@ def placed_rank(environ: Mapping[str, str] = os.environ) -> int | None:
     return int(environ["RANK"]) if is_torchrun(environ) or is_one_of_many else None
 
 
+def complete_world_of_srun(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK and WORLD_SIZE of a task of srun, where MASTER_ADDR and MASTER_PORT say that tasks are ranks."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "MASTER_ADDR" in environ and "MASTER_PORT" in environ and "RANK" not in environ:
+        environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], tasks
+
+
 def complete_local_rank(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set LOCAL_RANK of a placed rank from what its launcher calls it. Raises ConfigError where it has no such name."""
     found = next((environ[name] for name in _LOCAL_RANKS if name in environ), None)
@@ -71,7 +78,8 @@ def refusal(copies: Copies, environ: Mapping[str, str] = os.environ) -> ConfigEr
     )
     fix = (
         "start torchrun once a node (srun --ntasks-per-node=1 torchrun --nnodes=... -m megarl...), or the command once "
-        f"for Ray (srun --ntasks=1), or set {', '.join(_WORLD)} and LOCAL_RANK in every process"
+        f"for Ray (srun --ntasks=1), or set {', '.join(_WORLD)} and LOCAL_RANK in every process; under srun "
+        "MASTER_ADDR and MASTER_PORT, the first node's and a free port there, are enough"
     )
     return ConfigError([Problem(copies.count, count, why, fix)])
 

@@ -9,6 +9,8 @@ from collections.abc import Collection
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
 
@@ -90,6 +92,24 @@ def _resolved(host: str, port: int) -> tuple[Any, ...]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
 
 
+def interface_to(host: str, port: int = 1) -> str | None:
+    """Return the network interface by which this machine reaches a host, None where the kernel knows no way.
+
+    gloo would take the one that this machine's own name leads to, which may be none that others reach.
+    """
+    family, _, _, _, address = _resolved(host, port)
+    if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        return _LOOPBACK_INTERFACE
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(address)  # sends nothing
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    found = [name for name, entries in psutil.net_if_addrs().items() if own in (entry.address for entry in entries)]
+    return found[0] if found else None
+
+
 def _store(listener: socket.socket | None) -> Store:
     """Return the store of this run's ranks."""
     host, port, is_first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
@@ -100,9 +120,9 @@ def _store(listener: socket.socket | None) -> Store:
         port = _told_port(listener)
     elif is_first and listener is None:
         listener = listening(host, port)
-    if ipaddress.ip_address(_resolved(host, port)[-1][0]).is_loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    if interface := interface_to(host, port):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     return _tcp_store(host, port, listener)
 
 

@@ -15,7 +15,7 @@ COMMAND = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "reward.path=interrupting.py"),
     *("trainer.val_before_train=false", "trainer.save_freq=1", "reward.try_first=false"),
 )
-# What a terminal does: all processes in the foreground hear of it, even if these tests don't, in a background.
+# What a terminal does: all in the foreground hear of it, even if these tests run in a background that does not.
 IN_FOREGROUND = (
     *("env", "--default-signal=INT"),
     *("setsid", "--wait", "bash", "-c", 'echo $$ > foreground; exec "$0" "$@"'),

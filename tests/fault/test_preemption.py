@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import hashes, lines_of
 from tests.launch import Finished, python, run, torchrun
+from tests.run_folder import hashes, lines_of
 from tests.tiny_task import NUM_RANKS
 
 FAULTS = Path(__file__).parent / "faults"

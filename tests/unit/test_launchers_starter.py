@@ -11,6 +11,7 @@ import pytest
 from megarl.errors import ConfigError
 from megarl.launchers.starter import (
     complete_local_rank,
+    complete_world_of_srun,
     copies_of_command,
     grace_s,
     has_peers,
@@ -21,6 +22,7 @@ from megarl.launchers.starter import (
 
 WORLD = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 BATCH_SCRIPT = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 TORCHRUN = {**WORLD, "TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "3"}
 
@@ -68,6 +70,27 @@ def test_copies_of_a_command_that_are_no_ranks_are_refused_with_what_they_lack(
 )
 def test_a_rank_a_batch_script_and_a_step_of_one_task_are_no_copies(environ: dict[str, str]) -> None:
     assert copies_of_command(environ) is None
+
+
+def test_tasks_of_srun_are_ranks_once_they_know_where_to_meet() -> None:
+    environ = {**SRUN, **MEETING}
+    complete_world_of_srun(environ)
+    assert placed_rank(environ) == 1 and environ["WORLD_SIZE"] == "4" and copies_of_command(environ) is None
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        SRUN,
+        BATCH_SCRIPT,
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"},
+        TORCHRUN,
+    ],
+)
+def test_tasks_that_do_not_know_where_to_meet_and_other_ranks_are_left_as_they_are(environ: dict[str, str]) -> None:
+    after = dict(environ)
+    complete_world_of_srun(after)
+    assert after == environ
 
 
 def test_the_local_rank_is_what_the_launcher_calls_it() -> None:
