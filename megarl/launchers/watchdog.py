@@ -108,10 +108,10 @@ class Watchdog:
         """Return where the ranks stand that say so in time."""
         found: dict[Member, Standing] = {}
         members = {connection: member for member, connection in self._connections.copy().items()}
-        for connection in members:
+        for late in members:
             with suppress(EOFError, OSError):
-                while connection.poll():  # what an earlier question was answered too late
-                    connection.recv_bytes()
+                while late.poll():  # the answer to an earlier question
+                    late.recv_bytes()
         self._send(WHERE)
         deadline_s = time.monotonic() + _ANSWER_S
         while members and (ready := wait(list(members), max(0.0, deadline_s - time.monotonic()))):
