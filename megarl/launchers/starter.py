@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -81,3 +82,34 @@ def refusal(copies: Copies, environ: Mapping[str, str] = os.environ) -> ConfigEr
         "MASTER_ADDR and MASTER_PORT, the first node's and a free port there, are enough"
     )
     return ConfigError([Problem(copies.count, count, why, fix)])
+
+
+def has_peers(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether all ranks that torchrun started on this node live; True where it started none.
+
+    torchrun sends SIGTERM to its ranks where it got one, and where one of them has ended.
+    """
+    if not is_torchrun(environ):
+        return True
+    import psutil
+
+    try:
+        states = [child.status() for child in psutil.Process(os.getppid()).children()]
+    except psutil.NoSuchProcess:
+        return False
+    num_alive: int = len(states) - states.count(psutil.STATUS_ZOMBIE)
+    return num_alive >= int(environ["LOCAL_WORLD_SIZE"])
+
+
+def grace_s(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Return the seconds after which torchrun kills the ranks that it sent a signal to, None where it started none."""
+    if not is_torchrun(environ):
+        return None
+    import psutil
+
+    given = environ.get("PET_SHUTDOWN_TIMEOUT", environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    words = [word for part in psutil.Process(os.getppid()).cmdline() for word in part.split("=", 1)]
+    for name, value in itertools.pairwise(words):
+        if name in ("--shutdown-timeout", "--shutdown_timeout"):
+            given = value
+    return float(given)

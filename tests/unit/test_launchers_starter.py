@@ -13,6 +13,8 @@ from megarl.launchers.starter import (
     complete_local_rank,
     complete_world_of_srun,
     copies_of_command,
+    grace_s,
+    has_peers,
     is_torchrun,
     placed_rank,
     refusal,
@@ -109,3 +111,54 @@ def test_under_srun_the_first_task_says_one_error_and_the_others_nothing(program
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("ConfigError: 1 problem") if task == "0" else done.stderr == ""
     assert "Traceback" not in done.stderr
+
+
+# In place of torchrun: two children, one of which asks while the other lives, is dead, and is forgotten.
+AGENT = """
+import os, subprocess, sys
+def answer(call):
+    code = f"from megarl.launchers.starter import grace_s, has_peers; print({call})"
+    return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
+if "peers" in sys.argv:
+    peer = subprocess.Popen(["sleep", "60"])
+    alive = answer("has_peers()")
+    peer.kill()
+    dead = answer("has_peers()")
+    peer.wait()
+    print(alive, dead, answer("has_peers()"))
+else:
+    print(answer("grace_s()"))
+"""
+RUN_BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
+
+
+def of_agent(*arguments: str, **environ: str) -> str:
+    """Return what a child of torchrun, started with some arguments, says."""
+    command = [sys.executable, "-c", AGENT, *arguments]
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_rank_of_torchrun_sees_that_its_peers_live_or_that_one_has_died() -> None:
+    assert of_agent("peers", **RUN_BY_TORCHRUN) == "True False False"
+
+
+def test_where_torchrun_started_no_rank_there_is_none_to_die_and_no_grace() -> None:
+    assert has_peers({}) and has_peers(WORLD)
+    assert grace_s({}) is None and grace_s(WORLD) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "seconds"),
+    [
+        ((), {}, "30.0"),
+        (("--shutdown-timeout=90",), {}, "90.0"),
+        (("--shutdown_timeout", "90", "script.py"), {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "50"}, "90.0"),
+        ((), {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "50"}, "50.0"),
+        ((), {"PET_SHUTDOWN_TIMEOUT": "40", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "50"}, "40.0"),
+    ],
+)
+def test_torchruns_patience_is_read_from_its_command_line_and_environment(
+    arguments: tuple[str, ...], environ: dict[str, str], seconds: str
+) -> None:
+    assert of_agent(*arguments, **RUN_BY_TORCHRUN, **environ) == seconds
