@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarl.checkpoint.folder import CheckpointFolder, Kept
-from megarl.checkpoint.manifest import read_manifest, verify
+from megarl.checkpoint.folder import CheckpointFolder, Kept, verified
+from megarl.checkpoint.manifest import read_manifest
 from megarl.checkpoint.trainer_state import read_trainer_state
 from megarl.config.compose import errors_reported
 from megarl.errors import CheckpointError
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.keep is not None and given.keep < 1:
         parser.error(f"--keep {given.keep} must be at least 1")
+    if given.best_by is not None and given.keep is None:
+        parser.error("--best-by says which stays besides those of --keep")
     folder = CheckpointFolder(given.run / "checkpoints")
     with errors_reported():
         if not folder.steps():
@@ -37,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(folder: CheckpointFolder, step: int, must_verify: bool) -> int:
     """Print a line on a checkpoint; return 1 where it isn't as it was saved."""
     try:
-        manifest = read_manifest(folder.of(step))
-        if must_verify:
-            verify(folder.of(step), manifest)
+        manifest = (verified if must_verify else read_manifest)(folder.of(step))
         state = read_trainer_state(folder.of(step))
     except CheckpointError as error:
         print(f"step {step:>6}  DAMAGED: {error}")

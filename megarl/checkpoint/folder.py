@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarl.checkpoint.manifest import FILE_NAME, FileRecord, read_manifest, synced, verify, write_manifest
+from megarl.checkpoint.manifest import FileRecord, Manifest, read_manifest, synced, verify, write_manifest
 from megarl.checkpoint.trainer_state import TrainerState, read_trainer_state
 from megarl.errors import CheckpointError
 
@@ -29,13 +29,25 @@ class Kept:
     best_by: str | None = None
 
 
+def verified(checkpoint: Path) -> Manifest:
+    """Return the Manifest of a checkpoint whose every byte is as it was saved. Raises CheckpointError for any other."""
+    manifest = read_manifest(checkpoint)
+    name = _STEP.fullmatch(checkpoint.name)
+    if name is not None and int(name[1]) != manifest.step:
+        raise CheckpointError(f"{checkpoint} holds step {manifest.step}: it was renamed; take another checkpoint")
+    verify(checkpoint, manifest)
+    return manifest
+
+
 def verified_state(checkpoint: Path) -> TrainerState:
     """Return the controller's state in a checkpoint, every byte of which is verified before any is used.
 
     Raises CheckpointError for one that isn't as it was saved.
     """
-    verify(checkpoint, read_manifest(checkpoint))
-    return read_trainer_state(checkpoint)
+    manifest, state = verified(checkpoint), read_trainer_state(checkpoint)
+    if state.step != manifest.step:
+        raise CheckpointError(f"{checkpoint} has the manifest of step {manifest.step}, the state of step {state.step}")
+    return state
 
 
 class CheckpointFolder:
@@ -45,11 +57,14 @@ class CheckpointFolder:
         self.path = path
 
     def steps(self) -> list[int]:
-        """Return the steps of all checkpoints that were saved to their end, in order, as a list of ints."""
+        """Return the steps of all checkpoints that were saved to their end, in order, as a list of ints.
+
+        They have the name of one, which a save gives last: whether they are whole still is for ``verified`` to say.
+        """
         if not self.path.is_dir():
             return []
         found = [(_STEP.fullmatch(path.name), path) for path in self.path.iterdir()]
-        return sorted(int(name[1]) for name, path in found if name and (path / FILE_NAME).is_file())
+        return sorted(int(name[1]) for name, path in found if name and path.is_dir())
 
     def of(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
@@ -85,10 +100,14 @@ class CheckpointFolder:
         return gone
 
     def remove_leftovers(self) -> None:
-        """Remove what saves that were broken off have left."""
+        """Remove what saves that were broken off have left, and link the newest checkpoint if they hadn't yet."""
         if self.path.is_dir():
-            for path in self.path.glob(f".step_*{_PARTIAL}"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in self.path.glob(f".*{_PARTIAL}"):
+                if path.is_symlink():
+                    path.unlink()  # what it leads to is not ours
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+            self._link_newest()
 
     def set_aside(self, step: int) -> Path:
         """Rename a checkpoint that isn't as it was saved, so that its step can be saved again. Return where it is."""
@@ -96,8 +115,18 @@ class CheckpointFolder:
         for number in range(1, 1000):
             aside = path.with_name(f"{path.name}{_DAMAGED}{number if number > 1 else ''}")
             if not aside.exists():
-                return path.rename(aside)
+                path.rename(aside)
+                self._link_newest()
+                return aside
         raise CheckpointError(f"{path}: too many damaged checkpoints of this step; remove some")
+
+    def _link_newest(self) -> None:
+        """Have ``latest`` lead to the newest checkpoint, or nowhere where there is none."""
+        steps, latest = self.steps(), self.path / LATEST
+        if not steps:
+            latest.unlink(missing_ok=True)
+        elif not latest.is_symlink() or os.readlink(latest) != self.of(steps[-1]).name:
+            self._link(LATEST, steps[-1])
 
     def _link(self, name: str, step: int) -> None:
         new = self.path / f".{name}{_PARTIAL}"
@@ -110,6 +139,13 @@ class CheckpointFolder:
         if best_by is None:
             return []
         name, sign = best_by.removeprefix("-"), -1 if best_by.startswith("-") else 1
-        values = {step: read_trainer_state(self.of(step)).metrics.get(name) for step in steps}
+        values = {step: self._metrics(step).get(name) for step in steps}
         known = {step: sign * value for step, value in values.items() if value is not None}
         return [max(known, key=lambda step: (known[step], step))] if known else []
+
+    def _metrics(self, step: int) -> Mapping[str, float]:
+        """Return the metrics of a step; none where its checkpoint is damaged, which then isn't the best."""
+        try:
+            return read_trainer_state(self.of(step)).metrics
+        except CheckpointError:
+            return {}

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from megarl.errors import CheckpointError
 
 FILE_NAME = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+_OWN_HASH = "sha256"  # of all other fields, so that a manifest that was harmed is named, and not the files in it
 _HASHED_AT_ONCE = 1 << 22
 
 
@@ -62,32 +63,39 @@ def files_of(folder: Path) -> list[str]:
 def write_manifest(folder: Path, step: int, files: Iterable[FileRecord]) -> None:
     """Write the manifest, the last file of a checkpoint: with it, and not before, the checkpoint is whole."""
     listed = sorted(files, key=_name)
-    content = {"format": _FORMAT, "step": step, "files": [asdict(file) for file in listed]}
+    content: dict[str, object] = {"format": _FORMAT, "step": step, "files": [asdict(file) for file in listed]}
     for below in sorted({(folder / file.name).parent for file in listed}):
         synced(below)
     with (folder / FILE_NAME).open("x") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(_text(content))
         file.flush()
         os.fsync(file.fileno())
     synced(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest. Raises CheckpointError where it is missing, broken or of another format."""
+    """Read a checkpoint's manifest. Raises CheckpointError where it is missing, changed or of another format."""
     path = folder / FILE_NAME
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{folder} has no {FILE_NAME}: it is no checkpoint that was saved to its end")
     try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as error:
+        text = path.read_bytes().decode()
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not JSON ({error}); take another checkpoint") from error
     found = fields.get("format") if isinstance(fields, dict) else None
     if found != _FORMAT:
         raise CheckpointError(f"{path} has format {found!r}, this version reads {_FORMAT}; take another checkpoint")
+    fields.pop(_OWN_HASH, None)
+    if text != _text(fields):
+        raise CheckpointError(f"{path} has changed since it was saved; take another checkpoint")
     step, files = fields.get("step"), fields.get("files")
     if type(step) is not int or step < 0 or not isinstance(files, list):
         raise CheckpointError(f"{path}: step = {step!r} and files must be a count and a list; take another checkpoint")
-    return Manifest(step, tuple(_record(path, file) for file in files))
+    records = tuple(_record(path, file) for file in files)
+    if len({record.name for record in records}) < len(records):
+        raise CheckpointError(f"{path} lists a file twice; take another checkpoint")
+    return Manifest(step, records)
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -121,6 +129,12 @@ def synced(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _text(fields: Mapping[str, object]) -> str:
+    """Return a manifest to the byte, with its own hash."""
+    own = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps({**fields, _OWN_HASH: own}, indent=1) + "\n"
+
+
 def _record(manifest: Path, fields: object) -> FileRecord:
     if isinstance(fields, Mapping):
         name, num_bytes, sha256 = (fields.get(key) for key in ("name", "num_bytes", "sha256"))
@@ -131,7 +145,7 @@ def _record(manifest: Path, fields: object) -> FileRecord:
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return str(path) == name and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _name(file: FileRecord) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megarl.checkpoint.manifest import FileRecord, files_of, hashed
 from megarl.checkpoint.role_files import FOLDER, file_name, own_tensors
 from megarl.checkpoint.tensor_file import write_tensors
-from megarl.errors import ResourceError
+from megarl.errors import CheckpointError, ResourceError
 from megarl.monitor.disk import refusals_named
 from megarl.train.backend import Backend
 from megarl.train.held_state import UpdateCounts
@@ -103,7 +104,11 @@ def restore_random_states(folder: Path) -> None:
     """Set torch's generators on this rank to what they were, where as many ranks saved theirs as there are now."""
     if len(list((folder / FOLDER).glob(f"{RANDOM}-*"))) != dist.get_world_size():
         return
-    states = load_file(folder / file_name(RANDOM, dist.get_rank()))
+    path = folder / file_name(RANDOM, dist.get_rank())
+    try:
+        states = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}; take another checkpoint") from error
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -70,7 +70,7 @@ class SavedRole:
         for key in self._file(path).keys():  # noqa: SIM118 (safe_open is no mapping)
             kind, _, text = key.partition("/")
             rectangle = parsed(text)
-            if rectangle is None:
+            if rectangle is None or tuple(self._file(path).get_slice(key).get_shape()) != rectangle.sizes:
                 raise CheckpointError(f"{path} has a tensor {key!r}, which is no part of a model; take another one")
             self._saved[kind, rectangle.tensor].append(_Saved(rectangle, path, key))
 

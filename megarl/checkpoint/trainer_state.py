@@ -66,7 +66,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
         raise CheckpointError(f"{folder} has no {FILE_NAME}; give the folder of a checkpoint, checkpoints/step_N")
     try:
         fields = json.loads(path.read_text())
-    except ValueError as error:  # neither JSON nor, perhaps, text
+    except (ValueError, RecursionError) as error:  # neither JSON nor, perhaps, text
         raise CheckpointError(f"{path} is truncated or not JSON ({error}); take another checkpoint") from error
     if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
         found = fields.get("format") if isinstance(fields, dict) else None

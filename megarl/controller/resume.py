@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.checkpoint.folder import LATEST, CheckpointFolder, verified_state
+from megarl.checkpoint.folder import CheckpointFolder, verified_state
 from megarl.checkpoint.trainer_state import TrainerState
 from megarl.config.schema import SFTTrainerConfig
 from megarl.errors import CheckpointError, ConfigError, Problem
@@ -97,26 +97,35 @@ def is_finished(resumption: Resumption | None, num_steps: int) -> bool:
 
 
 def checkpoint_at(path: str) -> Path:
-    """Return the folder of the checkpoint that a path names: itself, or the latest of a run's folder."""
+    """Return the folder of the checkpoint that a path names: itself, or the newest of a run's folder."""
     folder = Path(path).expanduser().absolute()
-    for inner in (folder / "checkpoints" / LATEST, folder / LATEST):
-        if inner.is_dir():
-            return inner.resolve()
+    for checkpoints in (CheckpointFolder(folder / "checkpoints"), CheckpointFolder(folder)):
+        if steps := checkpoints.steps():
+            return checkpoints.of(steps[-1])
     return folder
 
 
 def _newest(checkpoints: CheckpointFolder, may_be_older: bool) -> Resumption | None:
-    """Return the newest whole checkpoint; damaged ones raise, or are set aside where an older one ``may_be`` taken."""
-    notes: list[str] = []
+    """Return the newest whole checkpoint; damaged ones raise, or are set aside where an older one ``may_be`` taken.
+
+    Raises CheckpointError as well where there are checkpoints, and none is whole.
+    """
+    damaged: dict[int, CheckpointError] = {}
     for step in reversed(checkpoints.steps()):
         try:
-            return Resumption(checkpoints.of(step), verified_state(checkpoints.of(step)), tuple(notes))
+            state = verified_state(checkpoints.of(step))
         except CheckpointError as error:
             if not may_be_older:
                 raise CheckpointError(
                     f"{error}, as trainer.resume_from_older=true does: it sets this one aside"
                 ) from error
-            notes.append(f"DAMAGED: {error}; it is now {checkpoints.set_aside(step)}")
+            damaged[step] = error
+        else:
+            notes = [f"DAMAGED: {error}; it is now {checkpoints.set_aside(n)}" for n, error in damaged.items()]
+            return Resumption(checkpoints.of(step), state, tuple(notes))
+    if damaged:
+        found = "\n  ".join(map(str, damaged.values()))
+        raise CheckpointError(f"no checkpoint of {checkpoints.path} is whole; start in another folder\n  {found}")
     return None
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,7 @@ PACKAGES = (
     "pyarrow",
 )
 _OWN_NAME = re.compile(r"(run_\d{4}(?:_\d\d){5})(?:_\d+)?")
+_CHECKPOINT = re.compile(r"step_(\d+)")
 _LOCK, _EARLIER = ".lock", "earlier_starts"
 _WRITTEN = frozenset(
     {
@@ -79,7 +81,7 @@ def run_folder(
         write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
         write_file(path / "environment.txt", describe_environment())
         yield path
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as interrupt:  # a Preempted as well
         interrupt.add_note(after_interrupt(path, model_key))
         raise
     finally:
@@ -93,7 +95,9 @@ def after_interrupt(path: Path, model_key: str) -> str:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
     text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
-        return f"{text}; no weights were saved (trainer.save_freq says when they are): start again in another folder"
+        return f"{text}; nothing was saved (trainer.save_freq says when it is): start again in another folder"
+    if (saved / "state").is_dir():
+        return f"{text}; {saved.name} is saved: the same command with trainer.run_dir={path} goes on after it"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
     return f"{text}; weights of {saved.name} are saved: go on from them with {model_key}={saved}{critic}"
 
@@ -109,18 +113,46 @@ def last_step(path: Path) -> int:
 
 
 def forget_later_steps(path: Path, step: int) -> None:
-    """Leave the metrics of the first steps up to ``step`` alone in metrics.jsonl: a run goes on after it."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
+    """Leave the metrics of the first steps up to ``step`` alone, in metrics.jsonl and tensorboard/.
+
+    A run goes on after that step, so that it has each one once.
+    """
+    file, curves = path / "metrics.jsonl", path / "tensorboard"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        write_file(file, "".join(line for line in lines if int(json.loads(line)["step"]) <= step))
+    if curves.is_dir() and find_spec("tensorboard") is not None:
+        for events in sorted(curves.glob("events.out.tfevents.*")):
+            _forget_later_points(events, step)
+
+
+def _forget_later_points(events: Path, step: int) -> None:
+    """Leave the points of the first steps up to ``step`` alone in an event file, which is written anew.
+
+    TensorBoard's own mark of a restart is not enough: its readers heed it for some kinds of points only.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    records = list(RawEventFileLoader(str(events)).Load())
+    kept = [record for record in records if Event.FromString(record).step <= step]
+    if len(kept) == len(records):
         return
-    text = file.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    write_file(file, "".join(line for line in lines if int(json.loads(line)["step"]) <= step))
+    anew = events.with_name(".rewritten")  # no name that TensorBoard reads
+    with refusals_named(anew):
+        writer = RecordWriter(anew.open("wb"))
+        for record in kept:
+            writer.write(record)
+        writer.close()
+        anew.replace(events)
 
 
 def _last_checkpoint(path: Path) -> Path | None:
     """Return the checkpoint of the last step that has one."""
-    return max((path / "checkpoints").glob("step_*[0-9]"), key=lambda p: int(p.name.partition("_")[2]), default=None)
+    found = {int(name[1]): p for p in (path / "checkpoints").glob("step_*") if (name := _CHECKPOINT.fullmatch(p.name))}
+    return found[max(found)] if found else None
 
 
 def _claim(path: Path, may_be_numbered: bool) -> tuple[Path, int]:

@@ -113,7 +113,7 @@ def _by_blocks(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, sc
     for block, *qkv in zip(packing.blocks, *ordered, strict=True):
         q, k, v = (t.unflatten(0, (len(block.query_BL), -1)).transpose(1, 2) for t in qkv)
         outs.append(attend(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
-    return torch.zeros_like(q_TND).index_copy_(0, packing.query_T, torch.cat(outs))
+    return torch.zeros_like(q_TND).index_put_((packing.query_T,), torch.cat(outs))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

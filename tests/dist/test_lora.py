@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megarl.checkpoint.folder import CheckpointFolder
+from megarl.checkpoint.manifest import files_of, hashed
+from megarl.checkpoint.rank_save import RankSave, SavedPart
+from megarl.checkpoint.trainer_state import TrainerState, write_trainer_state
+from megarl.export import main as export
 from megarl.parallel.layout import Layout
 from megarl.plan.static import static_of
 from megarl.roles import Role
@@ -33,6 +39,7 @@ from tests.dist.tiny_models import save_tiny_model
 
 THREE = Layout(3, fsdp=3)
 TWO_COPIES = Layout(4, fsdp=2)
+ADAPTER = "adapter/adapter_model.safetensors"
 LORA = Lora(rank=5, alpha=15, targets=("q_proj", "o_proj", "mlp.down_proj"))  # 5 rows of A on three ranks
 
 
@@ -169,3 +176,50 @@ def test_in_bfloat16_weights_are_merged_in_float32_and_rounded_once(ranks: RankP
     assert (
         written["r"] == 5 and written["lora_alpha"] == 15 and sorted(written["target_modules"]) == sorted(LORA.targets)
     )
+
+
+def _save(role: Role, batch: PolicyBatch, folder: Path) -> SavedPart:
+    backend = backend_on_rank(role)
+    update(Actor(backend), batch, PPO, 3)
+    backend.export(folder)
+    return RankSave(folder, {"actor": backend}, backend.device, in_background=False).result()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_of_adapters_alone_is_exported_as_the_trainer_exports_it(
+    ranks: RankPool, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "model", tmp_path / "out"
+    save_tiny_model("qwen3-untied", base)
+    found = make_reference(base, 99, 12)
+    role = replace(role_on(THREE, base, training=TRAINING, dtype=dtype), lora=LORA)
+    checkpoints = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    partial = checkpoints.begin(3)
+    parts = ask(ranks, _save, role, found.rollouts, partial)
+    trained, adapter = load_file(partial / "model.safetensors"), load_file(partial / ADAPTER)
+    shutil.rmtree(partial / "adapter")
+    (partial / "model.safetensors").unlink()  # as with trainer.save_contents=[state]
+    settings = {"lora_rank": LORA.rank, "lora_alpha": LORA.alpha, "target_modules": list(LORA.targets)}
+    config = {"actor_rollout_ref": {"model": {"path": str(base), "init": "pretrained", **settings}}}
+    write_trainer_state(partial, TrainerState(3, 3, None, parts[0].updates, config))
+    checkpoints.commit(partial, 3, [hashed(partial, name) for name in files_of(partial)], is_last=True)
+
+    assert export([str(tmp_path / "run"), "--out", str(out)]) == 0
+    exported = load_file(out / "model.safetensors")
+    assert exported.keys() == trained.keys()
+    for name, tensor in exported.items():
+        rtol, atol = (0, 1e-7) if dtype == "float32" else (2**-8, 0)  # one rounding apart, at most
+        torch.testing.assert_close(tensor, trained[name], rtol=rtol, atol=atol)
+    assert sum(not t.equal(trained[n]) for n, t in exported.items()) <= len(adapter) // 2
+    written = load_file(out / ADAPTER)
+    assert written.keys() == adapter.keys() and all(tensor.equal(adapter[name]) for name, tensor in written.items())
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert not list(tmp_path.glob(".*"))
+
+    base.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        export([str(tmp_path / "run"), "--out", str(tmp_path / "again")])
+    assert f"belong to the model {base}, which is no folder here; fix: --model=FOLDER" in capsys.readouterr().err
+    assert export([str(tmp_path / "run"), "--out", str(tmp_path / "again"), "--model", str(tmp_path / "moved")]) == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(tensor.equal(exported[name]) for name, tensor in again.items())

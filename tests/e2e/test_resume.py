@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.launch import Finished, run, torchrun
+from tests.run_folder import hashes, lines_of
 from tests.tiny_task import NUM_RANKS
 
 NUM_STEPS, SAVED = 4, 2
@@ -22,27 +20,6 @@ PPO = (
     *("actor_rollout_ref.actor.use_kl_loss=false", "actor_rollout_ref.rollout.n=2"),
     *(f"trainer.save_freq={SAVED}", "trainer.val_before_train=false"),
 )
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of each step to the bit, without what depends on the clock."""
-    return [
-        {
-            k: v.hex() if isinstance(v, float) else v
-            for k, v in json.loads(line).items()
-            if not k.startswith(("time_s", "wall_"))
-        }
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def hashes(checkpoint: Path) -> dict[str, str]:
-    """Return the hash of every file that has weights or moments."""
-    return {
-        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(checkpoint.rglob("*.safetensors"))
-        if not path.name.startswith("random-")
-    }
 
 
 def broken_off(whole: Path, name: str) -> Path:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megarl.checkpoints import main as checkpoints
+from megarl.export import main as export
 from tests.launch import Finished, python, run, torchrun
 from tests.tiny_task import NUM_RANKS
 
 NUM_STEPS = 30
-
+STEP_10 = "runs/sft/checkpoints/step_10"
 
 COMMAND = ("-m", "megarl.main_sft", "--config-dir=.", "--config-name=sft")
 # As `srun` does with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set: a process a rank, and no torchrun.
@@ -28,7 +34,7 @@ wait $other
 @pytest.fixture(scope="module")
 def finished(tiny_task: Path) -> Finished:
     """Run the recipe."""
-    return run(torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/sft"), tiny_task)
+    return run(torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/sft", "trainer.save_freq=10"), tiny_task)
 
 
 def test_the_loss_falls(finished: Finished, tiny_task: Path) -> None:
@@ -65,3 +71,71 @@ def test_ranks_that_are_started_one_by_one_are_one_run_with_the_same_numbers(
     lines = [(tiny_task / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("sft", "one_by_one")]
     losses, same = ([json.loads(line)["loss/train"] for line in text] for text in lines)
     assert losses == same and one_by_one.processes == ()
+
+
+def _run_folder(tiny_task: Path, name: str) -> Path:
+    """Return a copy of the finished run."""
+    return Path(shutil.copytree(tiny_task / "runs/sft", tiny_task / "runs" / name, symlinks=True))
+
+
+def test_a_user_lists_verifies_and_exports_the_checkpoints_of_a_run(finished: Finished, tiny_task: Path) -> None:
+    listed = run(python("-m", "megarl.checkpoints", "runs/sft", "--verify"), tiny_task)
+    assert listed.code == 0, listed.output
+    assert [line.split()[1] for line in listed.stdout.splitlines()] == ["10", "20", "30"]
+    assert listed.stdout.count("  actor  verified") == 3
+    exported = run(python("-m", "megarl.export", "runs/sft", "--step", "10", "--out", "exports/step_10"), tiny_task)
+    assert exported.code == 0, exported.output
+    assert exported.stdout == "the actor after step 10: exports/step_10\n"
+    weights, saved = (load_file(tiny_task / p / "model.safetensors") for p in ("exports/step_10", STEP_10))
+    assert weights.keys() == saved.keys() and all(tensor.equal(saved[name]) for name, tensor in weights.items())
+    assert AutoTokenizer.from_pretrained(tiny_task / "exports/step_10").chat_template
+
+
+def test_an_export_is_of_the_newest_checkpoint_and_in_the_dtype_that_is_asked_for(
+    finished: Finished, tiny_task: Path
+) -> None:
+    out = tiny_task / "half"
+    assert export([str(tiny_task / "runs/sft"), "--out", str(out), "--dtype", "bfloat16"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    saved = load_file(tiny_task / "runs/sft/checkpoints/final/model.safetensors")
+    assert model.dtype == torch.bfloat16
+    state = model.state_dict()
+    assert all(state[name].equal(tensor.to(torch.bfloat16)) for name, tensor in saved.items())
+
+
+def test_pruning_leaves_the_newest_and_those_links(finished: Finished, tiny_task: Path) -> None:
+    folder = _run_folder(tiny_task, "pruned")
+    assert checkpoints([str(folder), "--keep", "1"]) == 0
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == ["final", "latest", "step_30"]
+    assert (folder / "checkpoints/latest").resolve() == (folder / "checkpoints/final").resolve()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (export, ("runs/sft", "--step", "7", "--out", "x"), "has no step 7; it has 10, 20, 30"),
+        (export, ("runs/sft", "--out", "model"), "model exists; an export never writes over another folder"),
+        (export, ("runs/sft", "--out", "x", "--role", "critic"), "critic"),
+        (export, ("runs/none", "--out", "x"), "has no checkpoint; give the folder of a run that saved one"),
+        (export, ("runs/sft", "--out", "model/config.json/x"), "is no folder"),
+        (checkpoints, ("runs/none",), "has no checkpoint; give the folder of a run that saved one"),
+        (checkpoints, ("runs/sft", "--keep", "0"), "--keep 0 must be at least 1"),
+        (checkpoints, ("runs/sft", "--best-by", "loss/val"), "--best-by says which stays besides those of --keep"),
+    ],
+)
+def test_what_is_wrong_with_a_command_on_checkpoints_is_one_named_error(
+    finished: Finished,
+    tiny_task: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: Callable[[Sequence[str]], int],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tiny_task)
+    with pytest.raises(SystemExit) as ended:
+        command(arguments)
+    assert ended.value.code not in (0, None)
+    assert said in capsys.readouterr().err
+    assert not (tiny_task / "x").exists()

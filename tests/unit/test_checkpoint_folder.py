@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.checkpoint.folder import CheckpointFolder, Kept
+from megarl.checkpoint.folder import CheckpointFolder, Kept, verified
 from megarl.checkpoint.manifest import hashed
 from megarl.checkpoint.trainer_state import FILE_NAME, TrainerState, write_trainer_state
 from megarl.errors import CheckpointError
@@ -21,10 +21,10 @@ def save(folder: CheckpointFolder, step: int, *, is_last: bool = False, **metric
 def test_saved_steps_are_listed_in_order_and_linked(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     assert folder.steps() == []
-    for step in (2, 10, 4):
+    for step in (2, 4, 10):
         save(folder, step)
     assert folder.steps() == [2, 4, 10]
-    assert (folder.path / "latest").resolve() == folder.of(4)
+    assert (folder.path / "latest").resolve() == folder.of(10)
     save(folder, 12, is_last=True)
     assert (folder.path / "latest").resolve() == (folder.path / "final").resolve() == folder.of(12)
 
@@ -38,10 +38,52 @@ def test_a_save_that_was_broken_off_is_no_checkpoint_and_leaves_no_trace(tmp_pat
     assert sorted(path.name for path in folder.path.iterdir()) == ["latest", "step_1"]
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_its_manifest_is_not_passed_over(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     (save(folder, 3) / "manifest.json").unlink()
-    assert folder.steps() == []
+    assert folder.steps() == [3]
+    with pytest.raises(CheckpointError, match=r"step_3 has no manifest\.json"):
+        verified(folder.of(3))
+
+
+def test_a_checkpoint_that_was_renamed_is_named(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    save(folder, 3).rename(folder.of(4))
+    with pytest.raises(CheckpointError, match="step_4 holds step 3: it was renamed"):
+        verified(folder.of(4))
+
+
+def test_latest_leads_to_the_newest_that_is_there(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2):
+        save(folder, step)
+    latest = folder.path / "latest"
+    folder.set_aside(2)
+    assert latest.resolve() == folder.of(1)
+    latest.unlink()
+    latest.symlink_to("step_2")
+    folder.remove_leftovers()
+    assert latest.resolve() == folder.of(1)
+    folder.set_aside(1)
+    assert not latest.is_symlink()
+
+
+def test_a_leftover_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    save(folder, 1)
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / ".step_2.partial").symlink_to(tmp_path / "elsewhere")
+    folder.remove_leftovers()
+    assert (tmp_path / "elsewhere").is_dir() and not list(folder.path.glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_never_the_best(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step, value in enumerate((0.1, 0.9, 0.2), start=1):
+        save(folder, step, score=value)
+    (folder.of(2) / FILE_NAME).write_text("{")
+    folder.prune(Kept(last=1, best_by="score"))
+    assert folder.steps() == [3]
 
 
 def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,27 +95,34 @@ def test_a_link_in_a_checkpoint_is_refused(saved: Path, tmp_path_factory: pytest
         files_of(saved)
 
 
-LISTED = '{"format": 1, "step": 7, "files": [%s]}'
+def sealed(**fields: object) -> str:
+    """Return a manifest with its own hash, as whoever wrote it could have made it."""
+    content = {"format": 2, "step": 7, "files": [], **fields}
+    own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1) + "\n"
+
+
+def record(name: object) -> dict[str, object]:
+    """Return the record of a file of one byte."""
+    return {"name": name, "num_bytes": 1, "sha256": "0"}
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "truncated or not JSON"),
-        ('{"format": 1, "step": 7', "truncated or not JSON"),
+        ('{"format": 2, "step": 7', "truncated or not JSON"),
+        ("[" * 100_000, "truncated or not JSON"),
         ("[]", "has format None"),
-        ('{"format": 9}', "has format 9, this version reads 1"),
-        ('{"format": 1, "step": -1, "files": []}', "step = -1"),
-        ('{"format": 1, "step": 7, "files": {}}', "files must be"),
-        (
-            '{"format": 1, "step": 7, "files": [{"name": "../a", "num_bytes": 1, "sha256": "0"}]}',
-            "no file of this folder",
-        ),
-        (
-            '{"format": 1, "step": 7, "files": [{"name": "/a", "num_bytes": 1, "sha256": "0"}]}',
-            "no file of this folder",
-        ),
-        ('{"format": 1, "step": 7, "files": [7]}', "no file of this folder"),
+        ('{"format": 9}', "has format 9, this version reads 2"),
+        ('{"format": 2, "step": 7, "files": []}', "has changed since it was saved"),
+        (sealed().replace("7", "8", 1), "has changed since it was saved"),
+        (sealed(step=-1), "step = -1"),
+        (sealed(files={}), "files must be"),
+        (sealed(files=[7]), "no file of this folder"),
+        (sealed(files=[record("a"), record("a")]), "lists a file twice"),
+        *((sealed(files=[record(name)]), "no file of this folder") for name in ("../a", "/a", "a/../../b", "", ".", 3)),
+        *((sealed(files=[record(name)]), "no file of this folder") for name in ("./a", "a//b", "a/./b", "a/", "//a")),
     ],
 )
 def test_a_broken_manifest_is_named(saved: Path, text: str, said: str) -> None:

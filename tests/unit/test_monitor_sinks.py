@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarl.errors import ConfigError, ResourceError
+from megarl.monitor.rundir import forget_later_steps
 from megarl.monitor.sinks import JsonlSink, Tracker, open_tracker
 
 
@@ -67,6 +68,20 @@ def test_a_line_torn_by_a_crash_does_not_spoil_the_next(tmp_path: Path) -> None:
     sink.log(2, {})
     sink.close()
     assert [record["step"] for record in records(path)] == [1, 2]
+
+
+def test_tensorboard_shows_each_step_of_a_run_that_went_on_once(tmp_path: Path) -> None:
+    for first, last in ((1, 5), (3, 6), (4, 7)):  # killed after steps 5 and 6, gone on after steps 2 and 3
+        forget_later_steps(tmp_path, first - 1)
+        with open_tracker(["tensorboard"], tmp_path, "project", "experiment", {}) as tracker:
+            for step in range(first, last + 1):
+                tracker.log(step, {"loss": 100 * first + step})
+        newest = max((tmp_path / "tensorboard").iterdir())
+        newest.write_bytes(newest.read_bytes() + b"\x20\0\0")  # what is left of a record that was being written
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    points = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("loss")]
+    assert points == [(1, 101), (2, 102), (3, 303), *((step, 400 + step) for step in range(4, 8))]
 
 
 def test_tensorboard_reads_back_what_was_logged_without_torch(tmp_path: Path) -> None:

@@ -133,22 +133,28 @@ def export_adapters(model: PreTrainedModel, role: Role, out: Path) -> None:
 
     The base model is named as the run's config names it.
     """
+    assert role.lora is not None
+    whole = {name: p.full_tensor().detach().cpu() for name, p in adapters(model)}
+    if dist.get_rank() == 0:
+        write_adapters(whole, role.lora, role.shape, role.model.path, out)
+    dist.barrier()
+
+
+def write_adapters(whole: Mapping[str, Tensor], lora: Lora, shape: ModelShape, base: str | None, out: Path) -> None:
+    """Write ``out`` as peft reads it: every A and B by its name in memory, and which model they belong to."""
     from peft import LoraConfig
 
-    assert role.lora is not None
-    whole = {f"base_model.model.{_exported(name)}": p.full_tensor().detach().cpu() for name, p in adapters(model)}
-    if dist.get_rank() == 0:
-        out.mkdir()
-        save_file(whole, out / "adapter_model.safetensors", metadata={"format": "pt"})
-        LoraConfig(
-            r=role.lora.rank,
-            lora_alpha=role.lora.alpha,
-            target_modules=_ends(role.lora, role.shape),
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=role.model.path,
-            inference_mode=True,
-        ).save_pretrained(str(out))
-    dist.barrier()
+    out.mkdir()
+    named = {f"base_model.model.{_exported(name)}": tensor for name, tensor in whole.items()}
+    save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=_ends(lora, shape),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(str(out))
 
 
 def _exported(name: str) -> str:

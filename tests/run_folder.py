@@ -1,0 +1,29 @@
+"""What a run left in its folder, as tests compare two runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics of each step to the bit, without what depends on the clock."""
+    return [
+        {
+            k: v.hex() if isinstance(v, float) else v
+            for k, v in json.loads(line).items()
+            if not k.startswith(("time_s", "wall_"))
+        }
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    """Return the hash of every file that has weights or moments."""
+    return {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*.safetensors"))
+        if not path.name.startswith("random-")
+    }
