@@ -1,8 +1,8 @@
 # make quickstart | test | test-all | check: each first sets up .venv with what it needs, once.
 PYTHON ?= python3
 BIN := .venv/bin
-TESTS := tests/unit tests/structure tests/dist tests/fault tests/security tests/e2e
-SCRIPTS := $(wildcard launch/*.sh slurm/*.sh) .ci/run
+TESTS := tests/unit tests/structure tests/dist tests/fault tests/security tests/cluster tests/e2e
+SCRIPTS := $(wildcard launch/*.sh slurm/*.sh tests/cluster/*.sh) .ci/run
 
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu

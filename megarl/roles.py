@@ -5,6 +5,7 @@ One more role is a section of the config, a function here, and a line in ``roles
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -76,10 +77,10 @@ FindModel = Callable[[ModelFacts], ModelFacts]
 class Training:
     """AdamW with decoupled weight decay (none on norms and biases), clipping, a schedule, and mini-batches.
 
-    clip_grad: largest global L2 norm of the gradient. schedule: ``cosine``, ``constant`` or ``linear``, after a linear
-    warm-up, down to ``min_lr`` at ``total_steps``, which are optimizer steps; 0 until the data is read. warmup_steps,
-    warmup_ratio: as asked for, in optimizer steps or as a share of them. mini_batch_size: rollouts of an optimizer
-    step.
+    clip_grad: largest global L2 norm of the gradient. skip_grad_norm: above which, before clipping, no step is taken.
+    schedule: ``cosine``, ``constant`` or ``linear``, after a linear warm-up, down to ``min_lr`` at ``total_steps``,
+    which are optimizer steps; 0 until the data is read. warmup_steps, warmup_ratio: as asked for, in optimizer steps or
+    as a share of them. mini_batch_size: rollouts of an optimizer step.
     """
 
     lr: float
@@ -95,6 +96,11 @@ class Training:
     epochs: int = 1
     shuffle: bool = False
     warmup_ratio: float | None = None
+    skip_grad_norm: float | None = None
+
+    def takes(self, grad_norm: float) -> bool:
+        """Whether an optimizer step is taken for a gradient of this norm."""
+        return math.isfinite(grad_norm) and (self.skip_grad_norm is None or grad_norm <= self.skip_grad_norm)
 
     @property
     def warm_up(self) -> int:
@@ -423,6 +429,7 @@ def training_of(
         betas=optim.beta,
         eps=optim.eps,
         clip_grad=optim.clip_grad,
+        skip_grad_norm=optim.skip_grad_norm,
         schedule=scheduler.type,
         warmup_steps=scheduler.warmup_steps or 0,
         mini_batch_size=mini_batch_size,

@@ -104,6 +104,11 @@ class OptimConfig:
     beta: tuple[float, ...] = key("decay rates of the two moments")
     eps: float = key("added to the denominator", above=0.0, high=1.0)
     clip_grad: float = key("largest global L2 norm of the gradient", above=0.0)
+    skip_grad_norm: float | None = key(
+        "norm of the gradient, before clipping, above which a step is not taken: trainer.on_non_finite says what then; "
+        "null: none",
+        above=0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -460,14 +465,19 @@ class SFTTrainerConfig:
     strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)
+    save_every_min: float | None = key(
+        "minutes after the last save, or the start, from which the next step's end is saved; null: by save_freq alone",
+        above=0.0,
+        high=LONGEST_S / 60,
+    )
     save_contents: tuple[str, ...] = key(
         "model: a Hugging Face folder of every role that is trained; state: all that a run goes on from"
     )
     async_save: bool = key("train on while a checkpoint is written; its state is copied to host memory first")
     on_save_failure: str = key("what a disk that refuses a checkpoint does to the run", choices=("stop", "continue"))
     on_non_finite: str = key(
-        "what a step does whose gradient isn't finite: stop; skip, the update and after max_non_finite_steps stop; "
-        "rollback, skip and then go back to the last checkpoint",
+        "what a step does whose gradient isn't finite, or above optim.skip_grad_norm: stop; skip, the update and after "
+        "max_non_finite_steps stop; rollback, skip and then go back to the last checkpoint",
         choices=("stop", "skip", "rollback"),
     )
     max_non_finite_steps: int = key("steps in a row that may skip an update", low=1)
@@ -475,9 +485,23 @@ class SFTTrainerConfig:
     keep_best_by: str | None = key(
         "metric whose largest value (with - before its name: least) keeps its checkpoint as well"
     )
+    hang_timeout_s: float = key(
+        "seconds that the ranks may take for one call (generate, score, update, publish, save), or wait for one "
+        "another; then the run ends and says where each stands. Their start may take 600 in any case",
+        above=0.0,
+        high=LONGEST_S,
+    )
+    preempt_save_s: float = key(
+        "seconds after SIGTERM or SIGUSR1 in which the step must be done and saved; then the run ends without",
+        above=0.0,
+        high=LONGEST_S,
+    )
     resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
     resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
+    pass_environment: tuple[str, ...] = key(
+        "names of variables that ranks on Ray get from the controller, beside NCCL_*, GLOO_*, UCX_*, HF_* and proxies"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Optimizer steps that were skipped, since their gradient wasn't finite: what becomes of a run that has many."""
+"""Optimizer steps that were skipped for their gradient's norm: what becomes of a run that has many of them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class NonFinite:
         if not skipped:
             return False
         told = (
-            f"step {step}: the gradient norm of the {' and the '.join(skipped)} isn't finite, and the optimizer step "
-            "was not taken"
+            f"step {step}: the gradient norm of the {' and the '.join(skipped)} isn't finite, or is "
+            "above optim.skip_grad_norm, and the optimizer step was not taken"
         )
         if self.policy == STOP or self.in_a_row >= self.most:
             if self.policy != ROLLBACK or not self.checkpoints.steps():

@@ -36,7 +36,8 @@ from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
 from megarl.controller.validation import Validation
 from megarl.launchers.group import WorkerGroup
-from megarl.launchers.start import worker_group
+from megarl.launchers.start import preemption_of, worker_group
+from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.ranks.spec import RankSpec
@@ -89,6 +90,7 @@ def open_run(
     spec = RankSpec(
         inputs.roles,
         config.trainer.seed,
+        config.trainer.hang_timeout_s,
         engine_spec(config, inputs.roles[0]),
         algorithm_file,
         resumption.on_ranks if resumption else None,
@@ -97,9 +99,13 @@ def open_run(
     num_engines = world_size // config.actor_rollout_ref.rollout.tensor_model_parallel_size
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
         sinks.stage(3, 3, f"starting {world_size} ranks and {num_engines} engines, loading weights")
-        with worker_group(spec, config.trainer) as group:
+        preemption = preemption_of(config.trainer, sinks.warn)
+        with worker_group(spec, config.trainer, preemption) as group:
             observer.opened(group)
-            yield rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer)
+            run = rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer, preemption)
+            group.watchdog.place = run.place
+            yield run
+        run.raise_if_preempted()
 
 
 @contextmanager
@@ -108,13 +114,16 @@ def open_sft_run(
 ) -> Iterator[Run[Demonstrations]]:
     """Open an SFT run. values: of the config, as they are shown."""
     trainer, recipe = config.trainer, DemonstrationRecipe()
-    spec = RankSpec(inputs.roles, trainer.seed, resumed=resumption.on_ranks if resumption else None)
+    resumed = resumption.on_ranks if resumption else None
+    spec = RankSpec(inputs.roles, trainer.seed, trainer.hang_timeout_s, resumed=resumed)
     with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, ExitStack() as ranks:
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
-        group, stopwatch = ranks.enter_context(worker_group(spec, trainer)), Stopwatch(told=sinks.wait_for)
+        preemption = preemption_of(trainer, sinks.warn)
+        group = ranks.enter_context(worker_group(spec, trainer, preemption))
+        stopwatch = Stopwatch(told=sinks.wait_for)
         actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
         saver = _saver(trainer, group, run_dir, sinks)
-        yield Run(
+        run = Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
             recipe=recipe,
             actor=actor,
@@ -129,8 +138,13 @@ def open_sft_run(
             tracker=sinks,
             run_dir=run_dir,
             stopwatch=stopwatch,
+            preemption=preemption,
             evaluations=_before_training(resumption),
         )
+        group.watchdog.place = run.place
+        yield run
+        ranks.close()
+        run.raise_if_preempted()
 
 
 def rollout_run(
@@ -143,6 +157,7 @@ def rollout_run(
     values: Mapping[str, Any],
     resumption: Resumption | None,
     observer: Observer,
+    preemption: Preemption,
 ) -> Run[Samples]:
     """Return an RL run on ranks that have started."""
     trainer, data, rollout = config.trainer, config.data, config.actor_rollout_ref.rollout
@@ -215,6 +230,7 @@ def rollout_run(
         tracker=tracker,
         run_dir=run_dir,
         stopwatch=stopwatch,
+        preemption=preemption,
         evaluations=_before_training(resumption),
     )
 
@@ -226,6 +242,7 @@ def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker
         in_background=trainer.async_save,
         must_succeed=trainer.on_save_failure == "stop",
         kept=Kept(trainer.keep_checkpoints, trainer.keep_best_by),
+        every_min=trainer.save_every_min,
     )
     return Saver(group, CheckpointFolder(run_dir / "checkpoints"), settings, tracker.warn)
 

@@ -20,6 +20,7 @@ from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.controller.saving import Saver
 from megarl.monitor.console import RolloutRow, rollouts_table
 from megarl.monitor.disk import refusals_named, write_file
+from megarl.monitor.preemption import Preempted, Preemption
 from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.types import Metrics, Sequences
@@ -119,8 +120,11 @@ class Run(Generic[S]):
     tracker: Tracker
     run_dir: Path
     stopwatch: Stopwatch
+    preemption: Preemption
     evaluations: list[Evaluation] = field(default_factory=list)
     _metrics: Metrics = field(default_factory=dict)
+    _step: int = 0
+    _is_preempted: bool = False
 
     def publish(self, actor: RoleOnRanks) -> None:
         """Give the engine, if there is one, the actor's weights."""
@@ -132,7 +136,10 @@ class Run(Generic[S]):
         self._metrics |= metrics
 
     def steps(self) -> Iterator[int]:
-        """Yield every step, counted from 1; validate, save and log around them."""
+        """Yield every step, counted from 1; validate, save and log around them.
+
+        Where the machine is wanted back, the step is the last one: it is saved at once, a validation is left out.
+        """
         schedule, timed = self.schedule, self.stopwatch.timed
         if schedule.val_before_train and schedule.first == 1:
             with timed("validate"):
@@ -140,6 +147,7 @@ class Run(Generic[S]):
             self.tracker.log(0, self._drained())
         self.stopwatch.drain()
         for step in range(schedule.first, schedule.num_steps + 1):
+            self._step = step
             with timed("step"):
                 yield step
             if skipped_roles(self._metrics):
@@ -147,16 +155,32 @@ class Run(Generic[S]):
             if self.non_finite.after(step, self._metrics):
                 self.publish(self.actor)
             is_last = step == schedule.num_steps
-            if is_last or schedule.is_due(schedule.test_freq, step):
+            self._is_preempted = self.preemption.is_asked and not is_last
+            if is_last or (schedule.is_due(schedule.test_freq, step) and not self._is_preempted):
                 with timed("validate"):
                     self._evaluate(step)
-            if not is_last and schedule.is_due(schedule.save_freq, step):
+            is_save_due = schedule.is_due(schedule.save_freq, step) or self.saver.is_due()
+            if self._is_preempted or (is_save_due and not is_last):
                 with timed("save"):
                     self._save(step, self._metrics)
             metrics = self._log(step)
             self.saver.poll()
+            if self._is_preempted:
+                self.saver.finish()
+                self.preemption.saved()
+                return
         with timed("save"):
             self._save(schedule.num_steps, metrics, is_last=True)
+
+    def place(self) -> str:
+        """Return the step and the phase that the run is in, in words."""
+        step = f"step {self._step}" if self._step else "before the first step"
+        return ", ".join(filter(None, (step, self.stopwatch.innermost)))
+
+    def raise_if_preempted(self) -> None:
+        """Raise Preempted where the steps ended before the last one."""
+        if self._is_preempted:
+            raise Preempted
 
     def _save(self, step: int, metrics: Metrics, *, is_last: bool = False) -> None:
         """Save the run after ``step`` with the step's metrics."""

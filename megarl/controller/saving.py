@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +22,17 @@ _ALL = Kept()
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """models, state: what is saved. in_background: train on meanwhile. must_succeed: whether a failure ends the run."""
+    """models, state: what is saved. in_background: train on meanwhile. must_succeed: whether a failure ends the run.
+
+    every_min: minutes without a save after which one is due; None: never.
+    """
 
     models: bool = True
     state: bool = True
     in_background: bool = False
     must_succeed: bool = True
     kept: Kept = _ALL
+    every_min: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,29 @@ class _UnderWay:
 
 
 class Saver:
-    """Saves a run's checkpoints, one at a time. warn: tells a person of a save that failed."""
+    """Saves a run's checkpoints, one at a time. warn: tells a person of a save that failed. clock: of seconds."""
 
     def __init__(
-        self, group: WorkerGroup, folder: CheckpointFolder, settings: SaveSettings, warn: Callable[[str], None]
+        self,
+        group: WorkerGroup,
+        folder: CheckpointFolder,
+        settings: SaveSettings,
+        warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.group, self.folder, self.settings, self.warn = group, folder, settings, warn
+        self.group, self.folder, self.settings, self.warn, self.clock = group, folder, settings, warn, clock
+        self._last_s = clock()
         self._under_way: _UnderWay | None = None
+
+    def is_due(self) -> bool:
+        """Whether there was no save for as long as the settings allow, nor the run's start."""
+        every_min = self.settings.every_min
+        return every_min is not None and self.clock() - self._last_s >= 60 * every_min
 
     def save(self, state: TrainerState, *, is_last: bool) -> None:
         """Save the run after ``state.step``; the one before has ended then. The last is there when this returns."""
         self.finish()
+        self._last_s = self.clock()
         settings = self.settings
         with self._failures_told(state.step):
             with refusals_named(self.folder.path):

@@ -1,18 +1,21 @@
-"""Examine this machine before a run: ``python -m megarl.doctor [--json]``."""
+"""Examine this machine, or all nodes of an allocation, before a run: ``python -m megarl.doctor [--json] [--nodes]``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform as host
 import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import megarl
 from megarl.config.command_line import end_quietly_with_the_reader
+from megarl.config.compose import errors_reported
 from megarl.doctor.accelerator import (
     COMPANIONS,
     check_apex,
@@ -148,9 +151,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings and return the exit code: 1 where anything failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m megarl.doctor", description="Examine this machine before a run.")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
-    json = parser.parse_args(arguments).json
+    parser.add_argument("--nodes", action="store_true", help="examine all nodes of this allocation of Slurm")
+    asked = parser.parse_args(arguments)
+    if asked.nodes:
+        from megarl.doctor.nodes import examine_nodes, report_text  # here, since it needs psutil
+
+        with errors_reported():
+            report = examine_nodes()
+        print(json.dumps(asdict(report)) if asked.json else report_text(report))
+        return max(exit_code(found) for found in report.findings.values())
     findings = examine()
-    print(as_json(findings) if json else as_text(findings))
+    print(as_json(findings) if asked.json else as_text(findings))
     return exit_code(findings)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from megarl.launchers.watchdog import Watchdog
     from megarl.ranks.worker import Worker
 
 A = TypeVar("A")
@@ -18,13 +19,19 @@ class Futures(Protocol[T]):
     def result(self) -> list[T]:
         """Wait for all ranks, and return their answers by rank.
 
-        Raises WorkerError with the first rank's traceback where one fails or dies. The group is dead afterwards.
+        Raises WorkerError with the first rank's traceback where one fails or dies, and with where every rank stands
+        where that takes longer than trainer.hang_timeout_s. The group is dead afterwards.
         """
         ...
 
 
 class WorkerGroup(Protocol):
     """Ranks with a Worker each."""
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """What watches over the ranks."""
+        ...
 
     @property
     def world_size(self) -> int:

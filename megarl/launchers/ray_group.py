@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,9 +23,11 @@ from megarl.launchers.failure import failures_named
 from megarl.launchers.group import everywhere
 from megarl.launchers.parcels import parcels_of
 from megarl.launchers.ray_address import named_cluster, unreachable
+from megarl.launchers.watchdog import Watchdog
 from megarl.parallel.environment import platform_environment, platform_name
 from megarl.ranks.join import join_ranks, listening, start_worker
 from megarl.ranks.spec import RankSpec
+from megarl.ranks.watched import START, WatchAddress, Watched, failed_at_once
 
 if TYPE_CHECKING:
     from megarl.ranks.worker import Worker
@@ -39,6 +46,7 @@ class RankActor:
     """The process of one rank."""
 
     worker: Worker
+    watched: Watched
     listener: socket.socket | None = None
 
     def __init__(self, rank: int) -> None:
@@ -55,25 +63,30 @@ class RankActor:
         self.listener = listening(host)
         return host, self.listener.getsockname()[1]
 
-    def start(self, environment: dict[str, str], spec: RankSpec) -> None:
-        """Become the rank that ``environment`` describes."""
+    def start(self, environment: dict[str, str], spec: RankSpec, address: WatchAddress) -> None:
+        """Become the rank that ``environment`` describes. address: of whoever watches it."""
         os.environ.update(environment)
-        with failures_named("the start"):
+        self.watched = Watched(address, self.rank, failed_at_once)
+        with failures_named(START), self.watched.at(START):
             self.worker = start_worker(spec, join_ranks(self.listener))
 
     def run(self, verb: Callable[[Worker, A], T], argument: A) -> T:
         """Have the Worker run ``verb``."""
-        with failures_named(verb.__name__):
+        with failures_named(verb.__name__), self.watched.at(verb.__name__):
             return verb(self.worker, argument)
 
 
 class RayGroup:
     """One Ray actor a rank. Consecutive ranks share a node."""
 
-    def __init__(self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool) -> None:
-        self.world_size = nnodes * ranks_per_node
+    def __init__(
+        self, spec: RankSpec, *, nnodes: int, ranks_per_node: int, dashboard: bool, passed: Mapping[str, str]
+    ) -> None:
+        self.world_size, self.passed = nnodes * ranks_per_node, passed
         self.actors: list[Any] = []
-        self._session = _connect(self.world_size, dashboard)
+        with _own_sigterm():
+            self._session = _connect(self.world_size, dashboard)
+        self.watchdog = _watchdog(self.world_size, spec.hang_timeout_s)
         try:
             self._start(spec, nnodes, ranks_per_node)
         except BaseException as error:
@@ -85,28 +98,29 @@ class RayGroup:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         placement = _place(nnodes, ranks_per_node)
+        bundles = _bundles_in_order(placement)
         remote = ray.remote(RankActor)
         self.actors = [
             remote.options(
                 num_cpus=1,
                 num_gpus=1 if platform_name() == "cuda" else 0,
                 runtime_env={"env_vars": platform_environment()},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank // ranks_per_node),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, bundles[rank // ranks_per_node]),
             ).remote(rank)
             for rank in range(self.world_size)
         ]
-        host, port = _get([self.actors[0].address.remote()])[0]
-        _get(
-            [
-                actor.start.remote(self._environment(rank, ranks_per_node, host, port), spec)
-                for rank, actor in enumerate(self.actors)
-            ]
-        )
+        host, port = _get([self.actors[0].address.remote()], START, self.watchdog)[0]
+        starts = [
+            actor.start.remote(self._environment(rank, ranks_per_node, host, port), spec, self.watchdog.address)
+            for rank, actor in enumerate(self.actors)
+        ]
+        _get(starts, START, self.watchdog)
 
     def _environment(self, rank: int, ranks_per_node: int, host: str, port: int) -> dict[str, str]:
         # Ray shows an actor its own GPU alone, as device 0.
         local_rank = 0 if platform_name() == "cuda" else rank % ranks_per_node
         return {
+            **self.passed,
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.world_size),
@@ -121,7 +135,8 @@ class RayGroup:
         parcels = parcels_of(arguments)
         stored = [ray.put(content) for content in parcels.contents]
         place = parcels.of_rank()
-        return _Answers([actor.run.remote(verb, stored[place[rank]]) for rank, actor in enumerate(self.actors)])
+        pending = [actor.run.remote(verb, stored[place[rank]]) for rank, actor in enumerate(self.actors)]
+        return _Answers(pending, verb.__name__, self.watchdog)
 
     def shutdown(self) -> None:
         """Release the engines, then end the actors and, if it was started here, Ray."""
@@ -140,6 +155,8 @@ class RayGroup:
         for actor in self.actors:
             ray.kill(actor)
         ray.shutdown()
+        self.watchdog.kill_ranks_here()  # Ray leaves one that is stopped
+        self.watchdog.close()
         if self._session is not None and not keep_logs:
             shutil.rmtree(self._session, ignore_errors=True)
 
@@ -147,25 +164,27 @@ class RayGroup:
 class _Answers(Generic[T]):
     """The answers to a call on Ray."""
 
-    def __init__(self, pending: list[Any]) -> None:
-        self.pending = pending
+    def __init__(self, pending: list[Any], call: str, watchdog: Watchdog) -> None:
+        self.pending, self.call, self.watchdog = pending, call, watchdog
 
     def result(self) -> list[T]:
         """Wait for all ranks, and return their answers by rank."""
-        return _get(self.pending)
+        return _get(self.pending, self.call, self.watchdog)
 
 
-def _get(pending: list[Any]) -> list[Any]:
+def _get(pending: list[Any], call: str, watchdog: Watchdog) -> list[Any]:
     """Wait for all, but raise a failure the moment it is there: the others may wait for the failed rank."""
     import ray
 
-    waiting = list(pending)
+    waiting, deadline_s = list(pending), time.monotonic() + watchdog.limit_s(call)
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline_s - time.monotonic()))
+        if not done:
+            raise watchdog.report(call)
         try:
             ray.get(done)
         except ray.exceptions.RayError as error:
-            raise _cause(pending, error) from error
+            raise _cause(pending, error, watchdog.place()) from error
     results: list[Any] = ray.get(pending)
     return results
 
@@ -187,7 +206,27 @@ def _place(nnodes: int, ranks_per_node: int) -> Any:
     return placement
 
 
-def _cause(pending: Sequence[Any], first: Exception) -> MegarlError:
+def _bundles_in_order(placement: Any) -> list[int]:
+    """Return the bundles of a placement in the order of the addresses of their nodes."""
+    import ray
+
+    places = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    bundles = ray.util.placement_group_table(placement)["bundles_to_node_id"]
+    return in_order({bundle: places[node] for bundle, node in bundles.items()})
+
+
+def in_order(addresses: Mapping[int, str]) -> list[int]:
+    """Return keys in the order of their IP addresses, as numbers: 10.0.0.9 comes before 10.0.0.10."""
+    return sorted(addresses, key=lambda key: (ipaddress.ip_address(addresses[key]).packed, key))
+
+
+def _watchdog(world_size: int, timeout_s: float) -> Watchdog:
+    import ray
+
+    return Watchdog(ray.util.get_node_ip_address(), world_size, timeout_s)
+
+
+def _cause(pending: Sequence[Any], first: Exception, place: str) -> MegarlError:
     """Return why a call failed: the death of a rank, if there was one, since its peers' errors only follow from it."""
     import ray
 
@@ -195,7 +234,8 @@ def _cause(pending: Sequence[Any], first: Exception) -> MegarlError:
     for rank, call in enumerate(pending):
         if call in done and (death := _death(call)):
             is_memory = isinstance(death, ray.exceptions.OutOfMemoryError) or _LOW_MEMORY in str(death)
-            return out_of_memory(rank, str(death)) if is_memory else WorkerError(f"rank {rank} died: {death}")
+            died = WorkerError(f"rank {rank} died in {place}: {death}")
+            return out_of_memory(rank, str(death)) if is_memory else died
     cause = getattr(first, "cause", None)
     return cause if isinstance(cause, MegarlError) else WorkerError(f"a rank failed: {first}")
 
@@ -226,6 +266,17 @@ def _death(call: Any) -> Exception | None:
     return None
 
 
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: Ray's start has it exit with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _connect(num_cpus: int, dashboard: bool) -> Path | None:
     """Join the cluster at RAY_ADDRESS, or start a Ray of the run's own and return the folder of its session.
 
@@ -242,7 +293,7 @@ def _connect(num_cpus: int, dashboard: bool) -> Path | None:
 
     if cluster is not None:
         try:
-            ray.init(cluster)
+            ray.init(cluster, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise unreachable(cluster, str(error)) from error
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megarl.config.compose import USER_ERROR, errors_reported
@@ -12,10 +12,22 @@ from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem
 from megarl.launchers.group import WorkerGroup
 from megarl.launchers.ray_address import check_ray_address
-from megarl.launchers.starter import complete_local_rank, copies_of_command, is_torchrun, placed_rank, refusal
-from megarl.parallel.environment import apply_environment, check_platform
+from megarl.launchers.starter import (
+    complete_local_rank,
+    complete_world_of_srun,
+    copies_of_command,
+    grace_s,
+    has_peers,
+    is_torchrun,
+    placed_rank,
+    refusal,
+)
+from megarl.monitor.preemption import Limit, Preemption
+from megarl.parallel.environment import apply_environment, check_platform, passed_environment
 from megarl.ranks.spec import RankSpec
 from megarl.roles import num_ranks
+
+_END_S = 5.0  # from the last save to the end of the process
 
 
 def serve_if_not_controller() -> bool:
@@ -23,6 +35,7 @@ def serve_if_not_controller() -> bool:
 
     Ends the process where it is one of several that were started and aren't ranks; the first of them says why.
     """
+    complete_world_of_srun()
     rank = placed_rank()
     with errors_reported():
         if copies := copies_of_command():
@@ -65,31 +78,48 @@ def dismiss_ranks() -> None:
     if placed_rank() is not None:
         from megarl.launchers.torchrun_group import TorchrunGroup
 
-        TorchrunGroup.joined(None)
+        TorchrunGroup.joined(None, Preemption(None, print))
 
 
 @contextmanager
-def worker_group(spec: RankSpec, trainer: SFTTrainerConfig) -> Iterator[WorkerGroup]:
-    """Start all ranks of a run, as they were placed or on Ray, and end them afterwards."""
+def worker_group(spec: RankSpec, trainer: SFTTrainerConfig, preemption: Preemption) -> Iterator[WorkerGroup]:
+    """Start all ranks of a run, as they were placed or on Ray, and end them afterwards.
+
+    preemption: hears of signals once all have started, also of those that reach another rank.
+    """
     group: WorkerGroup
     if placed_rank() is not None:
         from megarl.launchers.torchrun_group import TorchrunGroup
 
-        joined = TorchrunGroup.joined(spec)
+        joined = TorchrunGroup.joined(spec, preemption)
         assert joined is not None
         group = joined
     else:
         from megarl.launchers.ray_group import RayGroup
 
         group = RayGroup(
-            spec, nnodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node, dashboard=trainer.ray_dashboard
+            spec,
+            nnodes=trainer.nnodes,
+            ranks_per_node=trainer.n_gpus_per_node,
+            dashboard=trainer.ray_dashboard,
+            passed=passed_environment(trainer.pass_environment),
         )
     try:
-        yield group
+        with preemption.heard():
+            yield group
     except BaseException as error:
         group.abort(error)
         raise
     group.shutdown()
+
+
+def preemption_of(trainer: SFTTrainerConfig, tell: Callable[[str], None]) -> Preemption:
+    """Return the Preemption of a run's controller. tell: tells a person."""
+    limit, grace = Limit(trainer.preempt_save_s, "trainer.preempt_save_s"), grace_s()
+    if grace is not None and grace - _END_S < limit.seconds:
+        why = f"torchrun kills ranks after {grace:g} s; its --shutdown-timeout={limit.seconds + _END_S:g} lets them be"
+        limit = Limit(max(grace - _END_S, 0.0), why)
+    return Preemption(limit, tell, has_peers)
 
 
 def check_launch(config: PPOConfig | SFTConfig) -> None:

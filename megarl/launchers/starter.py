@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -45,6 +46,13 @@ def placed_rank(environ: Mapping[str, str] = os.environ) -> int | None:
     return int(environ["RANK"]) if is_torchrun(environ) or is_one_of_many else None
 
 
+def complete_world_of_srun(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK and WORLD_SIZE of a task of srun, where MASTER_ADDR and MASTER_PORT say that tasks are ranks."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "MASTER_ADDR" in environ and "MASTER_PORT" in environ and "RANK" not in environ:
+        environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], tasks
+
+
 def complete_local_rank(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set LOCAL_RANK of a placed rank from what its launcher calls it. Raises ConfigError where it has no such name."""
     found = next((environ[name] for name in _LOCAL_RANKS if name in environ), None)
@@ -70,6 +78,38 @@ def refusal(copies: Copies, environ: Mapping[str, str] = os.environ) -> ConfigEr
     )
     fix = (
         "start torchrun once a node (srun --ntasks-per-node=1 torchrun --nnodes=... -m megarl...), or the command once "
-        f"for Ray (srun --ntasks=1), or set {', '.join(_WORLD)} and LOCAL_RANK in every process"
+        f"for Ray (srun --ntasks=1), or set {', '.join(_WORLD)} and LOCAL_RANK in every process; under srun "
+        "MASTER_ADDR and MASTER_PORT, the first node's and a free port there, are enough"
     )
     return ConfigError([Problem(copies.count, count, why, fix)])
+
+
+def has_peers(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether all ranks that torchrun started on this node live; True where it started none.
+
+    torchrun sends SIGTERM to its ranks where it got one, and where one of them has ended.
+    """
+    if not is_torchrun(environ):
+        return True
+    import psutil
+
+    try:
+        states = [child.status() for child in psutil.Process(os.getppid()).children()]
+    except psutil.NoSuchProcess:
+        return False
+    num_alive: int = len(states) - states.count(psutil.STATUS_ZOMBIE)
+    return num_alive >= int(environ["LOCAL_WORLD_SIZE"])
+
+
+def grace_s(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Return the seconds after which torchrun kills the ranks that it sent a signal to, None where it started none."""
+    if not is_torchrun(environ):
+        return None
+    import psutil
+
+    given = environ.get("PET_SHUTDOWN_TIMEOUT", environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    words = [word for part in psutil.Process(os.getppid()).cmdline() for word in part.split("=", 1)]
+    for name, value in itertools.pairwise(words):
+        if name in ("--shutdown-timeout", "--shutdown_timeout"):
+            given = value
+    return float(given)

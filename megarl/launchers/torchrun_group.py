@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,11 +20,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, WorkerError
 from megarl.launchers.failure import failures_named
 from megarl.launchers.parcels import packed, parcels_of, relay_of
-from megarl.ranks.join import join_ranks, start_worker
+from megarl.launchers.starter import has_peers
+from megarl.launchers.watchdog import Watchdog
+from megarl.monitor.preemption import Preempted, Preemption
+from megarl.ranks.join import join_ranks, limit_collectives, meeting_host, start_worker
 from megarl.ranks.spec import RankSpec
+from megarl.ranks.watched import START, Watched, failed_at_once
 
 if TYPE_CHECKING:
     from megarl.ranks.worker import Worker
@@ -52,10 +56,13 @@ class _Call:
 
 def serve() -> None:
     """Be a rank other than 0 until the run ends. A failure ends the process, and torchrun the others."""
+    # The controller hears of a signal as well, or from this rank: it is the one that saves.
+    preemption = Preemption(None, lambda text: None, has_peers)
     try:
-        group = TorchrunGroup.joined(None)
+        group = TorchrunGroup.joined(None, preemption)
         if group is not None:
-            group.serve()
+            with preemption.heard():
+                group.serve()
     except MegarlError as error:
         print(f"{type(error).__name__} on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: a peer inside a collective must see the connection close
@@ -65,24 +72,47 @@ class TorchrunGroup:
     """The ranks that are there. Rank 0 creates it with the run; the others learn the run from rank 0.
 
     A call is told to all in one broadcast. Each parcel goes from rank 0 to the first rank that takes it, and from there
-    from rank to rank. Answers other than None come back one by one.
+    from rank to rank. Answers other than None come back one by one, and with each whether its rank got a signal.
     """
 
-    def __init__(self, worker: Worker, control: dist.ProcessGroup) -> None:
-        self.worker, self.control = worker, control
+    def __init__(
+        self,
+        worker: Worker,
+        control: dist.ProcessGroup,
+        preemption: Preemption,
+        watched: Watched,
+        watchdog: Watchdog | None,
+    ) -> None:
+        self.worker, self.control, self.preemption, self.watched = worker, control, preemption, watched
+        self._watchdog = watchdog
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.waiting: deque[_Answers[Any]] = deque()
 
     @classmethod
-    def joined(cls, spec: RankSpec | None) -> TorchrunGroup | None:
+    def joined(cls, spec: RankSpec | None, preemption: Preemption) -> TorchrunGroup | None:
         """Join the other ranks; return the group once all have started, None where rank 0 has no run for them."""
-        with _failures_named("the start"):
+        with _failures_named(START, preemption):
             platform = join_ranks()
             # Calls travel in a group of their own, apart from the collectives of models and engine.
             control = dist.new_group(backend="gloo", timeout=_FOREVER)
-            specs = [spec]
-            dist.broadcast_object_list(specs, src=0, group=control)
-            return None if specs[0] is None else cls(start_worker(specs[0], platform), control)
+            watchdog = None if spec is None else Watchdog(meeting_host(), dist.get_world_size(), spec.hang_timeout_s)
+            told = [None if spec is None or watchdog is None else (spec, watchdog.address)]
+            dist.broadcast_object_list(told, src=0, group=control)
+            if told[0] is None:
+                return None
+            spec, address = told[0]
+            watched = Watched(address, dist.get_rank(), _fail)
+            limit = nullcontext() if watchdog is None else watchdog.limited(START, _fail)
+            with watched.at(START), limit:
+                worker = start_worker(spec, platform)
+            limit_collectives(_FOREVER.total_seconds(), [control])
+            return cls(worker, control, preemption, watched, watchdog)
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """What watches over all ranks, on rank 0."""
+        assert self._watchdog is not None
+        return self._watchdog
 
     def submit(self, verb: Callable[[Worker, A], T], arguments: Sequence[A]) -> _Answers[T]:
         """Have every rank run ``verb``, as WorkerGroup says; this one does when the answers are asked for."""
@@ -90,7 +120,7 @@ class TorchrunGroup:
         parcels = parcels_of(arguments)
         contents = packed(parcels)
         call = _Call(verb, parcels.takers, tuple(map(len, contents)))
-        with _failures_named(call.name):
+        with self._failures_named(call.name), self._limited(call.name):
             self._tell(call)
             for content, takers in zip(contents, parcels.takers, strict=True):
                 first = takers[0] if takers[0] != self.rank else None
@@ -103,9 +133,10 @@ class TorchrunGroup:
     def shutdown(self) -> None:
         """Let the serving ranks return."""
         self.finish(None)
-        with _failures_named("shutdown"):
+        with self._failures_named("shutdown"), self._limited("shutdown"):
             self._tell(_Call(None))
             self.worker.shutdown(None)
+        self.watchdog.close()
 
     def abort(self, cause: BaseException) -> None:
         """Do nothing: this process is about to fail, and torchrun, or the loss of this one, then ends the others."""
@@ -115,7 +146,7 @@ class TorchrunGroup:
         while self.waiting:
             answers = self.waiting.popleft()
             assert answers.call.verb is not None
-            with _failures_named(answers.call.name):
+            with self._failures_named(answers.call.name), self._limited(answers.call.name):
                 answers.found = self._gather(answers.call.verb(self.worker, answers.own))
             if answers is last:
                 return
@@ -124,15 +155,28 @@ class TorchrunGroup:
         """Answer calls until the controller shuts down."""
         name = "a wait for the next call"
         while True:
-            with _failures_named(name):
+            with self._failures_named(name):
                 call = self._tell(None)
             name = call.name
             if call.verb is None:
                 break
-            with _failures_named(name):
+            with self._failures_named(name), self.watched.at(name):
                 self._gather(call.verb(self.worker, self._receive(call)))
-        with _failures_named(name):
+        with self._failures_named(name):
             self.worker.shutdown(None)
+
+    def _failures_named(self, call: str) -> AbstractContextManager[None]:
+        return _failures_named(call, self.preemption)
+
+    @contextmanager
+    def _limited(self, call: str) -> Iterator[None]:
+        with self.watched.at(call), self.watchdog.limited(call, self._end_all):
+            yield
+
+    def _end_all(self, error: WorkerError) -> None:
+        _record(error)
+        self.watchdog.kill_ranks_here()  # torchrun would give one that is stopped half a minute
+        failed_at_once(error)
 
     def _tell(self, call: _Call | None) -> _Call:
         told = [call]
@@ -156,7 +200,7 @@ class TorchrunGroup:
     def _gather(self, answer: Any) -> list[Any]:
         """Return all answers on rank 0; None travels as a size of 0."""
         content = b"" if answer is None else pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL)
-        size = torch.tensor([len(content)])
+        size = torch.tensor([len(content), self.preemption.is_asked])
         if self.rank != 0:
             dist.gather(size, dst=0, group=self.control)
             if content:
@@ -166,7 +210,10 @@ class TorchrunGroup:
         dist.gather(size, sizes, dst=0, group=self.control)
         found: list[Any] = [answer]
         for rank in range(1, self.world_size):
-            there = torch.empty(int(sizes[rank]), dtype=torch.uint8)
+            num_bytes, has_signal = sizes[rank].tolist()
+            if has_signal:
+                self.preemption.ask(f"a signal to rank {rank}")
+            there = torch.empty(num_bytes, dtype=torch.uint8)
             if len(there):
                 dist.recv(there, src=rank, group=self.control)
             found.append(pickle.loads(there.numpy().tobytes()) if len(there) else None)
@@ -188,9 +235,26 @@ class _Answers(Generic[T]):
         return self.found
 
 
+def _fail(error: WorkerError) -> None:
+    """End this rank with an error, whatever its main thread is in."""
+    _record(error)
+    failed_at_once(error)
+
+
+def _record(error: Exception) -> None:
+    """Give an error to torchrun, whose report ends the output."""
+    try:
+        raise error
+    except Exception:  # noqa: BLE001 - torch takes the text of what is being handled
+        get_error_handler().record_exception(error)
+
+
 @contextmanager
-def _failures_named(call: str) -> Iterator[None]:
-    """Name a failure and give it to torchrun, whose report ends the output; let that of a lost peer be heard first."""
+def _failures_named(call: str, preemption: Preemption) -> Iterator[None]:
+    """Name a failure and give it to torchrun, whose report ends the output; let that of a lost peer be heard first.
+
+    The loss of one that ended since the machine is wanted back is no failure.
+    """
     with failures_named(call):
         try:
             yield
@@ -198,6 +262,8 @@ def _failures_named(call: str) -> Iterator[None]:
             raise
         except Exception as error:
             if _is_loss_of_a_peer(error):
+                if preemption.is_ending or (preemption.limit is None and preemption.is_asked):
+                    raise Preempted from error
                 time.sleep(_END_BY_TORCHRUN_S)
             get_error_handler().record_exception(error)
             raise

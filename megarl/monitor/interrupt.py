@@ -1,4 +1,4 @@
-"""The end of a run by Ctrl-C: one line, and an exit code of its own."""
+"""The end of a run by Ctrl-C, SIGTERM or SIGUSR1: one line, and an exit code of its own."""
 
 from __future__ import annotations
 
@@ -7,21 +7,34 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from megarl.monitor.preemption import PREEMPTED, SIGNALS, Preempted, leave_soon, signals_heard
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 @contextmanager
 def interrupts_told(end: Callable[[int], None] = sys.exit) -> Iterator[None]:
-    """End with exit code 130 on Ctrl-C, and say what the interrupt's notes say; without notes nothing was saved.
+    """End with exit code 130 on Ctrl-C, 75 on SIGTERM and SIGUSR1; say what the exception's notes say.
 
-    end: how this process ends. What is interrupted has been left by then.
+    Without notes nothing was saved. end: how this process ends. What is interrupted has been left by then.
     """
+    is_preempted = False
+
+    def end_at_once(number: int, frame: FrameType | None) -> None:
+        nonlocal is_preempted
+        is_preempted = True
+        raise Preempted
+
     try:
-        yield
+        # Until something that can save listens to them.
+        with signals_heard(lambda number: leave_soon(os._exit), end_at_once):
+            yield
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one has nothing left to stop
+        for number in (signal.SIGINT, *SIGNALS):  # an impatient second one has nothing left to stop
+            signal.signal(number, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":  # torchrun's others have nothing to tell
             notes = getattr(interrupt, "__notes__", ["interrupted before there was a run folder: nothing was saved"])
             print("\n".join(notes), file=sys.stderr, flush=True)
-        end(INTERRUPTED)
+        end(PREEMPTED if is_preempted or isinstance(interrupt, Preempted) else INTERRUPTED)

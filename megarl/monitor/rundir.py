@@ -81,7 +81,7 @@ def run_folder(
         write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
         write_file(path / "environment.txt", describe_environment())
         yield path
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as interrupt:  # a Preempted as well
         interrupt.add_note(after_interrupt(path, model_key))
         raise
     finally:
@@ -95,7 +95,9 @@ def after_interrupt(path: Path, model_key: str) -> str:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
     text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
-        return f"{text}; no weights were saved (trainer.save_freq says when they are): start again in another folder"
+        return f"{text}; nothing was saved (trainer.save_freq says when it is): start again in another folder"
+    if (saved / "state").is_dir():
+        return f"{text}; {saved.name} is saved: the same command with trainer.run_dir={path} goes on after it"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
     return f"{text}; weights of {saved.name} are saved: go on from them with {model_key}={saved}{critic}"
 

@@ -31,8 +31,13 @@ class Stopwatch:
             yield
         finally:
             self._open.pop()
-            self._told(self._open[-1] if self._open else "")
+            self._told(self.innermost)
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+
+    @property
+    def innermost(self) -> str:
+        """The innermost name that time is spent in now, an empty string outside of all."""
+        return self._open[-1] if self._open else ""
 
     def drain(self) -> dict[str, float]:
         """Return seconds by name, in order of first use, and start again from zero."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -21,6 +21,9 @@ ProductsName = Literal["onednn", "torch"]
 
 OVERRIDE = "MEGARL_PLATFORM"
 PRODUCTS = "MEGARL_CPU_PRODUCTS"
+
+PASSED = ("NCCL_", "GLOO_", "UCX_", "HF_")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 _PROCESSOR = Path("/proc/cpuinfo")
 
@@ -105,6 +108,18 @@ def platform_environment(environ: Mapping[str, str] = os.environ) -> dict[str, s
         # Of the process that asks: ranks on other hosts are told, and all compute alike.
         defaults |= _CPU_ONLY | {PRODUCTS: products_name(environ)}
     return {name: environ.get(name, value) for name, value in defaults.items()}
+
+
+def passed_environment(names: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that ranks on other nodes get from this process: those of PASSED, and those of ``names``.
+
+    A name that isn't set is left out.
+    """
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in names or name.startswith(PASSED) or name.lower() in _PROXIES
+    }
 
 
 def apply_environment() -> None:

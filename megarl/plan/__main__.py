@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from megarl.checks.run import CheckedRun, check_ppo, check_sft, without_effect
 from megarl.config.command_line import FlagParser, end_quietly_with_the_reader, take_flags
 from megarl.config.compose import errors_reported, run_hydra
-from megarl.config.programs import PPO, SFT, program_of
+from megarl.config.programs import PPO, SFT, Program, program_of
 from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import Absent, ConfigError, Problem
-from megarl.parallel.environment import PlatformName
+from megarl.parallel.environment import PlatformName, platform_name
 from megarl.plan.advise import advise
 from megarl.plan.changes import device_with_memory
-from megarl.plan.devices import Device, device
+from megarl.plan.devices import Device, device, this_device
+from megarl.plan.kuberay import kuberay_manifest
 from megarl.plan.of_run import known_models, plan_of, planned
 from megarl.plan.report import advice_json, advice_text, no_effect_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
@@ -27,12 +28,15 @@ from megarl.plan.verdict import verdict_on
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
-                             [--device=NAME] [--gpu-memory=GIB] [--gpus=N] [--json] [--advise]
+                             [--device=NAME] [--gpu-memory=GIB] [--gpus=N] [--here]
+                             [--json] [--advise] [--kuberay=IMAGE]
 
   --device=NAME      what a rank runs on: A100-80, H100, H200, H20, B200, ..., or cpu, this machine; default H100
   --gpu-memory=GIB   its memory, if other than that device's
   --gpus=N           on so many devices, in nodes of trainer.n_gpus_per_node, whatever trainer.nnodes is
+  --here             as a run on this machine checks itself: on its devices, and with all files there
   --json             print JSON
+  --kuberay=IMAGE    print a RayJob of KubeRay in place of a plan that fits, and the plan of one that doesn't
   --advise           search layouts and offloads for the model and batch, and rank those that fit
 
 The rest is as for megarl.main_ppo: see python -m megarl.main_ppo --help. Exit code 0 where the run fits, 1 where it
@@ -41,6 +45,7 @@ doesn't, 2 for a mistake in the configuration. A recipe of megarl.main_sft is pl
 recipes:
 {recipes}"""
 DOES_NOT_FIT = 1
+_DEVICE = "H100"
 C = TypeVar("C", PPOConfig, SFTConfig)
 
 
@@ -48,41 +53,61 @@ def main() -> None:
     """Compose, check, plan, print."""
     end_quietly_with_the_reader()
     parser = FlagParser()
-    parser.add_argument("--device", default="H100")
+    parser.add_argument("--device")
     parser.add_argument("--gpu-memory", type=float)
     parser.add_argument("--gpus", type=int)
+    parser.add_argument("--kuberay")
+    parser.add_argument("--here", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--advise", action="store_true")
     with errors_reported():
         flags, rest = take_flags(parser, sys.argv[1:])
+        if flags.kuberay is not None and (flags.json or flags.advise or flags.here):
+            raise ConfigError(
+                [Problem("--kuberay", flags.kuberay, "prints a manifest and nothing else", "leave it out")]
+            )
+        if flags.here and flags.device is not None:
+            raise ConfigError([Problem("--device", flags.device, "--here asks for this machine's", "leave one out")])
 
     def task(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
         if flags.gpus is not None:
             values = _on(values, flags.gpus)
-        platform: PlatformName = "cpu" if flags.device.lower() == "cpu" else "cuda"
+        name = flags.device or _DEVICE
+        platform: PlatformName = "cpu" if name.lower() == "cpu" else "cuda"
+        if flags.here:
+            platform = platform_name()
         if program_of(values) is SFT:
             if flags.advise:
                 raise ConfigError(
                     [Problem("--advise", Absent(), "searches layouts of an RL run alone", "leave it out")]
                 )
-            of_sft = check_sft(values, files_may_be_missing=True, platform=platform)
-            _plan(of_sft, _place(of_sft.config, flags.device, flags.gpu_memory), flags.json)
+            of_sft = check_sft(values, files_may_be_missing=not flags.here, platform=platform)
+            place = _place(of_sft.config, None if flags.here else name, flags.gpu_memory)
+            if flags.kuberay is not None:
+                _kuberay(of_sft, place, SFT, rest, flags.kuberay)
+            else:
+                _plan(of_sft, place, flags.json, flags.here)
             return
-        checked = check_ppo(values, files_may_be_missing=True, platform=platform)
-        place = _place(checked.config, flags.device, flags.gpu_memory)
-        if flags.advise:
+        checked = check_ppo(values, files_may_be_missing=not flags.here, platform=platform)
+        place = _place(checked.config, None if flags.here else name, flags.gpu_memory)
+        if flags.kuberay is not None:
+            _kuberay(checked, place, PPO, rest, flags.kuberay)
+        elif flags.advise:
             _advise(checked, place, flags.json)
         else:
-            _plan(checked, place, flags.json)
+            _plan(checked, place, flags.json, flags.here and not checked.config.trainer.plan_must_fit)
 
     run_hydra(PPO.config_name, task, rest, HELP)
 
 
-def _place(config: PPOConfig | SFTConfig, name: str, gpu_memory: float | None) -> Device:
-    return device_with_memory(device(name, config.trainer.n_gpus_per_node, "--device"), gpu_memory)
+def _place(config: PPOConfig | SFTConfig, name: str | None, gpu_memory: float | None) -> Device:
+    """Return the device of a rank: by name, this machine's where it is None."""
+    ranks = config.trainer.n_gpus_per_node
+    return device_with_memory(this_device(ranks) if name is None else device(name, ranks, "--device"), gpu_memory)
 
 
-def _plan(checked: CheckedRun[C], place: Device, as_json: bool) -> None:
+def _plan(checked: CheckedRun[C], place: Device, as_json: bool, may_lack: bool) -> None:
+    """Print the plan; exit with a code where it doesn't fit, unless it ``may_lack`` memory and starts all the same."""
     plan = planned(checked, place)
     verdict = None
     if not plan.fits:
@@ -92,8 +117,17 @@ def _plan(checked: CheckedRun[C], place: Device, as_json: bool) -> None:
         print(json.dumps(plan_json(plan, verdict, checked.notes, idle), indent=1))
     else:
         print(no_effect_text(idle) + plan_text(plan, verdict, checked.notes))
-    if not plan.fits:
+    if not plan.fits and not may_lack:
         sys.exit(DOES_NOT_FIT)
+
+
+def _kuberay(checked: CheckedRun[C], place: Device, program: Program, arguments: Sequence[str], image: str) -> None:
+    """Print the manifest of a run that fits."""
+    plan = planned(checked, place)
+    if plan.fits:
+        print(kuberay_manifest(plan, program.name, arguments, image), end="")
+    else:
+        _plan(checked, place, as_json=False, may_lack=False)
 
 
 def _advise(checked: CheckedRun[PPOConfig], place: Device, as_json: bool) -> None:

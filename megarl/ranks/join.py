@@ -5,17 +5,22 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Collection
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined] # torch doesn't list it
 
     from megarl.parallel.platform import Platform
     from megarl.ranks.worker import Worker
 
+_REPORT_S = 30.0  # for the controller to say first where all ranks stand
 _LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 
@@ -46,7 +51,21 @@ def start_worker(spec: RankSpec, platform: Platform) -> Worker:
     """Return this rank's Worker, after ``join_ranks``."""
     from megarl.ranks.worker import Worker
 
-    return Worker(spec, platform.device(int(os.environ["LOCAL_RANK"])))
+    worker = Worker(spec, platform.device(int(os.environ["LOCAL_RANK"])))
+    limit_collectives(spec.hang_timeout_s + _REPORT_S)
+    return worker
+
+
+def limit_collectives(timeout_s: float, groups: Collection[ProcessGroup] | None = None) -> None:
+    """Have a collective of some groups, of all that there are unless they are given, fail after ``timeout_s``.
+
+    Each library gives the groups that it makes a limit of its own: torch and Megatron half an hour.
+    """
+    import torch.distributed as dist
+
+    for group in dist.distributed_c10d._world.pg_map.copy() if groups is None else groups:
+        for device in group._device_types:
+            group._get_backend(device)._set_default_timeout(timedelta(seconds=timeout_s))
 
 
 def listening(host: str, port: int = 0) -> socket.socket:
@@ -62,9 +81,33 @@ def listening(host: str, port: int = 0) -> socket.socket:
         return socket.create_server(("", port), family=family)
 
 
+def meeting_host() -> str:
+    """Return the host that the ranks meet at, where rank 0 is: MASTER_ADDR, or loopback on a single node."""
+    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return _LOOPBACK if is_one_node else os.environ["MASTER_ADDR"]
+
+
 def _resolved(host: str, port: int) -> tuple[Any, ...]:
     """Return family, type, protocol, name and address of a host, as socket.getaddrinfo gives them."""
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+
+
+def interface_to(host: str, port: int = 1) -> str | None:
+    """Return the network interface by which this machine reaches a host, None where the kernel knows no way.
+
+    gloo would take the one that this machine's own name leads to, which may be none that others reach.
+    """
+    family, _, _, _, address = _resolved(host, port)
+    if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        return _LOOPBACK_INTERFACE
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(address)  # sends nothing
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    found = [name for name, entries in psutil.net_if_addrs().items() if own in (entry.address for entry in entries)]
+    return found[0] if found else None
 
 
 def _store(listener: socket.socket | None) -> Store:
@@ -72,15 +115,14 @@ def _store(listener: socket.socket | None) -> Store:
     host, port, is_first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # What torchrun listens on is its own affair. Its store is told where the ranks meet, and nothing else.
-        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-            host = _LOOPBACK
+        host = meeting_host()
         listener = listening(host) if is_first else None
         port = _told_port(listener)
     elif is_first and listener is None:
         listener = listening(host, port)
-    if ipaddress.ip_address(_resolved(host, port)[-1][0]).is_loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    if interface := interface_to(host, port):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     return _tcp_store(host, port, listener)
 
 

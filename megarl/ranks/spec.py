@@ -22,12 +22,13 @@ class Resumed:
 class RankSpec:
     """A run as every rank needs to know it, the same on all.
 
-    engine: None where nothing is generated. algorithm_file: the user's own losses. resumed: None at a run's start.
-    Paths are absolute.
+    hang_timeout_s: that a collective may take. engine: None where nothing is generated. algorithm_file: the user's own
+    losses. resumed: None at a run's start. Paths are absolute.
     """
 
     roles: tuple[Role, ...]
     seed: int
+    hang_timeout_s: float
     engine: VllmSpec | None = None
     algorithm_file: str | None = None
     resumed: Resumed | None = None

@@ -77,7 +77,7 @@ class EveryRank:
 
 def _learn(role: Role, batch: PolicyBatch, loss: PolicyLossSpec) -> Learnt:
     """Score, update and score again, as a controller does."""
-    group = EveryRank(Worker(RankSpec((role,), seed=0), torch.device("cpu")))
+    group = EveryRank(Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu")))
     actor = RoleOnRanks(role, group, 5, Stopwatch(), loss, loss.temperature)
     before_BS = actor.logprobs(batch)
     actor.update(batch, 1)

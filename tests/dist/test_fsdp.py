@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,21 +164,25 @@ def test_bfloat16_computes_in_it_and_keeps_main_weights_and_moments_in_float32(r
     assert all(dtypes == {torch.float32} for _, dtypes, _ in answers)
 
 
-def _step_on_nan(role: Role, batch: PolicyBatch) -> tuple[Skipped | Metrics, bool]:
-    """Take a step on a loss that is no number; return what it said, and whether every parameter is as it was."""
+def _step_on(role: Role, batch: PolicyBatch, factor: float) -> tuple[Skipped | Metrics, bool]:
+    """Take a step on a loss times a factor; return what it said, and whether every parameter is as it was."""
     backend = backend_on_rank(role)
     before = {name: part.clone() for name, part in backend.parameters().items()}
     micros = backend.pack(batch, [(0, 1)])
     with backend.updating():
-        told = backend.step(micros, lambda _, output: (output.logprobs(1.0).logprobs_N.sum() * float("nan"), {}), 2)
+        told = backend.step(micros, lambda _, output: (output.logprobs(1.0).logprobs_N.sum() * factor, {}), 2)
     return told, all(part.equal(before[name]) for name, part in backend.parameters().items())
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_or_too_large_changes_nothing(ranks: RankPool, tmp_path: Path) -> None:
     save_tiny_model("qwen2-tied", tmp_path)
     found = make_reference(tmp_path, 99)
-    for told, is_as_before in ask(ranks, _step_on_nan, role_on(TWO, tmp_path, training=TRAINING), found.rollouts):
-        assert isinstance(told, Skipped) and is_as_before
+    small = replace(TRAINING, skip_grad_norm=1e-6)
+    for training, factor in ((TRAINING, math.nan), (small, 1.0)):
+        role = role_on(TWO, tmp_path, training=training)
+        for told, is_as_before in ask(ranks, _step_on, role, found.rollouts, factor):
+            assert isinstance(told, Skipped) and is_as_before
+            assert math.isnan(told.grad_norm) if math.isnan(factor) else told.grad_norm > 1e-6
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": torch.ones(1, 24)}, {"use_cache": True}], ids=str)

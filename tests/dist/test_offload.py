@@ -191,7 +191,7 @@ def _work(roles: dict[str, Role], out: Path, batch: PolicyBatch) -> dict[str, li
     """Let a Worker of each role take three optimizer steps, with an evaluation after each, and save."""
     told: dict[str, list[Metrics]] = {}
     for name, role in roles.items():
-        worker = Worker(RankSpec((role,), seed=0), torch.device("cpu"))
+        worker = Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu"))
         actor: Any = worker.roles["actor"]
         told[name] = [_step(actor, batch) for _ in range(3)]
         (out / name).mkdir(exist_ok=True)

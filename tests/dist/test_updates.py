@@ -113,6 +113,18 @@ def _try(role: Role, batch: PolicyBatch) -> Tried:
     return Tried(told, before, after, _held(backend), _held(fresh))
 
 
+def _skip(role: Role, batch: PolicyBatch) -> tuple[Metrics | Skipped, bool]:
+    """Take a step; return what it told, and whether all that is held is as it was."""
+    backend = backend_on_rank(role)
+    rows, micros = share(role, batch)
+    before = _held(backend)
+    with backend.updating():
+        told = backend.step(
+            backend.pack(rows, micros), lambda _, output: (output.logprobs(1.0).logprobs_N.sum(), {}), len(batch)
+        )
+    return told, _equal(_held(backend), before)
+
+
 def _held(backend: MegatronBackend) -> list[Tensor]:
     """Return copies of the parameters, and of those that Adam steps."""
     inner: Any = backend.optimizer and backend.optimizer.inner
@@ -149,3 +161,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_the_next_step_is_the_
         assert _equal(tried.after, tried.before)
         assert not _equal(tried.first, tried.before)
         assert _equal(tried.next, tried.first)
+
+
+def test_a_gradient_that_is_too_large_changes_nothing(ranks: RankPool, reference: Callable[..., Reference]) -> None:
+    found = reference(DENSE)
+    for limit, is_taken in ((1e-6, False), (1e9, True)):
+        role = role_on(Layout(2), found.folder, dtype="float32", training=replace(TRAINING, skip_grad_norm=limit))
+        for told, is_as_before in ask(ranks, _skip, role, found.rollouts):
+            assert isinstance(told, Skipped) != is_taken
+            assert is_as_before != is_taken

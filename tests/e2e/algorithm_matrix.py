@@ -24,7 +24,7 @@ from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
 from megarl.controller.observer import Observer
 from megarl.controller.open import engine_spec, rollout_run
-from megarl.launchers.start import serve_if_not_controller, worker_group
+from megarl.launchers.start import preemption_of, serve_if_not_controller, worker_group
 from megarl.monitor.sinks import open_tracker
 from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
@@ -106,16 +106,17 @@ def main(out: Path, recipe: str, names: Sequence[str]) -> None:
         cases = {name: compose_config(recipe, algorithms()[name]) for name in names}
         trainer = everything.config.trainer
         roles = with_total_steps(everything.config, everything.roles, 1000)
-        spec = RankSpec(roles, trainer.seed, engine_spec(everything.config, everything.actor))
+        spec = RankSpec(roles, trainer.seed, trainer.hang_timeout_s, engine_spec(everything.config, everything.actor))
         reward, results = RewardSpec(path="reward.py", components=("digits", "length")), {}
-        with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec, trainer) as group:
+        preemption = preemption_of(trainer, print)
+        with RewardPool(1, 10.0, reward, 0.0) as pool, worker_group(spec, trainer, preemption) as group:
             for name, (checked, values) in cases.items():
                 config = checked.config
                 folder = Path("matrix") / recipe / name
                 folder.mkdir(parents=True)
                 inputs = read_ppo_inputs(checked)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
-                    train(rollout_run(config, inputs, group, pool, tracker, folder, {}, None, Observer()))
+                    train(rollout_run(config, inputs, group, pool, tracker, folder, {}, None, Observer(), preemption))
                 lines = (folder / "metrics.jsonl").read_text().splitlines()
                 results[name] = [step for line in lines if (step := json.loads(line))["step"] > 0]
     out.write_text(json.dumps(results))

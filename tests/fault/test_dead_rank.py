@@ -92,7 +92,7 @@ def test_nothing_is_left_after_the_death_of_a_rank(killed: dict[str, Struck], la
 
 def test_ray_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck]) -> None:
     error = killed["ray"].finished.stderr
-    assert error.startswith("WorkerError: rank 1 died: ")
+    assert error.startswith("WorkerError: rank 1 died in step 2, update_actor: ")
     assert "its worker process has died" in error
     assert "Traceback" not in error, "its peers' tracebacks only follow from the death"
 

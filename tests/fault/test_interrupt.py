@@ -15,7 +15,7 @@ COMMAND = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "reward.path=interrupting.py"),
     *("trainer.val_before_train=false", "trainer.save_freq=1", "reward.try_first=false"),
 )
-# What a terminal does: all processes in the foreground hear of it, even if these tests run in a background that doesn't.
+# What a terminal does: all in the foreground hear of it, even if these tests run in a background that does not.
 IN_FOREGROUND = (
     *("env", "--default-signal=INT"),
     *("setsid", "--wait", "bash", "-c", 'echo $$ > foreground; exec "$0" "$@"'),
@@ -62,10 +62,9 @@ def _interrupted(tiny_task: Path, name: str, command: list[str]) -> Interrupted:
 
 
 def _says(done: Interrupted) -> str:
-    saved = done.folder / "checkpoints" / "step_1"
     return (
-        f"interrupted after step 1; its metrics are in {done.folder}; weights of step_1 are saved: "
-        f"go on from them with actor_rollout_ref.model.path={saved}\n"
+        f"interrupted after step 1; its metrics are in {done.folder}; step_1 is saved: "
+        f"the same command with trainer.run_dir={done.folder} goes on after it\n"
     )
 
 

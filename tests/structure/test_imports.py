@@ -29,6 +29,7 @@ LAYERS = (
     {"checkpoint"},
     {"ranks"},
     {"launchers"},
+    {"nodes"},
     {"controller", "doctor", "from_verl"},
     {"verify"},
     {"main_ppo", "main_sft", "checkpoints", "export", "__main__"},

@@ -319,3 +319,9 @@ def test_flags_of_a_command_are_taken_out_before_the_config_is_composed() -> Non
     assert rest == ["data.a=1", "--config-name=x", "+b.c=-1"]
     with pytest.raises(ConfigError, match="--gpus: invalid int value: 'x'"):
         take_flags(parser, ["--gpus=x"])
+
+
+def test_of_several_recipes_the_last_counts() -> None:
+    typed = ["--config-name=ppo_megatron_trainer", "experiment=qwen3_235b_4x8", "+experiment=quickstart"]
+    values = compose(parse_command_line([*typed, "experiment=quickstart"], "ppo_trainer")).values()
+    assert values["trainer"]["experiment_name"] == "quickstart" and values["trainer"]["nnodes"] == 1

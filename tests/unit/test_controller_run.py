@@ -25,6 +25,7 @@ from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.controller.run import Run, Schedule
 from megarl.controller.saving import Saver, SaveSettings
 from megarl.monitor.console import RolloutRow
+from megarl.monitor.preemption import Limit, Preempted, Preemption
 from megarl.monitor.sinks import Tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.parallel.layout import Layout
@@ -109,6 +110,7 @@ class Opened:
         self.ranks = PlainRanks(1, self.answer)
         self.sampler = Chats(self.events)
         self.checkpoints, stopwatch = CheckpointFolder(folder / "checkpoints"), Stopwatch()
+        self.preemption = Preemption(Limit(3600.0, "this test"), self.events.append)
         actor, critic = (role_on(Layout(1), name=name) for name in ("actor", "critic"))
         values = RoleOnRanks(critic, self.ranks, 0, stopwatch, ValueLossSpec(0.2, "token-mean"))
         self.run = Run(
@@ -126,6 +128,7 @@ class Opened:
             tracker=Tracker([self.sink]),
             run_dir=folder,
             stopwatch=stopwatch,
+            preemption=self.preemption,
         )
 
     def answer(self, rank: int, verb: str, argument: object) -> object:
@@ -211,6 +214,43 @@ def test_a_run_that_goes_on_takes_the_steps_that_are_left_and_does_not_validate_
     opened = Opened(tmp_path, Schedule(4, first=3, val_before_train=True))
     opened.go()
     assert opened.events == ["step 3", "log 3", "step 4", "evaluate 4", "log 4", "save step_4"]
+
+
+def test_a_step_at_whose_end_a_save_is_due_by_the_clock_is_saved(tmp_path: Path) -> None:
+    opened, now_s = Opened(tmp_path, Schedule(5, save_freq=4)), [0.0]
+    opened.run.saver = Saver(
+        opened.ranks, opened.checkpoints, SaveSettings(every_min=1.0), opened.events.append, lambda: now_s[0]
+    )
+    for _ in opened.run.steps():
+        now_s[0] += 31.0
+    assert opened.checkpoints.steps() == [2, 4, 5]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_that_is_asked_to_end_saves_that_step_without_validating_and_takes_no_other(
+    tmp_path: Path, in_background: bool
+) -> None:
+    opened = Opened(tmp_path, Schedule(4, test_freq=1))
+    opened.run.saver.settings = SaveSettings(in_background=in_background)
+    for step in opened.run.steps():
+        opened.events.append(f"step {step}")
+        if step == 2:
+            opened.preemption.ask("a signal")
+    told = "a signal: the run saves at the end of this step, and ends; a second signal ends it at once"
+    assert opened.events == ["step 1", "evaluate 1", "log 1", "step 2", told, "save step_2", "log 2"]
+    assert opened.checkpoints.steps() == [2]
+    assert not (tmp_path / "checkpoints" / "final").exists()
+    with pytest.raises(Preempted):
+        opened.run.raise_if_preempted()
+
+
+def test_a_run_that_is_asked_to_end_in_its_last_step_has_come_to_its_end(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, Schedule(1))
+    for _ in opened.run.steps():
+        opened.preemption.ask("a signal")
+    opened.preemption.saved()
+    opened.run.raise_if_preempted()
+    assert (tmp_path / "checkpoints" / "final").resolve() == opened.checkpoints.of(1)
 
 
 def test_the_value_before_training_is_saved_with_every_checkpoint(tmp_path: Path) -> None:

@@ -57,6 +57,21 @@ def test_what_the_ranks_wrote_and_the_controllers_state_become_a_checkpoint(tmp_
     assert (work.models, work.state, work.in_background) == (False, True, False)
 
 
+def test_a_save_is_due_so_many_minutes_after_the_last_or_the_start_and_never_unless_asked_for(tmp_path: Path) -> None:
+    saving, now_s = Saving(tmp_path, every_min=1.5), [1000.0]
+    settings = saving.saver.settings
+    saver = Saver(saving.ranks, saving.folder, settings, saving.told.append, lambda: now_s[0])
+    due = []
+    for now_s[0] in (1089.0, 1090.0, 1180.0):
+        due.append(saver.is_due())
+    saver.save(TrainerState(3, 3, None), is_last=False)
+    for now_s[0] in (1181.0, 1269.0, 1270.0):
+        due.append(saver.is_due())
+    assert due == [False, True, True, False, False, True]
+    saver.settings = SaveSettings()
+    assert not saver.is_due()
+
+
 def test_a_save_in_the_background_is_there_once_every_rank_is_done(tmp_path: Path) -> None:
     saving = Saving(tmp_path, is_slow=True, in_background=True)
     saving.save(1)

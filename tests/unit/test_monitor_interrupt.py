@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
 from megarl.monitor.interrupt import interrupts_told
+from megarl.monitor.preemption import SIGNALS
 
 
 def told(capsys: pytest.CaptureFixture[str], *notes: str) -> str:
@@ -29,6 +34,25 @@ def test_one_before_there_is_anything_says_so(capsys: pytest.CaptureFixture[str]
 def test_ranks_that_serve_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert told(capsys, "what is saved") == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_of_whoever_wants_the_machine_back_has_a_code_of_its_own(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def be_signalled() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, *SIGNALS)]
+    try:
+        with pytest.raises(SystemExit) as caught, interrupts_told():
+            be_signalled()
+    finally:
+        for n, handler in zip((signal.SIGINT, *SIGNALS), before, strict=True):
+            signal.signal(n, handler)
+    assert caught.value.code == 75
+    assert capsys.readouterr().err == "interrupted before there was a run folder: nothing was saved\n"
 
 
 def test_other_errors_pass() -> None:

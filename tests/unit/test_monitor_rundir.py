@@ -170,7 +170,10 @@ def test_an_interrupt_says_what_is_saved_and_how_to_go_on(tmp_path: Path) -> Non
     assert interrupted(tmp_path / "b", "step_1/critic").endswith(
         f"critic.model.path={tmp_path / 'b'}/checkpoints/step_1/critic"
     )
-    assert "no weights were saved (trainer.save_freq" in interrupted(tmp_path / "c", "step_2.partial")
+    assert interrupted(tmp_path / "e", "step_2/state").endswith(
+        f"; step_2 is saved: the same command with trainer.run_dir={tmp_path / 'e'} goes on after it"
+    )
+    assert "nothing was saved (trainer.save_freq" in interrupted(tmp_path / "c", "step_2.partial")
     assert interrupted(tmp_path / "d") == (
         f"interrupted before a step was finished; the same command starts again. run folder: {tmp_path / 'd'}"
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megarl.errors import ConfigError
-from megarl.parallel.environment import platform_environment, platform_name
+from megarl.parallel.environment import passed_environment, platform_environment, platform_name
 from megarl.parallel.platform import Platform
 from tests.tiny_task import write_tiny_task
 
@@ -98,3 +98,19 @@ def test_the_platform_has_to_come_before_megatron() -> None:
     )
     run = _python(program, MEGARL_PLATFORM="cpu")
     assert "install_platform() must run before the first import of megatron.core" in run.stderr
+
+
+def test_ranks_elsewhere_get_what_the_network_and_the_hub_need_and_what_is_named() -> None:
+    environ = {
+        "NCCL_DEBUG": "INFO",
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "UCX_TLS": "rc",
+        "HF_HOME": "cache",
+        "https_proxy": "proxy",
+        "NO_PROXY": "localhost",
+        "MY_REWARD_URL": "url",
+        "PATH": "bin",
+        "HOME": "home",
+    }
+    passed = passed_environment(("MY_REWARD_URL", "NOT_SET"), environ)
+    assert passed == {name: environ[name] for name in environ if name not in ("PATH", "HOME")}

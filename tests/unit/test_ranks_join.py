@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
 
-from megarl.ranks.join import listening
+from megarl.ranks.join import interface_to, listening
 
 NUM_RANKS = 2
 # A rank that joins, adds up the ranks, and says what it listens on.
@@ -75,3 +76,11 @@ def test_ranks_of_torchrun_meet_apart_from_its_store_which_hears_of_a_port_alone
     assert [total for total, _ in found] == [3, 3]
     assert {address for _, addresses in found for address in addresses} == {"127.0.0.1"}
     assert [key for key in agent.list_keys() if not key.startswith("init/")] == ["megarl/port/1"]
+
+
+def test_the_interface_to_this_machine_is_the_loopback_or_else_that_of_the_address() -> None:
+    assert interface_to("127.0.0.1") == "lo"
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            if entry.family == socket.AF_INET and name != "lo":
+                assert interface_to(entry.address) == name

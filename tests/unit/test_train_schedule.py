@@ -67,3 +67,17 @@ def test_a_warm_up_beyond_the_run_ends_before_its_last_update(asked: dict[str, f
     assert _rates(replace(LINEAR, total_steps=2, **asked)) == [1.0, 1.0]
     assert _rates(replace(LINEAR, total_steps=1, **asked)) == [1.0]
     assert _rates(replace(LINEAR, total_steps=3, **asked))[:2] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "grad_norm", "is_taken"),
+    [
+        (None, 1e30, True),
+        *((limit, bad, False) for limit in (None, 5.0) for bad in (math.inf, math.nan)),
+        *((5.0, norm, norm <= 5.0) for norm in (0.0, 5.0, 5.001)),
+    ],
+)
+def test_a_step_is_taken_for_a_gradient_that_is_finite_and_not_above_the_limit(
+    limit: float | None, grad_norm: float, is_taken: bool
+) -> None:
+    assert replace(LINEAR, skip_grad_norm=limit).takes(grad_norm) == is_taken

@@ -58,18 +58,19 @@ class Optimizer:
         """Take one optimizer step on the sum of ``loss`` over micro-batches and data-parallel ranks.
 
         Return the sum of what ``loss`` told over this rank's micro-batches, with grad_norm (before clipping) and lr;
-        Skipped where the gradient isn't finite. Gradients are there only meanwhile.
+        Skipped where the gradient isn't finite or too large. Gradients are there only meanwhile.
         """
         with self.resident():
             metrics = summed(self.model.run(micros, loss, forward_only=False))
             lr, gradients = self._set_learning_rate(), self._gradients()
             grad_norm = self._norm(gradients)
-            if math.isfinite(grad_norm):
+            is_taken = self.training.takes(grad_norm)
+            if is_taken:
                 if grad_norm > self.training.clip_grad:
                     torch._foreach_mul_(gradients, self.training.clip_grad / (grad_norm + 1e-6))
                 self.inner.step()
             self.inner.zero_grad(set_to_none=True)
-        return metrics | {"grad_norm": grad_norm, "lr": lr} if math.isfinite(grad_norm) else Skipped(grad_norm)
+        return metrics | {"grad_norm": grad_norm, "lr": lr} if is_taken else Skipped(grad_norm)
 
     def _trained(self) -> Iterator[torch.nn.Parameter]:
         """Yield the parameters that are trained: all, or adapters alone."""

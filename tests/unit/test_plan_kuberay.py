@@ -1,0 +1,41 @@
+"""A plan as a RayJob of KubeRay."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import yaml
+
+RECIPE = ("--config-name=ppo_megatron_trainer", "experiment=qwen3_235b_4x8")
+
+
+def printed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megarl.plan", *RECIPE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_manifest_has_a_pod_for_each_node_with_the_devices_and_memory_of_the_plan() -> None:
+    done = printed("--kuberay=registry/megarl:1", "data.train_files=['a b.parquet']")
+    assert (done.returncode, done.stderr) == (0, "")
+    job = yaml.safe_load(done.stdout)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert job["spec"]["entrypoint"] == (
+        "cd /mnt/megarl && python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=qwen3_235b_4x8 "
+        "'data.train_files=['\"'\"'a b.parquet'\"'\"']'"
+    )
+    cluster = job["spec"]["rayClusterSpec"]
+    [workers] = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 3
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], workers)]
+    assert pods[0] == pods[1] and "&id" not in done.stdout
+    [container] = pods[0]["containers"]
+    limits = container["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == 8 and limits["memory"] == f"{922 + 64 + 16}Gi"
+    assert container["image"] == "registry/megarl:1"
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/mnt/megarl"}
+
+
+def test_a_run_that_does_not_fit_has_a_plan_and_no_manifest() -> None:
+    done = printed("--kuberay=image", "actor_rollout_ref.rollout.gpu_memory_utilization=0.9")
+    assert done.returncode == 1 and "does not fit" in done.stdout and "RayJob" not in done.stdout
