@@ -218,7 +218,7 @@ def _save_without_weights(role: Role, folder: Path) -> tuple[str, ...]:
     copy = exports.copy_template
     exports.copy_template = lambda *arguments: (time.sleep(0.5), copy(*arguments))  # type: ignore[assignment]
     try:
-        worker = Worker(RankSpec((role,), 0), torch.device("cpu"))
+        worker = Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu"))
         worker.save(SaveWork(str(folder), models=False, state=True, in_background=False))
         part = worker.saved(True)
     finally:

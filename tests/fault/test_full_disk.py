@@ -40,7 +40,7 @@ TOO_SMALL = 100_000  # bytes: less than the weights, and than the state of a ran
 
 def save(role: Role, folder: Path, models: bool, refused: tuple[int, ...]) -> SavedPart:
     """Save on ranks of which some may not write files as large as what they have to. Collective."""
-    worker = Worker(RankSpec((role,), 0), torch.device("cpu"))
+    worker = Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu"))
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() in refused:
         resource.setrlimit(resource.RLIMIT_FSIZE, (TOO_SMALL, most))
