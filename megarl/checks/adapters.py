@@ -12,17 +12,21 @@ from megarl.weights.adapters import ALL_LINEAR, adapted_modules, linear_modules
 
 
 def adapters_are_asked_for(key: str, model: ModelConfig) -> Iterator[Problem]:
-    """What is said of adapters means something. key: of the model's section."""
-    if model.lora_rank == 0:
-        words, fix = f"has an effect only where {key}.lora_rank is above 0", f"{key}.lora_rank=16"
-        if model.lora_alpha != default_of("actor_rollout_ref.model.lora_alpha"):
-            yield Problem(f"{key}.lora_alpha", model.lora_alpha, words, fix)
-        if list(model.target_modules) != default_of("actor_rollout_ref.model.target_modules"):
-            yield Problem(f"{key}.target_modules", list(model.target_modules), words, fix)
-    elif not model.target_modules:
-        yield Problem(
-            f"{key}.target_modules", [], "must name a module, or all-linear", f"{key}.target_modules=all-linear"
-        )
+    """What is said of adapters acts on some. key: of the model's section."""
+    if model.lora_rank > 0:
+        return
+    words, fix = f"has an effect only where {key}.lora_rank is above 0", f"{key}.lora_rank=16"
+    if model.lora_alpha != default_of("actor_rollout_ref.model.lora_alpha"):
+        yield Problem(f"{key}.lora_alpha", model.lora_alpha, words, fix)
+    if list(model.target_modules) != default_of("actor_rollout_ref.model.target_modules"):
+        yield Problem(f"{key}.target_modules", list(model.target_modules), words, fix)
+
+
+def adapters_have_modules(key: str, model: ModelConfig) -> Iterator[Problem]:
+    """Adapters are of at least one module. key: of the model's section."""
+    if model.lora_rank > 0 and not model.target_modules:
+        name = f"{key}.target_modules"
+        yield Problem(name, [], "must name a module, or all-linear", f"{name}=all-linear")
 
 
 def adapters_are_on_fsdp(role: Role) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from megarl.algorithm.needs import (
     needs_reward_model,
 )
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
+from megarl.checks.adapters import adapters_are_asked_for
 from megarl.checks.axes import (
     chunks_take_turns_on_a_pipeline,
     moments_of_16_bits_are_those_of_an_optimizer_that_has_them,
@@ -39,6 +40,8 @@ Problems = Iterator[Problem]
 def idle_settings(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Problem]:
     """Return the settings of a run that do nothing, one a key, each with why and with what would make it act."""
     problems = [p for rule in _PPO_RULES for p in rule(c)] if isinstance(c, PPOConfig) else []
+    model = c.actor_rollout_ref.model if isinstance(c, PPOConfig) else c.model
+    problems += adapters_are_asked_for(roles[0].model.key, model)
     for role in roles:
         problems += the_last_learning_rate_is_that_of_a_schedule(role)
         problems += axes_have_something_to_split(role)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from megarl.catalog import SINKS
-from megarl.checks.adapters import adapted_modules_exist, adapters_are_asked_for, adapters_are_on_fsdp
+from megarl.checks.adapters import adapted_modules_exist, adapters_are_on_fsdp, adapters_have_modules
 from megarl.checks.algorithm import ALGORITHM_RULES
 from megarl.checks.axes import (
     RANKS,
@@ -221,7 +221,7 @@ def run_problems(
         problems += axes_make_sense(role)
         problems += adapters_are_on_fsdp(role)
     model = c.actor_rollout_ref.model if isinstance(c, PPOConfig) else c.model
-    problems += adapters_are_asked_for(roles[0].model.key, model)
+    problems += adapters_have_modules(roles[0].model.key, model)
     problems += sinks_are_known(c.trainer.logger)
     return without_followers(problems, roles)
 

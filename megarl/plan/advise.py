@@ -8,32 +8,62 @@ from dataclasses import dataclass
 from itertools import product
 
 from megarl.config.defaults import value_of
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import ALL_RANKS, PPOConfig
 from megarl.errors import ConfigError
-from megarl.plan.changes import ACTOR, MEGATRON, ROLLOUT, Change, changed, is_valid
+from megarl.plan.changes import ACTOR, FSDP, MEGATRON, ROLLOUT, Change, changed, is_valid
 from megarl.plan.run_plan import RunPlan
-from megarl.plan.step_time import StepTime, step_time
+from megarl.plan.step_time import StepTime
 from megarl.roles import FindModel, num_ranks
 from megarl.weights.model_shape import ModelShape
 
-_OFFLOADS: tuple[dict[str, object], ...] = (
-    {},
-    {"optimizer_offload": True, "grad_offload": True},
-    {"optimizer_offload": True, "grad_offload": True, "param_offload": True},
-    {"optimizer_on_host": True, "grad_offload": True, "param_offload": True},
-)
-_RECOMPUTE: tuple[dict[str, object], ...] = (
-    {},
-    {"recompute.granularity": "full", "recompute.method": "uniform", "recompute.num_layers": 1},
-)
+Values = dict[str, object]
 
 
-def _in_megatron(settings: Mapping[str, object]) -> dict[str, object]:
-    """Return settings of the actor's axes by their whole keys."""
-    return {f"{MEGATRON}.{name}": value for name, value in settings.items()}
+@dataclass(frozen=True)
+class _Space:
+    """What is searched on a backend. section: its key. axes: settings by name in it, no two of which mean the same.
+
+    off: what every candidate starts from. options: what is then switched on, by group, of which one each is taken.
+    """
+
+    section: str
+    axes: Callable[[PPOConfig, ModelShape], Iterator[Values]]
+    off: Values
+    options: tuple[tuple[Values, ...], ...]
+
+    def keys(self, settings: Mapping[str, object]) -> Values:
+        """Return settings of the section by their whole keys."""
+        return {f"{self.section}.{name}": value for name, value in settings.items()}
 
 
-_OFF = _in_megatron(
+def _axes_of_megatron(c: PPOConfig, shape: ModelShape) -> Iterator[Values]:
+    ranks = num_ranks(c)
+    stages = [n for n in (1, 2, 4, 8, 16) if ranks % n == 0 and n <= shape.num_layers]
+    experts = [n for n in (1, 4, 8, 16, 32) if ranks % n == 0] if shape.num_experts else [1]
+    for tp, pp, ep in product(_within_a_node(c), stages, experts):
+        for etp in (None, 1) if shape.num_experts and tp > 1 else (None,):
+            yield {
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "expert_model_parallel_size": ep,
+                "expert_tensor_parallel_size": etp,
+            }
+
+
+def _axes_of_fsdp(c: PPOConfig, shape: ModelShape) -> Iterator[Values]:
+    ranks = num_ranks(c)
+    parts = [ALL_RANKS, *(n for n in (64, 32, 16, 8, 4, 2, 1) if n < ranks and ranks % n == 0)]
+    for size, ulysses in product(parts, _within_a_node(c)):
+        yield {"fsdp_size": size, "ulysses_sequence_parallel_size": ulysses}
+
+
+def _within_a_node(c: PPOConfig) -> list[int]:
+    return [n for n in (1, 2, 4, 8) if n <= c.trainer.n_gpus_per_node and num_ranks(c) % n == 0]
+
+
+_ON_MEGATRON = _Space(
+    MEGATRON,
+    _axes_of_megatron,
     {
         "optimizer_offload": False,
         "optimizer_on_host": False,
@@ -42,7 +72,31 @@ _OFF = _in_megatron(
         "recompute.granularity": None,
         "recompute.method": None,
         "recompute.num_layers": None,
-    }
+    },
+    (
+        (
+            {},
+            {"optimizer_offload": True, "grad_offload": True},
+            {"optimizer_offload": True, "grad_offload": True, "param_offload": True},
+            {"optimizer_on_host": True, "grad_offload": True, "param_offload": True},
+        ),
+        ({}, {"recompute.granularity": "full", "recompute.method": "uniform", "recompute.num_layers": 1}),
+    ),
+)
+_ON_FSDP = _Space(
+    FSDP,
+    _axes_of_fsdp,
+    {
+        "optimizer_offload": False,
+        "param_offload": False,
+        "enable_gradient_checkpointing": False,
+        "reshard_after_forward": True,
+    },
+    (
+        ({}, {"optimizer_offload": True}, {"optimizer_offload": True, "param_offload": True}),
+        ({}, {"enable_gradient_checkpointing": True}),
+        ({}, {"reshard_after_forward": False}),
+    ),
 )
 
 
@@ -72,13 +126,14 @@ def advise(
     with how many are done, of how many.
     """
     found: list[Advice] = []
-    tried, layouts = 0, list(_layouts(c, shape))
+    space = _ON_MEGATRON if c.actor_rollout_ref.actor.fsdp_config is None else _ON_FSDP
+    tried, layouts, off = 0, list(_layouts(c, shape, space)), space.keys(space.off)
     for done, layout in enumerate(layouts):
         progress(done, len(layouts))
-        if not is_valid(changed(c, layout | _OFF), find):
+        if not is_valid(changed(c, layout | off), find):
             continue
-        for offload, recompute in product(_OFFLOADS, _RECOMPUTE):
-            values = layout | _OFF | _in_megatron(offload | recompute)
+        for chosen in product(*space.options):
+            values = layout | off | space.keys(dict(item for option in chosen for item in option.items()))
             if not is_valid(candidate := changed(c, values), find):
                 continue
             try:
@@ -91,8 +146,9 @@ def advise(
                 candidate = changed(c, values)
                 plan = again(candidate)
             if plan.fits:
+                assert plan.time is not None, "an RL run has steps"
                 kept = {key: value for key, value in values.items() if value_of(c, key) != value}
-                found.append(Advice(Change(kept, ""), _time(candidate, plan), plan.room_bytes))
+                found.append(Advice(Change(kept, ""), plan.time, plan.room_bytes))
     progress(len(layouts), len(layouts))
     # Of equal times the one with fewer settings to change.
     found.sort(key=lambda advice: (round(advice.time.total, 1), len(advice.change.values), -advice.room_bytes))
@@ -110,43 +166,14 @@ def _smaller_engine(c: PPOConfig, plan: RunPlan) -> dict[str, object]:
     return {f"{ROLLOUT}.gpu_memory_utilization": rounded} if rounded >= LEAST_UTILIZATION else {}
 
 
-def _layouts(c: PPOConfig, shape: ModelShape) -> Iterator[dict[str, object]]:
+def _layouts(c: PPOConfig, shape: ModelShape, space: _Space) -> Iterator[Values]:
     """Yield values of the actor's axes, of its micro-batch and of the engine's TP, no two of which mean the same."""
-    ranks, node = num_ranks(c), c.trainer.n_gpus_per_node
-    within = [n for n in (1, 2, 4, 8) if n <= node and ranks % n == 0]
-    stages = [n for n in (1, 2, 4, 8, 16) if ranks % n == 0 and n <= shape.num_layers]
-    experts = [n for n in (1, 4, 8, 16, 32) if ranks % n == 0] if shape.num_experts else [1]
-    micros = sorted({1, 2, 4, c.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu})
+    actor, ranks = c.actor_rollout_ref.actor, num_ranks(c)
+    micros = {actor.ppo_micro_batch_size_per_gpu} | (set() if actor.use_dynamic_bsz else {1, 2, 4})
     engines = [n for n in (1, 2, 4, 8, 16) if ranks % n == 0]
-    for tp, pp, ep, micro, engine_tp in product(within, stages, experts, micros, engines):
-        for etp in (None, 1) if shape.num_experts and tp > 1 else (None,):
-            axes = {
-                "tensor_model_parallel_size": tp,
-                "pipeline_model_parallel_size": pp,
-                "expert_model_parallel_size": ep,
-                "expert_tensor_parallel_size": etp,
-            }
-            yield {
-                **_in_megatron(axes),
-                f"{ACTOR}.ppo_micro_batch_size_per_gpu": micro,
-                f"{ROLLOUT}.tensor_model_parallel_size": engine_tp,
-            }
-
-
-def _time(c: PPOConfig, plan: RunPlan) -> StepTime:
-    engine = plan.engine
-    assert engine is not None, "an RL run has an engine"
-    return step_time(
-        plan.roles,
-        plan.batches,
-        engine,
-        plan.engine_tp,
-        plan.device,
-        ranks_per_node=plan.ranks_per_node,
-        num_rollouts=plan.batches[plan.roles[0].name].num_rollouts,
-        num_scored_rollouts=plan.num_scored_rollouts,
-        max_prompt=c.data.max_prompt_length,
-        max_response=c.data.max_response_length,
-        max_num_seqs=c.actor_rollout_ref.rollout.max_num_seqs,
-        epochs=c.actor_rollout_ref.actor.ppo_epochs,
-    )
+    for axes, micro, engine_tp in product(space.axes(c, shape), sorted(micros), engines):
+        yield {
+            **space.keys(axes),
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu": micro,
+            f"{ROLLOUT}.tensor_model_parallel_size": engine_tp,
+        }

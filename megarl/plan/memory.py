@@ -16,7 +16,8 @@ from megarl.config.schema import PPOConfig
 from megarl.parallel.layout import layers_of_chunks
 from megarl.plan.activations import Pass, chunk_bytes, pass_of, recompute_of, recomputed_bytes
 from megarl.plan.devices import CPU, Device
-from megarl.plan.fsdp import gathered_bytes
+from megarl.plan.fsdp import backward_moments, gathered_bytes
+from megarl.plan.fsdp_activations import fsdp_pass
 from megarl.plan.pipeline import Moment, moments
 from megarl.plan.static import static_of
 from megarl.roles import DTYPE_BYTES, Role
@@ -176,7 +177,11 @@ def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:
     moments = []
     for i, role in enumerate(roles):
         before = [item for earlier in roles[:i] for item in _held(earlier, rank, is_used=False, is_updated=False)]
-        items = (_runtime(device), *before, *_held(role, rank, is_used=True, is_updated=True))
+        # FSDP has no gradients nor optimizer state before the first update.
+        held = _held(role, rank, is_used=True, is_updated=True)
+        if role.layout.is_fsdp:
+            held = (item for item in held if item.name == f"{role.name} parameters")
+        items = (_runtime(device), *before, *held)
         moments.append(Phase("load", rank, tuple(item for item in items if item.device_bytes or item.host_bytes)))
     return max(moments, key=lambda moment: moment.device_bytes)
 
@@ -228,6 +233,9 @@ def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
 def _updating(role: Role, num_micro_batches: int, rank: int, fused: bool) -> Iterator[Item]:
     """Yield what a stage needs at the fullest moment of its forward and backward passes."""
     assert role.update is not None
+    if role.layout.is_fsdp:
+        yield from fsdp_update_items(role, role.update.most_tokens, cuda=fused)
+        return
     p, stage = pass_of(role, role.update.most_tokens, fused), role.layout.coordinates(rank).pp
     recompute = recompute_of(role)
     chunks = range(role.layout.vpp)
@@ -239,11 +247,23 @@ def _updating(role: Role, num_micro_batches: int, rank: int, fused: bool) -> Ite
         return moment.bytes_of(kept) + again[moment.chunk] + work[moment.chunk]
 
     fullest = max(moments(role.layout, stage, num_micro_batches), key=held_bytes)
-    if role.layout.is_fsdp:
-        yield Item("gathered parameters and their gradients", gathered_bytes(role, is_updated=True))
     yield Item(f"activations of {_count_of(fullest)}", fullest.bytes_of(kept))
     yield Item("one layer computed again", again[fullest.chunk])
     yield Item("backward pass at work", work[fullest.chunk])
+
+
+def fsdp_update_items(role: Role, tokens: int, *, cuda: bool) -> Iterator[Item]:
+    """Yield what a rank needs beside what it holds at the fullest moment of a backward pass over ``tokens`` on FSDP."""
+    p = pass_of(role, tokens, cuda)
+    layer_work = _layer_work_bytes(p, range(role.shape.num_layers))
+    head_work = 0 if role.shape.value_head else _logits_bytes(p)
+    found = backward_moments(role, fsdp_pass(role, tokens, cuda), layer_work=layer_work, head_work=head_work)
+    fullest = max(found, key=lambda moment: moment.total)
+    yield Item("gathered parameters", fullest.gathered)
+    yield Item("gradients until they are reduced", fullest.gradients)
+    yield Item("activations of 1 micro-batch", fullest.kept)
+    yield Item("one layer computed again", fullest.again)
+    yield Item("backward pass at work", fullest.work)
 
 
 def _count_of(moment: Moment) -> str:

@@ -13,6 +13,7 @@ from megarl.plan.advise import Advice
 from megarl.plan.memory import GIB, Phase
 from megarl.plan.publish import PlanningCost, planning_cost
 from megarl.plan.run_plan import RunPlan
+from megarl.plan.step_time import StepTime
 from megarl.plan.topology import Axis, Topology
 from megarl.plan.verdict import Verdict
 
@@ -28,8 +29,9 @@ def plan_text(plan: RunPlan, verdict: Verdict | None = None, notes: Sequence[str
         ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
         (_memory_title(plan), _memory_lines(plan)),
         ("Publish, checkpoint" if plan.engine else "Checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
+        *([("Time of a step, roughly", [_time_words(plan.time)])] if plan.time else []),
         ("Verdict", _verdict_lines(plan, verdict)),
-        ("Assumed", [*memory.assumed(plan.engine is not None)]),
+        ("Assumed", _assumed(plan)),
     ]
     if notes:
         parts.append(("Not checked here", list(notes)))
@@ -40,6 +42,17 @@ def no_effect_text(idle: Sequence[Problem]) -> str:
     """Return the block of lines on settings without effect, with an end; empty where there are none."""
     lines = [str(replace(problem, fix="")) for problem in idle]
     return "".join(f"{line}\n" for line in _titled("No effect in this run", lines)) if lines else ""
+
+
+def _time_words(time: StepTime) -> str:
+    return (
+        f"{time.total:.1f} s  (generate {time.generate:.1f}, log-probs {time.score:.1f}, update {time.update:.1f}, "
+        f"move {time.move:.1f})"
+    )
+
+
+def _assumed(plan: RunPlan) -> list[str]:
+    return [*memory.assumed(plan.engine is not None), *([step_time.ASSUMED] if plan.time else [])]
 
 
 def _titled(title: str, lines: Sequence[str]) -> list[str]:
@@ -204,11 +217,7 @@ def advice_text(found: Sequence[Advice], plan: RunPlan, tried: int) -> str:
         return f"none of {tried} layouts fits {size}"
     lines = [f"{len(found)} fastest of {tried} layouts that were tried on {size}, by estimated seconds a step:"]
     for i, advice in enumerate(found, 1):
-        t = advice.time
-        lines.append(
-            f"{i:>2}. {t.total:8.1f} s  (generate {t.generate:.1f}, log-probs {t.score:.1f}, update {t.update:.1f}, "
-            f"move {t.move:.1f}); {advice.room_bytes / GIB:.1f} GiB left"
-        )
+        lines.append(f"{i:>2}. {_time_words(advice.time)}; {advice.room_bytes / GIB:.1f} GiB left")
         lines.append(f"      {advice.change}")
     lines.append(f"assumed: {step_time.ASSUMED}")
     lines += [f"assumed: {line}" for line in memory.assumed(has_engine=True)]
@@ -273,6 +282,7 @@ def plan_json(plan: RunPlan, verdict: Verdict | None, notes: Sequence[str], idle
             "changes": verdict and [{"values": dict(c.values), "cost": c.cost} for c in verdict.changes],
             "causes": verdict and list(verdict.causes),
         },
-        "assumed": list(memory.assumed(engine is not None)),
+        "seconds": plan.time and asdict(plan.time),
+        "assumed": _assumed(plan),
         "notes": list(notes),
     }

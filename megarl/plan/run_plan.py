@@ -17,6 +17,7 @@ from megarl.plan.memory import Engine, Phase, engine_of, phases_of
 from megarl.plan.publish import Traffic, publish_traffic
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
+from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
 from megarl.roles import Role, batch_plan, num_ranks
 from megarl.weights.adapters import adapter_shapes
@@ -42,7 +43,7 @@ class RunPlan:
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     engine: None in supervised fine-tuning, which generates nothing. num_steps: None where it follows from data files
-    that aren't here.
+    that aren't here. time: of a step, None in supervised fine-tuning.
     """
 
     device: Device
@@ -61,6 +62,7 @@ class RunPlan:
     traffic: Traffic | None
     checkpoint: Checkpoint
     num_steps: int | None
+    time: StepTime | None
 
     @property
     def worst(self) -> Phase:
@@ -129,6 +131,27 @@ def plan_run(
         traffic=traffic,
         checkpoint=_checkpoint(actor.shape, b, sum(_state_bytes(role) for role in roles if role.is_trained)),
         num_steps=num_steps,
+        time=_time(c, roles, batches, engine, device) if isinstance(c, PPOConfig) and engine else None,
+    )
+
+
+def _time(
+    c: PPOConfig, roles: tuple[Role, ...], batches: Mapping[str, BatchPlan], engine: Engine, device: Device
+) -> StepTime:
+    batch, rollout = batches[roles[0].name], c.actor_rollout_ref.rollout
+    return step_time(
+        roles,
+        batches,
+        engine,
+        rollout.tensor_model_parallel_size,
+        device,
+        ranks_per_node=c.trainer.n_gpus_per_node,
+        num_rollouts=batch.num_rollouts,
+        num_scored_rollouts=_num_scored_rollouts(c, batch),
+        max_prompt=c.data.max_prompt_length,
+        max_response=c.data.max_response_length,
+        max_num_seqs=rollout.max_num_seqs,
+        epochs=c.actor_rollout_ref.actor.ppo_epochs,
     )
 
 
@@ -146,7 +169,13 @@ def _checkpoint(shape: ModelShape, dtype_bytes: int, state_bytes: int) -> Checkp
 
 def _state_bytes(role: Role) -> int:
     """Return the bytes of a role's weights and moments, in float32, of its adapters where these alone are trained."""
-    return 3 * FP32_BYTES * _numel(adapter_shapes(role.shape, role.lora) if role.lora else hf_shapes(role.shape))
+    num_trained = _numel(adapter_shapes(role.shape, role.lora)) if role.lora else _num_weights(role.shape)
+    return 3 * FP32_BYTES * num_trained
+
+
+@cache
+def _num_weights(shape: ModelShape) -> int:
+    return _numel(hf_shapes(shape))
 
 
 def _numel(tensors: Mapping[str, tuple[int, ...]]) -> int:

@@ -5,12 +5,14 @@ It knows nothing of kernels, stragglers or the lengths that a policy will choose
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megarl.batching.plan import BatchPlan
 from megarl.plan.activations import recompute_of
 from megarl.plan.devices import CPU, Device
+from megarl.plan.fsdp import copies_bytes, exchanged_bytes
 from megarl.plan.memory import Engine
 from megarl.plan.static import static_of
 from megarl.plan.topology import bubble_share
@@ -63,6 +65,10 @@ def step_time(
     for role in roles:
         scored = num_scored_rollouts / num_rollouts if role is actor else 1
         score += scored * _pass_seconds(role, tokens, device, ranks_per_node, 1)
+        if role.layout.is_fsdp:
+            share = scored * num_rollouts / role.layout.dp
+            num_passes = math.ceil(share / role.scoring.micro_batch_size)
+            score += num_passes * exchanged_bytes(role).gathered / _parts_link(role, device, ranks_per_node)
         if role.is_trained:
             recompute = recompute_of(role)
             passes = 4 if recompute is not None and recompute.granularity == "full" else 3
@@ -70,6 +76,8 @@ def step_time(
             update += epochs * _pass_seconds(role, tokens, device, ranks_per_node, passes) / waits
             if role.fused_head:  # its backward pass computes the logits again
                 update += epochs * _flops_seconds(role.shape.hidden_size * role.shape.vocab_size, tokens, device, ranks)
+            if role.layout.is_fsdp:
+                update += _sharded_seconds(role, batches[role.name], device, ranks_per_node)
         static, stay = static_of(role, 0), role.residency
         carried = 2 * static.parameters * stay.param_offload + 2 * static.optimizer * stay.optimizer_offload
         carried += epochs * static.parameters * 3 * stay.optimizer_on_host  # gradients to the host, parameters back
@@ -94,6 +102,20 @@ def _flops_seconds(parameters: int, tokens: int, device: Device, ranks: int) -> 
     return 2 * parameters * tokens / (ranks * TRAINING_EFFICIENCY * device.bf16_flops_per_s)
 
 
+def _sharded_seconds(role: Role, batch: BatchPlan, device: Device, ranks_per_node: int) -> float:
+    """Return the seconds that ranks on FSDP gather parameters and reduce gradients in all optimizer steps of a step."""
+    once = exchanged_bytes(role)
+    a_micro_batch = (once.gathered + once.gathered_again + once.reduced) / _parts_link(role, device, ranks_per_node)
+    crosses = role.layout.world_size > ranks_per_node
+    a_step = copies_bytes(role) / (device.inter_node_bytes_per_s if crosses else device.link_bytes_per_s)
+    return batch.num_optimizer_steps * (batch.num_accumulation_steps * a_micro_batch + a_step)
+
+
+def _parts_link(role: Role, device: Device, ranks_per_node: int) -> float:
+    """Return the speed between ranks that have one copy of a model between them."""
+    return device.link_bytes_per_s if role.layout.fsdp <= ranks_per_node else device.inter_node_bytes_per_s
+
+
 def _pass_seconds(role: Role, tokens: int, device: Device, ranks_per_node: int, passes: int) -> float:
     """Return the seconds of as many forward passes as ``passes``, with what ranks exchange in them."""
     layout, shape = role.layout, role.shape
@@ -102,7 +124,11 @@ def _pass_seconds(role: Role, tokens: int, device: Device, ranks_per_node: int, 
     row = shape.hidden_size * role.dtype_bytes
     tensor_link = device.link_bytes_per_s if layout.tp <= ranks_per_node else device.inter_node_bytes_per_s
     exchanged = 4 * mine * row * (layout.tp - 1) / layout.tp / tensor_link
-    if layout.cp > 1:
+    if layout.cp > 1 and layout.is_fsdp:  # queries, keys, values and what comes of them, of which others get most
+        swapped = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * role.dtype_bytes
+        context_link = device.link_bytes_per_s if layout.cp <= ranks_per_node else device.inter_node_bytes_per_s
+        exchanged += mine * swapped * (1 - 1 / layout.cp) / context_link
+    elif layout.cp > 1:
         exchanged += 2 * mine * row / tensor_link
     if layout.ep > 1:
         spread = layout.ep * layout.expert_tp

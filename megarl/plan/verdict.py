@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megarl.config.defaults import value_of
-from megarl.config.schema import MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
+from megarl.config.schema import (
+    FsdpConfig,
+    MegatronConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainedFsdpConfig,
+    TrainedMegatronConfig,
+)
 from megarl.plan.changes import ROLLOUT, Change, fitting_changes, typed
 from megarl.plan.memory import GIB, Phase
 from megarl.plan.run_plan import RunPlan
@@ -63,19 +70,42 @@ def _deciding(c: PPOConfig | SFTConfig, roles: Sequence[Role], item: str, phase:
     role = next((r for r in roles if item.startswith(f"{r.name} ")), None)
     is_kept = role is not None
     role = role or next((r for r in roles if r.name == at_work), None)
-    if role is None or not isinstance(role.backend, MegatronConfig):
+    if role is None:
         return
+    for name in _deciding_in_section(role, item, is_kept):
+        yield f"{role.backend_key}.{name}", value_of(role.backend, name)
+    if not is_kept:
+        size = role.update if phase.name.endswith("update") and role.update else role.scoring
+        yield size.key, size.value
+
+
+def _deciding_in_section(role: Role, item: str, is_kept: bool) -> tuple[str, ...]:
+    """Return the names of the settings in the role's section of a backend that decide an item."""
+    if isinstance(role.backend, MegatronConfig):
+        return _deciding_on_megatron(role, role.backend, item, is_kept)
+    return _deciding_on_fsdp(role.backend, item, is_kept)
+
+
+def _deciding_on_fsdp(backend: FsdpConfig, item: str, is_kept: bool) -> tuple[str, ...]:
+    """Return the names of the settings that decide an item of a role on FSDP."""
+    if is_kept:
+        moves = ("param_offload",) if "parameters" in item else ("optimizer_offload",) if "optimizer" in item else ()
+        return ("fsdp_size", *moves)
+    if item == "gathered parameters":
+        return ("reshard_after_forward",)
+    again = ("enable_gradient_checkpointing",) if isinstance(backend, TrainedFsdpConfig) else ()
+    return ("ulysses_sequence_parallel_size", *again)
+
+
+def _deciding_on_megatron(role: Role, backend: MegatronConfig, item: str, is_kept: bool) -> tuple[str, ...]:
+    """Return the names of the settings that decide an item of a role on Megatron."""
     axes = _AXES if role.shape.num_experts else _AXES[:2]
     moves: tuple[str, ...] = ("param_offload",) if "parameters" in item else ()
-    if isinstance(role.backend, TrainedMegatronConfig):
+    if isinstance(backend, TrainedMegatronConfig):
         if "optimizer" in item:
             moves = ("use_distributed_optimizer", "optimizer_offload")
         elif "gradients" in item:
             moves = ("grad_offload",)
         elif not is_kept:
             moves = ("recompute.granularity",)
-    for name in (*axes, *moves):
-        yield f"{role.backend_key}.{name}", value_of(role.backend, name)
-    if not is_kept:
-        size = role.update if phase.name.endswith("update") and role.update else role.scoring
-        yield size.key, size.value
+    return (*axes, *moves)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megarl.checks.run import check_ppo, check_sft, without_effect
+from megarl.checks.run import CheckedRun, check_ppo, check_sft, without_effect
 from megarl.config.command_line import parse_command_line
 from megarl.config.compose import compose
 from megarl.config.programs import PPO, PROGRAMS, SFT, for_recipe
+from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, ModelFolderError, Problem, RewardError
+from megarl.plan.devices import device
+from megarl.plan.of_run import planned
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEGATRON, MODEL = "--config-name=ppo_megatron_trainer", "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct"
@@ -67,20 +70,43 @@ TUTORIAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def _checked(*arguments: str) -> CheckedRun[PPOConfig]:
+    values = compose(parse_command_line(list(arguments), PPO.config_name)).values()
+    return check_ppo(values, files_may_be_missing=True)
+
+
+@pytest.mark.parametrize("backend", [(), (MEGATRON,)], ids=["fsdp", "megatron"])
 @pytest.mark.parametrize("name", TUTORIAL)
-def test_a_command_of_the_tutorial_plans_and_says_what_does_nothing(name: str) -> None:
+def test_a_command_of_the_tutorial_is_checked_and_says_what_does_nothing(name: str, backend: tuple[str, ...]) -> None:
     typed, idle = TUTORIAL[name]
-    values = compose(parse_command_line([MEGATRON, MODEL, *typed], PPO.config_name)).values()
-    checked = check_ppo(values, files_may_be_missing=True)
+    checked = _checked(*backend, MODEL, *typed)
     assert tuple(problem.key for problem in without_effect(checked, checked.num_steps)) == idle
+    assert checked.actor.layout.is_fsdp == (not backend)
     if "data.train_files" in typed[0]:
         assert checked.config.data.train_files == ("a.parquet", "b.parquet")
 
 
 @pytest.mark.parametrize("name", TUTORIAL)
-def test_a_command_of_the_tutorial_composes_on_the_default_backend(name: str) -> None:
-    line = for_recipe(parse_command_line([*TUTORIAL[name][0], "--cfg", "job"], PPO.config_name), (PPO,))
-    assert compose(line).values()["actor_rollout_ref"]["actor"]["strategy"] == "fsdp"
+def test_a_command_of_the_tutorial_fits_eight_devices_of_80_gb_on_the_default_backend(name: str) -> None:
+    """A 7B model whole on every device, as Megatron's defaults have it, does not."""
+    plan = planned(_checked(MODEL, *TUTORIAL[name][0]), device("A100-80"))
+    assert plan.num_ranks == 8 and plan.fits
+
+
+def test_the_gsm8k_recipe_of_the_tutorial_fits_eight_devices_of_80_gb() -> None:
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    checked = _checked(
+        *(MODEL, "algorithm.adv_estimator=grpo", "data.train_batch_size=256", "trainer.total_epochs=10"),
+        *("data.max_prompt_length=512", "data.max_response_length=512"),
+        *(f"{actor}.optim.lr=1e-6", f"{actor}.ppo_mini_batch_size=64", f"{actor}.ppo_micro_batch_size_per_gpu=4"),
+        *(f"{actor}.use_kl_loss=true", f"{actor}.kl_loss_coef=0.001"),
+        *(f"{rollout}.n=4", f"{rollout}.temperature=0.6", f"{rollout}.gpu_memory_utilization=0.4"),
+    )
+    plan = planned(checked, device("A100-80"))
+    batch = plan.batches["actor"]
+    assert (batch.num_rollouts, batch.num_optimizer_steps) == (1024, 16)
+    assert (batch.rollouts_per_pass, batch.num_accumulation_steps) == (32, 2)
+    assert plan.fits and plan.time is not None and plan.time.total > 0
 
 
 # The tutorial's own files, and what a plan has of them.
@@ -105,16 +131,21 @@ trainer: {n_gpus_per_node: 8, nnodes: 4}
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_of_the_tutorial_composes_from_the_users_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / f"{name}.yaml").write_text(FILES[name])
-    values = compose(
-        parse_command_line([f"--config-dir={tmp_path}", f"--config-name={name}"], PPO.config_name)
-    ).values()
-    assert values["trainer"]["n_gpus_per_node"] == 8
-    if name == "large_model":
-        checked = check_ppo(values, files_may_be_missing=True)
-        assert checked.actor.layout.tp == 8 and checked.actor.layout.pp == 4 and len(checked.roles) == 2
+@pytest.mark.parametrize("defaults", ["[ppo_trainer]", "[ppo_trainer, _self_]"])
+def test_values_of_a_file_of_the_tutorial_win_with_and_without_self_and_it_fits(tmp_path: Path, defaults: str) -> None:
+    (tmp_path / "my_config.yaml").write_text(FILES["my_config"].replace("[ppo_trainer]", defaults))
+    checked = _checked(f"--config-dir={tmp_path}", "--config-name=my_config")
+    config = checked.config
+    assert (config.data.train_batch_size, config.actor_rollout_ref.rollout.n) == (256, 4)
+    assert (config.algorithm.adv_estimator, config.trainer.total_epochs) == ("grpo", 10)
+    assert checked.actor.layout.is_fsdp and planned(checked, device("A100-80")).fits
+
+
+def test_a_file_of_the_tutorial_for_a_large_model_is_laid_out_as_it_says(tmp_path: Path) -> None:
+    (tmp_path / "large_model.yaml").write_text(FILES["large_model"])
+    checked = _checked(f"--config-dir={tmp_path}", "--config-name=large_model")
+    assert checked.config.trainer.n_gpus_per_node == 8
+    assert (checked.actor.layout.tp, checked.actor.layout.pp, len(checked.roles)) == (8, 4, 2)
 
 
 def _commands(page: str) -> list[list[str]]:
