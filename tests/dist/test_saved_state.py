@@ -117,6 +117,7 @@ EXPERTS = [
     ("ep2xtp2", "fsdp2"),
     ("fsdp4", "ep2xtp2"),
 ]
+OPTIMIZERS = "distributed", "replicated"
 _number = count()
 
 
@@ -126,11 +127,22 @@ def _role(layout: Layout, folder: Path, optimizer: str) -> Role:
     return role if layout.is_fsdp or optimizer == "distributed" else with_section(role, **REPLICATED)
 
 
-@pytest.mark.parametrize(
-    ("model", "saved_on", "loaded_on"),
-    [*(("qwen2-tied", *pair) for pair in DENSE), *(("qwen3_moe-untied", *pair) for pair in EXPERTS)],
-)
-@pytest.mark.parametrize("optimizers", [("distributed", "replicated"), ("replicated", "distributed")], ids="->".join)
+# Each pair of layouts with one pair of optimizers, by turns; all others are long.
+MOVES = [
+    pytest.param(
+        optimizers,
+        model,
+        *pair,
+        id="-".join(["->".join(optimizers), model, *pair]),
+        marks=pytest.mark.long if at else (),
+    )
+    for model, pairs in (("qwen2-tied", DENSE), ("qwen3_moe-untied", EXPERTS))
+    for turn, pair in enumerate(pairs)
+    for at, optimizers in enumerate((OPTIMIZERS, OPTIMIZERS[::-1])[:: -1 if turn % 2 else 1])
+]
+
+
+@pytest.mark.parametrize(("optimizers", "model", "saved_on", "loaded_on"), MOVES)
 def test_a_state_moves_between_layouts_and_optimizers_to_the_bit(
     ranks: RankPool,
     reference: Callable[..., Reference],
