@@ -94,6 +94,10 @@ again() {
     return
   fi
   say "launch: $1; job $SLURM_JOB_ID is queued again"
-  scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this script
-  say "launch: the job can't be queued again; submit it anew with MEGARL_RUN=$run"
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    say "launch: the job can't be queued again; submit it anew with MEGARL_RUN=$run"
+    return
+  fi
+  trap '' TERM
+  while :; do sleep 1 || :; done # until Slurm ends this script: its own exit code would end the job
 }
