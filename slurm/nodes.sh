@@ -23,7 +23,7 @@ begin_attempt() {
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # One task a node has all of it: by default a step would have one core.
   step=(--ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --mem=0)
-  if scontrol show config | grep -q '^TaskPlugin .*affinity'; then step+=(--cpu-bind=none); fi
+  if scontrol show config | grep '^TaskPlugin .*affinity' >/dev/null; then step+=(--cpu-bind=none); fi
   MEGARL_JOB_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
   export MEGARL_JOB_TOKEN
   mkdir -p "$logs"
