@@ -136,7 +136,7 @@ def test_235b_as_it_is_trains_a_step_with_a_tiny_model_on_four_nodes(cluster: Cl
     sizes = {"MEGARL_DEVICES": "1", "SBATCH_GPUS_PER_NODE": "1"}
     job = cluster.run(folder, "launch/235b.sh", *tiny, MEGARL_RUN="run", timeout_s=RUN_S, **sizes)
     assert job.state == "COMPLETED", job.output
-    assert "actor: TP 1 x PP 4 on 4 ranks, 1 a node" in job.output
+    assert "actor: PP 4 on 4 ranks, 1 a node" in job.output
     assert [line["step"] for line in metrics(folder / "run")] == [1]
 
 
