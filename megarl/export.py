@@ -19,9 +19,10 @@ from megarl.errors import CheckpointError
 from megarl.monitor.disk import refusals_named
 from megarl.roles import DTYPE_BYTES
 from megarl.weights.adapters import Lora
+from megarl.weights.any_model import read_shape
 from megarl.weights.config_fields import read_json
 from megarl.weights.hf_export import export_source
-from megarl.weights.model_shape import ModelShape, read_model_shape
+from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, hf_zeros
 from megarl.weights.sources import RandomSource, SafetensorsSource, TensorSource
 
@@ -66,7 +67,7 @@ def export(folder: Path, role: str, out: Path, dtype: str | None, base: Path | N
         raise CheckpointError(f"{out} can't be made: {parent} is no folder; name another one with --out")
     config = verified_state(folder).config
     template = folder if role == "actor" else folder / role
-    saved, shape = SavedRole(folder, role), read_model_shape(template)
+    saved, shape = SavedRole(folder, role), read_shape(template)
     run_dtype = getattr(torch, read_json(template / "config.json", "model configuration")["dtype"])
     shape = shape.with_value_head() if role == "critic" else shape
     lora = _lora(config) if role == "actor" else None

@@ -6,6 +6,7 @@ rest, a few GiB, is assumed: ``assumed`` says what and why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +24,7 @@ from megarl.plan.static import static_of
 from megarl.roles import DTYPE_BYTES, Role
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_shards
+from megarl.weights.reshard_plan import BUCKET_BYTES
 
 GIB = 2**30
 MIB = 2**20
@@ -106,8 +108,10 @@ class Engine:
 
 @cache
 def engine_weights_bytes(shape: ModelShape, tp: int, dtype_bytes: int) -> int:
-    """Return the bytes of the weights on one rank of an engine."""
+    """Return the bytes of the weights on one rank of an engine; of a family outside of the name map, of even parts."""
     numel = 0
+    if not shape.is_mapped:
+        return -(-sum(math.prod(size) for _, size in shape.tensors) * dtype_bytes // tp)
     for shard in vllm_shards(shape, tp, 0):
         size = 1
         for rows in shard.shape:
@@ -168,22 +172,36 @@ def _phases_of_rank(
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
         yield phase(f"{role.name} update", *work, busy=role.name, update=True)
     if engine:
-        buckets = min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes)
-        yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
+        buckets = Item("send and receive buckets", min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes))
+        tensors = Item("whole tensors", _whole_tensors_bytes(roles[0]))
+        yield phase("publish", buckets, tensors, busy=roles[0].name, awake=True)
+
+
+def _whole_tensors_bytes(actor: Role) -> int:
+    """Return the bytes of whole tensors that a rank has at a time where the engine takes its part of them itself."""
+    sizes = [math.prod(size) * actor.dtype_bytes for _, size in actor.shape.tensors]
+    return max(min(BUCKET_BYTES, sum(sizes)), *sizes) if sizes else 0
 
 
 def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:
     """Return the moment of the start when most is there: roles are built one after the other, the engine after them."""
     moments = []
     for i, role in enumerate(roles):
-        before = [item for earlier in roles[:i] for item in _held(earlier, rank, is_used=False, is_updated=False)]
-        # FSDP has no gradients nor optimizer state before the first update.
-        held = _held(role, rank, is_used=True, is_updated=True)
-        if role.layout.is_fsdp:
-            held = (item for item in held if item.name == f"{role.name} parameters")
-        items = (_runtime(device), *before, *held)
+        before = [item for earlier in roles[:i] for item in _built(earlier, rank, is_used=False)]
+        items = (_runtime(device), *before, *_built(role, rank, is_used=True))
         moments.append(Phase("load", rank, tuple(item for item in items if item.device_bytes or item.host_bytes)))
     return max(moments, key=lambda moment: moment.device_bytes)
+
+
+def _built(role: Role, rank: int, *, is_used: bool) -> Iterator[Item]:
+    """Yield what a rank holds of a model before its first use. is_used: while it is built."""
+    held = _held(role, rank, is_used=is_used, is_updated=is_used)
+    # FSDP has neither gradients nor optimizer state before the first update.
+    return (item for item in held if not role.layout.is_fsdp or item.name == _item_name(role, "parameters"))
+
+
+def _item_name(role: Role, part: str) -> str:
+    return f"{role.name} {part}"
 
 
 def _runtime(device: Device) -> Item:
@@ -210,13 +228,13 @@ def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator
     )
     if stay.optimizer_on_host:
         parts = parts[:2]
-        yield Item(f"{role.name} optimizer state", 0, static.optimizer)
+        yield Item(_item_name(role, "optimizer state"), 0, static.optimizer)
     for name, size, leaves, is_needed, keeps_values in parts:
         if is_needed or not leaves:
             # What was on the host once keeps its pinned copy there.
-            yield Item(f"{role.name} {name}", size, size if leaves and keeps_values else 0)
+            yield Item(_item_name(role, name), size, size if leaves and keeps_values else 0)
         else:
-            yield Item(f"{role.name} {name}", 0, size if keeps_values else 0)
+            yield Item(_item_name(role, name), 0, size if keeps_values else 0)
 
 
 def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:
