@@ -15,9 +15,9 @@ from megarl.checkpoint.role_files import SavedRole
 from megarl.config.compose import errors_reported
 from megarl.errors import CheckpointError
 from megarl.roles import DTYPE_BYTES
+from megarl.weights.any_model import read_shape
 from megarl.weights.config_fields import read_json
 from megarl.weights.hf_export import export_source
-from megarl.weights.model_shape import read_model_shape
 from megarl.weights.name_map import hf_shapes, hf_zeros
 
 
@@ -49,7 +49,7 @@ def export(checkpoints: CheckpointFolder, step: int | None, role: str, out: Path
     folder = checkpoints.of(steps[-1] if step is None else step)
     verify(folder, read_manifest(folder))
     template = folder if role == "actor" else folder / role
-    shape = read_model_shape(template)
+    shape = read_shape(template)
     shape = shape.with_value_head() if role == "critic" else shape
     saved = read_json(template / "config.json", "model configuration")
     export_source(

@@ -292,7 +292,7 @@ def _actor(c: PPOConfig, find: FindModel) -> Role:
             actor.optim, actor.lr_scheduler, actor.ppo_mini_batch_size, epochs=actor.ppo_epochs, shuffle=actor.shuffle
         ),
         residency_of(backend),
-        c.actor_rollout_ref.model.use_remove_padding,
+        _packed(c.actor_rollout_ref.model, model),
         c.actor_rollout_ref.model.use_fused_kernels,
         _lora(c.actor_rollout_ref.model),
     )
@@ -345,7 +345,7 @@ def _critic(c: PPOConfig, find: FindModel) -> Role:
             shuffle=critic.shuffle,
         ),
         residency_of(backend),
-        c.actor_rollout_ref.model.use_remove_padding,
+        _packed(c.actor_rollout_ref.model, model),
     )
 
 
@@ -380,7 +380,7 @@ def _frozen(
     counts_tokens = _actor_scores_by_tokens(c) if by_tokens is None else by_tokens
     sizes, budgets = (size, *_actor_sizes(c)), (tokens, *_actor_tokens(c))
     scoring = _batching(_longest(c), layout, counts_tokens, sizes, budgets)
-    residency, packed = residency_of(backend), model_config.use_remove_padding
+    residency, packed = residency_of(backend), _packed(model_config, model)
     return Role(name, key, model, backend, layout, model_config.dtype, scoring, residency=residency, packed=packed)
 
 
@@ -401,7 +401,7 @@ def _demonstrated(c: SFTConfig, find: FindModel) -> Role:
         size,
         training_of(c.optim, c.lr_scheduler, c.data.train_batch_size),
         residency_of(backend),
-        c.model.use_remove_padding,
+        _packed(c.model, model),
         c.model.use_fused_kernels,
         _lora(c.model),
     )
@@ -438,6 +438,11 @@ def _policy(c: PPOConfig, find: FindModel) -> ModelFacts:
 
 def _named(key: str, model: ModelConfig | CriticModelConfig) -> ModelFacts:
     return ModelFacts(key, model.path, model.init)
+
+
+def _packed(asked: ModelConfig, model: ModelFacts) -> bool:
+    """Return whether sequences are packed: as asked, where the model's attention can be told which belong together."""
+    return asked.use_remove_padding and not (model.known_shape and model.known_shape.own_attention)
 
 
 def _lora(model: ModelConfig) -> Lora | None:

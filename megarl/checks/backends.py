@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from megarl.batching.divisors import divisors
 from megarl.config.schema import ALL_RANKS, FSDP_STRATEGIES, FsdpConfig, PPOConfig
 from megarl.errors import Absent, Problem
-from megarl.weights.model_shape import ModelShape
+from megarl.roles import Role
+from megarl.weights.model_shape import FAMILIES, ModelShape
 
 _ACTOR = "actor_rollout_ref.actor"
 _SIZE, _ULYSSES = "fsdp_size", "ulysses_sequence_parallel_size"
@@ -52,6 +53,30 @@ def parameters_are_gathered(key: str, fsdp: FsdpConfig) -> Iterator[Problem]:
     if fsdp.fsdp_size == 1 and not fsdp.reshard_after_forward:
         allowed = f"has no effect where {key}.{_SIZE} is 1: nothing is gathered"
         yield Problem(f"{key}.reshard_after_forward", False, allowed, f"{key}.reshard_after_forward=true")
+
+
+def a_model_outside_the_map_is_served(role: Role) -> Iterator[Problem]:
+    """A family that the name map doesn't have is on FSDP, and has what megarl can do with it there."""
+    shape, key = role.shape, role.model.key
+    if not isinstance(role.backend, FsdpConfig):
+        allowed = f"its architecture {shape.family} trains on FSDP alone; Megatron has {', '.join(FAMILIES)}"
+        yield Problem(f"{key}.path", role.model.path, allowed, "--config-name=ppo_trainer; strategy=fsdp2 in main_sft")
+        return
+    if role.fused_head:
+        allowed = f"is for {', '.join(FAMILIES)}: {shape.family} may do more to its logits than its output layer"
+        yield Problem(f"{key}.use_fused_kernels", True, allowed, f"{key}.use_fused_kernels=false")
+    if shape.own_attention and role.backend.ulysses_sequence_parallel_size > 1:
+        allowed = f"must be 1: {shape.family} attends in a way of its own, which can't be split over ranks"
+        name = f"{role.backend_key}.{_ULYSSES}"
+        yield Problem(name, role.backend.ulysses_sequence_parallel_size, allowed, f"{name}=1")
+
+
+def sequences_can_be_packed(role: Role, key: str, *, asked: bool) -> Iterator[Problem]:
+    """Padding is left out where the model's attention can be told which tokens belong together."""
+    shape = role.model.known_shape
+    if asked and shape is not None and shape.own_attention:
+        allowed = f"has no effect: {shape.family} attends in a way of its own, and its sequences are padded"
+        yield Problem(key, True, allowed, f"{key}=false")
 
 
 def ulysses_splits_the_heads(key: str, shape: ModelShape, fsdp: FsdpConfig) -> Iterator[Problem]:

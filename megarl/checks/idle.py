@@ -23,7 +23,7 @@ from megarl.checks.axes import (
     recomputation_has_layers_to_pick,
     what_is_said_of_experts_has_some,
 )
-from megarl.checks.backends import parameters_are_gathered
+from megarl.checks.backends import parameters_are_gathered, sequences_can_be_packed
 from megarl.checks.effects import settings_have_an_effect
 from megarl.checks.rules import without_followers
 from megarl.config.defaults import default_of, defaults_in, value_of
@@ -39,7 +39,10 @@ Problems = Iterator[Problem]
 def idle_settings(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Problem]:
     """Return the settings of a run that do nothing, one a key, each with why and with what would make it act."""
     problems = [p for rule in _PPO_RULES for p in rule(c)] if isinstance(c, PPOConfig) else []
+    model = c.actor_rollout_ref.model if isinstance(c, PPOConfig) else c.model
     for role in roles:
+        key = f"{roles[0].model.key}.use_remove_padding"
+        problems += sequences_can_be_packed(role, key, asked=model.use_remove_padding)
         problems += the_last_learning_rate_is_that_of_a_schedule(role)
         problems += axes_have_something_to_split(role)
     first = {problem.key: problem for problem in reversed(problems)}

@@ -18,7 +18,11 @@ from megarl.checks.axes import (
     recomputation_is_complete,
     the_model_fits_its_axes,
 )
-from megarl.checks.backends import shards_and_sequences_divide_the_ranks, ulysses_splits_the_heads
+from megarl.checks.backends import (
+    a_model_outside_the_map_is_served,
+    shards_and_sequences_divide_the_ranks,
+    ulysses_splits_the_heads,
+)
 from megarl.checks.vllm_facts import VLLM_HEAD_SIZES, vllm_serves
 from megarl.config.defaults import default_of
 from megarl.config.schema import FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
@@ -169,7 +173,9 @@ def a_token_budget_counts_no_padding(roles: Sequence[Role]) -> Problems:
     if any(size.max_tokens is not None for size in passes):
         key = "actor_rollout_ref.model.use_remove_padding"
         allowed = "must be true where use_dynamic_bsz is: padding would be computed beyond the budget"
-        yield Problem(key, False, allowed, f"{key}=true")
+        fix = f"{key}=true; of a model that attends in a way of its own, use_dynamic_bsz=false"
+        attends_alone = any(role.model.known_shape and role.model.known_shape.own_attention for role in roles)
+        yield Problem(key, False, allowed, fix if attends_alone else f"{key}=true")
 
 
 def one_reward_is_chosen(c: PPOConfig) -> Problems:
@@ -236,6 +242,8 @@ def model_problems(
     problems: list[Problem] = []
     actor, known = roles[0], [role for role in roles if role.model.known_shape is not None]
     for role in known:
+        if not role.shape.is_mapped:
+            problems += a_model_outside_the_map_is_served(role)
         if isinstance(role.backend, MegatronConfig):
             problems += the_model_fits_its_axes(role.backend_key, role.shape, role.backend)
         else:

@@ -25,9 +25,10 @@ from megarl.parallel.environment import PlatformName, platform_name
 from megarl.reward.registry import load_reward
 from megarl.reward.source import check_reward_file
 from megarl.roles import ModelFacts, Role, batch_plan, role_named, roles_of, with_total_steps
+from megarl.weights.any_model import read_shape
 from megarl.weights.folder import resolve_model_folder
 from megarl.weights.model_facts.shipped import nearest_shipped, shipped_config
-from megarl.weights.model_shape import parse_model_shape, read_model_shape
+from megarl.weights.model_shape import parse_model_shape
 
 C = TypeVar("C", PPOConfig, SFTConfig)
 
@@ -184,7 +185,7 @@ def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
             "are megarl's own facts"
         )
         return replace(facts, known_shape=parse_model_shape(shipped, facts.path))
-    shape = read_model_shape(folder, f"{facts.key}.path")
+    shape = read_shape(folder, f"{facts.key}.path")
     is_read_as_text = facts.key != "reward.model"
     if is_read_as_text and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelFolderError(

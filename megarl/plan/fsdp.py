@@ -56,13 +56,12 @@ def _gathered_numel(sizes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int
     of_layers: dict[str, int] = {}
     outside = 0
     for name, size in sizes:
-        _, _, rest = name.partition(".layers.")
-        if rest:
-            layer = rest.partition(".")[0]
+        layer = next((part for part in name.split(".") if part.isdigit()), None)
+        if layer is not None:
             of_layers[layer] = of_layers.get(layer, 0) + math.prod(size)
         else:
             outside += math.prod(size)
-    return max(of_layers.values()), outside
+    return max(of_layers.values(), default=0), outside
 
 
 def gathered_bytes(role: Role, *, is_updated: bool) -> int:

@@ -6,6 +6,7 @@ rest, a few GiB, is assumed: ``assumed`` says what and why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -105,8 +106,10 @@ class Engine:
 
 @cache
 def engine_weights_bytes(shape: ModelShape, tp: int, dtype_bytes: int) -> int:
-    """Return the bytes of the weights on one rank of an engine."""
+    """Return the bytes of the weights on one rank of an engine; of a family outside of the name map, of even parts."""
     numel = 0
+    if not shape.is_mapped:
+        return -(-sum(math.prod(size) for _, size in shape.tensors) * dtype_bytes // tp)
     for shard in vllm_shards(shape, tp, 0):
         size = 1
         for rows in shard.shape:

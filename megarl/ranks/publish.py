@@ -1,29 +1,48 @@
-"""Publish the trainer's weights to the rollout engine: shard to shard, in memory, in place."""
+"""Publish the trainer's weights to the rollout engine, in memory and in place: shard to shard, or by whole tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.rollout.engine import RolloutEngine
 from megarl.train.backend import Backend
 from megarl.weights.cells import cells_of
-from megarl.weights.name_map import vllm_peers
+from megarl.weights.files import plan_files
+from megarl.weights.name_map import hf_shapes, vllm_peers
 from megarl.weights.reshard import Resharder, node_size
-from megarl.weights.reshard_plan import plan_reshard
-from megarl.weights.shard import Pattern
+from megarl.weights.reshard_plan import BUCKET_BYTES, plan_reshard
+from megarl.weights.shard import Pattern, Peers, alike, whole
 
 
-class Publisher:
-    """Moves the weights of a backend into the shards of ``engine``. All methods are collective over all ranks.
+class Publisher(Protocol):
+    """Moves the weights of a backend into an engine. Making it and its method are collective over all ranks."""
+
+    def publish(self, policy_version: int) -> None:
+        """Copy the weights, and stamp later rollouts with ``policy_version``."""
+        ...
+
+
+def publisher_of(backend: Backend, engine: RolloutEngine, engine_tp: int) -> Publisher:
+    """Return the Publisher of a model: planned where the name map has its family, by whole tensors elsewhere."""
+    if backend.role.shape.is_mapped:
+        return PlannedPublisher(backend, engine, engine_tp)
+    return WholePublisher(backend, engine)
+
+
+class PlannedPublisher:
+    """Moves every row once, from the shards of the backend to those of ``engine``.
 
     Raises PublishError where the engine's parameters aren't those of the name map.
     """
 
     def __init__(self, backend: Backend, engine: RolloutEngine, engine_tp: int) -> None:
-        self.backend, self.engine, self.engine_tp = backend, engine, engine_tp
+        self.backend, self.engine = backend, engine
         shape, rank, device = backend.role.shape, dist.get_rank(), backend.device
         targets = vllm_peers(shape, engine_tp, range(backend.role.layout.world_size))
         parameters = engine.parameters()
@@ -40,6 +59,45 @@ class Publisher:
         with self.backend.resident():
             self.resharder.run(self.backend.parameters(), self.engine.parameters(), self.backend.device)
         self.engine.publish_done(policy_version)
+
+
+class WholePublisher:
+    """Gives every rank of ``engine`` whole tensors by the names of a checkpoint, of which it takes its part itself.
+
+    A rank has ``bucket_bytes`` of them at a time, or one larger tensor. Raises PublishError where the engine has
+    parameters that none of them went into.
+    """
+
+    def __init__(self, backend: Backend, engine: RolloutEngine, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.backend, self.engine = backend, engine
+        self.dtype = next(iter(engine.parameters().values())).dtype
+        self._shapes = hf_shapes(backend.role.shape)
+        sources = cells_of(backend.peers(), node_size(backend.device))
+        everyone = tuple(range(backend.role.layout.world_size))
+        self._buckets = []
+        for names in plan_files(self._shapes, self.dtype.itemsize, bucket_bytes):
+            targets = (Peers(everyone, alike(whole(name, self._shapes[name]) for name in names)),)
+            plan = plan_reshard(sources, targets, dist.get_rank())
+            self._buckets.append((names, Resharder(plan, dtype=self.dtype, bucket_bytes=bucket_bytes)))
+
+    def publish(self, policy_version: int) -> None:
+        """Copy the weights, and stamp later rollouts with ``policy_version``."""
+        with self.backend.resident():
+            filled = self.engine.load_weights(self._tensors())
+        missing = sorted(set(self.engine.parameters()) - filled)
+        if missing:
+            raise PublishError(
+                f"the engine has parameters that no tensor of {self.backend.role.shape.family} went into: {missing[:4]}"
+            )
+        self.engine.publish_done(policy_version)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor, whole. Ranks go on together from one bucket to the next."""
+        parameters, device = self.backend.parameters(), self.backend.device
+        for names, resharder in self._buckets:
+            tensors = {name: torch.empty(self._shapes[name], dtype=self.dtype, device=device) for name in names}
+            resharder.run(parameters, tensors, device)
+            yield from tensors.items()
 
 
 def _parameter_shapes(patterns: Iterable[Pattern]) -> dict[str, tuple[int, ...]]:

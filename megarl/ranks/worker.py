@@ -16,7 +16,7 @@ from megarl.algorithm.user_file import load_user_file
 from megarl.checkpoint.rank_save import RankSave, SavedPart, restore_random_states
 from megarl.checkpoint.role_files import SavedRole
 from megarl.errors import ResourceError
-from megarl.ranks.publish import Publisher
+from megarl.ranks.publish import Publisher, publisher_of
 from megarl.ranks.spec import RankSpec, Resumed
 from megarl.ranks.work import GenerateWork, SaveWork
 from megarl.roles import Role
@@ -30,6 +30,7 @@ from megarl.train.reference import Reference
 from megarl.train.reward_model import RewardModel
 from megarl.train.work import ScoreWork, Updated, UpdateWork
 from megarl.types import Rollout
+from megarl.weights.any_model import InitialSource
 from megarl.weights.sources import RandomSource, SafetensorsSource, TensorSource
 
 
@@ -65,10 +66,11 @@ class Worker:
             self.roles[role.name] = KINDS[role.name](_backend(role, spec, device))
         self.engine: RolloutEngine | None = None
         self.publisher: Publisher | None = None
+        self.engine_tp = 1
         if spec.engine is not None:
             self.engine = VllmEngine(spec.engine)
-            actor = self.roles["actor"].backend
-            self.publisher = Publisher(actor, self.engine, spec.engine.tensor_parallel_size)
+            self.engine_tp = spec.engine.tensor_parallel_size
+            self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)
         if spec.resumed is not None:
             restore_random_states(Path(spec.resumed.folder))
 
@@ -91,10 +93,10 @@ class Worker:
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""
-        assert self.engine is not None and self.publisher is not None
+        assert self.engine is not None
         self.engine.wake_up()
         rollouts = tuple(self.engine.generate(work.requests, work.sampling))
-        return rollouts if dist.get_rank() % self.publisher.engine_tp == 0 else None
+        return rollouts if dist.get_rank() % self.engine_tp == 0 else None
 
     def rest(self, _: None) -> None:
         """Give the engine's memory back for training."""
@@ -146,5 +148,5 @@ def _backend(role: Role, spec: RankSpec, device: torch.device) -> Backend:
 def weights_of(role: Role, seed: int) -> TensorSource:
     """Return the weights that a role starts from."""
     if role.model.init == "random":
-        return RandomSource(role.shape, seed)
+        return RandomSource(role.shape, seed) if role.shape.is_mapped else InitialSource(role.model.here(), seed)
     return SafetensorsSource(role.model.here(), role.shape, may_lack_value_head=role.name == "critic")

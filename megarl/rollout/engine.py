@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from megarl.types import GenerationRequest, Rollout, Sampling
@@ -42,8 +42,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> frozenset[str]:
+        """Take this rank's part of whole tensors of a checkpoint. Return the names of the parameters that have theirs.
+
+        ``tensors`` are taken one after the other, and none is kept.
+        """
+        ...
+
     def publish_done(self, policy_version: int) -> None:
-        """Make the weights just written into ``parameters()`` the policy that samples from now on.
+        """Make the weights just written or loaded the policy that samples from now on.
 
         Forgets everything that was computed with older weights and stamps ``policy_version`` on every later rollout.
         """

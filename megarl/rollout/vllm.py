@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,9 @@ class VllmEngine:
         self._llm = _start(spec)
         self._is_asleep = False
         self._can_sleep = spec.free_cache_engine and platform_name() == "cuda"
-        [model] = self._llm.apply_model(lambda model: model)
-        self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        self._model: Any
+        [self._model] = self._llm.apply_model(lambda model: model)
+        self._parameters = {name: parameter.data for name, parameter in self._model.named_parameters()}
 
     @property
     def policy_version(self) -> int:
@@ -99,6 +100,10 @@ class VllmEngine:
         """Return this rank's weight shards by vLLM's parameter names, to be written in place; tied ones once."""
         return dict(self._parameters)
 
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> frozenset[str]:
+        """Have vLLM's loader of the model take its part of whole tensors; return the parameters that have theirs."""
+        return frozenset(self._model.load_weights(tensors) or ())
+
     def publish_done(self, policy_version: int) -> None:
         """Forget the KV cache of older weights and stamp ``policy_version`` on every later rollout.
 
@@ -127,6 +132,7 @@ class VllmEngine:
         from vllm.distributed import destroy_model_parallel
 
         self._parameters.clear()
+        self._model = None
         # Not engine_core.shutdown(): it ends the default process group as well, which belongs to the trainer.
         self._llm.llm_engine.model_executor.shutdown()
         destroy_model_parallel()

@@ -91,17 +91,31 @@ def bounds_of(lengths: Iterable[int]) -> Tensor:
     return F.pad(torch.tensor(list(lengths)).cumsum(0), (1, 0)).to(torch.int32)
 
 
-def attend_packed(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class Scoring:
+    """How queries score keys: products times ``scale``.
+
+    window: keys that a query looks at, itself the last of them; None where that is all before it. softcap: scores s
+    become softcap * tanh(s / softcap), as in Gemma 2 (arXiv:2408.00118); None where they don't.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend_packed(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, scoring: Scoring) -> Tensor:
     """Return the attended values [T, N, D] of packed tokens.
 
-    On CUDA in half precision: torch's fused variable-length kernel. Otherwise SDPA, over one batch per distinct length.
+    On CUDA in half precision: torch's fused variable-length kernel, which caps no scores. Otherwise one batch per
+    distinct length.
     """
-    if q_TND.is_cuda and q_TND.dtype in (torch.float16, torch.bfloat16):
-        return _fused(q_TND, k_TND, v_TND, packing.stretches, scale)
-    return _by_blocks(q_TND, k_TND, v_TND, packing, scale)
+    if q_TND.is_cuda and q_TND.dtype in (torch.float16, torch.bfloat16) and scoring.softcap is None:
+        return _fused(q_TND, k_TND, v_TND, packing.stretches, scoring)
+    return _by_blocks(q_TND, k_TND, v_TND, packing, scoring)
 
 
-def _by_blocks(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, scale: float) -> Tensor:
+def _by_blocks(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, scoring: Scoring) -> Tensor:
     """Attend within each block. Tokens are put in the blocks' order and back at once, not block by block."""
     num_queries, num_keys = zip(*((b.query_BL.numel(), b.key_BK.numel()) for b in packing.blocks), strict=True)
     ordered = (
@@ -112,22 +126,39 @@ def _by_blocks(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, packing: Packing, sc
     outs = []
     for block, *qkv in zip(packing.blocks, *ordered, strict=True):
         q, k, v = (t.unflatten(0, (len(block.query_BL), -1)).transpose(1, 2) for t in qkv)
-        outs.append(attend(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        outs.append(attend(q, k, v, scoring).transpose(1, 2).flatten(0, 1))
     return torch.zeros_like(q_TND).index_copy_(0, packing.query_T, torch.cat(outs))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Return the attended values [B, N, L, D] of keys [B, N, K, D], where the last query looks at all keys."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Return the attended values [B, N, L, D] of keys [B, N, K, D], where the last query looks at all keys.
+
+    By torch's SDPA, unless scores are capped.
+    """
     length, num_keys = q.shape[2], k.shape[2]
+    is_cut = scoring.window is not None and scoring.window < num_keys
     mask = None  # torch's own causal mask has the first query look at the first key only
-    if num_keys > length:
+    if num_keys > length or is_cut or scoring.softcap is not None:
         mask = torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - length)
+    if mask is not None and scoring.window is not None:
+        mask = mask.triu(num_keys - length - scoring.window + 1)
+    if mask is not None and scoring.softcap is not None:
+        return _capped(q, k, v, mask, scoring.scale, scoring.softcap)
+    is_grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=is_grouped
     )
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, scale: float) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Return the attended values [B, N, L, D] under capped scores, all of which are in memory."""
+    copies = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(copies, 1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, scoring: Scoring) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if stretches.key_T is not None:
@@ -138,8 +169,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, scale: float) 
         v,
         *stretches.bounds,
         *stretches.longest,
-        scale=scale,
-        window_size=(-1, 0),
+        scale=scoring.scale,
+        window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)

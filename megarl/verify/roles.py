@@ -14,7 +14,8 @@ from megarl.config.defaults import default_values
 from megarl.config.schema import TrainedFsdpConfig, TrainedMegatronConfig
 from megarl.parallel.layout import Layout
 from megarl.roles import ModelFacts, Role, Training, residency_of
-from megarl.weights.model_shape import ModelShape, read_model_shape
+from megarl.weights.any_model import read_shape
+from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes
 
 # An epsilon far above the rounding errors of gradients: Adam would blow them up where the gradient is next to zero.
@@ -64,7 +65,7 @@ def role_on(
     device, in place of a count of rollouts. section: what differs from the defaults of the backend's section.
     """
     folder = model if isinstance(model, Path) else None
-    shape = read_model_shape(model) if isinstance(model, Path) else model
+    shape = read_shape(model) if isinstance(model, Path) else model
     facts = ModelFacts(name, None, "pretrained" if folder else "random", shape, str(folder) if folder else None)
     if max_tokens is None:
         batching = rollouts_a_pass(name, micro_batch_size, shape.max_positions, layout)

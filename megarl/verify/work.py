@@ -20,7 +20,7 @@ from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.batching.plan import micro_batches, split_rows
 from megarl.parallel.environment import platform_name
 from megarl.parallel.platform import Platform
-from megarl.ranks.publish import Publisher
+from megarl.ranks.publish import publisher_of
 from megarl.ranks.worker import RoleOnRank, weights_of
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmEngine, VllmSpec
@@ -111,7 +111,7 @@ def answer(role: Role, engine_tp: int, out: Path) -> list[list[int]]:
             kv_cache_bytes=max(32 * 2**20, 2 * len(PROMPTS) * _KV_BLOCK_TOKENS * token_bytes),
         )
     )
-    Publisher(backend, engine, engine_tp).publish(1)
+    publisher_of(backend, engine, engine_tp).publish(1)
     requests = [GenerationRequest(prompt, 0) for prompt in prompts(shape.vocab_size)]
     answers = [list(rollout.token_ids) for (rollout,) in engine.generate(requests, GREEDY)]
     engine.shutdown()

@@ -3,7 +3,7 @@
 A model in memory is named as its checkpoint, but for the experts of a layer, which are one tensor, and the value head,
 which stands where the output layer does. Every parameter is split along dim 0, as evenly as whole rows can be: all
 ranks have as many, but the last ones fewer or none. Experts are whole on a rank: ``experts.down_proj.5`` is the slice
-of expert 5.
+of expert 5. Of a family outside of the name map, checkpoint and memory have the names of its state dict.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from megarl.parallel.layout import Layout
-from megarl.weights.model_shape import ModelShape
-from megarl.weights.name_map import EMBEDDING, OUTPUT, VALUE_HEAD, Entry, entries
-from megarl.weights.shard import Pattern, Peers, Segment, Shard, whole
+from megarl.weights.model_shape import VALUE_HEAD, ModelShape
+from megarl.weights.name_map import EMBEDDING, OUTPUT, Entry, entries
+from megarl.weights.shard import Pattern, Peers, Segment, Shard, alike, whole
 
 
 def rows_of(size: int, part: int, num_parts: int) -> range:
@@ -42,6 +42,9 @@ def fsdp_shards(shape: ModelShape, layout: Layout, rank: int) -> tuple[Shard, ..
 @lru_cache(maxsize=1024)
 def fsdp_patterns(shape: ModelShape, part: int, num_parts: int) -> tuple[Pattern, ...]:
     """Return the patterns of the ``part``-th of ``num_parts`` ranks, as a tuple of Pattern."""
+    if not shape.is_mapped:
+        own = (_rows_of_tensor(*tensor, part, num_parts) for tensor in shape.tensors)
+        return alike(shard for shards in own for shard in shards)
     layers, experts = range(shape.num_layers), rows_of(shape.num_experts, part, num_parts)
     return tuple(
         pattern
@@ -55,10 +58,15 @@ def fsdp_patterns(shape: ModelShape, part: int, num_parts: int) -> tuple[Pattern
 def _of_rows(entry: Entry, part: int, num_parts: int) -> Iterator[Shard]:
     """Yield this rank's rows of every tensor of an entry, none where it has none."""
     for tensor, size in zip(entry.hf, entry.sizes, strict=True):
-        rows = rows_of(size[0], part, num_parts)
-        if rows:
-            segment = Segment(tensor, rows.start, rows.stop)
-            yield Shard(name_in_memory(tensor), (len(rows), *size[1:]), 0, (segment,))
+        yield from _rows_of_tensor(tensor, size, part, num_parts)
+
+
+def _rows_of_tensor(tensor: str, size: tuple[int, ...], part: int, num_parts: int) -> Iterator[Shard]:
+    """Yield this rank's rows of a tensor, nothing where it has none."""
+    rows = rows_of(size[0], part, num_parts)
+    if rows:
+        segment = Segment(tensor, rows.start, rows.stop)
+        yield Shard(name_in_memory(tensor), (len(rows), *size[1:]), 0, (segment,))
 
 
 def _of_experts(entry: Entry) -> Iterator[Shard]:
@@ -74,6 +82,8 @@ def _of_experts(entry: Entry) -> Iterator[Shard]:
 @lru_cache(maxsize=64)
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of the model in memory, the experts of a layer being one."""
+    if not shape.is_mapped:
+        return {name_in_memory(name): size for name, size in shape.tensors}
     found: dict[str, tuple[int, ...]] = {}
     for pattern in fsdp_patterns(shape, 0, 1):
         name, is_expert, _ = pattern.shard.name.partition(".{e}")

@@ -64,6 +64,7 @@ _MOST_LAYERS, _MOST_EXPERTS, _MOST_EXPERTS_IN_ALL = 2048, 8192, 2**16
 _MOST_WIDE, _MOST_HEADS, _MOST_TOKENS, _MOST_POSITIONS = 2**22, 2**14, 2**26, 2**31
 # What transformers calls a family's language model, and its models with a number a token, as a critic is, or a number
 # for a whole text, as a reward model is.
+VALUE_HEAD = "score.weight"  # as transformers' classification models name it
 _LANGUAGE_MODEL, _CRITIC, _REWARD_MODEL = "ForCausalLM", "ForTokenClassification", "ForSequenceClassification"
 
 
@@ -90,6 +91,10 @@ class ModelShape:
     by their sum where ``norm_topk_prob``. A shared expert, which every token takes besides, is weighted by the sigmoid
     of a gate of its own where ``gated_shared_expert``; shared_expert_ffn_size is 0 where there is none.
     ffn_size: of dense layers.
+
+    tensors: of a family that the name map doesn't have, the name and size of everything in its state dict; then they
+    say all about its parameters, and what is said of norms, biases and the rotary embedding means nothing.
+    own_attention: such a model attends in a way of its own, over one sequence a line.
     """
 
     family: str
@@ -116,10 +121,19 @@ class ModelShape:
     norm_topk_prob: bool = False
     router_score: str = "softmax"
     dense_layers: tuple[int, ...] = ()
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    own_attention: bool = False
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the name map has the family."""
+        return not self.tensors
 
     def with_value_head(self) -> ModelShape:
         """Return a critic's or reward model's shape: no output layer, so nothing to tie the embedding to."""
-        return replace(self, value_head=True, tied=False)
+        kept = tuple(tensor for tensor in self.tensors if not tensor[0].startswith("lm_head."))
+        head = () if self.is_mapped else ((VALUE_HEAD, (1, self.hidden_size)),)
+        return self if self.value_head else replace(self, value_head=True, tied=False, tensors=kept + head)
 
     def critic_fields(self) -> dict[str, Any]:
         """Return the fields of config.json that say of a folder that it has a value head."""
@@ -158,6 +172,12 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
 
     Raises ModelFolderError where the file is absent or broken, or the architecture is not one of FAMILIES.
     """
+    path, config = read_config(folder, key)
+    return parse_model_shape(config, str(path))
+
+
+def read_config(folder: str | Path, key: str) -> tuple[Path, dict[str, Any]]:
+    """Return the path of ``folder``/config.json and its fields; raises ModelFolderError where there are none."""
     path = expanded(folder, key) / "config.json"
     if not path.is_file():
         found = "no config.json in this folder" if path.parent.is_dir() else "no such folder"
@@ -168,7 +188,7 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
     config = read_json(path, "config.json of a model")
     if not isinstance(config, dict):
         raise ModelFolderError(f"{path} holds no fields: it must be a JSON object")
-    return parse_model_shape(config, str(path))
+    return path, config
 
 
 def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
@@ -179,15 +199,14 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
     would change the mathematics unseen.
     """
     fields = Fields(config, source)
-    architecture = (*fields.items("architectures", str, "texts"), "(none)")[0]
-    family = architecture.replace(_CRITIC, _LANGUAGE_MODEL).replace(_REWARD_MODEL, _LANGUAGE_MODEL)
+    architecture, family = architecture_of(fields)
     if family not in FAMILIES:
         raise ModelFolderError(
             f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     has_value_head = architecture != family
     if has_value_head:
-        _check_labels(architecture, fields)
+        check_labels(architecture, fields)
     _refuse_unsupported(family, fields)
     heads, kv_heads, head_dim = _heads(family, fields)
     return ModelShape(
@@ -211,7 +230,13 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
     )
 
 
-def _check_labels(architecture: str, fields: Fields) -> None:
+def architecture_of(fields: Fields) -> tuple[str, str]:
+    """Return the architecture that a config.json names, and that of the language model that it was made from."""
+    architecture = (*fields.items("architectures", str, "texts"), "(none)")[0]
+    return architecture, architecture.replace(_CRITIC, _LANGUAGE_MODEL).replace(_REWARD_MODEL, _LANGUAGE_MODEL)
+
+
+def check_labels(architecture: str, fields: Fields) -> None:
     """Refuse a classifier of several labels."""
     labels = len(fields.inner("id2label").values) or fields.whole("num_labels", 0, _MOST_TOKENS, 2)
     if labels != 1:  # transformers has two labels unless told
@@ -286,6 +311,11 @@ def _refuse_unsupported(family: str, fields: Fields) -> None:
     layers = fields.whole("num_hidden_layers", 1, _MOST_LAYERS)
     if "layer_types" in fields and fields.items("layer_types", str, "texts") != ("full_attention",) * layers:
         fields.refuse("layer_types", f"is not supported, only 'full_attention' for each of the {layers} layers")
+    refuse_quantized(fields)
+
+
+def refuse_quantized(fields: Fields) -> None:
+    """Refuse a model whose weights have scales beside them."""
     for field in ("quantization_config", "compression_config"):
         if field in fields:
             raise ModelFolderError(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megarl.parallel.layout import Layout, layers_of_chunks
-from megarl.weights.model_shape import ModelShape
-from megarl.weights.shard import Pattern, Peers, Shard, whole
+from megarl.weights.model_shape import VALUE_HEAD, ModelShape
+from megarl.weights.shard import Pattern, Peers, Shard, alike, whole
 from megarl.weights.split import split_shard
 
 
@@ -61,7 +61,6 @@ _ATTENTION = _LAYER + "self_attn."
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 _MEGATRON = "decoder.layers.{i}."
-VALUE_HEAD = "score.weight"  # as transformers' classification models name it
 VALUE_HEAD_BIAS = "score.bias"  # which those of tokens have and megarl's critic has not
 
 
@@ -171,6 +170,8 @@ def _head(shape: ModelShape) -> Entry:
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face checkpoint, in checkpoint order."""
+    if not shape.is_mapped:
+        return dict(shape.tensors)
     layers, experts = range(shape.num_layers), range(shape.num_experts)
     return {
         name.format(i=i, e=e): size
@@ -249,7 +250,12 @@ def vllm_shards(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Shard, ...]:
 
 
 def vllm_peers(shape: ModelShape, tp: int, ranks: Sequence[int]) -> tuple[Peers, ...]:
-    """Return the Peers of vLLM engines, as a tuple. Each engine is ``tp`` of ``ranks`` in a row."""
+    """Return the Peers of vLLM engines, as a tuple. Each engine is ``tp`` of ``ranks`` in a row.
+
+    Of a family outside of the map every rank is given whole tensors, of which the engine takes its part.
+    """
+    if not shape.is_mapped:
+        return (Peers(tuple(ranks), alike(whole(*tensor) for tensor in shape.tensors)),)
     return tuple(Peers(tuple(ranks[at::tp]), vllm_patterns(shape, tp, at)) for at in range(tp))
 
 

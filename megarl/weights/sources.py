@@ -18,8 +18,8 @@ from torch import Tensor
 from megarl.errors import ModelFolderError
 from megarl.weights.config_fields import read_json, shown
 from megarl.weights.fused_experts import fused_parts
-from megarl.weights.model_shape import ModelShape
-from megarl.weights.name_map import EMBEDDING, OUTPUT, VALUE_HEAD, hf_shapes, hf_zeros
+from megarl.weights.model_shape import VALUE_HEAD, ModelShape
+from megarl.weights.name_map import EMBEDDING, OUTPUT, hf_shapes, hf_zeros
 from megarl.weights.shard import Shard
 
 # As safetensors names them. Others are quantized, with scales beside them, or no weights.

@@ -49,7 +49,7 @@ def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) 
     import torch
 
     from megarl.parallel.layout import Layout
-    from megarl.ranks.publish import Publisher
+    from megarl.ranks.publish import publisher_of
     from megarl.rollout.vllm import VllmEngine, VllmSpec
     from megarl.verify.roles import role_on
     from megarl.verify.work import backend_on_rank
@@ -66,7 +66,7 @@ def run_rank(folder: Path, layout: dict[str, Any], environment: dict[str, str]) 
             kv_cache_bytes=32 * 2**20,
         )
     )
-    Publisher(backend, engine, tp).publish(1)
+    publisher_of(backend, engine, tp).publish(1)
     rollouts = engine.generate([GenerationRequest(prompt, 0) for prompt in PROMPTS], GREEDY)
     answers = [list(rollout.token_ids) for (rollout,) in rollouts]
     (folder / f"rank{environment['RANK']}.json").write_text(json.dumps(answers))

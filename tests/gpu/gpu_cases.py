@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megarl.ranks.publish import Publisher
+from megarl.ranks.publish import publisher_of
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.megatron.build import transformer_engine_present
@@ -46,7 +46,7 @@ def answers_after_publishing(role: Role) -> list[list[int]]:
             kv_cache_bytes=KV_CACHE_BYTES,
         )
     )
-    Publisher(backend, engine, 1).publish(1)
+    publisher_of(backend, engine, 1).publish(1)
     rollouts = engine.generate([GenerationRequest(prompt, 0) for prompt in PROMPTS], GREEDY)
     answers = [list(rollout.token_ids) for (rollout,) in rollouts]
     engine.shutdown()

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.parallel.layout import Layout
-from megarl.weights.model_shape import FAMILIES, ModelShape, parse_model_shape
-from megarl.weights.name_map import VALUE_HEAD, hf_shapes, megatron_shards, vllm_shards
+from megarl.weights.model_shape import FAMILIES, VALUE_HEAD, ModelShape, parse_model_shape
+from megarl.weights.name_map import hf_shapes, megatron_shards, vllm_shards
 from megarl.weights.shard import Segment, Shard
 from megarl.weights.split import VLLM_VOCAB_MULTIPLE
 from tests.unit.model_shapes import layouts_of, model_shape, model_shapes

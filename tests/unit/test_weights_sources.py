@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megarl.errors import ModelFolderError
 from megarl.parallel.layout import Layout
-from megarl.weights.model_shape import FAMILIES, ModelShape
-from megarl.weights.name_map import VALUE_HEAD, VALUE_HEAD_BIAS, hf_shapes, megatron_shards
+from megarl.weights.model_shape import FAMILIES, VALUE_HEAD, ModelShape
+from megarl.weights.name_map import VALUE_HEAD_BIAS, hf_shapes, megatron_shards
 from megarl.weights.shard import Shard
 from megarl.weights.sources import RandomSource, SafetensorsSource, TensorSource, fill
 from tests.unit.model_shapes import model_shape

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from megarl.config.schema import FsdpConfig, TrainedFsdpConfig
 from megarl.roles import Role
 from megarl.train.fsdp import attention
 from megarl.train.fsdp.lora import Merged, add_adapters, fill_adapters, is_adapter, name_without_adapter
 from megarl.train.fsdp.mesh import Ranks
+from megarl.weights.any_model import empty_model
 from megarl.weights.fsdp_map import fsdp_shards
 from megarl.weights.sources import TensorSource, fill
 
@@ -45,12 +46,14 @@ class Root(torch.nn.Module):
     That is part of this forward, since parameters outside of the layers are gathered in here alone.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, value_head: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.value_head = model, value_head
 
     def forward(self, read: Callable[[Tensor], R], **inputs: Any) -> R:
-        """Return what ``read`` makes of the logits of ``inputs``."""
+        """Return what ``read`` makes of the logits of ``inputs``, or of the values."""
+        if self.value_head:  # what a model does to its logits isn't done to values
+            return read(self.model.lm_head(self.model.base_model(**inputs).last_hidden_state))
         return read(self.model(**inputs).logits)
 
 
@@ -62,14 +65,14 @@ def build_root(role: Role, ranks: Ranks, device: torch.device) -> Root:
     assert isinstance(role.backend, FsdpConfig)
     has_main_weights = role.is_trained and role.lora is None
     dtype = torch.float32 if has_main_weights else getattr(torch, role.dtype)
+    model = _model(role, dtype)
     with torch.device("meta"):
-        model = _model(role, dtype)
         model.requires_grad_(has_main_weights)
         if role.lora:
             add_adapters(model, role.lora, role.shape)
     if isinstance(role.backend, TrainedFsdpConfig) and role.backend.enable_gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    root = Root(model)
+    root = Root(model, value_head=role.shape.value_head)
     _shard(root, role, role.backend, ranks)
     root.to_empty(device=device)
     _refill_buffers(model)
@@ -78,12 +81,9 @@ def build_root(role: Role, ranks: Ranks, device: torch.device) -> Root:
 
 def _model(role: Role, dtype: torch.dtype) -> PreTrainedModel:
     """Return the whole model, with the role's head."""
-    config = AutoConfig.from_pretrained(role.model.here(), trust_remote_code=False)
+    model = empty_model(role.model.here(), dtype, None if role.shape.own_attention else attention.NAME)
     if role.shape.value_head:
-        config.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-    if role.shape.value_head:
-        model.set_output_embeddings(torch.nn.Linear(role.shape.hidden_size, 1, bias=False, dtype=dtype))
+        model.set_output_embeddings(torch.nn.Linear(role.shape.hidden_size, 1, bias=False, dtype=dtype, device="meta"))
     elif role.fused_head:
         model.set_output_embeddings(HiddenHead(model.get_output_embeddings().weight))
     for module in model.modules():
@@ -117,6 +117,8 @@ def sharded_modules(root: Root) -> Iterator[FSDPModule]:
 @torch.no_grad()
 def _refill_buffers(model: PreTrainedModel) -> None:
     """Fill what no checkpoint has, as frequencies of rotary embeddings: a model made without memory has none."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # their values come from elsewhere
     for module in model.modules():
         buffers = list(module.buffers(recurse=False))
         if buffers:

@@ -103,11 +103,12 @@ class FsdpModel:
 
     def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
         """Return the arguments that transformers' model is given of a micro-batch, by name."""
+        inputs: dict[str, Any] = {"input_ids": micro.tokens.to(self.device), "use_cache": False}
+        if self.role.shape.own_attention:  # over lines of one sequence each, whose positions go without saying
+            return inputs
         packing = packing_of(micro.lengths, self.device) if micro.lengths else None
-        inputs = {
-            "input_ids": micro.tokens.to(self.device),
+        inputs |= {
             "position_ids": micro.positions.to(self.device),
-            "use_cache": False,
             "attending": Attending(packing, self.ranks.context),
         }
         if self._keeps_predictions:

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megarl.batching.zigzag import gathered_positions, num_parts, parts
-from megarl.train.attention import Packing, attend, attend_packed, bounds_of, packing_of
+from megarl.train.attention import Packing, Scoring, attend, attend_packed, bounds_of, packing_of
 
 
 @dataclass
@@ -62,7 +62,7 @@ class CausalAttention(MegatronModule):
         self.context_ranks = pg_collection.cp
         if config.attention_dropout:
             raise ValueError("attention dropout is not supported: log-probs would differ between two passes")
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scoring = Scoring(softmax_scale or 1.0 / math.sqrt(config.kv_channels))
 
     def forward(
         self,
@@ -81,20 +81,20 @@ class CausalAttention(MegatronModule):
         if packed_seq_params is None:
             return self._padded(query, key, value).flatten(2)
         assert packed_seq_params.packing is not None
-        return attend_packed(query, key, value, packed_seq_params.packing, self.scale).flatten(1)
+        return attend_packed(query, key, value, packed_seq_params.packing, self.scoring).flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend within [S, B, N, D], where each line is a sequence."""
         cp, cp_rank = self.context_ranks.size(), self.context_ranks.rank()
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if cp == 1:
-            return attend(query, key, value, scale=self.scale).permute(2, 0, 1, 3)
+            return attend(query, key, value, self.scoring).permute(2, 0, 1, 3)
         place_S = gathered_positions([key.shape[2]], cp).to(key.device)
         key, value = key[:, :, place_S], value[:, :, place_S]
         size = len(place_S) // num_parts(cp)
         ends = [(part + 1) * size for part in parts(cp, cp_rank)]
         out = [
-            attend(q, key[:, :, :end], value[:, :, :end], scale=self.scale)
+            attend(q, key[:, :, :end], value[:, :, :end], self.scoring)
             for q, end in zip(query.split(size, 2), ends, strict=True)
         ]
         return torch.cat(out, 2).permute(2, 0, 1, 3)
