@@ -163,6 +163,7 @@ def _run(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
     """Pass a few tokens through a model without memory, as megarl does: with positions where it attends itself."""
     import torch
 
+    model.config.pad_token_id = None  # some classes look for it among the tokens, to warn of it
     with torch.device("meta"), torch.no_grad():
         positions = {"position_ids": torch.arange(_TOKENS)[None]} if "attending" in given else {}
         model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64), **positions, **given)

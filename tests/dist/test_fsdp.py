@@ -55,16 +55,17 @@ def _run(role: Role, batch: PolicyBatch, everything: Sequences) -> Run:
     actor = Actor(backend)
     metrics = update(actor, batch, PPO, 3).metrics
     with backend.updating():
-        used = _held(backend)
+        used = held_bytes(backend)
     logprobs_BS = score(actor, everything, TEMPERATURE)  # a pass without gradients is last
     num_gathered = sum(not isinstance(p, DTensor) for p in backend.model.own_parameters())
-    resting = _held(backend)
+    resting = held_bytes(backend)
     with backend.resident():
         weights = pieces(backend, backend.parameters())
     return Run(logprobs_BS, metrics, weights, resting, used, static_of(role, dist.get_rank()), num_gathered)
 
 
-def _held(backend: FsdpBackend) -> StaticBytes:
+def held_bytes(backend: FsdpBackend) -> StaticBytes:
+    """Return the bytes of what a backend holds now."""
     parameters = list(backend.model.own_parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = optimizer_of(backend).inner.state.values() if backend.optimizer else ()

@@ -41,13 +41,27 @@ MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # The layers differ: dense ones first, then experts beside one that every token takes.
     "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
 }
+# Outside of the name map. Heads are of the smallest size that vLLM's attention takes on CPU; windows are shorter than
+# the rows of a test. Bloom attends in a way of its own.
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2}),
+    "phi3": ("Phi3Config", {"hidden_size": 128, **TOKENS}),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": 4, "hidden_size": 64}),
+    "gpt2": ("GPT2Config", {"hidden_size": 128, **TOKENS}),
+    "bloom": ("BloomConfig", {"hidden_size": 128, **TOKENS}),
+}
 FIVE_LAYERS = "qwen3-five_layers"
 MODELS = tuple(f"{family}-{tied}" for family in FAMILIES for tied in ("untied", "tied"))
 MOE_MODELS = ("qwen3_moe-untied", "mixtral-untied", "qwen2_moe-tied")
 
 
 def save_tiny_model(name: str, folder: Path, **sizes: int) -> None:
-    """Write the model ``name``, of MODELS, MOE_MODELS or FIVE_LAYERS, in float32 to ``folder``. sizes: over ours."""
+    """Write the model ``name`` in float32 to ``folder``: of MODELS, MOE_MODELS or FIVE_LAYERS, or of OTHER_FAMILIES.
+
+    sizes: over ours.
+    """
     _save("AutoModelForCausalLM", name, folder, sizes)
 
 
@@ -60,7 +74,7 @@ def _save(auto: str, name: str, folder: Path, sizes: dict[str, int]) -> None:
     import transformers  # here, since ranks shouldn't wait for it
 
     family, kind = name.split("-")
-    config_type, fields = (FAMILIES | MOE_FAMILIES)[family]
+    config_type, fields = (FAMILIES | MOE_FAMILIES | OTHER_FAMILIES)[family]
     layers = {"num_hidden_layers": 5 if name == FIVE_LAYERS else 2}
     config = getattr(transformers, config_type)(**SIZES | fields | layers | sizes, tie_word_embeddings=kind == "tied")
     torch.manual_seed(0)
