@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megarl.batching.divisors import divisors
-from megarl.config.schema import ALL_RANKS, FSDP_STRATEGIES, FsdpConfig, PPOConfig
+from megarl.config.schema import ALL_RANKS, FSDP_STRATEGIES, FsdpConfig, PPOConfig, SFTConfig
 from megarl.errors import Absent, Problem
 from megarl.roles import Role
 from megarl.weights.model_shape import FAMILIES, ModelShape
@@ -36,6 +36,14 @@ def every_role_has_one_backend(c: PPOConfig) -> Iterator[Problem]:
     ):
         if megatron is not None and fsdp is not None:
             yield Problem(f"{key}.fsdp_config", "a section", f"contradicts {key}.megatron: a role has one backend")
+
+
+def has_fsdp(c: PPOConfig | SFTConfig) -> bool:
+    """Return True where some role may be on FSDP."""
+    if isinstance(c, SFTConfig):
+        return c.strategy in FSDP_STRATEGIES
+    roles = (c.actor_rollout_ref.actor, c.actor_rollout_ref.ref, c.critic, c.reward.model)
+    return any(role.fsdp_config is not None for role in roles)
 
 
 def shards_and_sequences_divide_the_ranks(key: str, fsdp: FsdpConfig, ranks: int) -> Iterator[Problem]:

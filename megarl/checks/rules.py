@@ -242,8 +242,6 @@ def model_problems(
     problems: list[Problem] = []
     actor, known = roles[0], [role for role in roles if role.model.known_shape is not None]
     for role in known:
-        if not role.shape.is_mapped:
-            problems += a_model_outside_the_map_is_served(role)
         if isinstance(role.backend, MegatronConfig):
             problems += the_model_fits_its_axes(role.backend_key, role.shape, role.backend)
         else:
@@ -252,6 +250,8 @@ def model_problems(
         problems += the_longest_rollout_fits_the_reward_model(role)
         if actor in known:
             problems += the_actors_tokens_are_known(role, actor.shape.vocab_size)
+    outside = [p for role in known if not role.shape.is_mapped for p in a_model_outside_the_map_is_served(role)]
+    problems += {problem.key: problem for problem in reversed(outside)}.values()
     for role in {role.model.key: role for role in reversed(known)}.values():
         problems += the_model_has_the_right_head(role)
     if actor in known:

@@ -5,14 +5,14 @@ Loads neither torch nor ray, so that a mistake costs a second or two.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megarl.batching.plan import BatchPlan
-from megarl.checks.backends import every_role_has_one_backend
+from megarl.checks.backends import every_role_has_one_backend, has_fsdp
 from megarl.checks.config import built, drop_consequences
 from megarl.checks.data_files import check_chat_files, check_prompt_files
 from megarl.checks.findings import Findings
@@ -28,7 +28,7 @@ from megarl.roles import ModelFacts, Role, batch_plan, role_named, roles_of, wit
 from megarl.weights.any_model import read_shape
 from megarl.weights.folder import resolve_model_folder
 from megarl.weights.model_facts.shipped import nearest_shipped, shipped_config
-from megarl.weights.model_shape import parse_model_shape
+from megarl.weights.model_shape import ModelShape, parse_model_shape, read_model_shape
 
 C = TypeVar("C", PPOConfig, SFTConfig)
 
@@ -151,7 +151,7 @@ def _checked_roles(config: PPOConfig | SFTConfig, found: Findings, platform: Pla
             known[facts.key] = facts
             if facts.path:
                 with found.of(f"{facts.key}.path", facts.path):
-                    known[facts.key] = _found(facts, found.notes)
+                    known[facts.key] = _found(facts, found.notes, read_shape if has_fsdp(config) else read_model_shape)
         return known[facts.key]
 
     roles = roles_of(config, find)
@@ -168,8 +168,11 @@ def _checked_roles(config: PPOConfig | SFTConfig, found: Findings, platform: Pla
     return roles
 
 
-def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
-    """Return the facts of a model in a folder. notes: where given, those that megarl ships may stand for them."""
+def _found(facts: ModelFacts, notes: list[str] | None, read: Callable[[str, str], ModelShape]) -> ModelFacts:
+    """Return the facts of a model in a folder. notes: where given, those that megarl ships may stand for them.
+
+    read: returns the shape of a folder.
+    """
     assert facts.path is not None
     try:
         folder = resolve_model_folder(facts.path, f"{facts.key}.path")
@@ -185,7 +188,7 @@ def _found(facts: ModelFacts, notes: list[str] | None) -> ModelFacts:
             "are megarl's own facts"
         )
         return replace(facts, known_shape=parse_model_shape(shipped, facts.path))
-    shape = read_shape(folder, f"{facts.key}.path")
+    shape = read(folder, f"{facts.key}.path")
     is_read_as_text = facts.key != "reward.model"
     if is_read_as_text and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelFolderError(

@@ -23,6 +23,7 @@ from megarl.plan.static import static_of
 from megarl.roles import DTYPE_BYTES, Role
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_shards
+from megarl.weights.reshard_plan import BUCKET_BYTES
 
 GIB = 2**30
 MIB = 2**20
@@ -170,8 +171,15 @@ def _phases_of_rank(
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
         yield phase(f"{role.name} update", *work, busy=role.name, update=True)
     if engine:
-        buckets = min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes)
-        yield phase("publish", Item("send and receive buckets", buckets), busy=roles[0].name, awake=True)
+        buckets = Item("send and receive buckets", min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes))
+        tensors = Item("whole tensors", _whole_tensors_bytes(roles[0]))
+        yield phase("publish", buckets, tensors, busy=roles[0].name, awake=True)
+
+
+def _whole_tensors_bytes(actor: Role) -> int:
+    """Return the bytes of whole tensors that a rank has at a time where the engine takes its part of them itself."""
+    sizes = [math.prod(size) * actor.dtype_bytes for _, size in actor.shape.tensors]
+    return max(min(BUCKET_BYTES, sum(sizes)), *sizes) if sizes else 0
 
 
 def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:

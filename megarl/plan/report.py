@@ -146,12 +146,14 @@ def _items_words(phase: Phase) -> str:
 
 
 def _publish_lines(plan: RunPlan) -> list[str]:
-    traffic = plan.traffic
+    traffic, shape = plan.traffic, plan.roles[0].shape
     if plan.engine is None:
         return []
     if traffic is None:
         return [f"publish: every rank receives up to {plan.engine.weights_bytes / _GB:.2f} GB"]
+    outside = f"{shape.family} is outside of the name map: every rank is given whole tensors, a few at a time"
     return [
+        *([] if shape.is_mapped else [outside]),
         f"publish, in GB a rank at most: keeps {traffic.kept_bytes / _GB:.2f}; within its node sends "
         f"{traffic.sent_within / _GB:.2f} and receives {traffic.received_within / _GB:.2f}; to and from other nodes "
         f"{traffic.sent_across / _GB:.2f} and {traffic.received_across / _GB:.2f}",

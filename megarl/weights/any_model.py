@@ -179,6 +179,8 @@ def _refuse_what_cannot_move(model: PreTrainedModel, fields: Fields, family: str
         why = "it reads more than text"
     elif any(".experts." in name for name in names):
         why = "it has experts, whose tensors are apart in a checkpoint and together in memory"
+    elif any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        why = "it attends to what follows"
     elif any(parameter.dim() == 0 for parameter in names.values()):
         why = "it has parameters without rows, which FSDP can't split"
     elif buffers := sorted(set(model.state_dict()) - set(dict(model.named_parameters(remove_duplicate=False)))):

@@ -202,7 +202,8 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
     architecture, family = architecture_of(fields)
     if family not in FAMILIES:
         raise ModelFolderError(
-            f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(FAMILIES)}, and "
+            "on FSDP (--config-name=ppo_trainer, or strategy=fsdp2) causal language models of transformers"
         )
     has_value_head = architecture != family
     if has_value_head:
