@@ -14,6 +14,7 @@ from megarl.controller.observer import Observer
 from megarl.controller.open import rollout_run
 from megarl.controller.run import Run
 from megarl.data.order import Order
+from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker
 from megarl.types import Prompt
 from tests.unit.composed_configs import roles_in
@@ -70,4 +71,4 @@ def run_on(group: PlainRanks, config: PPOConfig, run_dir: Path) -> Run[Samples]:
     tokenizer = cast("PreTrainedTokenizerBase", Words())
     prompts = (Prompt("f:0", (3, 4), "three four", "source", "truth", {}, "f:0"),)
     inputs = PPOInputs(tokenizer, prompts, prompts, Order(1, 1, False, 0), 3, (2,), (), roles_in(config))
-    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, {}, None, Observer())
+    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, {}, None, Observer(), Preemption(None, print))
