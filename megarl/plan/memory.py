@@ -176,14 +176,21 @@ def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:
     """Return the moment of the start when most is there: roles are built one after the other, the engine after them."""
     moments = []
     for i, role in enumerate(roles):
-        before = [item for earlier in roles[:i] for item in _held(earlier, rank, is_used=False, is_updated=False)]
-        # FSDP has no gradients nor optimizer state before the first update.
-        held = _held(role, rank, is_used=True, is_updated=True)
-        if role.layout.is_fsdp:
-            held = (item for item in held if item.name == f"{role.name} parameters")
-        items = (_runtime(device), *before, *held)
+        before = [item for earlier in roles[:i] for item in _built(earlier, rank, is_used=False)]
+        items = (_runtime(device), *before, *_built(role, rank, is_used=True))
         moments.append(Phase("load", rank, tuple(item for item in items if item.device_bytes or item.host_bytes)))
     return max(moments, key=lambda moment: moment.device_bytes)
+
+
+def _built(role: Role, rank: int, *, is_used: bool) -> Iterator[Item]:
+    """Yield what a rank holds of a model before its first use. is_used: while it is built."""
+    held = _held(role, rank, is_used=is_used, is_updated=is_used)
+    # FSDP has neither gradients nor optimizer state before the first update.
+    return (item for item in held if not role.layout.is_fsdp or item.name == _item_name(role, "parameters"))
+
+
+def _item_name(role: Role, part: str) -> str:
+    return f"{role.name} {part}"
 
 
 def _runtime(device: Device) -> Item:
@@ -210,13 +217,13 @@ def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator
     )
     if stay.optimizer_on_host:
         parts = parts[:2]
-        yield Item(f"{role.name} optimizer state", 0, static.optimizer)
+        yield Item(_item_name(role, "optimizer state"), 0, static.optimizer)
     for name, size, leaves, is_needed, keeps_values in parts:
         if is_needed or not leaves:
             # What was on the host once keeps its pinned copy there.
-            yield Item(f"{role.name} {name}", size, size if leaves and keeps_values else 0)
+            yield Item(_item_name(role, name), size, size if leaves and keeps_values else 0)
         else:
-            yield Item(f"{role.name} {name}", 0, size if keeps_values else 0)
+            yield Item(_item_name(role, name), 0, size if keeps_values else 0)
 
 
 def _scoring(role: Role, rank: int, fused: bool) -> Iterator[Item]:

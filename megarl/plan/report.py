@@ -29,7 +29,7 @@ def plan_text(plan: RunPlan, verdict: Verdict | None = None, notes: Sequence[str
         ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
         (_memory_title(plan), _memory_lines(plan)),
         ("Publish, checkpoint" if plan.engine else "Checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
-        *([("Time of a step, roughly", [_time_words(plan.time)])] if plan.time else []),
+        *([("Time of a step, roughly", [_time_words(plan.time)])] if plan.time and plan.fits else []),
         ("Verdict", _verdict_lines(plan, verdict)),
         ("Assumed", _assumed(plan)),
     ]
@@ -52,7 +52,7 @@ def _time_words(time: StepTime) -> str:
 
 
 def _assumed(plan: RunPlan) -> list[str]:
-    return [*memory.assumed(plan.engine is not None), *([step_time.ASSUMED] if plan.time else [])]
+    return [*memory.assumed(plan.engine is not None), *([step_time.ASSUMED] if plan.time and plan.fits else [])]
 
 
 def _titled(title: str, lines: Sequence[str]) -> list[str]:

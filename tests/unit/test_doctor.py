@@ -62,8 +62,9 @@ REQUIRES = (
     'vllm<0.33,>=0.30; extra == "gpu"',
     'megatron-core<0.17,>=0.16.1; extra == "gpu"',
     'transformer-engine[pytorch]<3,>=2.10; extra == "gpu"',
+    'peft<1,>=0.18; extra == "lora"',
 )
-CPU, GPU = ranges_of(REQUIRES, "cpu"), ranges_of(REQUIRES, "gpu")
+CPU, GPU = ranges_of(REQUIRES, "cpu", "lora"), ranges_of(REQUIRES, "gpu", "lora")
 CPU_TORCH, CUDA_TORCH = Build("2.13.0+cpu"), Build("2.13.0+cu130", "13.0")
 TE = {f"transformer-engine{part}": Package("2.11.0") for part in ("", "-cu12", "-torch")}
 H200 = Gpu("NVIDIA H200", 140 * GIB, "580.65.06")
@@ -111,6 +112,20 @@ def test_without_psutil_it_says_that_checkpoints_hang() -> None:
     findings = check_requirements(installed(ray="2.60.0"), CPU)
     (psutil,) = [finding for finding in findings if finding.name == "psutil"]
     assert psutil.level == "FAIL" and "checkpoint hangs" in psutil.found and psutil.fix == "pip install 'psutil>=6'"
+
+
+@pytest.mark.parametrize(
+    ("here", "level", "says"),
+    [
+        ({}, "ok", "not installed: no adapters"),
+        ({"peft": "0.21.2"}, "ok", "0.21.2"),
+        ({"peft": "0.17.0"}, "FAIL", "0.17.0; megarl needs"),
+    ],
+    ids=["absent", "in range", "too old"],
+)
+def test_peft_is_needed_for_adapters_alone(here: dict[str, str], level: str, says: str) -> None:
+    (peft,) = [finding for finding in check_requirements(installed(**here), CPU) if finding.name == "peft"]
+    assert peft.level == level and says in peft.found
 
 
 def test_the_other_requirements_share_a_line_unless_one_is_wrong() -> None:

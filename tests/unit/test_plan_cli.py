@@ -40,9 +40,9 @@ runpy.run_module("megarl.plan", run_name="__main__", alter_sys=True)
 def _plan(*arguments: str) -> tuple[int, str, str]:
     """Return the command's exit code and what it printed to stdout and to stderr, having loaded nothing heavy.
 
-    The main config is Megatron's, unless a recipe says which.
+    The main config is Megatron's, unless a recipe or the arguments say which.
     """
-    of_recipe = any(argument.startswith("experiment=") for argument in arguments)
+    of_recipe = any(argument.startswith(("experiment=", "--config-name=")) for argument in arguments)
     main = () if of_recipe else ("--config-name=ppo_megatron_trainer",)
     done = subprocess.run([sys.executable, "-c", COMMAND, *main, *arguments], cwd=ROOT, capture_output=True, text=True)
     *errors, loaded = done.stderr.splitlines()
@@ -76,6 +76,7 @@ def test_a_run_that_fits_says_so_and_json_has_the_same_numbers() -> None:
     assert f"{plan['checkpoint']['num_bytes'] / 1e9:.1f} GB in {plan['checkpoint']['num_files']} files" in text
     assert f"host memory a node: {plan['host_bytes_per_node'] / gib:.0f} GiB" in text
     assert f"keeps {plan['publish']['kept_bytes'] / 1e9:.2f};" in text
+    assert f"Time of a step, roughly\n  {sum(plan['seconds'].values()):.1f} s " in text
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,39 @@ def test_advice_names_layouts_that_fit_when_they_are_planned() -> None:
         code, printed, _ = _plan(*EXPERTS, *_typed({MICRO: 1} | layout["values"]), *devices, "--json")
         plan = json.loads(printed)
         assert code == FITS and plan["verdict"]["room_bytes"] == layout["room_bytes"]
+
+
+def _plan_on_fsdp(*arguments: str) -> tuple[int, str, str]:
+    return _plan("--config-name=ppo_trainer", *DENSE, *arguments)
+
+
+@pytest.mark.long
+def test_advice_on_fsdp_names_settings_of_fsdp_that_fit_when_they_are_planned() -> None:
+    devices = "--gpus=2", "--gpu-memory=80"
+    assert _plan_on_fsdp(*devices)[0] == DOES_NOT_FIT
+    code, printed, errors = _plan_on_fsdp(*devices, "--advise", "--json")
+    layouts = json.loads(printed)["layouts"]
+    assert code == FITS and errors.startswith("0 of ") and len(layouts) == 5
+    assert any(f"{ACTOR}.fsdp_config.optimizer_offload" in layout["values"] for layout in layouts)
+    assert all(".megatron." not in key for layout in layouts for key in layout["values"])
+    fastest = layouts[0]
+    code, printed, _ = _plan_on_fsdp(*devices, *_typed(fastest["values"]), "--json")
+    plan = json.loads(printed)
+    assert code == FITS and plan["verdict"]["room_bytes"] == fastest["room_bytes"]
+    assert plan["seconds"] == fastest["seconds"]
+
+
+def test_advice_on_fsdp_is_given_for_one_device_too() -> None:
+    code, text, _ = _plan_on_fsdp("--gpus=1", "--gpu-memory=10", "--advise")
+    assert code == DOES_NOT_FIT and text.endswith(" layouts fits 1 x H100 of 10.0 GiB\n")
+
+
+def test_a_run_on_fsdp_that_nothing_makes_fit_is_told_what_decides_what_takes_the_most() -> None:
+    code, text, errors = _plan_on_fsdp("--gpus=1", "--gpu-memory=24")
+    assert (code, errors) == (DOES_NOT_FIT, "")
+    assert f"actor parameters: 28.4 GiB in load; {ACTOR}.fsdp_config.fsdp_size = -1, " in text
+    assert f"{ACTOR}.fsdp_config.param_offload = false" in text
+    assert "Time of a step" not in text
 
 
 def test_no_layout_at_all_is_said_and_counts_as_not_fitting() -> None:
