@@ -21,7 +21,8 @@ fi
 source "$here/slurm/job.sh"
 
 job 235b 4 8 "$@"
-ppo=(--config-name=ppo_megatron_trainer experiment=qwen3_235b_4x8 trainer.run_dir="$run" "${overrides[@]}")
+ppo=(--config-name=ppo_megatron_trainer experiment=qwen3_235b_4x8 trainer.run_dir="$run"
+  trainer.preempt_save_s=1500 "${overrides[@]}")
 
 check "${ppo[@]}"
 train megarl.main_ppo "${ppo[@]}"

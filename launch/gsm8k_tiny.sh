@@ -25,7 +25,7 @@ job gsm8k_tiny 1 $((4 / total)) "$@"
 [ -n "$word" ] || fail "usage: launch/gsm8k_tiny.sh SOURCE, a folder with GSM8K's train.jsonl and test.jsonl"
 data=gsm8k_data
 sft=(experiment=gsm8k_tiny_sft trainer.run_dir="${run}_sft")
-ppo=(--config-name=ppo_megatron_trainer experiment=gsm8k_tiny trainer.run_dir="$run")
+ppo=(--config-name=ppo_megatron_trainer experiment=gsm8k_tiny trainer.run_dir="$run" trainer.preempt_save_s=50)
 
 echo "== part 1 of 3: GSM8K, a tokenizer and a fresh model"
 on_first_node "${MEGARL_PYTHON:-python}" -m megarl.data.prepare gsm8k --source "$word" --out "$data" --tiny-model

@@ -24,7 +24,7 @@ total=${SLURM_JOB_NUM_NODES:-${MEGARL_NODES:-1}}
 job quickstart 1 $((4 / total)) "$@"
 seed=${word:-0} data=quickstart_data
 sft=(experiment=quickstart_sft trainer.seed="$seed" trainer.run_dir="${run}_sft")
-ppo=(--config-name=ppo_megatron_trainer experiment=quickstart trainer.seed="$seed" trainer.run_dir="$run")
+ppo=(--config-name=ppo_megatron_trainer experiment=quickstart trainer.seed="$seed" trainer.run_dir="$run" trainer.preempt_save_s=50)
 
 echo "== part 1 of 3: the task and a fresh model"
 on_first_node "${MEGARL_PYTHON:-python}" -m megarl.data.prepare verbs --out "$data" --seed "$seed"

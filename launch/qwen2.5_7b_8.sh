@@ -22,7 +22,8 @@ source "$here/slurm/job.sh"
 
 job qwen2.5_7b_8 1 8 "$@"
 [ -n "$word" ] || fail "usage: launch/qwen2.5_7b_8.sh SOURCE [overrides]"
-ppo=(--config-name=ppo_megatron_trainer experiment=qwen2.5_7b_8 trainer.strict=true trainer.run_dir="$run" "${overrides[@]}")
+ppo=(--config-name=ppo_megatron_trainer experiment=qwen2.5_7b_8 trainer.strict=true trainer.run_dir="$run"
+  trainer.preempt_save_s=540 "${overrides[@]}")
 
 on_first_node "${MEGARL_PYTHON:-python}" -m megarl.data.prepare gsm8k --source "$word" --out ~/data/gsm8k
 check "${ppo[@]}"

@@ -21,7 +21,8 @@ fi
 source "$here/slurm/job.sh"
 
 job qwen3_30b_a3b_16 2 8 "$@"
-ppo=(--config-name=ppo_megatron_trainer experiment=qwen3_30b_a3b_16 trainer.run_dir="$run" "${overrides[@]}")
+ppo=(--config-name=ppo_megatron_trainer experiment=qwen3_30b_a3b_16 trainer.run_dir="$run"
+  trainer.preempt_save_s=540 "${overrides[@]}")
 
 check "${ppo[@]}"
 train megarl.main_ppo "${ppo[@]}"

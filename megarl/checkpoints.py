@@ -12,6 +12,7 @@ from megarl.checkpoint.manifest import read_manifest
 from megarl.checkpoint.trainer_state import read_trainer_state
 from megarl.config.compose import errors_reported
 from megarl.errors import CheckpointError
+from megarl.monitor.rundir import is_in_use
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with errors_reported():
         if not folder.steps():
             raise CheckpointError(f"{folder.path} has no checkpoint; give the folder of a run that saved one")
+        if given.keep is not None and is_in_use(given.run):
+            raise CheckpointError(
+                f"{given.run} has a run that is going on; trainer.keep_checkpoints prunes it meanwhile"
+            )
         if given.keep is not None:
             for step in folder.prune(Kept(given.keep, given.best_by)):
                 print(f"step {step:>6}  removed")

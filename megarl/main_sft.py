@@ -51,7 +51,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
         print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
         shown = without_secrets(values, overrides)
         resumption = find_resumption(config.trainer, run_dir, shown, overrides)
-        if is_finished(resumption, inputs.num_steps):
+        if is_finished(resumption, inputs.num_steps, run_dir):
             dismiss_ranks()
             return
         with open_sft_run(config, inputs, run_dir, shown, resumption) as run:

@@ -23,7 +23,7 @@ begin_attempt() {
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # One task a node has all of it: by default a step would have one core.
   step=(--ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --mem=0)
-  if scontrol show config | grep -q '^TaskPlugin .*affinity'; then step+=(--cpu-bind=none); fi
+  if scontrol show config | grep '^TaskPlugin .*affinity' >/dev/null; then step+=(--cpu-bind=none); fi
   MEGARL_JOB_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
   export MEGARL_JOB_TOKEN
   mkdir -p "$logs"
@@ -94,6 +94,10 @@ again() {
     return
   fi
   say "launch: $1; job $SLURM_JOB_ID is queued again"
-  scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this script
-  say "launch: the job can't be queued again; submit it anew with MEGARL_RUN=$run"
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    say "launch: the job can't be queued again; submit it anew with MEGARL_RUN=$run"
+    return
+  fi
+  trap '' TERM
+  while :; do sleep 1 || :; done # until Slurm ends this script: its own exit code would end the job
 }

@@ -109,6 +109,11 @@ class CheckpointFolder:
                     shutil.rmtree(path, ignore_errors=True)
             self._link_newest()
 
+    def link_final(self, step: int) -> None:
+        """Have ``final`` lead to a step's checkpoint, if it is there and no checkpoint is the final one yet."""
+        if self.of(step).is_dir() and not (self.path / FINAL).is_symlink():
+            self._link(FINAL, step)
+
     def set_aside(self, step: int) -> Path:
         """Rename a checkpoint that isn't as it was saved, so that its step can be saved again. Return where it is."""
         path = self.of(step)

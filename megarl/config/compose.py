@@ -152,16 +152,25 @@ def errors_reported() -> Iterator[None]:
 def compose(line: CommandLine) -> Composition:
     """Return the Composition of a command line. Raises ConfigError for files, groups and overrides that can't be."""
     with _hydra(line) as loader:
-        recipes = [o for o in line.overrides if o.key_or_group == EXPERIMENT and not o.is_delete()]
-        # A script names one, and whoever starts it another: the last counts, as it does of values.
-        counting = [o for o in line.overrides if not any(o is recipe for recipe in recipes[:-1])]
-        passed = tuple(text for override in counting for text in _for_hydra(override, line, loader))
+        passed = tuple(text for override in _once(line.overrides) for text in _for_hydra(override, line, loader))
         with hydra_errors_named(line):
             config = loader.load_configuration(line.config_name, list(passed), RunMode.RUN)
     HydraConfig.instance().set_config(config)  # for ${hydra:...} in a value
     with open_dict(config):
         del config["hydra"]
     return Composition(config, line, passed)
+
+
+def _once(overrides: Sequence[Override]) -> Iterator[Override]:
+    """Yield overrides, a recipe that is named twice once: by a script, and by whoever starts it."""
+    named: set[str] = set()
+    for override in overrides:
+        if override.key_or_group == EXPERIMENT and not override.is_delete():
+            recipe = override.get_value_string()
+            if recipe in named:
+                continue
+            named.add(recipe)
+        yield override
 
 
 @contextmanager

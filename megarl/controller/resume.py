@@ -88,10 +88,11 @@ def find_resumption(
     return found
 
 
-def is_finished(resumption: Resumption | None, num_steps: int) -> bool:
-    """Whether a run that goes on has no step left; says so."""
+def is_finished(resumption: Resumption | None, num_steps: int, run_dir: Path) -> bool:
+    """Whether a run that goes on has no step left; says so, and links its last checkpoint if its end hadn't yet."""
     if resumption is None or resumption.state.step < num_steps:
         return False
+    CheckpointFolder(run_dir / "checkpoints").link_final(num_steps)
     print(f"all {num_steps} steps are done; trainer.total_training_steps or trainer.total_epochs makes the run longer")
     return True
 

@@ -54,7 +54,6 @@ from megarl.doctor.machine import (
     read_packages,
     read_segments,
 )
-from megarl.doctor.nodes import examine_nodes, report_text
 from megarl.doctor.packages import (
     EXTRA,
     LORA,
@@ -156,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", action="store_true", help="examine all nodes of this allocation of Slurm")
     asked = parser.parse_args(arguments)
     if asked.nodes:
+        from megarl.doctor.nodes import examine_nodes, report_text  # here, since it needs psutil
+
         with errors_reported():
             report = examine_nodes()
         print(json.dumps(asdict(report)) if asked.json else report_text(report))

@@ -206,12 +206,6 @@ def _place(nnodes: int, ranks_per_node: int) -> Any:
     return placement
 
 
-def _watchdog(world_size: int, timeout_s: float) -> Watchdog:
-    import ray
-
-    return Watchdog(ray.util.get_node_ip_address(), world_size, timeout_s)
-
-
 def _bundles_in_order(placement: Any) -> list[int]:
     """Return the bundles of a placement in the order of the addresses of their nodes."""
     import ray
@@ -224,6 +218,12 @@ def _bundles_in_order(placement: Any) -> list[int]:
 def in_order(addresses: Mapping[int, str]) -> list[int]:
     """Return keys in the order of their IP addresses, as numbers: 10.0.0.9 comes before 10.0.0.10."""
     return sorted(addresses, key=lambda key: (ipaddress.ip_address(addresses[key]).packed, key))
+
+
+def _watchdog(world_size: int, timeout_s: float) -> Watchdog:
+    import ray
+
+    return Watchdog(ray.util.get_node_ip_address(), world_size, timeout_s)
 
 
 def _cause(pending: Sequence[Any], first: Exception, place: str) -> MegarlError:
@@ -273,7 +273,7 @@ def _own_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
@@ -119,7 +120,7 @@ def preemption_of(trainer: SFTTrainerConfig, tell: Callable[[str], None]) -> Pre
     if grace is not None and grace - _END_S < limit.seconds:
         why = f"torchrun kills ranks after {grace:g} s; its --shutdown-timeout={limit.seconds + _END_S:g} lets them be"
         limit = Limit(max(grace - _END_S, 0.0), why)
-    return Preemption(limit, tell, has_peers)
+    return Preemption(limit, tell, partial(has_peers, dict(os.environ)))  # vLLM writes over LOCAL_WORLD_SIZE
 
 
 def check_launch(config: PPOConfig | SFTConfig) -> None:

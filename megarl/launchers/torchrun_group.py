@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -57,7 +58,7 @@ class _Call:
 def serve() -> None:
     """Be a rank other than 0 until the run ends. A failure ends the process, and torchrun the others."""
     # The controller hears of a signal as well, or from this rank: it is the one that saves.
-    preemption = Preemption(None, lambda text: None, has_peers)
+    preemption = Preemption(None, lambda text: None, partial(has_peers, dict(os.environ)))
     try:
         group = TorchrunGroup.joined(None, preemption)
         if group is not None:

@@ -51,9 +51,10 @@ class Watchdog:
             f"{self.place()}: the ranks haven't done {call} within {self.limit_s(call):g} s (trainer.hang_timeout_s). "
             "Those that don't answer come first, then those that stand alone"
         ]
-        known = {member.rank for member in self._connections}
+        members = sorted(self._connections.copy(), key=lambda member: member.rank)
+        known = {member.rank for member in members}
         lines += [f"--- rank {rank} hasn't started" for rank in range(self.world_size) if rank not in known]
-        silent = sorted(self._connections.keys() - standings.keys(), key=lambda member: member.rank)
+        silent = [member for member in members if member not in standings]
         lines += [f"--- rank {member.rank} doesn't answer: {_state(member)}" for member in silent]
         return WorkerError("\n".join((*lines, *_told(standings))))
 
@@ -105,9 +106,13 @@ class Watchdog:
 
     def _standings(self) -> dict[Member, Standing]:
         """Return where the ranks stand that say so in time."""
-        self._send(WHERE)
         found: dict[Member, Standing] = {}
-        members = {connection: member for member, connection in self._connections.items()}
+        members = {connection: member for member, connection in self._connections.copy().items()}
+        for late in members:
+            with suppress(EOFError, OSError):
+                while late.poll():  # the answer to an earlier question
+                    late.recv_bytes()
+        self._send(WHERE)
         deadline_s = time.monotonic() + _ANSWER_S
         while members and (ready := wait(list(members), max(0.0, deadline_s - time.monotonic()))):
             for connection in ready:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,7 +21,7 @@ def interrupts_told(end: Callable[[int], None] = sys.exit) -> Iterator[None]:
 
     Without notes nothing was saved. end: how this process ends. What is interrupted has been left by then.
     """
-    is_preempted = False
+    is_preempted, leaving = False, list[threading.Timer]()
 
     def end_at_once(number: int, frame: FrameType | None) -> None:
         nonlocal is_preempted
@@ -29,9 +30,11 @@ def interrupts_told(end: Callable[[int], None] = sys.exit) -> Iterator[None]:
 
     try:
         # Until something that can save listens to them.
-        with signals_heard(lambda number: leave_soon(os._exit), end_at_once):
+        with signals_heard(lambda number: leaving.append(leave_soon(os._exit)), end_at_once):
             yield
     except KeyboardInterrupt as interrupt:
+        for timer in leaving:
+            timer.cancel()
         for number in (signal.SIGINT, *SIGNALS):  # an impatient second one has nothing left to stop
             signal.signal(number, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":  # torchrun's others have nothing to tell

@@ -147,9 +147,9 @@ class Preemption:
             raise Preempted
 
 
-def leave_soon(leave: Callable[[int], None]) -> None:
-    """End this process in a while, should it not have ended by itself by then."""
-    _started(UNWIND_S, lambda: leave(PREEMPTED))
+def leave_soon(leave: Callable[[int], None]) -> threading.Timer:
+    """Return what ends this process in a while, unless it has ended by itself or that is cancelled by then."""
+    return _started(UNWIND_S, lambda: leave(PREEMPTED))
 
 
 def _started(seconds: float, then: Callable[[], None]) -> threading.Timer:

@@ -183,6 +183,23 @@ def _claim(path: Path, may_be_numbered: bool) -> tuple[Path, int]:
     raise AssertionError("numbers don't end")
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether a run is going on in a folder, on this machine or one whose locks this one sees."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks
+    finally:
+        os.close(lock)
+    return False
+
+
 def _numbered(name: str, number: int) -> str:
     own = _OWN_NAME.fullmatch(name)
     assert own is not None

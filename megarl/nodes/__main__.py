@@ -65,6 +65,7 @@ def _run(run: Run, names: tuple[str, ...], logs: Path) -> int:
     run_dir = Path(str(values["trainer"]["run_dir"])).expanduser() if values else logs / "run"
     run_folder, paths = run_dir.absolute().parent, sorted(set(_paths(values)))
     probe = run_folder / f".megarl_{hashlib.sha256(run.token.encode()).hexdigest()[:12]}"
+    run = replace(run, save_s=float(values["trainer"]["preempt_save_s"]) if values else 0.0)
     meeting = Meeting(run.host, run.port, run.token, names, run.wait_s)
     logs.mkdir(parents=True, exist_ok=True)
     with _own_folder(run.folder):

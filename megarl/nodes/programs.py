@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ NUM_PORTS = 10
 DOCTOR = "megarl.doctor.nodes"
 """What torchrun starts on every node beside the programs that train."""
 _OBJECT_STORE_BYTES = 1_000_000_000
+_PATIENCE_S = 30
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Run:
     """A command of megarl's on several nodes. port: the first of NUM_PORTS that are this job's. folder: of each node.
 
     command: a module and its arguments. token: known to all nodes of the job. address: of this node. wait_s: for
-    all nodes to be there. on_gpus: whether devices are GPUs.
+    all nodes to be there. on_gpus: whether devices are GPUs. save_s: for the last save of a run that is told to end.
     """
 
     launcher: LauncherName
@@ -36,6 +38,7 @@ class Run:
     wait_s: float
     on_gpus: bool
     command: tuple[str, ...]
+    save_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ def _torchrun(run: Run) -> Program:
             f"--master-port={run.port + 1}",
         ]
     )
-    command = _python("-m", "torch.distributed.run", *place, f"--nproc-per-node={run.devices}", "-m", *run.command)
+    patience = f"--shutdown-timeout={math.ceil(run.save_s) + _PATIENCE_S}"  # torchrun's own would cut the save short
+    ranks = (f"--nproc-per-node={run.devices}", patience, "-m", *run.command)
+    command = _python("-m", "torch.distributed.run", *place, *ranks)
     return Program("torchrun", command)
 
 

@@ -99,7 +99,7 @@ def answer_roll(meeting: Meeting, read_own: Callable[[str], NodeFacts]) -> Chann
     try:
         answer(channel, meeting.token)
         channel.send(read_own(channel.connection.getsockname()[0]).as_dict())
-        channel.connection.settimeout(meeting.wait_s)
+        channel.connection.settimeout(meeting.wait_s + SILENCE_S)  # the first node waits no longer than that
         told = channel.receive()
     except OSError as error:
         raise ResourceError(f"{meeting.names[0]} ended the roll call at {meeting.place}: {error}") from error

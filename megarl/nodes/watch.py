@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import socket
@@ -95,15 +96,14 @@ class Watch:
                 continue
 
     def _events(self, until: float | None = None) -> Iterator[Event]:
-        """Yield what happens, and look for the file of preemption meanwhile. until: by the clock time.monotonic()."""
-        told = False
+        """Yield what happens, until a time by the clock time.monotonic()."""
         while until is None or time.monotonic() < until:
-            try:
+            with contextlib.suppress(queue.Empty):
                 yield self.events.get(timeout=_POLL_S)
-            except queue.Empty:
-                if not told and (self.logs / PREEMPT_FILE).exists():
-                    told = True
-                    yield Signalled(signal.SIGUSR1)
+            self._look()
+
+    def _look(self) -> None:
+        """Look for what is told in no message."""
 
     def _pass_on(self, number: int) -> None:
         if self.stages:
@@ -118,6 +118,13 @@ class Watch:
 
 class FirstNode(Watch):
     """The node that decides: the run's exit code is what its last stage ends with."""
+
+    is_told = False
+
+    def _look(self) -> None:
+        if not self.is_told and (self.logs / PREEMPT_FILE).exists():
+            self.is_told = True
+            self.events.put(Signalled(signal.SIGUSR1))
 
     def run(self) -> int:
         """Return the exit code of the run, after the end of everything on all nodes."""

@@ -169,7 +169,13 @@ def _checkpoint(shape: ModelShape, dtype_bytes: int, state_bytes: int) -> Checkp
 
 def _state_bytes(role: Role) -> int:
     """Return the bytes of a role's weights and moments, in float32, of its adapters where these alone are trained."""
-    return 3 * FP32_BYTES * _numel(adapter_shapes(role.shape, role.lora) if role.lora else hf_shapes(role.shape))
+    num_trained = _numel(adapter_shapes(role.shape, role.lora)) if role.lora else _num_weights(role.shape)
+    return 3 * FP32_BYTES * num_trained
+
+
+@cache
+def _num_weights(shape: ModelShape) -> int:
+    return _numel(hf_shapes(shape))
 
 
 def _numel(tensors: Mapping[str, tuple[int, ...]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import ipaddress
 import os
 import socket
@@ -30,6 +31,7 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
     listener: rank 0's, at MASTER_ADDR and MASTER_PORT; None where that is to be opened, or torchrun has.
     """
     apply_environment()
+    faulthandler.enable()  # gloo ends a process whose peer sends another shape from a thread of its own
     import torch
     import torch.distributed as dist
 

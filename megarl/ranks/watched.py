@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Client, Connection
 
@@ -90,12 +90,15 @@ class Watched:
         return Standing(self._call, time.monotonic() - self._since_s, stack)
 
     def _answer(self) -> None:
-        with Client((self.address.host, self.address.port), authkey=self.address.key) as connection:
+        place = self.address.host, self.address.port
+        try:
+            connection = Client(place, authkey=self.address.key)
+        except OSError as error:
+            self.fail(WorkerError(f"rank {self.rank} can't reach its controller at {place[0]}:{place[1]}: {error}"))
+            return
+        with connection, suppress(EOFError, OSError):  # where the controller ends, a rank notices by other ways
             connection.send_bytes(_packed(Member.here(self.rank)))
-            try:
-                self._answer_until_the_end(connection)
-            except (EOFError, OSError):  # the controller has ended, which this rank notices by its next call or its end
-                return
+            self._answer_until_the_end(connection)
 
     def _answer_until_the_end(self, connection: Connection) -> None:
         while connection.poll(self.address.timeout_s):

@@ -92,6 +92,7 @@ def _policy_loss(spec: PolicyLossSpec, batch: PolicyBatch, step: OptimizerStep, 
             ref_N = _column(micro, batch.ref_logprobs_BS, device)
             assert ref_N is not None
             kl = (weights_N * kl_estimators.get(spec.kl_type)(scores.logprobs_N, ref_N)).sum()
+            kl = kl + 0.0 * ref_N.sum()  # NaN where one is infinite, which some estimators would clamp unseen
             total = total + spec.kl_coef * kl
             metrics["kl"] = kl
         return total, detached({"loss": total, **metrics})

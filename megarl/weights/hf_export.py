@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from megarl.weights.sources import TensorSource
 _COPIED = (".json", ".txt", ".model", ".jinja")
 # Of a checkpoint that a run starts from: they tell of that one, and a new one writes its own.
 _OF_A_CHECKPOINT = ("manifest.json", "trainer_state.json")
+_SYSTEM_ERROR = "(os error "
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -47,13 +50,13 @@ def export_hf(
 
     shapes: of the tensors that ranks hold. sources: what all ranks hold. parameters: this rank's. zeros: shapes of
     tensors that no rank holds, which are zero. fields: of config.json, to replace. What ``out`` held before is gone.
-    Raises ResourceError on every rank where the disk is too small.
+    Raises ResourceError on every rank where the disk is too small, or refuses a file of one.
     """
     sizes = {**shapes, **zeros}
     files = plan_files(sizes, dtype.itemsize, max_file_bytes)
     total_bytes = sum(torch.Size(s).numel() for s in sizes.values()) * dtype.itemsize
     _make_room(out, total_bytes)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size, refusal = dist.get_rank(), dist.get_world_size(), ""
     held = cells_of(sources, node_size(device))
     for first in range(0, len(files), world_size):
         wave = files[first : first + world_size]
@@ -64,12 +67,38 @@ def export_hf(
         if rank < len(wave):
             filled = {n: t.cpu() for n, t in tensors.items()}
             filled |= {n: torch.zeros(zeros[n], dtype=dtype) for n in wave[rank] if n in zeros}
-            _write_weights(out / _file_name(first + rank, len(files)), filled)
-    dist.barrier()
+            path = out / _file_name(first + rank, len(files))
+            refusal = refusal or refusal_of(path, partial(_write_weights, path, filled))
     if rank == 0:
-        _write_index(out, files, total_bytes)
-        copy_template(template, out, dtype, fields)
-    dist.barrier()
+        refusal = refusal or refusal_of(out, partial(_write_index, out, files, total_bytes))
+        refusal = refusal or refusal_of(out, partial(copy_template, template, out, dtype, fields))
+    raise_everywhere(refusal)
+
+
+def refusal_of(path: Path, write: Callable[[], None]) -> str:
+    """Write, and return why the disk refuses it, empty where it doesn't: other ranks may wait for this one."""
+    try:
+        write()
+    except OSError as error:
+        return _refusal(path, error.strerror or str(error))
+    except SafetensorError as error:  # which is what that library makes of an error of the system
+        if _SYSTEM_ERROR not in str(error):
+            raise
+        return _refusal(path, str(error))
+    return ""
+
+
+def _refusal(path: Path, why: str) -> str:
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+    return f"{path} can't be written: {why}; the disk has {free:,} bytes free; make room, or take a larger disk"
+
+
+def raise_everywhere(refusal: str) -> None:
+    """Raise ResourceError on every rank where the disk refused a file of one. Collective; no rank is ahead of it."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, refusal)
+    if first := next(filter(None, found), None):
+        raise ResourceError(first)
 
 
 def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -138,7 +167,7 @@ def export_source(
 ) -> None:
     """Write ``out`` as ``export_hf`` does, from one process, which holds one file of ``source`` at a time.
 
-    Raises ResourceError where the disk is too small.
+    Raises ResourceError where the disk is too small or refuses the weights.
     """
     sizes = {**shapes, **zeros}
     files = plan_files(sizes, dtype.itemsize, max_file_bytes)
@@ -148,6 +177,8 @@ def export_source(
     for i, names in enumerate(files):
         read = {name: source.read(name, 0, 0, shapes[name][0]).to(dtype) for name in names if name in shapes}
         read |= {name: torch.zeros(zeros[name], dtype=dtype) for name in names if name in zeros}
-        _write_weights(out / _file_name(i, len(files)), read)
+        path = out / _file_name(i, len(files))
+        if refusal := refusal_of(path, partial(_write_weights, path, read)):
+            raise ResourceError(refusal)
     _write_index(out, files, total_bytes)
     copy_template(template, out, dtype, fields)

@@ -48,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(f"no Slurm here: {', '.join(lacks)} missing (apt-get install slurm-wlm munge, and be root)")
     folder = tmp_path_factory.mktemp("slurm")
     shared = tmp_path_factory.mktemp("shared")
-    slurm = MiniSlurm(folder, (REPOSITORY, shared), NUM_NODES)
+    slurm = MiniSlurm(folder, (REPOSITORY, Path(sys.prefix), shared), NUM_NODES)
     slurm.start()
     try:
         yield Cluster(slurm, shared)

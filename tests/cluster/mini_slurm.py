@@ -138,7 +138,9 @@ class MiniSlurm:
         while time.monotonic() < deadline:
             state = self.state(number)
             if state.get("JobState") in _DONE:
-                break
+                time.sleep(1)  # a job that is queued again passes through its failure
+                if self.state(number).get("JobState") in _DONE:
+                    break
             if state.get("JobState") == "PENDING" and state.get("Restarts", "0") != "0":
                 self.on_login("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.2)

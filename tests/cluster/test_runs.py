@@ -136,7 +136,7 @@ def test_235b_as_it_is_trains_a_step_with_a_tiny_model_on_four_nodes(cluster: Cl
     sizes = {"MEGARL_DEVICES": "1", "SBATCH_GPUS_PER_NODE": "1"}
     job = cluster.run(folder, "launch/235b.sh", *tiny, MEGARL_RUN="run", timeout_s=RUN_S, **sizes)
     assert job.state == "COMPLETED", job.output
-    assert "actor: TP 1 x PP 4 on 4 ranks, 1 a node" in job.output
+    assert "actor: PP 4 on 4 ranks, 1 a node" in job.output
     assert [line["step"] for line in metrics(folder / "run")] == [1]
 
 
@@ -145,3 +145,31 @@ def _with_layers(config: Path, number: int) -> None:
     config.write_text(
         json.dumps({**values, "num_hidden_layers": number, "layer_types": None, "max_window_layers": number})
     )
+
+
+def test_tasks_of_plain_srun_are_ranks_and_compute_the_same(cluster: Cluster, clean: list[dict[str, Any]]) -> None:
+    folder = write_tiny_task(folder_of(cluster, "srun"))
+    run = ("trainer.nnodes=2", "trainer.n_gpus_per_node=1", "trainer.run_dir=run", *STEPS)
+    tasks = "srun --ntasks-per-node=1 python -m megarl.main_ppo --config-dir=. --config-name=rl"
+    script = f"--wrap=MASTER_ADDR=node1 MASTER_PORT=29500 {tasks} {' '.join(run)}"
+    flags = ("--nodes=2", "--job-name=srun", "--output=%x-%j.log")
+    number = cluster.slurm.submit(folder, *flags, script, environ=cluster.environ())
+    job = cluster.slurm.wait(number, folder, RUN_S)
+    assert job.state == "COMPLETED", job.output
+    same(metrics(folder / "run"), clean)
+
+
+@pytest.mark.parametrize(("node", "process", "service"), [(1, "gcs_server", "head"), (2, "raylet", "worker")])
+def test_a_part_of_ray_that_dies_ends_the_job_with_its_name_and_nothing_is_left(
+    cluster: Cluster, node: int, process: str, service: str
+) -> None:
+    folder, number = started(cluster, f"killed_{process}", "ray")
+    cluster.slurm.on_node(node, "pkill", "--signal", "KILL", "--full", process)
+    job = cluster.slurm.wait(number, folder, 120)
+    assert (job.state, job.restarts) == ("FAILED", 0), job.output
+    assert re.search(rf"Ray's {service} (ended with exit code|was ended by signal) \d+ on node{node}", job.output) or (
+        "Error" in job.output
+    )
+    assert cluster.slurm.processes() == []
+    logs = folder / "run_logs" / "attempt_0"
+    assert (logs / "node1_Rays_head.log").is_file() and (logs / "node1_ray").is_dir()

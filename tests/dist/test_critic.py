@@ -117,8 +117,19 @@ def expected(folder: Path, batch: ValueBatch) -> Expected:
     return Expected(first_BS, losses, norms)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        pytest.param(
+            name,
+            is_packed,
+            id=f"{name}-{'packed' if is_packed else 'padded'}",
+            marks=() if is_packed or name in ("one_rank", "tp2_pp2+sp", "fsdp2") else pytest.mark.long,
+        )
+        for name in LAYOUTS
+        for is_packed in (True, False)
+    ],
+)
 def test_values_and_three_updates_equal_those_of_torch(
     ranks: RankPool, folder: Path, batch: ValueBatch, expected: Expected, name: str, packed: bool
 ) -> None:

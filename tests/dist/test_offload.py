@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,28 @@ def batches() -> tuple[PolicyBatch, ValueBatch]:
     return policy, ValueBatch(**vars(rows), values_BS=noise[3], returns_BS=noise[4])
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "replicated_optimizer"])
+LAYOUTS = {"tp2_pp2+sp": TP2_PP2, "dp2": DP2, "pp2_vpp2": PP2_VPP2}
+OPTIMIZERS = {"distributed_optimizer": True, "replicated_optimizer": False}
+# Each optimizer in each dtype once; all others are long.
+QUICK = {
+    ("dp2", "float32", "replicated_optimizer"),
+    ("dp2", "bfloat16", "distributed_optimizer"),
+    ("pp2_vpp2", "float32", "distributed_optimizer"),
+    ("pp2_vpp2", "bfloat16", "replicated_optimizer"),
+}
+
+
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
+    ("layout", "dtype", "distributed"),
     [
-        pytest.param(TP2_PP2, "float32", id="tp2_pp2+sp-float32", marks=pytest.mark.long),
-        pytest.param(TP2_PP2, "bfloat16", id="tp2_pp2+sp-bfloat16", marks=pytest.mark.long),
-        pytest.param(DP2, "float32", id="dp2-float32"),
-        pytest.param(DP2, "bfloat16", id="dp2-bfloat16"),
-        pytest.param(PP2_VPP2, "float32", id="pp2_vpp2-float32"),
-        pytest.param(PP2_VPP2, "bfloat16", id="pp2_vpp2-bfloat16"),
+        pytest.param(
+            LAYOUTS[case[0]],
+            case[1],
+            OPTIMIZERS[case[2]],
+            id="-".join(case),
+            marks=() if case in QUICK else pytest.mark.long,
+        )
+        for case in product(LAYOUTS, ("float32", "bfloat16"), OPTIMIZERS)
     ],
 )
 def test_roles_that_leave_their_device_between_uses_say_and_learn_the_same_to_the_bit(

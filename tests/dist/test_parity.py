@@ -146,7 +146,7 @@ FEWER_KEY_VALUE_HEADS_THAN_RANKS_OR_UNEVEN_STAGES = [
     (FIVE_LAYERS, "pp4"),
 ]
 KINDS = (
-    Kind(LAYOUTS, _all(MODELS, LAYOUTS), {*product(TELLING, LAYOUTS), *product(MODELS, ["tp2xpp2+sp"])}),
+    Kind(LAYOUTS, _all(MODELS, LAYOUTS), {*product(TELLING[:1], LAYOUTS), *product(MODELS[::2], ["tp2xpp2+sp"])}),
     Kind(
         UNEVEN_LAYOUTS,
         FEWER_KEY_VALUE_HEADS_THAN_RANKS_OR_UNEVEN_STAGES,
@@ -156,7 +156,7 @@ KINDS = (
     Kind(
         EXPERT_LAYOUTS,
         _all(MOE_MODELS, EXPERT_LAYOUTS),
-        {*product([QWEN3_MOE], ["tp2xep2xetp1xdp2", "pp2xep2", "ep2"]), *product(MOE_MODELS[1:], ["tp2xep2xetp2"])},
+        {*product([QWEN3_MOE], ["tp2xep2xetp1xdp2", "ep2"]), *product(MOE_MODELS[1:], ["tp2xep2xetp2"])},
         EXPERT_JOBS,
     ),
     Kind(
@@ -168,7 +168,7 @@ KINDS = (
     Kind(
         CHUNK_LAYOUTS,
         _all(TELLING, CHUNK_LAYOUTS),
-        {*product(TELLING[1:], ["pp2xvpp2", "tp2xpp2xvpp2+sp", "cp2xpp2xvpp2"])},
+        {*product(TELLING[1:], ["tp2xpp2xvpp2+sp", "cp2xpp2xvpp2"])},
         sizes=EIGHT_LAYERS,
     ),
     # A dense layer, then layers of experts.
@@ -176,8 +176,8 @@ KINDS = (
         FSDP_LAYOUTS,
         _all((*MODELS, *MOE_MODELS), [name for name in FSDP_LAYOUTS if name != "fsdp3"]),
         {
-            *product(TELLING[:1], ["fsdp2", "fsdp4", "ulysses2", "copies2xfsdp2"]),
-            *product(TELLING[1:], ["fsdp4", "ulysses4"]),
+            *product(TELLING[:1], ["fsdp4", "ulysses2", "copies2xfsdp2"]),
+            *product(TELLING[1:], ["ulysses4"]),
             *product(MOE_MODELS, ["fsdp4"]),
         },
         FSDP_JOBS,

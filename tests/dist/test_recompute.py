@@ -83,10 +83,10 @@ def _saved_bytes(backend: MegatronBackend, batch: Sequences) -> int:
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
-        ("one_rank", "float32"),
+        pytest.param("one_rank", "float32", marks=pytest.mark.long),
         ("tp2+sp", "bfloat16"),
-        ("dp2", "bfloat16"),
-        ("tp2_pp2+sp", "float32"),
+        pytest.param("dp2", "bfloat16", marks=pytest.mark.long),
+        pytest.param("tp2_pp2+sp", "float32", marks=pytest.mark.long),
         ("pp2_vpp2", "float32"),
         ("cp2", "float32"),
     ],

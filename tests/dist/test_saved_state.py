@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -11,12 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarl.checkpoint.manifest import files_of
 from megarl.checkpoint.rank_save import RankSave, SavedPart
 from megarl.checkpoint.role_files import SavedRole
 from megarl.checkpoint.tensor_file import write_tensors
 from megarl.errors import CheckpointError
 from megarl.parallel.layout import Layout
+from megarl.ranks.spec import RankSpec
+from megarl.ranks.work import SaveWork
+from megarl.ranks.worker import Worker
 from megarl.roles import Role
+from megarl.train import export as exports
 from megarl.train.actor import Actor
 from megarl.train.backend import Backend
 from megarl.train.backends import backend_of
@@ -111,6 +117,7 @@ EXPERTS = [
     ("ep2xtp2", "fsdp2"),
     ("fsdp4", "ep2xtp2"),
 ]
+OPTIMIZERS = "distributed", "replicated"
 _number = count()
 
 
@@ -120,11 +127,22 @@ def _role(layout: Layout, folder: Path, optimizer: str) -> Role:
     return role if layout.is_fsdp or optimizer == "distributed" else with_section(role, **REPLICATED)
 
 
-@pytest.mark.parametrize(
-    ("model", "saved_on", "loaded_on"),
-    [*(("qwen2-tied", *pair) for pair in DENSE), *(("qwen3_moe-untied", *pair) for pair in EXPERTS)],
-)
-@pytest.mark.parametrize("optimizers", [("distributed", "replicated"), ("replicated", "distributed")], ids="->".join)
+# Each pair of layouts with one pair of optimizers, by turns; all others are long.
+MOVES = [
+    pytest.param(
+        optimizers,
+        model,
+        *pair,
+        id="-".join(["->".join(optimizers), model, *pair]),
+        marks=pytest.mark.long if at else (),
+    )
+    for model, pairs in (("qwen2-tied", DENSE), ("qwen3_moe-untied", EXPERTS))
+    for turn, pair in enumerate(pairs)
+    for at, optimizers in enumerate((OPTIMIZERS, OPTIMIZERS[::-1])[:: -1 if turn % 2 else 1])
+]
+
+
+@pytest.mark.parametrize(("optimizers", "model", "saved_on", "loaded_on"), MOVES)
 def test_a_state_moves_between_layouts_and_optimizers_to_the_bit(
     ranks: RankPool,
     reference: Callable[..., Reference],
@@ -205,3 +223,26 @@ def test_nothing_of_what_follows_reaches_a_save_in_the_background(
     ]
     actors = [[f for files in of for f in files if "actor" in f.name] for of in parts]
     assert actors[0] == actors[1] and len(actors[0]) == role.layout.world_size
+
+
+def _save_without_weights(role: Role, folder: Path) -> tuple[str, ...]:
+    """Save the state alone, where rank 0 copies the tokenizer late; return the files of this rank's part."""
+    copy = exports.copy_template
+    exports.copy_template = lambda *arguments: (time.sleep(0.5), copy(*arguments))  # type: ignore[assignment]
+    try:
+        worker = Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu"))
+        worker.save(SaveWork(str(folder), models=False, state=True, in_background=False))
+        part = worker.saved(True)
+    finally:
+        exports.copy_template = copy
+    assert part is not None and part.failure is None
+    return tuple(file.name for file in part.files)
+
+
+def test_every_file_of_a_save_is_in_the_part_of_one_rank_however_late_it_came(
+    ranks: RankPool, reference: Callable[..., Reference], tmp_path: Path
+) -> None:
+    role = role_on(LAYOUTS["dp2"], reference("qwen2-tied").folder, training=TRAINING)
+    parts = ask(ranks, _save_without_weights, role, tmp_path)
+    names = [name for part in parts for name in part]
+    assert sorted(names) == files_of(tmp_path) and "config.json" in names

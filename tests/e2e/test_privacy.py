@@ -106,7 +106,9 @@ def _another_ray(temp: Path) -> Iterator[None]:
         process.wait()
 
 
-@pytest.fixture(scope="module", params=["ray", "torchrun", "closed"])
+@pytest.fixture(
+    scope="module", params=["ray", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "closed"))]
+)
 def done(request: pytest.FixtureRequest, tiny_task: Path) -> Iterator[Done]:
     """Run under a launcher with a temporary folder of the run's own; on Ray beside another Ray."""
     launcher: str = request.param

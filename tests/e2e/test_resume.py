@@ -57,6 +57,7 @@ def test_a_run_that_goes_on_equals_one_that_was_never_broken_off(tiny_task: Path
     assert first == second and len(first) > 2
 
 
+@pytest.mark.long
 def test_a_finished_run_has_nothing_left_to_do(tiny_task: Path, whole: Path) -> None:
     before = lines_of(whole)
     finished = go(tiny_task, whole)

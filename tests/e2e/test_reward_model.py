@@ -47,7 +47,10 @@ class Done:
     plan: str
 
 
-@pytest.fixture(scope="module", params=RUNS)
+FIRST, *OTHERS = RUNS
+
+
+@pytest.fixture(scope="module", params=[FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Run the tiny recipe with a reward model."""
     from tests.tiny_task import write_tiny_task

@@ -59,6 +59,7 @@ def test_nothing_is_left_running(finished: Finished) -> None:
     assert finished.processes == ()
 
 
+@pytest.mark.long
 def test_ranks_that_are_started_one_by_one_are_one_run_with_the_same_numbers(
     finished: Finished, tiny_task: Path
 ) -> None:

@@ -48,6 +48,7 @@ def test_each_layout_is_measured_and_the_page_says_what_was_found(folder: Path) 
     assert finished.processes == ()
 
 
+@pytest.mark.long
 def test_a_figure_over_its_tolerance_is_named_and_ends_with_exit_code_1(folder: Path) -> None:
     finished = _verify(folder, "bad.md", "--layouts=one_rank", "--logprob-tolerance=0")
     assert finished.code == 1
@@ -55,6 +56,7 @@ def test_a_figure_over_its_tolerance_is_named_and_ends_with_exit_code_1(folder: 
     assert "1 failed" in (folder / "bad.md").read_text()
 
 
+@pytest.mark.long
 def test_what_there_is_no_time_for_is_left_out_and_counted(folder: Path) -> None:
     finished = _verify(folder, "short.md", f"--layouts={','.join(LAYOUTS)}", "--minutes=0.001")
     assert finished.code == 0, finished.output

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,56 +60,54 @@ def strike(tiny_task: Path, command: list[str], name: str, fault: str) -> Struck
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_task: Path) -> dict[str, Struck]:
-    """Kill rank 1 in the second step of an RL run, under both launchers."""
+def killed(tiny_task: Path) -> Callable[[str], Struck]:
+    """Return what kills rank 1 in the second step of an RL run under a launcher, once each."""
     commands = {"ray": python(*RL), "torchrun": torchrun(NUM_RANKS, *RL)}
-    return {name: strike(tiny_task, c, f"killed_{name}", "kill:1:update:2") for name, c in commands.items()}
+    return cache(lambda name: strike(tiny_task, commands[name], f"killed_{name}", "kill:1:update:2"))
 
 
 @pytest.fixture(scope="module")
-def failed(tiny_task: Path) -> dict[str, Struck]:
-    """Let a rank fail in the second step of an SFT run: rank 1, and under torchrun the controller's rank as well."""
-    commands = {"ray": (1, python(*SFT)), "torchrun": (1, torchrun(NUM_RANKS, *SFT))}
-    commands["torchrun_controller"] = 0, torchrun(NUM_RANKS, *SFT)
-    return {
-        name: strike(tiny_task, command, f"failed_{name}", f"raise:{rank}:update:2")
-        for name, (rank, command) in commands.items()
-    }
+def failed(tiny_task: Path) -> Callable[[str, int], Struck]:
+    """Return what lets a rank fail in the second step of an SFT run, once each."""
+    commands = {"ray": python(*SFT), "torchrun": torchrun(NUM_RANKS, *SFT)}
+    commands["torchrun_controller"] = commands["torchrun"]
+    return cache(lambda name, rank: strike(tiny_task, commands[name], f"failed_{name}", f"raise:{rank}:update:2"))
 
 
 LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", "torchrun"])
-FAILED = pytest.mark.parametrize(("name", "rank"), [("ray", 1), ("torchrun", 1), ("torchrun_controller", 0)])
+OF_TORCHRUN = pytest.param("torchrun", 1), pytest.param("torchrun_controller", 0, marks=pytest.mark.long)
+FAILED = pytest.mark.parametrize(("name", "rank"), [("ray", 1), *OF_TORCHRUN])
 
 
 @LAUNCHERS
-def test_the_death_of_a_rank_ends_the_run_at_once(killed: dict[str, Struck], launcher: str) -> None:
-    assert killed[launcher].finished.code == 1
-    assert killed[launcher].stop_s < STOP_S
+def test_the_death_of_a_rank_ends_the_run_at_once(killed: Callable[[str], Struck], launcher: str) -> None:
+    assert killed(launcher).finished.code == 1
+    assert killed(launcher).stop_s < STOP_S
 
 
 @LAUNCHERS
-def test_nothing_is_left_after_the_death_of_a_rank(killed: dict[str, Struck], launcher: str) -> None:
-    assert (killed[launcher].finished.processes, killed[launcher].left) == ((), set())
+def test_nothing_is_left_after_the_death_of_a_rank(killed: Callable[[str], Struck], launcher: str) -> None:
+    assert (killed(launcher).finished.processes, killed(launcher).left) == ((), set())
 
 
-def test_ray_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck]) -> None:
-    error = killed["ray"].finished.stderr
+def test_ray_names_the_dead_rank_and_how_it_died(killed: Callable[[str], Struck]) -> None:
+    error = killed("ray").finished.stderr
     assert error.startswith("WorkerError: rank 1 died in step 2, update_actor: ")
     assert "its worker process has died" in error
     assert "Traceback" not in error, "its peers' tracebacks only follow from the death"
 
 
-def test_torchrun_names_the_dead_rank_and_how_it_died(killed: dict[str, Struck]) -> None:
-    _, cause = killed["torchrun"].finished.stderr.split("Root Cause")
+def test_torchrun_names_the_dead_rank_and_how_it_died(killed: Callable[[str], Struck]) -> None:
+    _, cause = killed("torchrun").finished.stderr.split("Root Cause")
     assert "rank      : 1 " in cause
     assert "Signal 9 (SIGKILL)" in cause
 
 
 @LAUNCHERS
 def test_rewards_that_raise_hang_or_are_no_number_are_counted_and_the_run_goes_on(
-    killed: dict[str, Struck], launcher: str
+    killed: Callable[[str], Struck], launcher: str
 ) -> None:
-    *_before_training, step_1 = (killed[launcher].folder / "metrics.jsonl").read_text().splitlines()
+    *_before_training, step_1 = (killed(launcher).folder / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(step_1)
     outcomes = {name: metrics[f"reward/num_{name}"] for name in ("raised", "invalid", "timeout")}
     assert outcomes == {"raised": 4, "invalid": 4, "timeout": 4}
@@ -116,27 +116,32 @@ def test_rewards_that_raise_hang_or_are_no_number_are_counted_and_the_run_goes_o
 
 
 @FAILED
-def test_a_failure_on_a_rank_ends_the_run_at_once(failed: dict[str, Struck], name: str, rank: int) -> None:
-    assert failed[name].finished.code == 1
-    assert failed[name].stop_s < STOP_S
-    assert failed[name].finished.processes == ()
+def test_a_failure_on_a_rank_ends_the_run_at_once(failed: Callable[[str, int], Struck], name: str, rank: int) -> None:
+    assert failed(name, rank).finished.code == 1
+    assert failed(name, rank).stop_s < STOP_S
+    assert failed(name, rank).finished.processes == ()
 
 
 @FAILED
-def test_the_first_traceback_is_that_of_the_rank_that_failed(failed: dict[str, Struck], name: str, rank: int) -> None:
-    error = failed[name].finished.stderr
+def test_the_first_traceback_is_that_of_the_rank_that_failed(
+    failed: Callable[[str, int], Struck], name: str, rank: int
+) -> None:
+    error = failed(name, rank).finished.stderr
     before, traceback = error.split("Traceback (most recent call last):\n", 1)
     assert before.splitlines()[-1].endswith(f"rank {rank} failed in update:")
     assert "ArithmeticError: broken by the test" in traceback
 
 
-def test_torchruns_report_at_the_end_repeats_the_cause(failed: dict[str, Struck]) -> None:
-    for name, rank in (("torchrun", 1), ("torchrun_controller", 0)):
-        _, cause = failed[name].finished.stderr.split("Root Cause")
-        assert f"rank      : {rank} " in cause
-        assert "ArithmeticError: broken by the test" in cause
+@pytest.mark.parametrize(("name", "rank"), OF_TORCHRUN)
+def test_torchruns_report_at_the_end_repeats_the_cause(
+    failed: Callable[[str, int], Struck], name: str, rank: int
+) -> None:
+    _, cause = failed(name, rank).finished.stderr.split("Root Cause")
+    assert f"rank      : {rank} " in cause
+    assert "ArithmeticError: broken by the test" in cause
 
 
+@pytest.mark.long
 def test_a_rank_that_ray_ends_for_memory_is_an_error_with_our_way_out(tiny_task: Path) -> None:
     environ = {"RAY_memory_usage_threshold": "0.01"}  # far below what the machine holds already
     finished = run([*python(*SFT), "trainer.run_dir=runs/memory"], tiny_task, environ=environ)

@@ -25,7 +25,7 @@ PPO = (
     *("algorithm.adv_estimator=gae", "critic.enable=true", "critic.model.path=model", "critic.model.init=random"),
     *("algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.horizon=100"),
     *("actor_rollout_ref.actor.use_kl_loss=false", "actor_rollout_ref.rollout.n=2"),
-    *(f"trainer.save_freq={SAVED}", "trainer.val_before_train=false", "trainer.keep_checkpoints=1"),
+    *("trainer.save_freq=1", "trainer.val_before_train=false", "trainer.keep_checkpoints=1"),
 )
 
 
@@ -45,31 +45,32 @@ class Point:
 
 
 MEGATRON, ADAM = "megarl.train.megatron.optimizer:Optimizer", "torch.optim.adam:adam"
-# Two optimizer steps a step of the critic and of the actor each: their calls 9 to 12 are in step 3.
+VLLM = "megarl.rollout.vllm:VllmEngine"
+# The critic and the actor take an optimizer step each, Adam one call a group of parameters.
 IN_A_STEP = {
-    "a rank between backward and step": Point("1", f"{MEGATRON}._set_learning_rate", 12),
-    "the controller's rank between backward and step": Point("0", f"{MEGATRON}._set_learning_rate", 12),
-    "a rank in the step, its parameters changed": Point("1", ADAM, 12, "after"),
-    "a rank in publish": Point("1", "megarl.weights.reshard:Resharder.run", 4),
-    "a rank in generation": Point("1", "megarl.rollout.vllm:VllmEngine.generate", 3),
-    "the controller's rank after generation": Point("0", "megarl.rollout.vllm:VllmEngine.generate", 3, "after"),
+    "a rank between backward and step": Point("1", f"{MEGATRON}._set_learning_rate", 6),
+    "the controller's rank between backward and step": Point("0", f"{MEGATRON}._set_learning_rate", 6),
+    "a rank in the step, some of its parameters changed": Point("1", ADAM, 7, "after"),
+    "a rank in publish, the weights moved": Point("1", f"{VLLM}.publish_done", 4),
+    "a rank in generation": Point("1", f"{VLLM}.generate", 3),
+    "the controller's rank after generation": Point("0", f"{VLLM}.generate", 3, "after"),
 }
-FOLDER, RANK_SAVE = "megarl.checkpoint.folder:CheckpointFolder", "megarl.checkpoint.tensor_file:write_tensors"
-# Of the second save, which is that of the last step.
+FOLDER, WRITE = "megarl.checkpoint.folder:CheckpointFolder", "megarl.checkpoint.tensor_file:write_tensors"
+# Of the third save, where a rank writes actor, critic and random states each time.
 IN_A_SAVE = {
-    "before the folder is made": Point("0", f"{FOLDER}.begin", 2),
-    "once the folder is made": Point("0", f"{FOLDER}.begin", 2, "after"),
-    "a rank before the model is exported": Point("1", "megarl.ranks.worker:Worker.save", 2),
-    "before the index of the model": Point("0", "megarl.weights.hf_export:_write_index", 3),
-    "a rank before its first state": Point("1", RANK_SAVE, 4),
-    "a rank after its first state": Point("1", RANK_SAVE, 4, "after"),
-    "a rank after its last state": Point("1", RANK_SAVE, 6, "after"),
-    "before the controller's state": Point("0", "megarl.checkpoint.trainer_state:write_trainer_state", 2),
-    "before the manifest": Point("0", "megarl.checkpoint.manifest:write_manifest", 2),
-    "after the manifest, before the name": Point("0", "megarl.checkpoint.manifest:write_manifest", 2, "after"),
-    "after the name, before the link": Point("0", f"{FOLDER}._link", 2),
-    "before what doesn't stay is removed": Point("0", f"{FOLDER}.prune", 2),
-    "after what doesn't stay is removed": Point("0", f"{FOLDER}.prune", 2, "after"),
+    "before the folder is made": Point("0", f"{FOLDER}.begin", 3),
+    "once the folder is made": Point("0", f"{FOLDER}.begin", 3, "after"),
+    "a rank before the models are exported": Point("1", "megarl.ranks.worker:Worker.save", 3),
+    "between the models": Point("0", "megarl.weights.hf_export:_write_index", 5),
+    "a rank before its first state": Point("1", WRITE, 7),
+    "a rank after its first state": Point("1", WRITE, 7, "after"),
+    "a rank after its last state": Point("1", WRITE, 9, "after"),
+    "before the controller's state": Point("0", "megarl.checkpoint.trainer_state:write_trainer_state", 3),
+    "before the manifest": Point("0", "megarl.checkpoint.manifest:write_manifest", 3),
+    "after the manifest, before the name": Point("0", "megarl.checkpoint.manifest:write_manifest", 3, "after"),
+    "after the name, before the link": Point("0", f"{FOLDER}._link", 3),
+    "before what doesn't stay is removed": Point("0", f"{FOLDER}.prune", 3),
+    "after what doesn't stay is removed": Point("0", f"{FOLDER}.prune", 3, "after"),
 }
 NUM_SEEDS = 3
 
@@ -147,7 +148,7 @@ def test_a_process_killed_in_a_step_costs_the_steps_since_the_last_save_alone(ru
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("number", "where"), enumerate(IN_A_SAVE), ids=IN_A_SAVE)
+@pytest.mark.parametrize(("number", "where"), list(enumerate(IN_A_SAVE)), ids=IN_A_SAVE)
 def test_a_process_killed_in_a_save_leaves_whole_checkpoints_alone(runs: Runs, number: int, where: str) -> None:
     seed = f"trainer.seed={number % NUM_SEEDS}"
     runs.assert_equal(torchrun(NUM_RANKS, *PPO, seed), name_of(where), IN_A_SAVE[where])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import hashes, lines_of
 from tests.launch import Finished, python, run, torchrun
+from tests.run_folder import hashes, lines_of
 from tests.tiny_task import NUM_RANKS
 
 FAULTS = Path(__file__).parent / "faults"
@@ -53,6 +53,18 @@ def whole(tiny_task: Path) -> Path:
     return folder
 
 
+def test_a_signal_to_torchrun_has_every_rank_go_on_until_the_step_is_saved(tiny_task: Path) -> None:
+    ended = signalled(tiny_task, "torchrun", "saved", "SIGTERM:1:update:2")
+    assert ended.finished.code == 1, ended.finished.output  # torchrun's own
+    goes_on = f"step_2 is saved: the same command with trainer.run_dir={ended.folder} goes on after it\n"
+    said = f"interrupted after step 2; its metrics are in {ended.folder}; {goes_on}"
+    assert ended.finished.stderr.count(said) == 1
+    assert "WorkerError" not in ended.finished.stderr
+    assert ended.saved == ["latest", "step_2"]
+    assert ended.finished.processes == ()
+
+
+@pytest.mark.long
 def test_a_run_that_is_stopped_by_signals_and_goes_on_equals_one_that_never_was(tiny_task: Path, whole: Path) -> None:
     first = signalled(tiny_task, "ray", "stopped", "SIGUSR1:1:update:1")
     goes_on = f"step_1 is saved: the same command with trainer.run_dir={first.folder} goes on after it"

@@ -17,7 +17,7 @@ SEED, STEPS = 0, (1, 2)
 
 def save(roles: tuple[Role, ...], folder: Path) -> SavedPart:
     """Save the roles as a run does. Collective."""
-    worker = Worker(RankSpec(roles, SEED), torch.device("cpu"))
+    worker = Worker(RankSpec(roles, SEED, hang_timeout_s=60.0), torch.device("cpu"))
     worker.save(SaveWork(str(folder), models=True, state=True, in_background=False))
     part = worker.saved(True)
     assert part is not None

@@ -9,7 +9,9 @@ import pytest
 from megarl.checkpoint.folder import CheckpointFolder, Kept, verified
 from megarl.checkpoint.manifest import hashed
 from megarl.checkpoint.trainer_state import FILE_NAME, TrainerState, write_trainer_state
+from megarl.checkpoints import main
 from megarl.errors import CheckpointError
+from megarl.monitor.rundir import run_folder
 
 
 def save(folder: CheckpointFolder, step: int, *, is_last: bool = False, **metrics: float) -> Path:
@@ -115,3 +117,19 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, kept: Kept, left: list[int
     gone = folder.prune(kept)
     assert folder.steps() == left and gone == sorted({1, 2, 3, 4, 5} - set(left))
     assert not list(folder.path.glob(".*"))
+
+
+def test_checkpoints_of_a_run_that_is_going_on_are_not_pruned_under_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    with run_folder(tmp_path / "run", {}, [f"trainer.run_dir={tmp_path / 'run'}"]) as run_dir:
+        for step in (1, 2):
+            save(folder, step)
+        folder.begin(3)  # which pruning would take for a leftover
+        with pytest.raises(SystemExit):
+            main([str(run_dir), "--keep", "1"])
+        assert "has a run that is going on; trainer.keep_checkpoints prunes it meanwhile" in capsys.readouterr().err
+        assert folder.steps() == [1, 2] and (folder.path / ".step_3.partial").is_dir()
+    assert main([str(run_dir), "--keep", "1"]) == 0
+    assert folder.steps() == [2] and not list(folder.path.glob(".*"))

@@ -175,6 +175,9 @@ def test_a_run_that_has_all_its_steps_is_finished(
 ) -> None:
     save(tmp_path, 4)
     found = found_in(tmp_path, trainer)
-    assert not is_finished(None, 4) and not is_finished(found, 5)
-    assert is_finished(found, 4)
+    assert not is_finished(None, 4, tmp_path) and not is_finished(found, 5, tmp_path)
+    final = tmp_path / "checkpoints" / "final"
+    assert not final.exists()
+    assert is_finished(found, 4, tmp_path)
+    assert final.resolve() == tmp_path / "checkpoints" / "step_4"
     assert "all 4 steps are done" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
 
+import psutil
 import pytest
 
 from megarl.errors import WorkerError
@@ -98,9 +99,10 @@ def test_a_rank_that_is_stopped_does_not_answer_and_can_be_killed(watchdog: Watc
         Watched(address, 0, ignore)
         started(watchdog, 0, 1)
         os.kill(process.pid, signal.SIGSTOP)
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
         lines = str(watchdog.report("update")).splitlines()
-        assert lines[1] == "--- rank 2 hasn't started"
-        assert re.fullmatch(rf"--- rank 1 doesn't answer: process {process.pid} on \S+ is stopped", lines[2])
+        assert lines[1] == "--- rank 2 hasn't started", lines
+        assert re.fullmatch(rf"--- rank 1 doesn't answer: process {process.pid} on \S+ is stopped", lines[2]), lines
         assert lines[3].startswith("--- rank 0: ")
         watchdog.kill_ranks_here()
         assert process.wait(20.0) == -signal.SIGKILL
@@ -148,6 +150,15 @@ def test_a_rank_whose_controller_has_stopped_fails_with_where_it_stands() -> Non
     assert first == "the controller doesn't answer: nothing is heard of it for 0.2 s (trainer.hang_timeout_s)"
     assert place == "--- rank 3: 0 s in a wait for the next call"
     assert any("test_a_rank_whose_controller_has_stopped" in line for line in stack)
+
+
+def test_a_rank_that_can_not_reach_its_controller_fails_with_the_address() -> None:
+    errors: list[WorkerError] = []
+    with Listener((HOST, 0)) as listener:
+        port = listener.address[1]
+    Watched(WatchAddress(HOST, port, b"key", 60.0), 3, errors.append)
+    until(lambda: bool(errors))
+    assert str(errors[0]).startswith(f"rank 3 can't reach its controller at {HOST}:{port}: ")
 
 
 def test_who_has_not_the_key_is_nobody(watchdog: Watchdog) -> None:

@@ -52,9 +52,9 @@ def test_all_who_come_are_known_by_rank_and_may_talk_afterwards(listener: socket
 
 
 def test_one_that_does_not_come_is_named_with_those_that_did(listener: socket.socket) -> None:
-    place = meeting(listener, ("node1", "node2", "node3"), wait_s=1.0)
+    place = meeting(listener, ("node1", "node2", "node3"), wait_s=3.0)
     other = answered(place)
-    said = r"node3 didn't come to 127\.0\.0\.1:\d+ in 1 s; node1, node2 did"
+    said = r"node3 didn't come to 127\.0\.0\.1:\d+ in 3 s; node1, node2 did"
     with pytest.raises(ResourceError, match=said):
         called(place, listener)
     with pytest.raises(ResourceError, match=said):

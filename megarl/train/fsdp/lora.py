@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from megarl.roles import Role
 from megarl.weights.adapters import ALL_LINEAR, A, B, Lora, adapted_modules
 from megarl.weights.fsdp_map import rows_of
+from megarl.weights.hf_export import raise_everywhere, refusal_of
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.shard import Segment, Shard
 
@@ -131,13 +133,14 @@ class Merged(Mapping[str, Tensor]):
 def export_adapters(model: PreTrainedModel, role: Role, out: Path) -> None:
     """Write the adapters alone as peft reads them. Collective.
 
-    The base model is named as the run's config names it.
+    The base model is named as the run's config names it. Raises ResourceError on every rank where the disk refuses it.
     """
     assert role.lora is not None
     whole = {name: p.full_tensor().detach().cpu() for name, p in adapters(model)}
+    refusal, write = "", partial(write_adapters, whole, role.lora, role.shape, role.model.path, out)
     if dist.get_rank() == 0:
-        write_adapters(whole, role.lora, role.shape, role.model.path, out)
-    dist.barrier()
+        refusal = refusal_of(out, write)
+    raise_everywhere(refusal)
 
 
 def write_adapters(whole: Mapping[str, Tensor], lora: Lora, shape: ModelShape, base: str | None, out: Path) -> None:

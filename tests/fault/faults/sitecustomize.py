@@ -4,7 +4,7 @@ MEGARL_TEST_FAULT is ``<kind>:<rank>:<method>:<call>``: when that method of that
 time, the process is killed (kind ``kill``), the method raises (``raise``), or the command of the whole run, whose
 process is MEGARL_TEST_COMMAND, is sent a signal, which the method waits for to arrive before it goes on: ``SIGTERM``,
 ``SIGUSR1``; ``twice`` sends two, ``hold`` one, and neither goes on; ``here`` sends SIGTERM to the rank alone. ``stop``
-stops the process, ``skip`` leaves the method out, ``shape`` gives the next collective of the rank another shape. The
+stops the process, ``skip`` leaves the method out, ``shape`` gives the next large sum over ranks another shape. The
 file MEGARL_TEST_STRUCK receives the time of it.
 """
 
@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 _MODULE = "megarl.ranks.worker"
+_LARGE = 1000  # elements, which a sum of metrics or norms doesn't have
 _ARRIVAL_S = 3.0  # more than what makes two signals one
 
 
@@ -63,7 +64,7 @@ def _broken(method: Callable[..., Any], kind: str, rank: str, call: int) -> Call
             if kind == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif kind == "shape":
-                _misshape_the_next_collective()
+                _misshape_the_next_sum()
             else:
                 _send(kind)
         return method(*args)
@@ -71,13 +72,15 @@ def _broken(method: Callable[..., Any], kind: str, rank: str, call: int) -> Call
     return maybe
 
 
-def _misshape_the_next_collective() -> None:
+def _misshape_the_next_sum() -> None:
     import torch
     import torch.distributed as dist
 
     whole = dist.all_reduce
 
     def misshapen(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() < _LARGE:
+            return whole(tensor, *args, **kwargs)
         dist.all_reduce = whole
         return whole(torch.cat([tensor.flatten(), tensor.flatten()]), *args, **kwargs)
 
