@@ -24,7 +24,7 @@ from megarl.weights.config_fields import read_json
 from megarl.weights.hf_export import export_source
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, hf_zeros
-from megarl.weights.sources import RandomSource, SafetensorsSource, TensorSource
+from megarl.weights.sources import SafetensorsSource, TensorSource, drawn_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def export(folder: Path, role: str, out: Path, dtype: str | None, base: Path | N
     lora = _lora(config) if role == "actor" else None
     source: TensorSource = saved
     if lora is not None:
-        source = MergedRole(_base(config, base, shape), saved, shape, lora, run_dtype)
+        source = MergedRole(_base(config, base, shape, template), saved, shape, lora, run_dtype)
     partial = out.with_name(f".{out.name}.partial")
     with refusals_named(out):
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,11 +108,11 @@ def _lora(config: Mapping[str, Any]) -> Lora | None:
     return Lora(model["lora_rank"], model["lora_alpha"], tuple(model["target_modules"]))
 
 
-def _base(config: Mapping[str, Any], given: Path | None, shape: ModelShape) -> TensorSource:
+def _base(config: Mapping[str, Any], given: Path | None, shape: ModelShape, template: Path) -> TensorSource:
     """Return the weights that adapters belong to: of the folder that is given, or those that the run started from."""
     model = _model(config)
     if given is None and model.get("init") == "random":
-        return RandomSource(shape, config["trainer"]["seed"])
+        return drawn_weights(shape, template, config["trainer"]["seed"])
     folder = given or Path(str(model.get("path"))).expanduser()
     if not folder.is_dir():
         raise CheckpointError(

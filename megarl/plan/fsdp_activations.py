@@ -142,8 +142,6 @@ def _attention_bytes(p: FsdpPass, adapted: frozenset[str] | None) -> int:
         kept += _norm_bytes(p, q, heads) + _norm_bytes(p, kv, kv_heads)
     shared = max(kv_heads, p.cp) * p.shape.head_dim if p.cp > 1 else kv  # a key-value head for every rank at least
     core = b * (q + 2 * shared) + b * q + FP32_BYTES * heads
-    if p.packed and not p.varlen:  # by sequences of one length: their outputs are joined
-        core += b * q
     # The kernel's own output goes on to the last matrix where nothing comes between.
     goes_on = p.cp == 1 and not (p.packed and not p.varlen)
     return kept + core + b * q * (_is_kept(adapted, "self_attn.o_proj") and not goes_on)

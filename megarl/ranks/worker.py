@@ -30,8 +30,7 @@ from megarl.train.reference import Reference
 from megarl.train.reward_model import RewardModel
 from megarl.train.work import ScoreWork, Updated, UpdateWork
 from megarl.types import Rollout
-from megarl.weights.any_model import InitialSource
-from megarl.weights.sources import RandomSource, SafetensorsSource, TensorSource
+from megarl.weights.sources import SafetensorsSource, TensorSource, drawn_weights
 
 
 class RoleOnRank(Protocol):
@@ -148,5 +147,5 @@ def _backend(role: Role, spec: RankSpec, device: torch.device) -> Backend:
 def weights_of(role: Role, seed: int) -> TensorSource:
     """Return the weights that a role starts from."""
     if role.model.init == "random":
-        return RandomSource(role.shape, seed) if role.shape.is_mapped else InitialSource(role.model.here(), seed)
+        return drawn_weights(role.shape, role.model.here(), seed)
     return SafetensorsSource(role.model.here(), role.shape, may_lack_value_head=role.name == "critic")

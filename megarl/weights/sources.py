@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarl.errors import ModelFolderError
+from megarl.weights.any_model import InitialSource
 from megarl.weights.config_fields import read_json, shown
 from megarl.weights.fused_experts import fused_parts
 from megarl.weights.model_shape import VALUE_HEAD, ModelShape
@@ -220,6 +221,11 @@ class RandomSource:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randn(self.sizes[name], generator=generator) * self.std
+
+
+def drawn_weights(shape: ModelShape, folder: str | Path, seed: int) -> TensorSource:
+    """Return the weights that a model begins with at random. folder: its config.json is of a family outside the map."""
+    return RandomSource(shape, seed) if shape.is_mapped else InitialSource(folder, seed)
 
 
 @torch.no_grad()
