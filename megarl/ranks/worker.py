@@ -147,5 +147,5 @@ def _backend(role: Role, spec: RankSpec, device: torch.device) -> Backend:
 def weights_of(role: Role, seed: int) -> TensorSource:
     """Return the weights that a role starts from."""
     if role.model.init == "random":
-        return drawn_weights(role.shape, role.model.here(), seed)
+        return drawn_weights(role.shape, role.model.folder, seed)
     return SafetensorsSource(role.model.here(), role.shape, may_lack_value_head=role.name == "critic")

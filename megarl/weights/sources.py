@@ -223,9 +223,12 @@ class RandomSource:
         return torch.randn(self.sizes[name], generator=generator) * self.std
 
 
-def drawn_weights(shape: ModelShape, folder: str | Path, seed: int) -> TensorSource:
-    """Return the weights that a model begins with at random. folder: its config.json is of a family outside the map."""
-    return RandomSource(shape, seed) if shape.is_mapped else InitialSource(folder, seed)
+def drawn_weights(shape: ModelShape, folder: str | Path | None, seed: int) -> TensorSource:
+    """Return the weights that a model begins with at random. folder: has its config.json; the map needs none."""
+    if shape.is_mapped:
+        return RandomSource(shape, seed)
+    assert folder is not None, "a run is checked with its files"
+    return InitialSource(folder, seed)
 
 
 @torch.no_grad()
