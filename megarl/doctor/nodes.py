@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megarl.doctor.examine import examine
 from megarl.doctor.finding import Finding
 from megarl.errors import ResourceError
-from megarl.nodes.__main__ import TOKEN
-from megarl.nodes.programs import DOCTOR
+from megarl.nodes.programs import DOCTOR, TOKEN
 
 _RESULT = "MEGARL_DOCTOR_RESULT"
 _SENT_BYTES = 256 * 2**20
@@ -99,7 +99,6 @@ def report_text(report: NodesReport) -> str:
 
 def main() -> None:
     """Be one node's rank: examine it, send to the next, and have the first write the result."""
-    from megarl.doctor.__main__ import examine
     from megarl.ranks.join import join_ranks
 
     findings = [asdict(finding) for finding in examine()]

@@ -25,12 +25,11 @@ from megarl.errors import Absent, ConfigError, Problem, ResourceError
 from megarl.monitor.disk import refusals_named
 from megarl.nodes.children import adopt_orphans
 from megarl.nodes.facts import NodeFacts, differences, read_facts, report
-from megarl.nodes.programs import DOCTOR, LAUNCHERS, NUM_PORTS, Run, as_text, programs_of
+from megarl.nodes.programs import DOCTOR, LAUNCHERS, NUM_PORTS, TOKEN, Run, as_text, programs_of
 from megarl.nodes.roll_call import Meeting, answer_roll, call_roll, open_meeting
 from megarl.nodes.watch import first_node, other_node
 from megarl.parallel.environment import platform_name
 
-TOKEN = "MEGARL_JOB_TOKEN"
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 

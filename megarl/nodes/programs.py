@@ -14,6 +14,8 @@ LAUNCHERS: tuple[LauncherName, ...] = ("ray", "torchrun")
 NUM_PORTS = 10
 DOCTOR = "megarl.doctor.nodes"
 """What torchrun starts on every node beside the programs that train."""
+TOKEN = "MEGARL_JOB_TOKEN"
+"""The variable with the secret by which the nodes of a job know each other."""
 _OBJECT_STORE_BYTES = 1_000_000_000
 _PATIENCE_S = 30
 
@@ -59,7 +61,7 @@ class NodePrograms:
 
 
 def programs_of(run: Run) -> NodePrograms:
-    """Return what the node of ``run.node_rank`` runs."""
+    """Return the NodePrograms of the node of ``run.node_rank``."""
     if run.launcher == "torchrun":
         return NodePrograms(None, (_torchrun(run),))
     if run.num_nodes == 1:
@@ -127,7 +129,7 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 
 def as_text(run: Run, names: Sequence[str]) -> str:
-    """Return what the node of ``run`` starts, in lines for a person, without the token."""
+    """Return the commands of the node of ``run`` in lines for a person, without the token."""
     programs = programs_of(run)
     lines = [f"on {names[run.node_rank]}:"]
     for program in (programs.service, *programs.stages):

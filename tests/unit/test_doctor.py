@@ -554,7 +554,7 @@ def test_an_unknown_platform_ends_with_code_1_and_a_report() -> None:
 
 def test_it_loads_nothing_heavy() -> None:
     program = (
-        "import sys; from megarl.doctor.__main__ import examine; examine()\n"
+        "import sys, megarl.doctor.__main__; from megarl.doctor.examine import examine; examine()\n"
         "print({'torch', 'ray', 'vllm', 'megatron', 'transformers', 'psutil', 'apex'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
