@@ -96,7 +96,7 @@ class Watch:
                 continue
 
     def _events(self, until: float | None = None) -> Iterator[Event]:
-        """Yield what happens, until a time by the clock time.monotonic()."""
+        """Yield the events of this node and the others, until a time by the clock time.monotonic()."""
         while until is None or time.monotonic() < until:
             with contextlib.suppress(queue.Empty):
                 yield self.events.get(timeout=_POLL_S)
@@ -108,6 +108,20 @@ class Watch:
     def _pass_on(self, number: int) -> None:
         if self.stages:
             self.children.signal_run(self.stages[0].name, number)
+
+    def run(self) -> int:
+        """Run to the end, and return this node's exit code: the first node's is the run's, as the last stage ends.
+
+        Another's is 0 where the first one saw the run end by itself. Everything that this node started has ended.
+        """
+        try:
+            self._start()
+            return self._watch()
+        finally:
+            self.close()
+
+    def _watch(self) -> int:
+        raise NotImplementedError
 
     def close(self) -> None:
         """End what this node runs, then the channels."""
@@ -126,17 +140,12 @@ class FirstNode(Watch):
             self.is_told = True
             self.events.put(Signalled(signal.SIGUSR1))
 
-    def run(self) -> int:
-        """Return the exit code of the run, after the end of everything on all nodes."""
-        try:
-            self._start()
-            code = self._watch()
-            self._tell({"end": code})
-            return code
-        finally:
-            self.close()
-
     def _watch(self) -> int:
+        code = self._decide()
+        self._tell({"end": code})
+        return code
+
+    def _decide(self) -> int:
         for event in self._events():
             match event:
                 case Signalled(number):
@@ -190,14 +199,6 @@ class FirstNode(Watch):
 
 class OtherNode(Watch):
     """A node that does as the first one says."""
-
-    def run(self) -> int:
-        """Return this node's exit code: 0 where the first node saw the run end by itself."""
-        try:
-            self._start()
-            return self._watch()
-        finally:
-            self.close()
 
     def _watch(self) -> int:
         for event in self._events():
