@@ -1,4 +1,4 @@
-"""What training has to equal: Hugging Face's eager model in float32 and torch's AdamW, one sequence at a time.
+"""What ranks have to equal: Hugging Face's eager model in float32 and torch's AdamW, one sequence at a time.
 
 Losses are written out here once more, from their definitions, and share no code with megarl.
 
@@ -7,7 +7,7 @@ Shape suffixes: B rollouts, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,17 @@ from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.roles import Training
 from megarl.types import PolicyBatch, Sequences
 from megarl.verify.reference import hf_logits_BSV, hf_logprobs_BS, load
+
+
+def greedy_answers(folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """Return the ``num_tokens`` most probable tokens after each prompt, one by one; none ends an answer."""
+    hf, answers = load(folder), []
+    for prompt in prompts:
+        tokens = hf.generate(
+            torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        answers.append(tokens[0, len(prompt) :].tolist())
+    return answers
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""The pool of rank processes of the tests: four ranks on CPU, also on a machine with GPUs."""
+"""Ranks of tests: a pool of four on CPU, also on a machine with GPUs; programs that start ranks of their own."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from megarl.verify.pool import RankPool
@@ -11,3 +13,17 @@ from tests.processes import CONTEXT
 def cpu_pool(folder: Path, size: int = 4) -> RankPool:
     """Return a pool of ``size`` ranks that runs functions of test modules."""
     return RankPool(folder, size, CONTEXT, {"MEGARL_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def run_case(module: str, *arguments: object) -> None:
+    """Run ``module`` as a program, which starts ranks of its own; fail with all that it printed unless it ends well."""
+    finished = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from megarl.weights.adapters import Lora
 from tests.dist import hf_training
 from tests.dist.parity import TOLERANCE, TRAINING_TOLERANCE, Piece, ask, assert_pieces_are, pieces, summed
 from tests.dist.publish_case import GREEDY, PROMPTS
+from tests.dist.ranks import run_case
 from tests.dist.test_fsdp import held_bytes
 from tests.dist.tiny_models import save_tiny_model
 
@@ -167,18 +166,7 @@ def test_greedy_answers_of_published_weights_are_hugging_faces(tmp_path: Path) -
     for name, folder in folders.items():
         save_tiny_model(name, folder)
         (folder / "layout.json").write_text(json.dumps(asdict(TWO)))
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.dist.publish_case", *map(str, folders.values())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
+    run_case("tests.dist.publish_case", *folders.values())
     for folder in folders.values():
-        hf = load(folder)
-        asked = {"max_new_tokens": GREEDY.max_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        expected = [hf.generate(torch.tensor([prompt]), **asked)[0, len(prompt) :].tolist() for prompt in PROMPTS]
+        expected = hf_training.greedy_answers(folder, PROMPTS, GREEDY.max_tokens)
         assert [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)] == [expected] * 2

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from megarl.parallel.layout import Layout
-from megarl.verify.reference import load
+from tests.dist.hf_training import greedy_answers
 from tests.dist.publish_case import GREEDY, PROMPTS
+from tests.dist.ranks import run_case
 from tests.dist.tiny_models import save_tiny_model
 
 JOBS = {
@@ -40,16 +38,7 @@ def _answered(folders: dict[str, Path]) -> dict[str, Path]:
         sizes = {"head_dim": 32} if model == "qwen3_moe-untied" else {"hidden_size": 128}
         save_tiny_model(model, folder, **sizes)  # heads of 32, the smallest that vLLM's attention takes on CPU
         (folder / "layout.json").write_text(json.dumps(asdict(JOBS[model])))
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.dist.publish_case", *map(str, folders.values())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
+    run_case("tests.dist.publish_case", *folders.values())
     return folders
 
 
@@ -58,12 +47,6 @@ def test_greedy_answers_of_published_experts_are_hugging_faces_on_every_rank(
     answered: Callable[[str], Path], model: str
 ) -> None:
     folder = answered(model)
-    hf = load(folder)
-    expected = [
-        hf.generate(
-            torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
+    expected = greedy_answers(folder, PROMPTS, GREEDY.max_tokens)
     found = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(JOBS[model].world_size)]
     assert found == [expected] * JOBS[model].world_size

@@ -7,8 +7,6 @@ in another a Qwen2, which has biases, tied embeddings and fewer key/value heads 
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qw
 
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.types import Rollout
+from tests.dist.ranks import run_case
 from tests.dist.vllm_case import GREEDY, MAX_NUM_SEQS, PROMPTS, REQUESTS, SAMPLED, TRUNCATED
 
 SHAPE = {
@@ -55,22 +54,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """Run all jobs at once."""
     folders = {name: tmp_path_factory.mktemp(name) for name in CONFIGS}
     models = {name: _save_models(CONFIGS[name], folder) for name, folder in folders.items()}
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.dist.vllm_case",
-            str(TP),
-            *(f"{folders[job]}={NUM_RANKS[job]}" for job in folders),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
+    run_case("tests.dist.vllm_case", TP, *(f"{folders[job]}={NUM_RANKS[job]}" for job in folders))
     return {name: Job(models[name], _results(folder, NUM_RANKS[name])) for name, folder in folders.items()}
 
 

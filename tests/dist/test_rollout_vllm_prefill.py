@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megarl.types import Rollout
 from tests.dist.prefill_case import PROMPTS, SAMPLED, STEP_TOKENS
+from tests.dist.ranks import run_case
 
 TOLERANCE = 1e-4
 
@@ -35,16 +34,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
         tie_word_embeddings=False,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.dist.prefill_case", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
+    run_case("tests.dist.prefill_case", folder)
     return folder, pickle.loads((folder / "answers.pickle").read_bytes())
 
 
