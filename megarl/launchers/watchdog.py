@@ -136,7 +136,7 @@ def _told(standings: Mapping[Member, Standing]) -> list[str]:
 
 
 def _state(member: Member) -> str:
-    """Return what is known of a process that doesn't answer."""
+    """Return the state of a process that doesn't answer, in words, as the system knows it."""
     process = member.process()
     state = "not on this machine, or gone" if process is None else str(process.status())
     return f"process {member.pid} on {member.host} is {state}"

@@ -148,7 +148,7 @@ class Preemption:
 
 
 def leave_soon(leave: Callable[[int], None]) -> threading.Timer:
-    """Return what ends this process in a while, unless it has ended by itself or that is cancelled by then."""
+    """Return the started timer that ends this process after UNWIND_S seconds, unless it is cancelled."""
     return _started(UNWIND_S, lambda: leave(PREEMPTED))
 
 

@@ -129,7 +129,7 @@ def _num_gpus() -> int:
 
 
 def _fingerprint(path: Path) -> str:
-    """Return what lies at a path in a few words: number, bytes and names of files, not what is in them."""
+    """Return a path's number and bytes of files and a hash of their names and sizes, in a few words; no content."""
     if path.is_file():
         return f"{path.stat().st_size} bytes"
     if not path.is_dir():

@@ -147,7 +147,7 @@ class Exchanged:
 
 
 def exchanged_bytes(role: Role) -> Exchanged:
-    """Return what a rank exchanges in a micro-batch, all that others have of each parameter."""
+    """Return the Exchanged bytes of a rank in a micro-batch: all that others have of each parameter."""
     assert isinstance(role.backend, FsdpConfig)
     of_others = 1 - 1 / role.layout.fsdp
     sizes = _parameters(role) + _adapters(role)

@@ -125,7 +125,7 @@ def _adapted(p: FsdpPass, layer: int) -> frozenset[str] | None:
 
 
 def _is_kept(adapted: frozenset[str] | None, *modules: str) -> bool:
-    """Return whether the input of some linear modules is kept: for the gradient of one of them, or of its adapter."""
+    """Return whether linear modules keep their common input: for the gradient of one of them, or of its adapter."""
     return adapted is None or any(module in adapted for module in modules)
 
 
