@@ -15,6 +15,7 @@ from megarl.batching.plan import BatchPlan, MiniBatch, Rows, cut, plan_batch, pl
 from megarl.batching.size import Batching, rollouts_a_pass, tokens_a_pass
 from megarl.config.schema import (
     FSDP_STRATEGIES,
+    SERVER,
     BackendConfig,
     CriticModelConfig,
     FsdpConfig,
@@ -273,6 +274,28 @@ def with_total_steps(c: PPOConfig | SFTConfig, roles: Sequence[Role], num_steps:
 def num_ranks(c: PPOConfig | SFTConfig) -> int:
     """Return the number of ranks of a run."""
     return c.trainer.nnodes * c.trainer.n_gpus_per_node
+
+
+def is_served(c: PPOConfig) -> bool:
+    """Return whether engines are in processes of their own."""
+    return c.actor_rollout_ref.rollout.placement == SERVER
+
+
+def num_engine_ranks(c: PPOConfig) -> int:
+    """Return the number of ranks that engines have, in the trainer's ranks or beside them."""
+    rollout = c.actor_rollout_ref.rollout
+    return rollout.n_gpus_per_node or rollout.tensor_model_parallel_size if is_served(c) else num_ranks(c)
+
+
+def num_engines(c: PPOConfig) -> int:
+    """Return the number of engines of a checked run."""
+    return num_engine_ranks(c) // c.actor_rollout_ref.rollout.tensor_model_parallel_size
+
+
+def processes_per_node(c: PPOConfig | SFTConfig) -> int:
+    """Return the number of ranks on a node, with those of engines beside the trainer's."""
+    beside = num_engine_ranks(c) if isinstance(c, PPOConfig) and is_served(c) else 0
+    return c.trainer.n_gpus_per_node + beside
 
 
 def _layout(c: PPOConfig | SFTConfig, backend: BackendConfig, model: ModelFacts) -> Layout:

@@ -10,7 +10,7 @@ from megarl.catalog import POLICY_LOSSES
 from megarl.config.defaults import default_of, value_of
 from megarl.config.schema import PPOConfig
 from megarl.errors import Problem
-from megarl.roles import REWARD_MODEL, pass_keys
+from megarl.roles import REWARD_MODEL, is_served, pass_keys
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -79,6 +79,8 @@ _SAMPLES = (
     f"{ROLLOUT}.val_kwargs.temperature=1",
 )
 
+_SERVED = (is_served, f"{ROLLOUT}.placement is server", f"{ROLLOUT}.placement=server")
+
 _LOSS_SETTINGS = dict.fromkeys(setting for needs in POLICY_LOSSES.values() for setting in needs.uses)
 
 EFFECTS: tuple[Effect, ...] = (
@@ -132,6 +134,14 @@ EFFECTS: tuple[Effect, ...] = (
     Effect("reward.score_on_failure", *_FUNCTION),
     Effect("reward.on_all_failed", *_FUNCTION),
     Effect("reward.model.coef", needs_reward_model, "reward.model.path names a model", "reward.model.path=FOLDER"),
+    Effect(f"{ROLLOUT}.nnodes", *_SERVED),
+    Effect(f"{ROLLOUT}.n_gpus_per_node", *_SERVED),
+    Effect(
+        f"{ROLLOUT}.free_cache_engine",
+        lambda c: not is_served(c),
+        f"{ROLLOUT}.placement is colocated: engines on devices of their own have nothing to give back",
+        f"leave {ROLLOUT}.free_cache_engine out",
+    ),
     Effect(f"{ROLLOUT}.val_kwargs.top_p", *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.top_k", *_SAMPLES),
     Effect(f"{ROLLOUT}.val_kwargs.n", *_SAMPLES),

@@ -28,7 +28,7 @@ from megarl.config.defaults import default_of
 from megarl.config.schema import FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
-from megarl.roles import Role, num_ranks
+from megarl.roles import Role, is_served, num_engine_ranks
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.split import VLLM_VOCAB_MULTIPLE
 
@@ -111,10 +111,11 @@ def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
 
 def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:
     """The engine's TP divides the ranks."""
-    tp, ranks = c.actor_rollout_ref.rollout.tensor_model_parallel_size, num_ranks(c)
+    tp, ranks = c.actor_rollout_ref.rollout.tensor_model_parallel_size, num_engine_ranks(c)
     if ranks % tp:
         key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
-        yield Problem(key, tp, f"must divide the {ranks} {RANKS}")
+        whose = "devices of the engines (actor_rollout_ref.rollout.n_gpus_per_node)" if is_served(c) else RANKS
+        yield Problem(key, tp, f"must divide the {ranks} {whose}")
 
 
 def the_engine_is_built(c: PPOConfig) -> Problems:
@@ -142,11 +143,21 @@ def a_prompt_fits_an_engine_step(c: PPOConfig, platform: PlatformName | None, lo
         yield Problem(key, tokens, f"must be at least {sizes} on CPU, where no prompt is cut", f"{key}=null")
 
 
-def training_and_rollout_share_devices(c: PPOConfig) -> Problems:
-    """hybrid_engine is on."""
+def the_placement_of_engines_is_said_once(c: PPOConfig) -> Problems:
+    """hybrid_engine is on: it is verl's, and rollout.placement says the same and more."""
     if not c.actor_rollout_ref.hybrid_engine:
-        key = "actor_rollout_ref.hybrid_engine"
-        yield Problem(key, False, "this version generates on the training ranks only", f"{key}=true")
+        key, fix = "actor_rollout_ref.hybrid_engine", "actor_rollout_ref.rollout.placement=server"
+        yield Problem(key, False, "where engines are is said by rollout.placement", f"{fix} and {key}=true")
+
+
+def engines_are_on_the_trainers_node(c: PPOConfig) -> Problems:
+    """Engines in processes of their own share a node with all ranks: weights reach them through its memory."""
+    why = "weights reach engines in processes of their own through the memory of one node"
+    sizes = {"trainer.nnodes": c.trainer.nnodes, "actor_rollout_ref.rollout.nnodes": c.actor_rollout_ref.rollout.nnodes}
+    for key, nodes in sizes.items() if is_served(c) else ():
+        if nodes > 1:
+            fix = f"{key}=1, or actor_rollout_ref.rollout.placement=colocated"
+            yield Problem(key, nodes, f"must be 1: {why}", fix)
 
 
 def every_training_file_has_a_weight(c: PPOConfig) -> Problems:
@@ -188,7 +199,8 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     the_engine_is_built,
     an_engine_replica_divides_the_ranks,
     an_engine_step_holds_its_sequences,
-    training_and_rollout_share_devices,
+    the_placement_of_engines_is_said_once,
+    engines_are_on_the_trainers_node,
     every_training_file_has_a_weight,
     one_reward_is_chosen,
     *ALGORITHM_RULES,

@@ -28,6 +28,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 ALL_RANKS = -1  # in fsdp_size, as verl has it
+COLOCATED, SERVER = PLACEMENTS = ("colocated", "server")
 OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
@@ -267,6 +268,16 @@ class RolloutConfig:
     """The engine that generates, and how it samples."""
 
     name: str = key("engine", choices=("vllm", "sglang"))
+    placement: str = key(
+        "where engines are: in the ranks that train, or in processes of their own on the same node",
+        choices=PLACEMENTS,
+    )
+    nnodes: int = key("nodes of engines in processes of their own; only 1 so far", low=1, high=MOST_NODES)
+    n_gpus_per_node: int | None = key(
+        "devices of a node for engines in processes of their own, beside trainer.n_gpus_per_node; null: of one engine",
+        low=1,
+        high=MOST_PROCESSES,
+    )
     temperature: float = key("of sampling; the trainer's log-probs use it too", above=0.0, high=10.0)
     top_p: float = key("probability mass kept", above=0.0, high=1.0)
     top_k: int | None = key("tokens kept; null: all", low=1)
@@ -287,7 +298,7 @@ class RolloutConfig:
 class ActorRolloutRefConfig:
     """Actor, engine and reference share ranks."""
 
-    hybrid_engine: bool = key("training and rollout share devices; only true so far")
+    hybrid_engine: bool = key("verl's, true; rollout.placement says whether they share devices")
     model: ModelConfig = key("model")
     rollout: RolloutConfig = key("rollout")
     actor: ActorConfig = key("actor")

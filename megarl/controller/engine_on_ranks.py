@@ -1,4 +1,4 @@
-"""The rollout engine as the controller sees it: its replicas share the prompts."""
+"""The rollout engine in the trainer's own ranks: its replicas share the prompts."""
 
 from __future__ import annotations
 
@@ -35,3 +35,7 @@ class EngineOnRanks:
     def rest(self) -> None:
         """Let the engines give their memory back for training."""
         everywhere(self.group, Worker.rest, None)
+
+    def publish(self, policy_version: int) -> None:
+        """Give the engines the actor's weights, as publication ``policy_version``."""
+        everywhere(self.group, Worker.publish, policy_version)

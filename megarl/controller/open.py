@@ -22,6 +22,8 @@ from megarl.controller.demonstrations import (
     DemonstrationSampler,
 )
 from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.engine_servers import EngineServers
+from megarl.controller.engines import Engines
 from megarl.controller.inputs import PPOInputs, SFTInputs
 from megarl.controller.non_finite import NonFinite
 from megarl.controller.observer import Observer
@@ -34,17 +36,19 @@ from megarl.controller.run import Run, Schedule
 from megarl.controller.sampler import RolloutSampler
 from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
+from megarl.controller.served_engines import ServedEngines, served_engines
 from megarl.controller.validation import Validation
+from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
-from megarl.launchers.start import preemption_of, worker_group
+from megarl.launchers.start import engine_devices, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.ranks.spec import RankSpec
+from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
-from megarl.roles import Role, num_ranks
+from megarl.roles import Role, is_served, num_engines, num_ranks
 from megarl.rollout.vllm import VllmSpec
 from megarl.types import RewardRequest, Sampling
 
@@ -92,20 +96,45 @@ def open_run(
         config.trainer.seed,
         config.trainer.hang_timeout_s,
         engine_spec(config, inputs.roles[0]),
+        is_served(config),
         algorithm_file,
         resumption.on_ranks if resumption else None,
     )
-    world_size = num_ranks(config)
-    num_engines = world_size // config.actor_rollout_ref.rollout.tensor_model_parallel_size
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
-        sinks.stage(3, 3, f"starting {world_size} ranks and {num_engines} engines, loading weights")
+        sinks.stage(3, 3, f"starting {num_ranks(config)} ranks and {num_engines(config)} engines, loading weights")
         preemption = preemption_of(config.trainer, sinks.warn)
-        with worker_group(spec, config.trainer, preemption) as group:
+        with (
+            _servers(config, inputs.roles[0], sinks) as servers,
+            worker_group(spec, config.trainer, preemption) as group,
+        ):
             observer.opened(group)
-            run = rollout_run(config, inputs, group, rewards, sinks, run_dir, values, resumption, observer, preemption)
+            engines = _engines(config, group, servers, observer)
+            run = rollout_run(
+                config, inputs, group, engines, rewards, sinks, run_dir, values, resumption, observer, preemption
+            )
             group.watchdog.place = run.place
             yield run
         run.raise_if_preempted()
+
+
+def _servers(config: PPOConfig, actor: Role, tracker: Tracker) -> AbstractContextManager[ServedEngines | None]:
+    """Start the engines that are in processes of their own, if they are; they load while the ranks do."""
+    if not is_served(config):
+        return nullcontext()
+    start = EngineStart(engine_spec(config, actor), actor)
+    devices = engine_devices(config)
+
+    def start_engine(number: int) -> EngineProcesses:
+        tp = start.spec.tensor_parallel_size
+        return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
+
+    return served_engines(start_engine, num_engines(config), config.trainer.hang_timeout_s, tracker.warn)
+
+
+def _engines(config: PPOConfig, group: WorkerGroup, servers: ServedEngines | None, observer: Observer) -> Engines:
+    if servers is None:
+        return EngineOnRanks(group, config.actor_rollout_ref.rollout.tensor_model_parallel_size, observer)
+    return EngineServers(group, servers, observer)
 
 
 @contextmanager
@@ -151,6 +180,7 @@ def rollout_run(
     config: PPOConfig,
     inputs: PPOInputs,
     group: WorkerGroup,
+    engine: Engines,
     rewards: RewardPool | None,
     tracker: Tracker,
     run_dir: Path,
@@ -160,7 +190,7 @@ def rollout_run(
     preemption: Preemption,
 ) -> Run[Samples]:
     """Return an RL run on ranks that have started."""
-    trainer, data, rollout = config.trainer, config.data, config.actor_rollout_ref.rollout
+    trainer, data = config.trainer, config.data
     stopwatch, recipe = Stopwatch(told=tracker.wait_for), Recipe(config)
     losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
     roles = {
@@ -169,7 +199,6 @@ def rollout_run(
         )
         for role in inputs.roles
     }
-    engine = EngineOnRanks(group, rollout.tensor_model_parallel_size, observer)
     scorer = Scorer(
         config.reward,
         inputs.tokenizer,

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from megarl.algorithm.metrics import logprob_difference
 from megarl.batching.pack import rollouts_to_batch
-from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.engines import Engines
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.errors import PublishError
-from megarl.launchers.group import everywhere
-from megarl.ranks.worker import Worker
 from megarl.types import GenerationRequest, Prompt, Sampling
 
 # Largest difference between the engine's and the trainer's log-prob of one token after a publish: the two compute the
@@ -22,7 +20,7 @@ _NUM_CHECKED_PROMPTS, _NUM_CHECKED_TOKENS = 8, 16
 class Publication:
     """Counts and makes the publications of a run. policy_version: number of the last one, -1 before the first."""
 
-    def __init__(self, engine: EngineOnRanks, prompts: Sequence[Prompt], max_tokens: int) -> None:
+    def __init__(self, engine: Engines, prompts: Sequence[Prompt], max_tokens: int) -> None:
         self.engine, self.policy_version = engine, -1
         self._prompts = list(prompts[:_NUM_CHECKED_PROMPTS])
         self._sampling = Sampling(temperature=0.0, max_tokens=min(_NUM_CHECKED_TOKENS, max_tokens))
@@ -31,7 +29,7 @@ class Publication:
     def publish(self, actor: RoleOnRanks) -> None:
         """Publish the actor's weights; the first time, raise PublishError where the engine doesn't run them."""
         self.policy_version += 1
-        everywhere(self.engine.group, Worker.publish, self.policy_version)
+        self.engine.publish(self.policy_version)
         if not self._is_checked:
             self._check(actor)
             self._is_checked = True

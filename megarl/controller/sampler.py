@@ -11,7 +11,7 @@ import torch
 from megarl.algorithm.samples import Rewards, Samples
 from megarl.algorithm.seeds import seed_of
 from megarl.batching.pack import rollouts_to_batch
-from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.engines import Engines
 from megarl.controller.scoring import Scorer
 from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
@@ -30,7 +30,7 @@ class RolloutSampler:
 
     prompts: tuple[Prompt, ...]
     order: Order | MixedOrder
-    engine: EngineOnRanks
+    engine: Engines
     scorer: Scorer
     sampling: Sampling
     seed: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarl.algorithm.seeds import seed_of
-from megarl.controller.engine_on_ranks import EngineOnRanks
+from megarl.controller.engines import Engines
 from megarl.controller.report import Evaluation
 from megarl.controller.scoring import Scorer
 from megarl.types import GenerationRequest, Group, Prompt, Sampling
@@ -17,7 +17,7 @@ class Validation:
 
     prompts: tuple[Prompt, ...]
     batch_size: int
-    engine: EngineOnRanks
+    engine: Engines
     scorer: Scorer
     sampling: Sampling
     seed: int

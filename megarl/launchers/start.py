@@ -10,9 +10,9 @@ from functools import partial
 
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
-from megarl.errors import ConfigError, Problem
+from megarl.errors import ConfigError, Problem, ResourceError
 from megarl.launchers.group import WorkerGroup
-from megarl.launchers.ray_address import check_ray_address
+from megarl.launchers.ray_address import RAY_ADDRESS, check_ray_address, named_cluster
 from megarl.launchers.starter import (
     complete_local_rank,
     complete_world_of_srun,
@@ -24,9 +24,15 @@ from megarl.launchers.starter import (
     refusal,
 )
 from megarl.monitor.preemption import Limit, Preemption
-from megarl.parallel.environment import apply_environment, check_platform, passed_environment
+from megarl.parallel.environment import (
+    apply_environment,
+    check_platform,
+    passed_environment,
+    platform_name,
+    visible_devices,
+)
 from megarl.ranks.spec import RankSpec
-from megarl.roles import num_ranks
+from megarl.roles import is_served, num_engine_ranks, num_ranks
 
 _END_S = 5.0  # from the last save to the end of the process
 
@@ -123,12 +129,36 @@ def preemption_of(trainer: SFTTrainerConfig, tell: Callable[[str], None]) -> Pre
     return Preemption(limit, tell, partial(has_peers, dict(os.environ)))  # vLLM writes over LOCAL_WORLD_SIZE
 
 
+def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
+    """Return the names of the devices of engines in processes of their own, those after the trainer's; None on CPU.
+
+    Raises ResourceError where the node has fewer.
+    """
+    if platform_name() == "cpu":
+        return None
+    there, first = visible_devices(), config.trainer.n_gpus_per_node
+    needed = first + num_engine_ranks(config)
+    if len(there) < needed:
+        raise ResourceError(
+            f"training and engines need {needed} devices of this node (trainer.n_gpus_per_node = {first}, "
+            f"actor_rollout_ref.rollout.n_gpus_per_node = {num_engine_ranks(config)}), which shows {len(there)}. fix: "
+            "lower them, or actor_rollout_ref.rollout.placement=colocated"
+        )
+    return there[first:needed]
+
+
 def check_launch(config: PPOConfig | SFTConfig) -> None:
     """Raise where ranks can't be had, at no import of Ray or torch.
 
     ConfigError for another number than the config's; ResourceError without the GPUs or the Ray that were asked for.
     """
     check_platform()
+    if isinstance(config, PPOConfig) and is_served(config):
+        engine_devices(config)
+        if placed_rank() is None and (address := named_cluster()):
+            why = "engines in processes of their own start beside the command; Ray may place ranks on another node"
+            fix = f"unset {RAY_ADDRESS}: the run then starts a Ray of its own on this node; or torchrun"
+            raise ConfigError([Problem(RAY_ADDRESS, address, why, fix)])
     if placed_rank() is None:
         check_ray_address()
         return

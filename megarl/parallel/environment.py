@@ -74,6 +74,17 @@ def check_platform(environ: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them; none without any."""
+    if names := environ.get("CUDA_VISIBLE_DEVICES"):
+        return tuple(names.split(","))
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout
+    return tuple(map(str, range(sum(line.startswith("GPU ") for line in listing.splitlines()))))
+
+
 def products_name(environ: Mapping[str, str] = os.environ) -> ProductsName:
     """Return what multiplies float32 matrices on CPU: ``PRODUCTS`` if set, else what is faster on this processor.
 

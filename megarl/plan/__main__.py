@@ -25,6 +25,7 @@ from megarl.plan.of_run import known_models, plan_of, planned
 from megarl.plan.report import advice_json, advice_text, no_effect_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.verdict import verdict_on
+from megarl.roles import is_served, processes_per_node
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
@@ -91,6 +92,12 @@ def main() -> None:
         checked = check_ppo(values, files_may_be_missing=not flags.here, platform=platform)
         place = _place(checked.config, None if flags.here else name, flags.gpu_memory)
         if flags.kuberay is not None:
+            if is_served(checked.config):
+                why = (
+                    "a Ray cluster may place the ranks on another node than the engines, which start beside the command"
+                )
+                fix = "actor_rollout_ref.rollout.placement=colocated"
+                raise ConfigError([Problem("--kuberay", flags.kuberay, why, fix)])
             _kuberay(checked, place, PPO, rest, flags.kuberay)
         elif flags.advise:
             _advise(checked, place, flags.json)
@@ -102,7 +109,7 @@ def main() -> None:
 
 def _place(config: PPOConfig | SFTConfig, name: str | None, gpu_memory: float | None) -> Device:
     """Return the device of a rank: by name, this machine's where it is None."""
-    ranks = config.trainer.n_gpus_per_node
+    ranks = processes_per_node(config)
     return device_with_memory(this_device(ranks) if name is None else device(name, ranks, "--device"), gpu_memory)
 
 

@@ -137,16 +137,22 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
 
 
 def phases_of(
-    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine | None, device: Device, ranks: Iterable[int]
+    roles: Sequence[Role],
+    batches: Mapping[str, BatchPlan],
+    engine: Engine | None,
+    device: Device,
+    ranks: Iterable[int],
+    handed_bytes: int = 0,
 ) -> tuple[Phase, ...]:
     """Return every phase of a step as the rank with most on its device sees it.
 
-    batches: of the trained roles. engine: None in supervised fine-tuning.
+    batches: of the trained roles. engine: None where there is none in these ranks. handed_bytes: of weights that a rank
+    keeps in host memory for engines in processes of their own.
     """
     worst: dict[str, Phase] = {}
     most_on_host: dict[str, int] = {}
     for rank in ranks:
-        for phase in _phases_of_rank(roles, batches, engine, device, rank):
+        for phase in _phases_of_rank(roles, batches, engine, device, rank, handed_bytes):
             most_on_host[phase.name] = max(phase.host_bytes, most_on_host.get(phase.name, 0))
             if phase.name not in worst or phase.device_bytes > worst[phase.name].device_bytes:
                 worst[phase.name] = phase
@@ -154,13 +160,19 @@ def phases_of(
 
 
 def _phases_of_rank(
-    roles: Sequence[Role], batches: Mapping[str, BatchPlan], engine: Engine | None, device: Device, rank: int
+    roles: Sequence[Role],
+    batches: Mapping[str, BatchPlan],
+    engine: Engine | None,
+    device: Device,
+    rank: int,
+    handed_bytes: int,
 ) -> Iterator[Phase]:
     fused, trained = device.name != CPU, [role for role in roles if role.is_trained]
 
     def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: bool = False) -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
-        items = [_runtime(device), *held, *(_engine_items(engine, awake) if engine else ()), *used]
+        engines = _engine_items(engine, awake) if engine else _handed(handed_bytes, device)
+        items = [_runtime(device), *held, *engines, *used]
         return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
 
     yield _loading(roles, device, rank)
@@ -175,6 +187,20 @@ def _phases_of_rank(
         buckets = Item("send and receive buckets", min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes))
         tensors = Item("whole tensors", _whole_tensors_bytes(roles[0]))
         yield phase("publish", buckets, tensors, busy=roles[0].name, awake=True)
+    elif handed_bytes:
+        yield phase("publish", busy=roles[0].name)
+
+
+def engine_phase(engine: Engine, device: Device, rank: int) -> Phase:
+    """Return what ``rank``, of an engine in processes of its own, holds all the time."""
+    items = (_runtime(device), *_engine_items(engine, awake=True))
+    return Phase("engine", rank, items, sum(item.host_bytes for item in items))
+
+
+def _handed(num_bytes: int, device: Device) -> Iterator[Item]:
+    """Yield the weights that engines in processes of their own read, in host memory, which is the device on CPU."""
+    is_cpu = device.name == CPU
+    yield Item("weights for engines", num_bytes if is_cpu else 0, 0 if is_cpu else num_bytes)
 
 
 def _whole_tensors_bytes(actor: Role) -> int:

@@ -12,7 +12,7 @@ from megarl.plan.memory import GIB
 from megarl.plan.report import plan_text
 from megarl.plan.run_plan import RunPlan, plan_run
 from megarl.plan.verdict import verdict_on
-from megarl.roles import FindModel, roles_of
+from megarl.roles import FindModel, processes_per_node, roles_of
 
 C = TypeVar("C", PPOConfig, SFTConfig)
 
@@ -37,13 +37,13 @@ def plan_of(checked: CheckedRun[C], config: C, device: Device) -> RunPlan:
 
 def plan_here(checked: CheckedRun[SFTConfig]) -> str:
     """Return the plan of supervised fine-tuning on this machine as text, whether or not it fits."""
-    return plan_text(planned(checked, this_device(checked.config.trainer.n_gpus_per_node)))
+    return plan_text(planned(checked, this_device(processes_per_node(checked.config))))
 
 
 def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
     """Return the plan of a run on this machine as text. Raises ConfigError where it must fit and doesn't."""
     config = checked.config
-    device = this_device(config.trainer.n_gpus_per_node)
+    device = this_device(processes_per_node(config))
     plan = planned(checked, device)
     if plan.fits or not config.trainer.plan_must_fit:
         return plan_text(plan)

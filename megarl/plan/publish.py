@@ -16,6 +16,7 @@ from megarl.weights.cells import cells_of
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_peers
 from megarl.weights.reshard_plan import BUCKET_BYTES, Load, RankPlan, asked_of, loads_of, plan_reshard
+from megarl.weights.shared_plan import shared_loads
 from megarl.weights.trainer_peers import trainer_peers
 
 
@@ -69,6 +70,18 @@ def publish_traffic(
         num_exchanges=plan.num_exchanges(BUCKET_BYTES // dtype_bytes),
         least_exchanges=math.ceil(busiest_bytes / BUCKET_BYTES),
     )
+
+
+def handed_traffic(shape: ModelShape, layout: Layout, engine_tp: int, dtype_bytes: int, device: Device) -> Traffic:
+    """Return the Traffic of a publication to engines in processes of their own, by way of the host's memory.
+
+    A byte is sent when a rank writes it there, and received when a rank of an engine reads it.
+    """
+    loads = shared_loads(shape, layout, engine_tp)
+    sent = round(dtype_bytes * max(load.sent_within for load in loads))
+    received = dtype_bytes * max(load.received_within for load in loads)
+    seconds = (sent + received) / device.host_link_bytes_per_s
+    return Traffic(0, sent, 0, received, 0, seconds, num_exchanges=0, least_exchanges=0)
 
 
 def rank_loads(shape: ModelShape, layout: Layout, engine_tp: int, ranks_per_node: int) -> tuple[Load, ...]:

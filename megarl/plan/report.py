@@ -26,7 +26,14 @@ def plan_text(plan: RunPlan, verdict: Verdict | None = None, notes: Sequence[str
     parts = [
         ("Batch", _batch_lines(plan)),
         *([("Algorithm", list(plan.algorithm))] if plan.algorithm else []),
-        ("Layout", [*(line for t in plan.topologies for line in _layout_lines(t, plan)), *_node_lines(plan)]),
+        (
+            "Layout",
+            [
+                *(line for t in plan.topologies for line in _layout_lines(t, plan)),
+                *_engine_lines(plan),
+                *_node_lines(plan),
+            ],
+        ),
         (_memory_title(plan), _memory_lines(plan)),
         ("Publish, checkpoint" if plan.engine else "Checkpoint", [*_publish_lines(plan), *_checkpoint_lines(plan)]),
         *([("Time of a step, roughly", [_time_words(plan.time)])] if plan.time and plan.fits else []),
@@ -106,6 +113,17 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
     return lines
 
 
+def _engine_lines(plan: RunPlan) -> list[str]:
+    """Return the line on engines in processes of their own."""
+    if not plan.is_served:
+        return []
+    ranks, tp = plan.num_engines * plan.engine_tp, plan.engine_tp
+    return [
+        f"engines: {plan.num_engines} of TP {tp}, in {ranks} process{'es' if ranks > 1 else ''} and on as many devices "
+        f"beside the ranks; counted from rank {plan.num_ranks}"
+    ]
+
+
 def _node_lines(plan: RunPlan) -> list[str]:
     """Return lines that name the ranks and the actor's stages on each node; of many nodes the first and last."""
     size, actor = plan.ranks_per_node, plan.roles[0]
@@ -164,6 +182,12 @@ def _publish_lines(plan: RunPlan) -> list[str]:
         return []
     if traffic is None:
         return [f"publish: every rank receives up to {plan.engine.weights_bytes / _GB:.2f} GB"]
+    if plan.is_served:
+        return [
+            f"publish, in GB at most: a rank writes {traffic.sent_within / _GB:.2f} to the host's memory, once for all "
+            f"engines; a rank of an engine reads {traffic.received_within / _GB:.2f}",
+            f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host",
+        ]
     outside = f"{shape.family} is outside of the name map: every rank is given whole tensors, a few at a time"
     return [
         *([] if shape.is_mapped else [outside]),

@@ -13,13 +13,13 @@ from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
-from megarl.plan.memory import Engine, Phase, engine_of, phases_of
-from megarl.plan.publish import Traffic, publish_traffic
+from megarl.plan.memory import Engine, Phase, engine_of, engine_phase, phases_of
+from megarl.plan.publish import Traffic, handed_traffic, publish_traffic
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, num_ranks
+from megarl.roles import Role, batch_plan, is_served, num_engines, num_ranks
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -42,8 +42,9 @@ class RunPlan:
     """Everything that follows from a config, the models' sizes and a device.
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
-    engine: None in supervised fine-tuning, which generates nothing. num_steps: None where it follows from data files
-    that aren't here. time: of a step, None in supervised fine-tuning.
+    engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
+    their own, whose ranks are counted after the trainer's. num_steps: None where it follows from data files that aren't
+    here. time: of a step, None in supervised fine-tuning.
     """
 
     device: Device
@@ -58,6 +59,8 @@ class RunPlan:
     topologies: tuple[Topology, ...]
     engine: Engine | None
     engine_tp: int
+    num_engines: int
+    is_served: bool
     phases: tuple[Phase, ...]
     traffic: Traffic | None
     checkpoint: Checkpoint
@@ -87,7 +90,8 @@ class RunPlan:
     @property
     def host_bytes_per_node(self) -> int:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
-        return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
+        beside = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
+        return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node + beside
 
 
 def plan_run(
@@ -109,11 +113,20 @@ def plan_run(
     batches = {role.name: batch_plan(c, role) for role in roles if role.is_trained}
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
-    engine, engine_tp, traffic = None, 1, None
+    engine, engine_tp, traffic, served = None, 1, None, isinstance(c, PPOConfig) and is_served(c)
     if isinstance(c, PPOConfig):
         engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
-        if with_traffic:
+        if with_traffic and served:
+            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device)
+        elif with_traffic:
             traffic = publish_traffic(actor.shape, actor.layout, engine_tp, b, per_node, device)
+    examined = examined_ranks(roles, ranks)
+    if engine and served:
+        handed_bytes = -(-engine.weights_bytes * engine_tp // ranks)
+        phases = phases_of(roles, batches, None, device, examined, handed_bytes)
+        phases += (engine_phase(engine, device, rank=ranks),)
+    else:
+        phases = phases_of(roles, batches, engine, device, examined)
     return RunPlan(
         device=device,
         num_ranks=ranks,
@@ -127,7 +140,9 @@ def plan_run(
         topologies=tuple(topology_of(role, per_node, micro_batches.get(role.name, 1)) for role in roles),
         engine=engine,
         engine_tp=engine_tp,
-        phases=phases_of(roles, batches, engine, device, examined_ranks(roles, ranks)),
+        num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
+        is_served=served,
+        phases=phases,
         traffic=traffic,
         checkpoint=_checkpoint(actor.shape, b, sum(_state_bytes(role) for role in roles if role.is_trained)),
         num_steps=num_steps,
@@ -146,6 +161,7 @@ def _time(
         rollout.tensor_model_parallel_size,
         device,
         ranks_per_node=c.trainer.n_gpus_per_node,
+        num_engines=num_engines(c),
         num_rollouts=batch.num_rollouts,
         num_scored_rollouts=_num_scored_rollouts(c, batch),
         max_prompt=c.data.max_prompt_length,

@@ -51,6 +51,7 @@ def step_time(
     device: Device,
     *,
     ranks_per_node: int,
+    num_engines: int,
     num_rollouts: int,
     num_scored_rollouts: int,
     max_prompt: int,
@@ -87,14 +88,15 @@ def step_time(
     if engine.frees_memory:
         move += 2 * engine.weights_bytes / device.host_link_bytes_per_s
 
-    sequences = -(-num_rollouts // (ranks // engine_tp))
+    sequences = -(-num_rollouts // num_engines)
     at_once = max(1, min(max_num_seqs, sequences, engine.num_cached_tokens // (max_prompt + max_response)))
     cached = at_once * (max_prompt + max_response / 2) * engine.bytes_per_token
     read = (engine.weights_bytes + cached) / (DECODE_EFFICIENCY * device.memory_bytes_per_s)
     waves = -(-sequences // at_once)
     latency = DECODE_STEP_S if device.name != CPU else 10 * DECODE_STEP_S
     generate = waves * max_response * (read + latency * (1 + 0.1 * (engine_tp - 1)))
-    generate += _flops_seconds(actor.shape.active_parameters, num_rollouts * max_prompt, device, ranks)
+    engine_ranks = num_engines * engine_tp
+    generate += _flops_seconds(actor.shape.active_parameters, num_rollouts * max_prompt, device, engine_ranks)
     return StepTime(generate, score, update, move)
 
 

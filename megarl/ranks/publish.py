@@ -1,8 +1,11 @@
-"""Publish the trainer's weights to the rollout engine, in memory and in place: shard to shard, or by whole tensors."""
+"""Publish the trainer's weights to the rollout engine, in memory and in place: shard to shard, or by whole tensors.
+
+An engine in the same ranks is written by them. One in processes of its own reads what they have written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -11,20 +14,27 @@ from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.rollout.engine import RolloutEngine
+from megarl.rollout.vllm import VllmSpec
 from megarl.train.backend import Backend
 from megarl.weights.cells import cells_of
+from megarl.weights.engine_parameters import check_parameters
 from megarl.weights.files import plan_files
 from megarl.weights.name_map import hf_shapes, vllm_peers
 from megarl.weights.reshard import Resharder, node_size
 from megarl.weights.reshard_plan import BUCKET_BYTES, plan_reshard
-from megarl.weights.shard import Pattern, Peers, alike, whole
+from megarl.weights.shard import Peers, alike, whole
+from megarl.weights.shared import Segment, SharedWriter
+from megarl.weights.shared_plan import writer_plan
 
 
 class Publisher(Protocol):
     """Moves the weights of a backend into an engine. Making it and its method are collective over all ranks."""
 
-    def publish(self, policy_version: int) -> None:
-        """Copy the weights, and stamp later rollouts with ``policy_version``."""
+    def publish(self, policy_version: int) -> Segment | None:
+        """Copy the weights, and stamp later rollouts with ``policy_version``.
+
+        Return where they wait for an engine in processes of its own, None where they have arrived.
+        """
         ...
 
 
@@ -46,10 +56,7 @@ class PlannedPublisher:
         shape, rank, device = backend.role.shape, dist.get_rank(), backend.device
         targets = vllm_peers(shape, engine_tp, range(backend.role.layout.world_size))
         parameters = engine.parameters()
-        own = [pattern for peers in targets if rank in peers.ranks for pattern in peers.patterns]
-        odd = sorted({(n, tuple(p.shape)) for n, p in parameters.items()} ^ set(_parameter_shapes(own).items()))
-        if odd:
-            raise PublishError(f"the engine's parameters and the name map disagree on rank {rank}: {odd[:4]}")
+        check_parameters(parameters, shape, engine_tp, rank % engine_tp)
         sources = cells_of(backend.peers(), node_size(device))
         dtype = next(iter(parameters.values())).dtype
         self.resharder = Resharder(plan_reshard(sources, targets, rank), dtype=dtype)
@@ -59,6 +66,22 @@ class PlannedPublisher:
         with self.backend.resident():
             self.resharder.run(self.backend.parameters(), self.engine.parameters(), self.backend.device)
         self.engine.publish_done(policy_version)
+
+
+class SharedPublisher:
+    """Writes weights where engines on the same host read them. spec: of the engines."""
+
+    def __init__(self, backend: Backend, spec: VllmSpec) -> None:
+        self.backend = backend
+        role, dtype = backend.role, getattr(torch, spec.dtype)
+        assert isinstance(dtype, torch.dtype)
+        plan = writer_plan(role.shape, role.layout, spec.tensor_parallel_size, dist.get_rank(), dtype.itemsize)
+        self.writer = SharedWriter(plan, dtype)
+
+    def publish(self, policy_version: int) -> Segment:
+        """Write the weights as publication ``policy_version``."""
+        with self.backend.resident():
+            return self.writer.write(self.backend.parameters(), policy_version)
 
 
 class WholePublisher:
@@ -98,13 +121,3 @@ class WholePublisher:
             tensors = {name: torch.empty(self._shapes[name], dtype=self.dtype, device=device) for name in names}
             resharder.run(parameters, tensors, device)
             yield from tensors.items()
-
-
-def _parameter_shapes(patterns: Iterable[Pattern]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by name: vLLM stacks the experts of a layer in one, which ``{e}`` counts."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for pattern in patterns:
-        name, is_stacked, _ = pattern.shard.name.partition(".{e}")
-        shape = (len(pattern.experts), *pattern.shard.shape) if is_stacked else pattern.shard.shape
-        shapes |= {name.format(i=i): shape for i in pattern.layers}
-    return shapes

@@ -22,13 +22,22 @@ class Resumed:
 class RankSpec:
     """A run as every rank needs to know it, the same on all.
 
-    hang_timeout_s: that a collective may take. engine: None where nothing is generated. algorithm_file: the user's own
-    losses. resumed: None at a run's start. Paths are absolute.
+    hang_timeout_s: that a collective may take. engine: None where nothing is generated. is_served: whether it is in
+    processes of its own. algorithm_file: the user's own losses. resumed: None at a run's start. Paths are absolute.
     """
 
     roles: tuple[Role, ...]
     seed: int
     hang_timeout_s: float
     engine: VllmSpec | None = None
+    is_served: bool = False
     algorithm_file: str | None = None
     resumed: Resumed | None = None
+
+
+@dataclass(frozen=True)
+class EngineStart:
+    """What every rank of an engine in processes of its own is told to start with. actor: whose weights it gets."""
+
+    spec: VllmSpec
+    actor: Role

@@ -16,7 +16,7 @@ from megarl.algorithm.user_file import load_user_file
 from megarl.checkpoint.rank_save import RankSave, SavedPart, restore_random_states
 from megarl.checkpoint.role_files import SavedRole
 from megarl.errors import ResourceError
-from megarl.ranks.publish import Publisher, publisher_of
+from megarl.ranks.publish import Publisher, SharedPublisher, publisher_of
 from megarl.ranks.spec import RankSpec, Resumed
 from megarl.ranks.work import GenerateWork, SaveWork
 from megarl.roles import Role
@@ -30,6 +30,7 @@ from megarl.train.reference import Reference
 from megarl.train.reward_model import RewardModel
 from megarl.train.work import ScoreWork, Updated, UpdateWork
 from megarl.types import Rollout
+from megarl.weights.shared import Segment
 from megarl.weights.sources import SafetensorsSource, TensorSource, drawn_weights
 
 
@@ -66,7 +67,9 @@ class Worker:
         self.engine: RolloutEngine | None = None
         self.publisher: Publisher | None = None
         self.engine_tp = 1
-        if spec.engine is not None:
+        if spec.engine is not None and spec.is_served:
+            self.publisher = SharedPublisher(self.roles["actor"].backend, spec.engine)
+        elif spec.engine is not None:
             self.engine = VllmEngine(spec.engine)
             self.engine_tp = spec.engine.tensor_parallel_size
             self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)
@@ -84,11 +87,12 @@ class Worker:
         updated = role.update(work)
         return updated if role.backend.place.reports else None
 
-    def publish(self, policy_version: int) -> None:
-        """Move the actor's weights into the engine."""
-        assert self.publisher is not None and self.engine is not None
-        self.engine.wake_up()
-        self.publisher.publish(policy_version)
+    def publish(self, policy_version: int) -> Segment | None:
+        """Move the actor's weights into the engine, or return where one in processes of its own finds them."""
+        assert self.publisher is not None
+        if self.engine is not None:
+            self.engine.wake_up()
+        return self.publisher.publish(policy_version)
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""

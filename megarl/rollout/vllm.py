@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megarl.errors import DataError, PublishError
 from megarl.parallel.environment import apply_environment, platform_name
 from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.served import samplings
 from megarl.rollout.vllm_queue import without_queue
 from megarl.types import GenerationRequest, Rollout, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, LLMEngine, RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class VllmEngine:
         """Number of the last publication, or ``UNPUBLISHED``."""
         return self._policy_version
 
+    @property
+    def stepped(self) -> LLMEngine:
+        """vLLM's own engine, for who adds requests and takes its steps one by one, on all ranks alike."""
+        return self._llm.llm_engine
+
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
         """Return ``sampling.n`` rollouts for each request, and a greedy one if asked, in the order of ``requests``.
 
@@ -85,15 +91,15 @@ class VllmEngine:
         """
         if self._policy_version == UNPUBLISHED:
             raise PublishError("generate was called before weights were published: the engine's weights are random")
-        self._check_lengths(requests, sampling)
+        self.check_lengths(requests, sampling)
         if not requests:
             return []
         # One vLLM request a sample: vLLM's own n refuses groups of greedy samples.
-        samples = [sampling] * sampling.n + [replace(sampling, temperature=0.0)] * sampling.with_greedy
+        samples = samplings(sampling)
         prompts = [{"prompt_token_ids": list(r.token_ids)} for r in requests for _ in samples]
-        params = [_sampling_params(s, sample_seed(r.seed, i)) for r in requests for i, s in enumerate(samples)]
+        params = [sampling_params(s, sample_seed(r.seed, i)) for r in requests for i, s in enumerate(samples)]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        rollouts = [_rollout(output, self._policy_version) for output in outputs]
+        rollouts = [rollout_of(output, self._policy_version) for output in outputs]
         return [tuple(rollouts[i : i + len(samples)]) for i in range(0, len(rollouts), len(samples))]
 
     def parameters(self) -> dict[str, Tensor]:
@@ -137,7 +143,8 @@ class VllmEngine:
         self._llm.llm_engine.model_executor.shutdown()
         destroy_model_parallel()
 
-    def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
+    def check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
+        """Raise DataError for a prompt that leaves no room to answer."""
         longest = max((len(r.token_ids) for r in requests), default=0)
         if longest + sampling.max_tokens > self._spec.max_model_len:
             raise DataError(
@@ -207,8 +214,10 @@ def _set_environment(spec: VllmSpec) -> None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # or vLLM would prefer it
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    """Return vLLM's parameters of one rollout, which is told of when it has ended."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -220,10 +229,12 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         seed=seed,
         logprobs=0,  # of the sampled token alone
         detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
+def rollout_of(output: RequestOutput, policy_version: int) -> Rollout:
+    """Return the rollout that vLLM has ended."""
     [completion] = output.outputs
     assert completion.logprobs is not None and completion.finish_reason in ("stop", "length"), completion
     token_ids = tuple(completion.token_ids)

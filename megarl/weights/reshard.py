@@ -34,7 +34,7 @@ class Resharder:
         """Fill ``targets`` in place from the ``sources`` of all ranks. Every rank must call this together."""
         for flow in self.plan.kept:
             for rows in flow.rows(0, flow.numel):
-                _target(rows, targets).copy_(_source(rows, sources))
+                target_of(rows, targets).copy_(source_of(rows, sources))
         if not self.num_exchanges:
             return
         send, receive = (torch.empty(n, dtype=self.dtype, device=device) for n in self._buffer_numels)
@@ -54,13 +54,13 @@ class Resharder:
         sent, received = 0, 0
         for rank, (start, stop) in outgoing.items():
             for rows in self.plan.sends[rank].rows(start, stop):
-                send[sent : sent + rows.numel].view(rows.sizes).copy_(_source(rows, sources))
+                send[sent : sent + rows.numel].view(rows.sizes).copy_(source_of(rows, sources))
                 sent += rows.numel
         receive_sizes, send_sizes = _sizes(incoming), _sizes(outgoing)
         dist.all_to_all_single(receive[: sum(receive_sizes)], send[:sent], receive_sizes, send_sizes)
         for rank, (start, stop) in incoming.items():
             for rows in self.plan.receives[rank].rows(start, stop):
-                _target(rows, targets).copy_(receive[received : received + rows.numel].view(rows.sizes))
+                target_of(rows, targets).copy_(receive[received : received + rows.numel].view(rows.sizes))
                 received += rows.numel
 
     def _cuts(self, streams: Mapping[int, Stream], index: int) -> dict[int, tuple[int, int]]:
@@ -77,12 +77,14 @@ def _sizes(cuts: Mapping[int, tuple[int, int]]) -> list[int]:
     return sizes
 
 
-def _source(rows: Rows, parameters: Tensors) -> Tensor:
+def source_of(rows: Rows, parameters: Tensors) -> Tensor:
+    """Return rows as the view of their sender's parameter."""
     assert rows.move.source is not None
     return _view(rows, rows.move.source, parameters)
 
 
-def _target(rows: Rows, parameters: Tensors) -> Tensor:
+def target_of(rows: Rows, parameters: Tensors) -> Tensor:
+    """Return rows as the view of the parameter that they are for."""
     return _view(rows, rows.move.target, parameters)
 
 

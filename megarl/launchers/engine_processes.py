@@ -1,0 +1,132 @@
+"""The processes of an engine that isn't in the trainer's ranks, as the controller starts and ends them on its host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+
+from megarl.errors import MegarlError
+from megarl.ranks.join import listening
+from megarl.ranks.spec import EngineStart
+from megarl.rollout.served import Answer, Failed, Order
+
+# What says that the controller is a rank, or what only it shall know.
+_NOT_INHERITED = ("TORCHELASTIC_", "PET_", "RAY_")
+_HOST = "127.0.0.1"
+_LAST_WORDS_S = 1.0  # for ranks to say why they end, once one has
+
+
+class EngineLost(Exception):
+    """An engine that can't go on: the text says why. A fresh one may take its place."""
+
+
+class EngineProcesses:
+    """One engine. Its ranks end where this process does, where one of them does, and with ``kill``."""
+
+    def __init__(self, start: EngineStart, devices: Sequence[str] | None) -> None:
+        """Start all ranks; the first answer says when they are ready. devices: names of theirs, None on CPU."""
+        self.connections: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        size = start.spec.tensor_parallel_size
+        with listening(_HOST) as listener:
+            port = listener.getsockname()[1]
+            for rank in range(size):
+                environ = engine_environment(rank, size, port, None if devices is None else devices[rank])
+                listener_fd = listener.fileno() if rank == 0 else None
+                self._start_rank(environ, listener_fd)
+        for connection in self.connections:
+            with suppress(OSError):  # ``receive`` says of what it died
+                connection.send(start)
+
+    def send(self, order: Order) -> None:
+        """Give the engine an order. Raises EngineLost where it has died."""
+        try:
+            self.connections[0].send(order)
+        except OSError as error:
+            raise self._lost() from error
+
+    def receive(self, timeout_s: float) -> Answer | None:
+        """Return the next answer, None where there is none in time.
+
+        Raises EngineLost where a rank has died or failed, and the error of one that a user can act on.
+        """
+        for connection in wait(self.connections, timeout_s):
+            assert isinstance(connection, Connection)
+            try:
+                answer: Answer = connection.recv()
+            except (EOFError, OSError) as error:
+                raise self._lost() from error
+            if isinstance(answer, Failed):
+                raise answer.error or EngineLost(f"rank {self.connections.index(connection)} failed:\n{answer.text}")
+            if connection is self.connections[0]:
+                return answer
+        return None
+
+    def kill(self) -> None:
+        """End all ranks."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for connection in self.connections:
+            connection.close()
+
+    def _start_rank(self, environ: Mapping[str, str], listener_fd: int | None) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            command = (
+                f"import sys; sys.path[:] = {sys.path!r}; from megarl.ranks.engine_process import main; "
+                f"main({theirs.fileno()}, {listener_fd})"
+            )
+            # Not multiprocessing: it would run the controller's main module again.
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-u", "-c", command],
+                    pass_fds=[theirs.fileno(), *([] if listener_fd is None else [listener_fd])],
+                    stdin=subprocess.DEVNULL,
+                    env=environ,
+                    start_new_session=True,  # Ctrl-C is the controller's to hear
+                )
+            )
+        self.connections.append(ours)
+
+    def _lost(self) -> EngineLost | MegarlError:
+        """Return why the engine can't go on: what a rank said, else how the first one ended."""
+        deadline_s = time.monotonic() + _LAST_WORDS_S
+        for rank, connection in enumerate(self.connections):
+            with suppress(EOFError, OSError):
+                while connection.poll(max(0.0, deadline_s - time.monotonic())):
+                    if isinstance(answer := connection.recv(), Failed):
+                        return answer.error or EngineLost(f"rank {rank} failed:\n{answer.text}")
+        codes = [process.poll() for process in self._processes]
+        # A peer of one that was killed ends by itself, with an error.
+        ended = sorted((code, rank) for rank, code in enumerate(codes) if code is not None)
+        if not ended:
+            return EngineLost("a rank closed its connection")
+        code, rank = ended[0]
+        how = f"died of signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exited with status {code}"
+        return EngineLost(f"rank {rank} {how}")
+
+
+def engine_environment(
+    rank: int, size: int, port: int, device: str | None, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Return the variables of a rank of an engine, whose ranks meet at ``port``. device: all that it sees."""
+    inherited = {name: value for name, value in environ.items() if not name.startswith(_NOT_INHERITED)}
+    return {
+        **inherited,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank if device is None else 0),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": _HOST,
+        "MASTER_PORT": str(port),
+        **({} if device is None else {"CUDA_VISIBLE_DEVICES": device}),
+    }

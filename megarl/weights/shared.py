@@ -1,0 +1,125 @@
+"""The weights that a trainer's ranks hand to engines on their host, in memory that both have mapped.
+
+Every rank of the trainer has one segment, which it writes at each publication and every engine reads: a byte is written
+once, however many engines there are. It has no name (memfd): an engine opens it by way of /proc, nothing of it counts
+as /dev/shm, and it is gone with the last process that holds it, however that ends. ``shared_plan`` says what is in it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarl.errors import PublishError
+from megarl.weights.reshard import Tensors, source_of, target_of
+from megarl.weights.shared_plan import SharedPlan
+
+_HEADER_BYTES = 64  # of which two numbers are used
+_ALIGNED_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A rank's memory, as others open it: ``fd`` of process ``pid``.
+
+    offsets: for each plan, the byte at which the stream to each rank begins.
+    """
+
+    pid: int
+    fd: int
+    num_bytes: int
+    offsets: tuple[Mapping[int, int], ...]
+
+
+class SharedWriter:
+    """Writes what one rank of the trainer sends, in elements of ``dtype``."""
+
+    def __init__(self, plan: SharedPlan, dtype: torch.dtype) -> None:
+        self.plan, self.dtype = plan, dtype
+        offsets: list[dict[int, int]] = []
+        end = _HEADER_BYTES
+        for part in plan.plans:
+            offsets.append({})
+            for receiver, stream in part.sends.items():
+                offsets[-1][receiver] = end
+                end += -(-stream.numel * dtype.itemsize // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        fd = os.memfd_create("megarl_weights")
+        os.ftruncate(fd, end)
+        self.segment = Segment(os.getpid(), fd, end, tuple(offsets))
+        self._memory = mmap.mmap(fd, end)
+        self._versions = _versions(self._memory)
+        self._versions.fill_(-1)
+
+    @torch.no_grad()
+    def write(self, parameters: Tensors, policy_version: int) -> Segment:
+        """Write a publication's weights, and return where they are."""
+        self._versions[0] = policy_version
+        for plan, offsets in zip(self.plan.plans, self.segment.offsets, strict=True):
+            for receiver, stream in plan.sends.items():
+                elements = _elements(self._memory, self.dtype, offsets[receiver], stream.numel)
+                at = 0
+                for rows in stream.rows(0, stream.numel):
+                    elements[at : at + rows.numel].view(rows.sizes).copy_(source_of(rows, parameters))
+                    at += rows.numel
+        self._versions[1] = policy_version
+        return self.segment
+
+
+class SharedReader:
+    """Reads what one rank of an engine needs, in elements of ``dtype``."""
+
+    def __init__(self, plan: SharedPlan, dtype: torch.dtype) -> None:
+        self.plan, self.dtype = plan, dtype
+        self._memories: dict[tuple[int, int], mmap.mmap] = {}
+
+    def check(self, segments: Sequence[Segment], policy_version: int) -> None:
+        """Raise PublishError unless all segments hold this publication, whole."""
+        for rank, segment in enumerate(segments):
+            found: list[int] = _versions(self._memory(segment)).tolist()
+            if found != [policy_version, policy_version]:
+                raise PublishError(
+                    f"the weights of rank {rank} are those of publication {found[0]}"
+                    + (f", of which {found[1]} is whole" if found[0] != found[1] else "")
+                    + f"; the engine was told to take {policy_version}"
+                )
+
+    @torch.no_grad()
+    def read(self, segments: Sequence[Segment], index: int, targets: Tensors) -> None:
+        """Fill ``targets`` in place with what the plan of this index has for them. segments: by rank of the trainer."""
+        plan = self.plan.plans[index]
+        for sender, stream in plan.receives.items():
+            segment = segments[sender]
+            offset = segment.offsets[index][plan.rank]
+            elements = _elements(self._memory(segment), self.dtype, offset, stream.numel)
+            at = 0
+            for rows in stream.rows(0, stream.numel):
+                target_of(rows, targets).copy_(elements[at : at + rows.numel].view(rows.sizes))
+                at += rows.numel
+
+    def _memory(self, segment: Segment) -> mmap.mmap:
+        key = segment.pid, segment.fd
+        if key not in self._memories:
+            path = f"/proc/{segment.pid}/fd/{segment.fd}"
+            try:
+                with open(path, "r+b") as file:
+                    self._memories[key] = mmap.mmap(file.fileno(), segment.num_bytes)
+            except OSError as error:
+                raise PublishError(
+                    f"an engine can't open the memory that holds the weights, {path}: {error}. Engines and ranks share "
+                    "a host, a user and the numbers of its processes"
+                ) from error
+        return self._memories[key]
+
+
+def _versions(memory: mmap.mmap) -> Tensor:
+    """Return the number of the publication that was begun, and of the last that was ended, as a view [2]."""
+    return torch.frombuffer(memory, dtype=torch.int64, count=2)
+
+
+def _elements(memory: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> Tensor:
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
