@@ -284,7 +284,9 @@ def is_served(c: PPOConfig) -> bool:
 def num_engine_ranks(c: PPOConfig) -> int:
     """Return the number of ranks that engines have, in the trainer's ranks or beside them."""
     rollout = c.actor_rollout_ref.rollout
-    return rollout.n_gpus_per_node or rollout.tensor_model_parallel_size if is_served(c) else num_ranks(c)
+    if not is_served(c):
+        return num_ranks(c)
+    return rollout.nnodes * (rollout.n_gpus_per_node or rollout.tensor_model_parallel_size)
 
 
 def num_engines(c: PPOConfig) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megarl.algorithm.samples import Samples
 from megarl.config.schema import PPOConfig
+from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.inputs import PPOInputs
 from megarl.controller.observer import Observer
 from megarl.controller.open import rollout_run
@@ -71,4 +72,6 @@ def run_on(group: PlainRanks, config: PPOConfig, run_dir: Path) -> Run[Samples]:
     tokenizer = cast("PreTrainedTokenizerBase", Words())
     prompts = (Prompt("f:0", (3, 4), "three four", "source", "truth", {}, "f:0"),)
     inputs = PPOInputs(tokenizer, prompts, prompts, Order(1, 1, False, 0), 3, (2,), (), roles_in(config))
-    return rollout_run(config, inputs, group, None, Tracker([]), run_dir, {}, None, Observer(), Preemption(None, print))
+    engine = EngineOnRanks(group, config.actor_rollout_ref.rollout.tensor_model_parallel_size, Observer())
+    preemption = Preemption(None, print)
+    return rollout_run(config, inputs, group, engine, None, Tracker([]), run_dir, {}, None, Observer(), preemption)

@@ -1,0 +1,225 @@
+"""Engines that die, hang or answer wrongly: what becomes of the rollouts that they were asked for."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from megarl.controller.served_engines import ServedEngines, served_engines
+from megarl.errors import DataError, WorkerError
+from megarl.launchers.engine_processes import EngineLost, EngineProcesses
+from megarl.rollout.served import Answer, Ask, Busy, Done, Order, Ready, Take, Took
+from megarl.types import GenerationRequest, Group, Rollout, Sampling
+
+SAMPLING = Sampling(n=3, max_tokens=4, with_greedy=True)
+REQUESTS = [GenerationRequest((number,), seed=number) for number in range(7)]
+
+
+def rollout(ask: Ask, index: int, version: int) -> Rollout:
+    """Return what an engine answers: the prompt's token, and the index in the group."""
+    return Rollout((*ask.request.token_ids, index), (-1.0, -1.0), "stop", version)
+
+
+EXPECTED: list[Group] = [
+    tuple(Rollout((*r.token_ids, index), (-1.0, -1.0), "stop", 0) for index in range(4)) for r in REQUESTS
+]
+
+
+@dataclass
+class Engine:
+    """An engine in this process, whose answers wait to be received. num_answers: rollouts until it is lost."""
+
+    number: int
+    num_answers: int | None = None
+    error: Exception = field(default_factory=lambda: EngineLost("killed by the test"))
+    stamp: int | None = None
+    is_silent: bool = False
+    orders: list[Order] = field(default_factory=list)
+    answers: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
+    version: int = -1
+    is_killed: bool = False
+
+    def __post_init__(self) -> None:
+        self.answers.put(Ready())
+
+    def send(self, order: Order) -> None:
+        assert not self.is_killed
+        self.orders.append(order)
+        if isinstance(order, Take):
+            self.version = order.policy_version
+            self.answers.put(Took(order.policy_version))
+            return
+        for ask in () if self.is_silent else order:
+            for index in ask.indices:
+                version = self.version if self.stamp is None else self.stamp
+                self.answers.put(Done(ask.number, index, rollout(ask, index, version)))
+
+    def receive(self, timeout_s: float) -> Answer | None:
+        try:
+            answer = self.answers.get(timeout=min(timeout_s, 0.01))
+        except queue.Empty:
+            return None
+        if isinstance(answer, Done) and self.num_answers is not None:
+            self.num_answers -= 1
+            if self.num_answers < 0:
+                raise self.error
+        return answer
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+    @property
+    def asked(self) -> list[Ask]:
+        """Return all that it was asked, in order."""
+        return [ask for order in self.orders if not isinstance(order, Take) for ask in order]
+
+
+@contextmanager
+def running(
+    make: Callable[[int, int], Engine], num_engines: int = 1, timeout_s: float = 60.0
+) -> Iterator[tuple[ServedEngines, list[Engine], list[str]]]:
+    """Yield engines that run publication 0, all that were started, and what a person was told.
+
+    make: of the number of an engine, and of how many had its place before.
+    """
+    started: list[Engine] = []
+    before: Counter[int] = Counter()
+    told: list[str] = []
+
+    def start(number: int) -> EngineProcesses:
+        started.append(make(number, before[number]))
+        before[number] += 1
+        return cast(EngineProcesses, started[-1])
+
+    with served_engines(start, num_engines, timeout_s, told.append) as engines:
+        engines.take(Take(0, ()))
+        yield engines, started, told
+    assert all(engine.is_killed for engine in started)
+
+
+@pytest.mark.parametrize("num_engines", [1, 2, 3])
+def test_rollouts_come_back_in_the_order_of_their_requests_however_many_engines_share_them(num_engines: int) -> None:
+    with running(lambda number, _: Engine(number), num_engines) as (engines, started, told):
+        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+    asked = Counter(ask.number for engine in started for ask in engine.asked)
+    assert sorted(asked.values()) == [1] * (2 * len(REQUESTS))
+    shares = [len(engine.asked) for engine in started]
+    assert len(started) == num_engines and max(shares) - min(shares) <= 2
+    assert told == []
+
+
+def test_what_is_asked_together_is_begun_together() -> None:
+    with running(lambda number, _: Engine(number)) as (engines, [engine], _):
+        engines.generate(REQUESTS, SAMPLING)
+    assert [len(order) for order in engine.orders if not isinstance(order, Take)] == [len(REQUESTS)]
+
+
+def test_a_prompt_goes_to_the_engine_with_the_fewest_tokens_to_compute() -> None:
+    sizes = [100, 1, 1, 1, 1, 50]
+    requests = [GenerationRequest((0,) * size, seed=0) for size in sizes]
+    with running(lambda number, _: Engine(number), 2) as (engines, started, _):
+        engines.generate(requests, Sampling(n=1, max_tokens=1))
+    first = [[len(a.request.token_ids) for a in e.asked] for e in sorted(started[:2], key=lambda e: e.number)]
+    assert first == [[100], [1, 1, 1, 1, 50]]
+
+
+@pytest.mark.parametrize("num_engines", [1, 2])
+@pytest.mark.parametrize("num_answers", [0, 1, 5])
+def test_the_rollouts_of_an_engine_that_dies_are_sampled_again_and_none_twice(
+    num_engines: int, num_answers: int
+) -> None:
+    def make(number: int, before: int) -> Engine:
+        return Engine(number, num_answers if number == 0 and before == 0 else None)
+
+    with running(make, num_engines) as (engines, started, told):
+        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        [note] = told
+    begun = sum(len(ask.indices) for ask in started[0].asked)
+    num_lost = begun - num_answers
+    assert note == (
+        f"engine 0 is lost: killed by the test; {num_lost} rollouts that it had begun are sampled again, another takes "
+        "its place"
+    )
+    assert sum(len(a.indices) for e in started for a in e.asked) == 2 * 4 * len(REQUESTS) + num_lost
+
+
+def test_an_engine_that_dies_in_a_publication_is_replaced_by_one_with_the_new_weights() -> None:
+    class DiesInSecond(Engine):
+        def receive(self, timeout_s: float) -> Answer | None:
+            answer = super().receive(timeout_s)
+            if answer == Took(1):
+                raise EngineLost("killed by the test")
+            return answer
+
+    def make(number: int, before: int) -> Engine:
+        return DiesInSecond(number) if number == 1 and before == 0 else Engine(number)
+
+    with running(make, 2) as (engines, started, told):
+        engines.before_writing()
+        engines.take(Take(1, ()))
+        versions = {r.policy_version for group in engines.generate(REQUESTS, SAMPLING) for r in group}
+        assert versions == {1}
+    assert started[-1].orders[0] == Take(1, ()) and started[-1].number == 1
+    assert told == ["engine 1 is lost: killed by the test; it had nothing to do, another takes its place"]
+
+
+def test_an_engine_that_answers_with_other_weights_than_it_runs_is_replaced() -> None:
+    with running(lambda number, before: Engine(number, stamp=7 if before == 0 else None)) as (engines, _, told):
+        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+    assert "it answered with the weights of publication 7, not 0" in told[0]
+
+
+def test_an_engine_that_says_nothing_is_replaced_and_one_that_says_it_is_busy_is_not() -> None:
+    class Slow(Engine):
+        num_busy = 30
+
+        def receive(self, timeout_s: float) -> Answer | None:
+            if self.asked and self.num_busy:
+                self.num_busy -= 1
+                time.sleep(0.01)
+                return Busy()
+            return super().receive(timeout_s)
+
+    def make(number: int, before: int) -> Engine:
+        return Slow(number) if before else Engine(number, is_silent=True)
+
+    with running(make, timeout_s=0.1) as (engines, _, told):
+        assert engines.generate(REQUESTS[:1], SAMPLING) == EXPECTED[:1]
+    [note] = told
+    assert "nothing was heard of it for 0.1 s (trainer.hang_timeout_s)" in note
+
+
+def test_no_engine_left_ends_the_run_with_why_each_was_lost() -> None:
+    with running(lambda number, _: Engine(number, 0, EngineLost(f"reason {number}")), 2) as (engines, started, told):
+        with pytest.raises(WorkerError) as raised:
+            engines.generate(REQUESTS, SAMPLING)
+        with pytest.raises(WorkerError):
+            engines.generate(REQUESTS, SAMPLING)
+    assert str(raised.value) == "no engine is left to generate\n--- engine 0: reason 0\n--- engine 1: reason 1"
+    assert Counter(engine.number for engine in started) == {0: 3, 1: 3}
+    assert sum("it is given up after 3 in a row" in note for note in told) == 2
+
+
+def test_rollouts_in_between_forgive_what_was_lost_before() -> None:
+    with running(lambda number, before: Engine(number, 4 if before < 6 else None)) as (engines, started, _):
+        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+    assert len(started) == 7
+
+
+@pytest.mark.parametrize("error", [DataError("too long"), ZeroDivisionError("a bug")])
+def test_an_error_that_another_start_would_not_heal_ends_the_run_as_it_is(error: Exception) -> None:
+    with (
+        running(lambda number, _: Engine(number, 0, error)) as (engines, started, _),
+        pytest.raises(type(error), match=str(error)),
+    ):
+        engines.generate(REQUESTS, SAMPLING)
+    assert len(started) == 1

@@ -1,0 +1,156 @@
+"""Weights in memory that a trainer's ranks and engines have mapped: of any layout, for engines of any size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megarl.errors import PublishError
+from megarl.parallel.layout import Layout
+from megarl.weights.fsdp_map import fsdp_shards
+from megarl.weights.model_shape import ModelShape
+from megarl.weights.name_map import hf_shapes, megatron_shards, vllm_shards
+from megarl.weights.shard import Shard
+from megarl.weights.shared import Segment, SharedReader, SharedWriter
+from megarl.weights.shared_plan import reader_plan, shared_loads, writer_plan
+from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
+
+Tensors = dict[str, Tensor]
+PADDING = -1.0
+
+
+def contents(shape: ModelShape, first: int = 0) -> Tensors:
+    """Return whole tensors in which every element of the model has a number of its own, from ``first``."""
+    tensors = {}
+    for name, size in hf_shapes(shape).items():
+        numel = int(torch.Size(size).numel())
+        tensors[name] = torch.arange(first, first + numel, dtype=torch.float32).reshape(size)
+        first += numel
+    return tensors
+
+
+def held(shards: Sequence[Shard], full: Tensors) -> Tensors:
+    """Return what a rank with these shards holds of whole tensors."""
+    found = {}
+    for shard in shards:
+        parts = []
+        for seg in shard.segments:
+            if seg.tensor is None:
+                size = [seg.length if dim == shard.dim else n for dim, n in enumerate(shard.shape)]
+                parts.append(torch.full(size, PADDING))
+            else:
+                parts.append(full[seg.tensor].narrow(shard.dim, seg.start, seg.length))
+        found[shard.name] = torch.cat(parts, shard.dim)
+    return found
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The ranks of a trainer that write for engines of ``tp`` ranks."""
+
+    shape: ModelShape
+    layout: Layout
+    tp: int
+    dtype: torch.dtype = torch.float32
+
+    def writers(self) -> list[SharedWriter]:
+        """Return the writer of every rank."""
+        ranks, itemsize = range(self.layout.world_size), self.dtype.itemsize
+        return [SharedWriter(writer_plan(self.shape, self.layout, self.tp, r, itemsize), self.dtype) for r in ranks]
+
+    def write(self, writers: Sequence[SharedWriter], full: Tensors, policy_version: int) -> list[Segment]:
+        """Have every rank write its part of whole tensors."""
+        shards = fsdp_shards if self.layout.is_fsdp else megatron_shards
+        return [w.write(held(shards(self.shape, self.layout, r), full), policy_version) for r, w in enumerate(writers)]
+
+    def reader(self, tp_rank: int) -> SharedReader:
+        """Return the reader of a rank of an engine."""
+        plan = reader_plan(self.shape, self.layout, self.tp, tp_rank, self.dtype.itemsize)
+        return SharedReader(plan, self.dtype)
+
+
+@settings(max_examples=12)
+@given(data=st.data(), shape=model_shapes(), tp=st.sampled_from([1, 2, 4]))
+def test_every_rank_of_every_engine_reads_what_it_needs_and_each_element_is_written_once(
+    data: st.DataObject, shape: ModelShape, tp: int
+) -> None:
+    trainer = Trainer(shape, data.draw(layouts_of(shape)), tp)
+    writers = trainer.writers()
+    for version in (0, 1):  # the second over the first
+        full = contents(shape, first=version)
+        segments = trainer.write(writers, full, version)
+        for tp_rank in (*range(tp), *range(tp)):  # of two engines
+            expected = held(vllm_shards(shape, tp, tp_rank), full)
+            targets = {name: torch.full_like(tensor, PADDING) for name, tensor in expected.items()}
+            reader = trainer.reader(tp_rank)
+            reader.check(segments, version)
+            reader.read(segments, 0, targets)
+            assert all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
+    needed = sum(seg.length * s.shape[1 - s.dim] if len(s.shape) > 1 else seg.length
+                 for r in range(tp) for s in vllm_shards(shape, tp, r) for seg in s.segments if seg.tensor)  # fmt: skip
+    written = sum(stream.numel for w in writers for plan in w.plan.plans for stream in plan.sends.values())
+    assert written == needed
+    loads = shared_loads(shape, trainer.layout, tp)
+    assert sum(load.received_within for load in loads) == pytest.approx(sum(load.sent_within for load in loads))
+    assert sum(load.received_within for load in loads) == needed
+
+
+def test_shards_of_fsdp_reach_an_engine_in_its_own_dtype() -> None:
+    trainer = Trainer(model_shape(tied=True), Layout(3, fsdp=3), 2, torch.bfloat16)
+    full = contents(trainer.shape)
+    segments = trainer.write(trainer.writers(), full, 0)
+    for tp_rank in range(2):
+        expected = held(vllm_shards(trainer.shape, 2, tp_rank), full)
+        targets = {name: torch.full_like(t, PADDING, dtype=torch.bfloat16) for name, t in expected.items()}
+        trainer.reader(tp_rank).read(segments, 0, targets)
+        assert all(torch.equal(targets[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
+def test_of_a_family_outside_the_map_all_ranks_of_an_engine_read_whole_tensors() -> None:
+    tensors = (("a.weight", (5, 3)), ("b.bias", (4,)), ("c.weight", (7, 2)))
+    trainer = Trainer(replace(model_shape(), tensors=tensors), Layout(2, fsdp=2), 2)
+    full = contents(trainer.shape)
+    segments = trainer.write(trainer.writers(), full, 0)
+    for tp_rank in range(2):
+        reader = trainer.reader(tp_rank)
+        assert [name for names in reader.plan.names for name in names] == [name for name, _ in tensors]
+        for index, names in enumerate(reader.plan.names):
+            targets = {name: torch.full_like(full[name], PADDING) for name in names}
+            reader.read(segments, index, targets)
+            assert all(torch.equal(targets[name], full[name]) for name in names)
+
+
+def test_weights_of_another_publication_or_that_are_half_written_are_refused() -> None:
+    trainer = Trainer(model_shape(), Layout(2, 2), 1)
+    writers, full = trainer.writers(), contents(trainer.shape)
+    segments = trainer.write(writers, full, 3)
+    reader = trainer.reader(0)
+    reader.check(segments, 3)
+    with pytest.raises(PublishError, match=r"rank 0 are those of publication 3; the engine was told to take 4"):
+        reader.check(segments, 4)
+    with pytest.raises(KeyError):
+        writers[1].write({}, 4)
+    with pytest.raises(PublishError, match=r"rank 1 are those of publication 4, of which 3 is whole; .* take 3"):
+        reader.check(segments, 3)
+
+
+def test_memory_of_a_process_that_has_ended_is_an_error_that_says_what_is_needed() -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    trainer = Trainer(model_shape(), Layout(1), 1)
+    with pytest.raises(PublishError, match="can't open the memory that holds the weights, /proc/"):
+        trainer.reader(0).check([Segment(int(ended.stdout), 3, 64, ({},))], 0)
+
+
+def test_the_memory_has_no_name_that_could_stay_behind() -> None:
+    trainer = Trainer(model_shape(), Layout(1), 1)
+    [segment] = trainer.write(trainer.writers(), contents(trainer.shape), 0)
+    assert os.readlink(f"/proc/{segment.pid}/fd/{segment.fd}") == "/memfd:megarl_weights (deleted)"
