@@ -29,6 +29,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 ALL_RANKS = -1  # in fsdp_size, as verl has it
 COLOCATED, SERVER = PLACEMENTS = ("colocated", "server")
+SYNC, ONE_STEP_OFF = MODES = ("sync", "one_step_off")
 OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
@@ -519,6 +520,10 @@ class SFTTrainerConfig:
 class TrainerConfig(SFTTrainerConfig):
     """The run, with validation and a table of rollouts."""
 
+    mode: str = key(
+        "when rollouts are sampled: those of a step when it begins, or those of the next while it is trained",
+        choices=MODES,
+    )
     plan_must_fit: bool = key("refuse to start where the plan says that memory doesn't suffice")
     val_before_train: bool = key("validate before the first step")
     test_freq: int | None = key("steps between validations; null: at the end alone", low=1)

@@ -13,8 +13,10 @@ from megarl.algorithm.needs import needs_reward_function, reward_components
 from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.samples import Samples
 from megarl.checkpoint.folder import CheckpointFolder, Kept
+from megarl.checkpoint.rollouts_ahead import RolloutsAhead, read_rollouts_ahead
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.controller.ahead_sampler import AheadSampler
 from megarl.controller.demonstrations import (
     DemonstrationLoss,
     DemonstrationRecipe,
@@ -32,7 +34,7 @@ from megarl.controller.report import Evaluation
 from megarl.controller.resume import Resumption
 from megarl.controller.reward_log import RewardLog
 from megarl.controller.role_on_ranks import RoleOnRanks
-from megarl.controller.run import Run, Schedule
+from megarl.controller.run import Run, Sampler, Schedule
 from megarl.controller.sampler import RolloutSampler
 from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
@@ -219,18 +221,20 @@ def rollout_run(
         restore_kl(resumption.state)
         publication.policy_version = resumption.state.policy_version - 1  # these weights are published once more
     groups, saver = config.algorithm.filter_groups, _saver(trainer, group, run_dir, tracker)
+    each = RolloutSampler(
+        inputs.train_prompts,
+        inputs.order,
+        engine,
+        scorer,
+        _train_sampling(config, inputs.stop_token_ids),
+        trainer.seed,
+        groups.max_num_gen_batches if groups.enable else 1,
+        trainer.num_sampled_rollouts,
+        stopwatch,
+    )
+    sampler, ahead = _sampler(config, each, inputs.num_steps, resumption)
     return Run(
-        sampler=RolloutSampler(
-            inputs.train_prompts,
-            inputs.order,
-            engine,
-            scorer,
-            _train_sampling(config, inputs.stop_token_ids),
-            trainer.seed,
-            groups.max_num_gen_batches if groups.enable else 1,
-            trainer.num_sampled_rollouts,
-            stopwatch,
-        ),
+        sampler=sampler,
         recipe=recipe,
         actor=roles["actor"],
         ref=roles.get("ref"),
@@ -245,7 +249,9 @@ def rollout_run(
             trainer.seed,
             trainer.num_sampled_rollouts,
         ),
-        state=lambda step: TrainerState(step, publication.policy_version, recipe.kl_controller, config=values),
+        state=lambda step: TrainerState(
+            step, publication.policy_version, recipe.kl_controller, config=values, ahead=ahead()
+        ),
         saver=saver,
         non_finite=_non_finite(trainer, saver, restore_kl),
         schedule=Schedule(
@@ -262,6 +268,18 @@ def rollout_run(
         preemption=preemption,
         evaluations=_before_training(resumption),
     )
+
+
+def _sampler(
+    config: PPOConfig, each: RolloutSampler, last_step: int, resumption: Resumption | None
+) -> tuple[Sampler[Samples], Callable[[], RolloutsAhead | None]]:
+    """Return the sampler of a run's mode, and what returns the rollouts that it has ahead. each: samples one step."""
+    if config.trainer.mode == SYNC:
+        return each, lambda: None
+    assert isinstance(each.engine, EngineServers), "which the checks see to"
+    ahead = None if resumption is None else read_rollouts_ahead(resumption.folder)
+    sampler = AheadSampler(each, each.engine, last_step, ahead)
+    return sampler, sampler.finished_ahead
 
 
 def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker: Tracker) -> Saver:

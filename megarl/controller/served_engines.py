@@ -74,16 +74,35 @@ class ServedEngines:
         for thread in self._threads:
             thread.start()
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order."""
-        size = len(samplings(sampling))
-        asks = [Ask(next(self._numbers), request, sampling, tuple(range(size))) for request in requests]
-        keys = [[(ask.number, index) for index in ask.indices] for ask in asks]
+    @property
+    def policy_version(self) -> int:
+        """Number of the last publication, or ``UNPUBLISHED``."""
+        return UNPUBLISHED if self._current is None else self._current.policy_version
+
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> tuple[Ask, ...]:
+        """Have the rollouts of every request sampled; don't wait."""
+        indices = tuple(range(len(samplings(sampling))))
         with self._changed:
+            asks = tuple(Ask(next(self._numbers), request, sampling, indices) for request in requests)
             self._waiting += asks
             self._hand_out()
+        return asks
+
+    def collect(self, asks: Sequence[Ask]) -> list[Group]:
+        """Wait for the rollouts of what was asked, and return them in order, once."""
+        keys = [[(ask.number, index) for index in ask.indices] for ask in asks]
+        with self._changed:
             self._wait_until(lambda: all(key in self._done for group in keys for key in group))
             return [tuple(self._done.pop(key) for key in group) for group in keys]
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
+        """Return the rollouts of every request, in order."""
+        return self.collect(self.ask(requests, sampling))
+
+    def finish(self) -> None:
+        """Wait until nothing is sampled any more."""
+        with self._changed:
+            self._wait_until(lambda: not self._waiting and not any(seat.asked for seat in self._seats))
 
     def before_writing(self) -> None:
         """Wait until no engine reads the weights that are about to be written over, and let none begin."""

@@ -165,7 +165,7 @@ MISTAKES = {
     ),
     "an engine that isn't built": _of(f"{ROLLOUT}.name=sglang", says="isn't built yet"),
     "an engine's misspelled name": _of(f"{ROLLOUT}.name=vlm", says="must be one of vllm, sglang"),
-    "rollouts on devices of their own": _of("actor_rollout_ref.hybrid_engine=false", says="on the training ranks only"),
+    "rollouts on devices of their own": _of("actor_rollout_ref.hybrid_engine=false", says="rollout.placement"),
     "recomputation without a method": Mistake(
         (f"{RECOMPUTE}.granularity=full",),
         (f"{RECOMPUTE}.method", f"{RECOMPUTE}.num_layers"),
