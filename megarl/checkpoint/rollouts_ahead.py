@@ -6,28 +6,35 @@ Another run of the same step would sample others: the weights that sampled these
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megarl.errors import CheckpointError
-from megarl.types import Group, Rollout
+from megarl.types import GenerationRequest, Group, Rollout, Sampling
 
 FILE_NAME = "rollouts_ahead.json"
 
 
 @dataclass(frozen=True)
 class RolloutsAhead:
-    """The rollouts of each prompt of ``step``, in order."""
+    """The rollouts of each prompt of ``step``, in order, with what was asked for them."""
 
     step: int
-    groups: Sequence[Group]
+    requests: tuple[GenerationRequest, ...]
+    sampling: Sampling
+    groups: tuple[Group, ...]
 
 
 def write_rollouts_ahead(folder: Path, ahead: RolloutsAhead) -> None:
     """Write ``folder``/rollouts_ahead.json. JSON holds the digits that give the same float again."""
     groups = [[[r.token_ids, r.logprobs, r.finish_reason, r.policy_version] for r in group] for group in ahead.groups]
-    (folder / FILE_NAME).write_text(json.dumps({"step": ahead.step, "groups": groups}, allow_nan=False) + "\n")
+    fields = {
+        "step": ahead.step,
+        "requests": [[request.token_ids, request.seed] for request in ahead.requests],
+        "sampling": asdict(ahead.sampling),
+        "groups": groups,
+    }
+    (folder / FILE_NAME).write_text(json.dumps(fields, allow_nan=False) + "\n")
 
 
 def read_rollouts_ahead(folder: Path) -> RolloutsAhead | None:
@@ -38,8 +45,11 @@ def read_rollouts_ahead(folder: Path) -> RolloutsAhead | None:
     try:
         fields = json.loads(path.read_text())
         groups = tuple(tuple(_rollout(*values) for values in group) for group in fields["groups"])
-        return RolloutsAhead(int(fields["step"]), groups)
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        requests = tuple(GenerationRequest(tuple(map(int, ids)), int(seed)) for ids, seed in fields["requests"])
+        sampling = fields["sampling"]
+        stops = tuple(map(int, sampling.pop("stop_token_ids")))
+        return RolloutsAhead(int(fields["step"]), requests, Sampling(**sampling, stop_token_ids=stops), groups)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} isn't as it was saved ({error}); take another checkpoint") from error
 
 

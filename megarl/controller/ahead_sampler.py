@@ -32,6 +32,8 @@ class AheadSampler:
 
     def take(self, step: int) -> Samples:
         """Return the rollouts of a step, counted from 1, with their rewards."""
+        if self.ahead is not None and not self._is_wanted(self.ahead, step):
+            self.ahead = None  # of a checkpoint, from which the run goes on with other data or another sampling
         self._begin(step)
         with self.sampler.stopwatch.timed("generate"):
             ahead = self._finished()
@@ -63,12 +65,17 @@ class AheadSampler:
     def _begin(self, step: int) -> None:
         """Have the rollouts of a step sampled, unless they are or were."""
         if self._asked is None and self.ahead is None:
-            self._asked = self.engine.ask(self.sampler.requests(step), self.sampler.sampling)
+            self._asked = self.engine.ask(tuple(self.sampler.requests(step)), self.sampler.sampling)
             self._asked_for = step
 
     def _finished(self) -> RolloutsAhead | None:
         """Wait for what is sampled ahead, and keep it."""
         if self._asked is not None:
-            self.ahead = RolloutsAhead(self._asked_for, self._asked.result())
-            self._asked = None
+            asked, self._asked = self._asked, None
+            groups = tuple(asked.result())
+            self.ahead = RolloutsAhead(self._asked_for, tuple(asked.requests), asked.sampling, groups)
         return self.ahead
+
+    def _is_wanted(self, ahead: RolloutsAhead, step: int) -> bool:
+        wanted = step, tuple(self.sampler.requests(step)), self.sampler.sampling
+        return (ahead.step, ahead.requests, ahead.sampling) == wanted

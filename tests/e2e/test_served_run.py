@@ -91,6 +91,18 @@ def test_a_rank_of_an_engine_that_is_killed_costs_time_alone(
     _assert_close(runs.go(name, SERVED, *overrides, kill=kill), runs.colocated())
 
 
+AHEAD = (SERVED, TP1, "trainer.mode=one_step_off", "algorithm.rollout_correction.preset=token_tis")
+
+
+def test_rollouts_are_sampled_one_step_ahead_and_a_killed_engine_changes_none(runs: Runs) -> None:
+    whole = runs.go("ahead", *AHEAD, "trainer.total_training_steps=4")
+    lines = lines_of(whole)
+    assert [float.fromhex(line["rollout/policy_version"]) for line in lines] == [0, 0, 1, 2]
+    assert [float.fromhex(line["rollout/staleness_max"]) for line in lines] == [0, 1, 1, 1]
+    killed = runs.go("ahead_killed", *AHEAD, "trainer.total_training_steps=4", kill=f"0:{STREAM}.step:16:before")
+    _assert_close(killed, whole)
+
+
 def _assert_close(folder: Path, expected: Path) -> None:
     """Compare the metrics of two runs, to what another order of additions does to them."""
     found, wanted = (

@@ -154,6 +154,19 @@ def test_a_process_killed_in_a_save_leaves_whole_checkpoints_alone(runs: Runs, n
     runs.assert_equal(torchrun(NUM_RANKS, *PPO, seed), name_of(where), IN_A_SAVE[where])
 
 
+SERVED = (*PPO, "actor_rollout_ref.rollout.placement=server")
+AHEAD = (*SERVED, "trainer.mode=one_step_off", "algorithm.rollout_correction.preset=token_tis")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "command"), [("served", SERVED), ("ahead", AHEAD)])
+def test_a_run_with_engines_of_its_own_goes_on_to_the_bit_with_what_was_sampled_ahead(
+    runs: Runs, name: str, command: tuple[str, ...]
+) -> None:
+    point = Point("0", "megarl.controller.served_engines:ServedEngines.take", 4, "after")
+    runs.assert_equal(torchrun(NUM_RANKS, *command), name, point)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rank", ["1", "-"], ids=["a rank", "the controller"])
 def test_on_ray_a_process_that_is_killed_costs_as_little(runs: Runs, rank: str) -> None:

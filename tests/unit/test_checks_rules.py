@@ -39,6 +39,8 @@ BYPASSED_GPG: Changes = {
 
 SERVED: Changes = {f"{ROLLOUT}.placement": "server"}
 
+AHEAD: Changes = SERVED | {"trainer.mode": "one_step_off", f"{CORRECTION}.preset": "token_tis"}
+
 JUDGE: Changes = {"reward.model.path": "judge"}
 
 # Any python file does here: what it registers is seen when it is loaded.
@@ -180,6 +182,8 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ),
     ({"data.train_file_weights": [1.0, 2.0]}, ["data.train_file_weights"], "for each of the 1 data.train_files"),
     ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "is said by rollout.placement"),
+    (AHEAD | {f"{ROLLOUT}.placement": "colocated"}, ["trainer.mode"], "samples while the ranks train"),
+    (AHEAD | {f"{CORRECTION}.preset": None}, ["trainer.mode"], "trains on rollouts of older weights"),
     (SERVED | {f"{ROLLOUT}.nnodes": 2}, [f"{ROLLOUT}.nnodes"], "through the memory of one node"),
     (SERVED | {"trainer.nnodes": 2}, ["trainer.nnodes"], "through the memory of one node"),
     (
