@@ -229,7 +229,12 @@ def _staleness(samples: Samples) -> Metrics:
     if samples.current_version is None:
         return {}
     age_B = samples.current_version - samples.batch.policy_version_B
-    return {"rollout/staleness_mean": float(age_B.float().mean()), "rollout/staleness_max": float(age_B.max())}
+    rollouts = [rollout for group in samples.groups for rollout in group]
+    return {
+        "rollout/staleness_mean": float(age_B.float().mean()),
+        "rollout/staleness_max": float(age_B.max()),
+        "rollout/share_of_several_versions": sum(bool(r.switches) for r in rollouts) / len(rollouts),
+    }
 
 
 def _differences(batch: RolloutBatch, old_BS: Tensor) -> Metrics:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megarl.algorithm.needs import weighs_or_rejects
-from megarl.config.schema import SYNC, PPOConfig
+from megarl.algorithm.needs import estimator_needs, weighs_or_rejects
+from megarl.config.schema import ASYNC, SYNC, PPOConfig
 from megarl.errors import Problem
 from megarl.roles import is_served
 
@@ -28,3 +28,16 @@ def rollouts_of_older_weights_are_corrected(c: PPOConfig) -> Iterator[Problem]:
     ):
         allowed = f"trains on rollouts of older weights, and {_CORRECTION} does nothing about it"
         yield Problem(MODE, c.trainer.mode, allowed, f"{_CORRECTION}.preset=token_tis, or {MODE}={SYNC}")
+
+
+def groups_of_several_versions_are_comparable(c: PPOConfig) -> Iterator[Problem]:
+    """Nothing compares rollouts that must be of the same weights where weights change while groups are sampled."""
+    if c.trainer.mode != ASYNC:
+        return
+    estimator, filters = c.algorithm.adv_estimator, "algorithm.filter_groups.enable"
+    if estimator_needs(c).greedy_baseline:
+        allowed = f"changes weights while a group is sampled, whose rollouts {estimator} compares with a greedy one"
+        yield Problem(MODE, ASYNC, allowed, f"{MODE}=one_step_off, or another algorithm.adv_estimator")
+    if c.algorithm.filter_groups.enable:
+        allowed = f"replaces groups of a step, and {MODE}={ASYNC} takes what is complete"
+        yield Problem(filters, True, allowed, f"{filters}=false, or {MODE}=one_step_off")

@@ -29,6 +29,18 @@ class EngineServers:
         """Return the rollouts of every request, in order."""
         return self.ask(requests, sampling).result()
 
+    def collect_complete(self, asked: Sequence[Asked], least: int) -> dict[int, Group]:
+        """Wait for the groups of ``least``; return all that are complete by their index in ``asked``, once each.
+
+        asked: a single request each.
+        """
+        single = [asked_one.asks[0] for asked_one in asked]
+        found = self.engines.collect_complete(single, least)
+        groups = {place: found[ask.number] for place, ask in enumerate(single) if ask.number in found}
+        for place, group in groups.items():
+            self.observer.generated(asked[place].requests, asked[place].sampling, [group])
+        return groups
+
     def rest(self) -> None:
         """Do nothing: what the engines hold is on devices of their own."""
 

@@ -15,7 +15,7 @@ from megarl.algorithm.samples import Samples
 from megarl.checkpoint.folder import CheckpointFolder, Kept
 from megarl.checkpoint.rollouts_ahead import RolloutsAhead, read_rollouts_ahead
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import ASYNC, SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.controller.ahead_sampler import AheadSampler
 from megarl.controller.demonstrations import (
     DemonstrationLoss,
@@ -39,6 +39,7 @@ from megarl.controller.sampler import RolloutSampler
 from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
 from megarl.controller.served_engines import ServedEngines, served_engines
+from megarl.controller.stream_sampler import StreamSampler
 from megarl.controller.validation import Validation
 from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
@@ -278,6 +279,9 @@ def _sampler(
         return each, lambda: None
     assert isinstance(each.engine, EngineServers), "which the checks see to"
     ahead = None if resumption is None else read_rollouts_ahead(resumption.folder)
+    if config.trainer.mode == ASYNC:
+        stream = StreamSampler(each, each.engine, last_step, config.trainer.max_staleness, ahead)
+        return stream, stream.state
     sampler = AheadSampler(each, each.engine, last_step, ahead)
     return sampler, sampler.finished_ahead
 

@@ -41,7 +41,13 @@ _PARTS_THAT_MAY_DIFFER = (
     *("megatron", "fsdp_config", "strategy", "micro_batch", "dynamic_bsz", "max_token_len", "use_fused_kernels"),
     *("use_remove_padding", "ulysses"),
 )
-_BUT_NOT = ("trainer.seed", "trainer.mode", "data.val_batch_size", "override_transformer_config")
+_BUT_NOT = (
+    "trainer.seed",
+    "trainer.mode",
+    "trainer.max_staleness",
+    "data.val_batch_size",
+    "override_transformer_config",
+)
 
 
 @dataclass(frozen=True)

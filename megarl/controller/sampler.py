@@ -45,12 +45,15 @@ class RolloutSampler:
 
     def requests(self, step: int) -> list[GenerationRequest]:
         """Return what is asked for a step, with the seed of the run, the step and the place in the batch."""
-        prompts = self._prompts_of(step)
+        prompts = self.prompts_of(step)
         return self._requests(prompts, step, 0, range(len(prompts)))
 
-    def samples(self, step: int, groups: Sequence[Group]) -> Samples:
-        """Return the rollouts of what was asked for a step with their rewards, after dynamic sampling."""
-        prompts = self._prompts_of(step)
+    def samples(self, step: int, groups: Sequence[Group], prompts: Sequence[Prompt] | None = None) -> Samples:
+        """Return the rollouts of what was asked for a step with their rewards, after dynamic sampling.
+
+        prompts: of the groups, where they aren't those of the step.
+        """
+        prompts = self.prompts_of(step) if prompts is None else prompts
         groups, greedy = self._apart(groups)
         with self.stopwatch.timed("score"):
             rewards, baseline_B = self.scorer.score(prompts, groups), None
@@ -81,7 +84,8 @@ class RolloutSampler:
         alone = [(prompt, (rollout,)) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
         return self.scorer.rows([p for p, _ in alone], [g for _, g in alone], rewards, len(alone))
 
-    def _prompts_of(self, step: int) -> list[Prompt]:
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """Return the prompts of a step, counted from 1."""
         return [self.prompts[i] for i in self.order.batch(step - 1)]
 
     def _requests(

@@ -95,6 +95,17 @@ class ServedEngines:
             self._wait_until(lambda: all(key in self._done for group in keys for key in group))
             return [tuple(self._done.pop(key) for key in group) for group in keys]
 
+    def collect_complete(self, asks: Sequence[Ask], least: int) -> dict[int, Group]:
+        """Wait for the groups of ``least`` asks; return all that are complete, by number, once each."""
+
+        def is_complete(ask: Ask) -> bool:
+            return all((ask.number, index) in self._done for index in ask.indices)
+
+        with self._changed:
+            self._wait_until(lambda: sum(map(is_complete, asks)) >= least)
+            complete = [ask for ask in asks if is_complete(ask)]
+            return {ask.number: tuple(self._done.pop((ask.number, i)) for i in ask.indices) for ask in complete}
+
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
         """Return the rollouts of every request, in order."""
         return self.collect(self.ask(requests, sampling))
@@ -205,9 +216,9 @@ class ServedEngines:
                 seat.is_taking, seat.version = False, version
                 self._hand_out()
             case Done(number=number, index=index, rollout=rollout):
-                if rollout.policy_version != seat.version:
+                if rollout.last_version != seat.version:
                     raise EngineLost(
-                        f"it answered with the weights of publication {rollout.policy_version}, not {seat.version}"
+                        f"it answered with the weights of publication {rollout.last_version}, not {seat.version}"
                     )
                 ask = seat.asked.pop(number)
                 left = tuple(i for i in ask.indices if i != index)

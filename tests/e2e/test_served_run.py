@@ -103,6 +103,19 @@ def test_rollouts_are_sampled_one_step_ahead_and_a_killed_engine_changes_none(ru
     _assert_close(killed, whole)
 
 
+STREAM_OF = (SERVED, TP1, "trainer.mode=async", "algorithm.rollout_correction.preset=token_tis")
+
+
+@pytest.mark.parametrize("kill", ["", f"0:{STREAM}.step:16:before"], ids=["whole", "killed"])
+def test_rollouts_that_are_sampled_all_the_time_are_each_trained_on_once_and_new_enough(runs: Runs, kill: str) -> None:
+    name, limit = ("stream_killed" if kill else "stream"), "trainer.max_staleness=2"
+    folder = runs.go(name, *STREAM_OF, limit, "trainer.total_training_steps=6", kill=kill)
+    lines = [{k: float.fromhex(v) if isinstance(v, str) else v for k, v in line.items()} for line in lines_of(folder)]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert all(0 <= line["rollout/staleness_max"] <= 2 for line in lines)
+    assert all(line["response/total_tokens"] >= 8 * 4 for line in lines)  # all of a step's rollouts
+
+
 def _assert_close(folder: Path, expected: Path) -> None:
     """Compare the metrics of two runs, to what another order of additions does to them."""
     found, wanted = (

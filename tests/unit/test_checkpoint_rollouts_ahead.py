@@ -14,8 +14,9 @@ AHEAD = RolloutsAhead(
     Sampling(n=2, temperature=0.7, top_k=None, max_tokens=3, stop_token_ids=(4, 5), with_greedy=True),
     (
         (Rollout((3, 4), (-0.1, -1e-30), "stop", 2), Rollout((5,), (-2 / 3,), "length", 3)),
-        (Rollout((6, 7, 8), (-0.0, -1.5, -3.0), "stop", 2),),
+        (Rollout((6, 7, 8), (-0.0, -1.5, -3.0), "stop", 2, ((1, 3), (2, 5))),),
     ),
+    (3, 9),
 )
 
 

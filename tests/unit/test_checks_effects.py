@@ -45,6 +45,7 @@ TURNED_ON: dict[str, dict[str, object]] = {
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
     f"{ROLLOUT}.val_kwargs.n": SAMPLES,
     "trainer.total_epochs": {"trainer.total_training_steps": None},
+    "trainer.max_staleness": {"trainer.mode": "async"},
     "trainer.show_rollouts_freq": {"trainer.num_sampled_rollouts": 1},
 }
 TOKENS = {f"{ACTOR}.use_dynamic_bsz": True}

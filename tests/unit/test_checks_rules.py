@@ -41,6 +41,8 @@ SERVED: Changes = {f"{ROLLOUT}.placement": "server"}
 
 AHEAD: Changes = SERVED | {"trainer.mode": "one_step_off", f"{CORRECTION}.preset": "token_tis"}
 
+ASYNC: Changes = AHEAD | {"trainer.mode": "async"}
+
 JUDGE: Changes = {"reward.model.path": "judge"}
 
 # Any python file does here: what it registers is seen when it is loaded.
@@ -184,6 +186,12 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "is said by rollout.placement"),
     (AHEAD | {f"{ROLLOUT}.placement": "colocated"}, ["trainer.mode"], "samples while the ranks train"),
     (AHEAD | {f"{CORRECTION}.preset": None}, ["trainer.mode"], "trains on rollouts of older weights"),
+    (
+        ASYNC | {"algorithm.adv_estimator": "remax", f"{ACTOR}.use_kl_loss": False},
+        ["trainer.mode"],
+        "compares with a greedy one",
+    ),
+    (ASYNC | {"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "takes what is complete"),
     (SERVED | {f"{ROLLOUT}.nnodes": 2}, [f"{ROLLOUT}.nnodes"], "through the memory of one node"),
     (SERVED | {"trainer.nnodes": 2}, ["trainer.nnodes"], "through the memory of one node"),
     (
