@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     from megarl.weights.shared_plan import writer_plan
 
     shape, layout = read_model_shape(folder / "a"), Layout(1, fsdp=1)
-    spec = VllmSpec(str(folder / "a"), "float32", max_model_len=64, max_num_seqs=8, kv_cache_bytes=32 * 2**20)
+    spec = VllmSpec(str(folder / "a"), "float32", max_model_len=64, max_num_seqs=16, kv_cache_bytes=32 * 2**20)
     engine = VllmEngine(spec)
     stream = VllmStream(engine, WeightsTaker(engine, shape, layout, 1, 0))
     writer = SharedWriter(writer_plan(shape, layout, 1, 0, 4), engine.parameters()["lm_head.weight"].dtype)
