@@ -24,7 +24,10 @@ _CUDA = 13
 _TOOLKIT = Path("/usr/local/cuda")
 _SMI_S = 20.0
 # Header -> the package of requirements/gpu.txt that brings it, and its folder there.
-_HEADERS = {"nccl.h": ("nvidia-nccl-cu13", "nvidia/nccl/include"), "cudnn.h": ("nvidia-cudnn-cu13", "nvidia/cudnn/include")}
+_HEADERS = {
+    "nccl.h": ("nvidia-nccl-cu13", "nvidia/nccl/include"),
+    "cudnn.h": ("nvidia-cudnn-cu13", "nvidia/cudnn/include"),
+}
 
 
 def check_nvcc(said: str | None) -> Finding:
@@ -78,9 +81,7 @@ def toolchain(environ: Mapping[str, str] = os.environ, *, before_packages: bool 
     """Return the findings on this machine."""
     return [
         check_nvcc(_nvcc(environ)),
-        *(
-            check_header(name, header_folder(name, environ), before_packages=before_packages) for name in _HEADERS
-        ),
+        *(check_header(name, header_folder(name, environ), before_packages=before_packages) for name in _HEADERS),
         check_compiler(environ.get("CXX") or shutil.which("g++") or shutil.which("c++")),
         check_driver(_drivers()),
     ]
