@@ -69,7 +69,8 @@ check: .venv/.dev
 	grep -v '^$(GPU_COMPILED)$$' requirements/gpu.txt >.venv/gpu_wheels.txt
 	$(PIP_INSTALL) -r .venv/gpu_wheels.txt
 	$(BIN)/python -m megarl.doctor.toolchain
-	CPATH="$(NVIDIA)/nccl/include:$(NVIDIA)/cudnn/include:$${CPATH:-}" $(PIP_INSTALL) --no-build-isolation '$(GPU_COMPILED)'
+	CPATH="$(NVIDIA)/nccl/include:$(NVIDIA)/cudnn/include:$(NVIDIA)/cu13/include:$${CPATH:-}" \
+	  $(PIP_INSTALL) --no-build-isolation '$(GPU_COMPILED)'
 	$(PIP_INSTALL) --no-build-isolation --editable .
 	$(COMPILE)
 	@touch $@

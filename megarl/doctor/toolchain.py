@@ -27,6 +27,7 @@ _SMI_S = 20.0
 _HEADERS = {
     "nccl.h": ("nvidia-nccl-cu13", "nvidia/nccl/include"),
     "cudnn.h": ("nvidia-cudnn-cu13", "nvidia/cudnn/include"),
+    "cusparse.h": ("nvidia-cusparse", "nvidia/cu13/include"),  # which a toolkit that is cut down to nvcc lacks
 }
 
 
