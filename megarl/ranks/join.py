@@ -14,6 +14,7 @@ import psutil
 
 from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
+from megarl.ranks.watched import START_S
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined] # torch doesn't list it
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _REPORT_S = 30.0  # for the controller to say first where all ranks stand
 _LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
-_START_S = 600.0  # at least, as the watch over the ranks gives them
 
 
 def join_ranks(listener: socket.socket | None = None) -> Platform:
@@ -59,7 +59,7 @@ def start_worker(spec: RankSpec, platform: Platform) -> Worker:
     from megarl.ranks.worker import Worker
 
     # NCCL's limit for the world would be ten minutes, which ranks that load from a slow disk may be apart.
-    limit_collectives(max(spec.hang_timeout_s, _START_S) + _REPORT_S)
+    limit_collectives(max(spec.hang_timeout_s, START_S) + _REPORT_S)
     if platform.name == "cuda" and any(role.residency.optimizer_on_host for role in spec.roles):
         num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(host_threads(len(os.sched_getaffinity(0)), num_ranks))

@@ -2,8 +2,8 @@
 
     python -m tests.structure.vllm_facts WHEEL... > tests/structure/vllm_releases.json
 
-writes the facts that ``test_vllm_names`` needs of releases that are not installed: for each name the parameters it takes,
-or null where there is no such name.
+writes the facts that ``test_vllm_names`` needs of releases that aren't installed: for each name the parameters that it
+takes, or null where there is no such name.
 """
 
 from __future__ import annotations
