@@ -26,6 +26,7 @@ LOCAL_PLACE = "MEGARL_LOCAL_RANK"
 """A rank's number on its node, where LOCAL_RANK is that of its device among those that it sees."""
 
 PASSED = ("NCCL_", "GLOO_", "UCX_", "HF_", "VLLM_", "NVTE_", "TORCH_", "PYTORCH_", "CUDA_DEVICE_MAX_CONNECTIONS")
+_OF_A_NODE = ("VLLM_HOST_IP",)
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 _PROCESSOR = Path("/proc/cpuinfo")
@@ -121,7 +122,7 @@ def passed_environment(names: Iterable[str], environ: Mapping[str, str] = os.env
     return {
         name: value
         for name, value in environ.items()
-        if name in names or name.startswith(PASSED) or name.lower() in _PROXIES
+        if name in names or (name.startswith(PASSED) and name not in _OF_A_NODE) or name.lower() in _PROXIES
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch.distributed.constants import default_pg_timeout
 
 from megarl.parallel.layout import Layout
 
@@ -28,11 +29,12 @@ def _globals() -> dict[str, Any]:
 
 
 def world_timeout_s() -> float:
-    """Return the seconds that a collective of all ranks may take, as it now stands."""
+    """Return the seconds that a collective of all ranks may take, as it now stands; torch's own where none is kept."""
     world = dist.group.WORLD
     assert world is not None
-    limits = [world._get_backend(device).options._timeout for device in world._device_types]
-    return max(limit.total_seconds() for limit in limits)
+    options = [world._get_backend(device).options for device in world._device_types]
+    limits = [option._timeout for option in options if option is not None]  # torch's fake backend has none
+    return max(limits, default=default_pg_timeout).total_seconds()
 
 
 def _put(state: dict[str, Any]) -> None:

@@ -195,7 +195,7 @@ def common_noise(seeds: Sequence[int]) -> Iterator[None]:
 
     digest = hashlib.blake2b(b"".join(seed.to_bytes(8, "little") for seed in seeds), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if platform_name() == "cuda" else []
     before = numpy.random.get_state()
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

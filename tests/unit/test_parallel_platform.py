@@ -119,6 +119,7 @@ def test_ranks_elsewhere_get_what_the_network_and_the_hub_need_and_what_is_named
         "MY_REWARD_URL": "url",
         "PATH": "bin",
         "HOME": "home",
+        "VLLM_HOST_IP": "10.0.0.1",  # of this node
     }
     passed = passed_environment(("MY_REWARD_URL", "NOT_SET"), environ)
-    assert passed == {name: environ[name] for name in environ if name not in ("PATH", "HOME")}
+    assert passed == {name: environ[name] for name in environ if name not in ("PATH", "HOME", "VLLM_HOST_IP")}
