@@ -169,6 +169,8 @@ def _run_of(machine: Machine, launcher: str) -> Found:
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 8,
         "actor_rollout_ref.actor.log_prob_micro_batch_size_per_gpu": 8,
         "actor_rollout_ref.actor.megatron.tensor_model_parallel_size": 2,
+        "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size": 1,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 2,
         "actor_rollout_ref.rollout.n": 4,
         "actor_rollout_ref.rollout.gpu_memory_utilization": 0.3,
         "trainer.n_gpus_per_node": 2,
@@ -185,12 +187,19 @@ def _run_of(machine: Machine, launcher: str) -> Found:
     except subprocess.TimeoutExpired:
         return Found(False, f"the run isn't done after {_RUN_S:g} s")
     if done.returncode != 0:
-        return Found(False, f"the run ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
+        return Found(False, f"the run ended with {done.returncode}: {_reason(done.stderr + done.stdout)}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     (difference,) = (row[_DIFFERENCE] for row in rows if _DIFFERENCE in row)
     allowed = 0.5 if on_gpus else _LOGPROB
     text = f"one step; log-probs of engine and trainer differ by up to {difference:.1e} (allowed {allowed:g})"
     return Found(difference <= allowed, text)
+
+
+def _reason(said: str) -> str:
+    """Return the first error that a run tells of, with what follows it; the end of what it says where it names none."""
+    lines = said.splitlines()
+    first = next((i for i, line in enumerate(lines) if "Error: " in line), None)
+    return "\n".join(lines[-20:] if first is None else lines[first : first + 10])
 
 
 def _slept(machine: Machine) -> Found:

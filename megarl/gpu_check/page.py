@@ -21,7 +21,9 @@ def measured(machine: Machine, devices: str, results: Sequence[Result], command:
     lines += [f"| {name} | {version} |" for name in _PACKAGES if (version := _version(name))]
     lines += ["", "| check | result | found | if it fails |", "|---|---|---|---|"]
     for result in results:
-        found = result.text.strip().splitlines()[-1].replace("|", "/")  # of an error the last line says what it is
+        said = [line.strip() for line in result.text.strip().splitlines()]
+        errors = [line for line in said if "Error: " in line]  # Python names its own at the end of a traceback
+        found = (errors[-1] if errors else said[0]).replace("|", "/")
         lines.append(f"| {result.check.name} | {result.level} | {found} | {result.check.means} |")
     figures = [figure for result in results for figure in result.figures]
     if figures:
