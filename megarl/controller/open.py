@@ -47,6 +47,7 @@ from megarl.launchers.start import engine_devices, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
+from megarl.parallel.environment import platform_name
 from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
@@ -319,8 +320,9 @@ def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any]
 
 
 def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
-    """Return the VllmSpec of a run's engine."""
+    """Return the VllmSpec of a run's engine. One that weights may change under is told of every token as it comes."""
     rollout = config.actor_rollout_ref.rollout
+    reproducible = platform_name() == "cpu" if rollout.reproducible is None else rollout.reproducible
     return VllmSpec(
         model_folder=actor.model.here(),
         dtype=actor.dtype,
@@ -333,6 +335,7 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
         seed=config.trainer.seed,
         disable_log_stats=rollout.disable_log_stats,
         free_cache_engine=rollout.free_cache_engine,
+        reproducible=is_served(config) or reproducible,
     )
 
 
