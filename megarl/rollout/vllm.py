@@ -276,7 +276,7 @@ def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
+    params = SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=0 if sampling.top_k is None else sampling.top_k,
@@ -286,8 +286,9 @@ def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
         seed=seed,
         logprobs=0,  # of the sampled token alone
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
     )
+    params.output_kind = RequestOutputKind.FINAL_ONLY  # as vLLM's own generate does
+    return params
 
 
 def rollout_of(output: RequestOutput, policy_version: int) -> Rollout:
