@@ -14,7 +14,7 @@ from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.samples import Samples
 from megarl.checkpoint.folder import CheckpointFolder, Kept
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.controller.demonstrations import (
     DemonstrationLoss,
     DemonstrationRecipe,
@@ -40,6 +40,7 @@ from megarl.controller.served_engines import ServedEngines, served_engines
 from megarl.controller.validation import Validation
 from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
+from megarl.launchers.sglang_environment import sglang_python
 from megarl.launchers.start import engine_devices, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
@@ -49,6 +50,7 @@ from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
 from megarl.roles import Role, is_served, num_engines, num_ranks
+from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
 from megarl.types import RewardRequest, Sampling
 
@@ -296,9 +298,21 @@ def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any]
     return open_tracker(sinks, run_dir, trainer.project_name, trainer.experiment_name, values, num_steps)
 
 
-def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
-    """Return the VllmSpec of a run's engine."""
+def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
+    """Return the spec of a run's engine."""
     rollout = config.actor_rollout_ref.rollout
+    if rollout.name == SGLANG:
+        return SglangSpec(
+            python=sglang_python(config),
+            model_folder=actor.model.here(),
+            dtype=actor.dtype,
+            tensor_parallel_size=rollout.tensor_model_parallel_size,
+            max_model_len=actor.scoring.sequence_tokens,
+            max_num_seqs=rollout.max_num_seqs,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            enforce_eager=rollout.enforce_eager,
+            seed=config.trainer.seed,
+        )
     return VllmSpec(
         model_folder=actor.model.here(),
         dtype=actor.dtype,

@@ -21,7 +21,7 @@ from megarl.ranks.spec import RankSpec, Resumed
 from megarl.ranks.work import GenerateWork, SaveWork
 from megarl.roles import Role
 from megarl.rollout.engine import RolloutEngine
-from megarl.rollout.vllm import VllmEngine
+from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.actor import Actor
 from megarl.train.backend import Backend
 from megarl.train.backends import backend_of
@@ -70,6 +70,7 @@ class Worker:
         if spec.engine is not None and spec.is_served:
             self.publisher = SharedPublisher(self.roles["actor"].backend, spec.engine)
         elif spec.engine is not None:
+            assert isinstance(spec.engine, VllmSpec), "SGLang is never in the trainer's ranks"
             self.engine = VllmEngine(spec.engine)
             self.engine_tp = spec.engine.tensor_parallel_size
             self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)

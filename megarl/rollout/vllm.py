@@ -5,7 +5,6 @@ vLLM is imported when an engine is built, not before: the import takes ten secon
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megarl.errors import DataError, PublishError
 from megarl.parallel.environment import apply_environment, platform_name
 from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
 from megarl.rollout.vllm_queue import without_queue
 from megarl.types import GenerationRequest, Rollout, Sampling
@@ -151,16 +151,6 @@ class VllmEngine:
                 f"a prompt of {longest} tokens and a response of up to {sampling.max_tokens} exceed the engine's "
                 f"max_model_len = {self._spec.max_model_len}; raise it, or lower data.max_prompt_length"
             )
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """Return the seed of sample ``index`` of a request: distinct in a group, unrelated between requests.
-
-    Adding the index to the request's seed itself would give neighbouring requests the same noise. The hash is added
-    to, not hashed with, the index, because torch's CPU generator keeps 32 bits only, where hashes may collide.
-    """
-    digest = hashlib.blake2b(seed.to_bytes(16, "little", signed=True), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 2) + index
 
 
 def _start(spec: VllmSpec) -> LLM:
