@@ -309,6 +309,7 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
             tensor_parallel_size=rollout.tensor_model_parallel_size,
             max_model_len=actor.scoring.sequence_tokens,
             max_num_seqs=rollout.max_num_seqs,
+            max_num_batched_tokens=rollout.max_num_batched_tokens,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             enforce_eager=rollout.enforce_eager,
             seed=config.trainer.seed,

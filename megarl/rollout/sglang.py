@@ -38,6 +38,7 @@ class SglangSpec:
     tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int
+    max_num_batched_tokens: int | None
     gpu_memory_utilization: float
     enforce_eager: bool
     seed: int
@@ -166,6 +167,7 @@ def _arguments(spec: SglangSpec) -> dict[str, Any]:
         "tp_size": spec.tensor_parallel_size,
         "context_length": spec.max_model_len,
         "max_running_requests": spec.max_num_seqs,
+        "chunked_prefill_size": spec.max_num_batched_tokens,
         "random_seed": spec.seed,
         "enable_deterministic_inference": True,  # without it seeds of requests are ignored
         "disable_cuda_graph": spec.enforce_eager,

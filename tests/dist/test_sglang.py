@@ -131,7 +131,7 @@ def end(server: Served) -> None:
 def start(folder: Path, tp: int) -> Served:
     """Return an engine that is ready, on random weights."""
     actor = role_on(LAYOUT, folder)
-    spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, 64, 32, 0.5, True, seed=0)
+    spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, 64, 32, None, 0.5, True, seed=0)
     plan = writer_plan(actor.shape, LAYOUT, tp, 0, torch.float32.itemsize, whole=True)
     server = Served(EngineProcesses(EngineStart(spec, actor), None), SharedWriter(plan, torch.float32))
     server.hear(Ready, START_S)
