@@ -64,13 +64,20 @@ class Rollout:
 
     token_ids: response tokens with the stop token if one was sampled. logprobs: natural log of the sampling
     distribution's probability of each, as the engine computed it. finish_reason: ``stop`` or ``length``.
-    policy_version: number of the publication whose weights sampled it.
+    policy_version: number of the publication whose weights sampled its first token. switches: the index of each token
+    from which on another's did, and its number.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
     policy_version: int
+    switches: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def last_version(self) -> int:
+        """Number of the publication whose weights sampled its last token."""
+        return self.switches[-1][1] if self.switches else self.policy_version
 
 
 Group = tuple[Rollout, ...]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from megarl.data.verbs import held_out_problems, sft_problems, train_problems, verbs_tokenizer
 from megarl.data.write import write_fresh_model, write_parquet
@@ -13,6 +14,17 @@ from megarl.weights.model_shape import read_model_shape
 from megarl.weights.name_map import hf_shapes
 from megarl.weights.sources import RandomSource
 
+_SHARED_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *(
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "initializer_range",
+        "pad_token_id",
+        "eos_token_id",
+    ),
+)
 NUM_TRAIN, NUM_TEST, NUM_SFT = 24, 8, 64
 NUM_RANKS = 2
 
@@ -99,6 +111,22 @@ def write_tiny_task(folder: Path) -> Path:
     (folder / "sft.yaml").write_text(_SFT)
     (folder / "reward.py").write_text(_REWARD)
     return folder
+
+
+def write_experts(model: Path) -> None:
+    """Make the folder's config that of a Qwen3-MoE of the same size with four experts, of which a token takes two."""
+    config = json.loads((model / "config.json").read_text())
+    experts = Qwen3MoeConfig(
+        **{name: config[name] for name in _SHARED_SIZES},
+        architectures=["Qwen3MoeForCausalLM"],
+        dtype="float32",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
+    experts.save_pretrained(model)
 
 
 def write_weights(model: Path) -> None:

@@ -182,6 +182,7 @@ class Recipe:
             "response/share_cut": float(samples.is_cut_B.float().mean()),
             "group/share_without_spread": float((~rewards.has_spread(rows.group_B)).float().mean()),
             "rollout/policy_version": float(rows.policy_version_B.min()),
+            **_staleness(samples),
             **batch.metrics,
         }
         if update and update.logprobs_BS is not None:
@@ -221,6 +222,19 @@ class Recipe:
 
 def _of_correction(metrics: Mapping[str, float]) -> Metrics:
     return {f"rollout_train/{name}": value for name, value in metrics.items()}
+
+
+def _staleness(samples: Samples) -> Metrics:
+    """Return by how many publications rollouts are older than the weights that train on them."""
+    if samples.current_version is None:
+        return {}
+    age_B = samples.current_version - samples.batch.policy_version_B
+    rollouts = [rollout for group in samples.groups for rollout in group]
+    return {
+        "rollout/staleness_mean": float(age_B.float().mean()),
+        "rollout/staleness_max": float(age_B.max()),
+        "rollout/share_of_several_versions": sum(bool(r.switches) for r in rollouts) / len(rollouts),
+    }
 
 
 def _differences(batch: RolloutBatch, old_BS: Tensor) -> Metrics:

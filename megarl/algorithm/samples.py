@@ -108,7 +108,8 @@ class Samples:
     """The rollouts of a step, group after group.
 
     batch: the same as sequences, with what the engine knows of them. baseline_B: for every rollout the reward of its
-    prompt's greedy one, None where the estimator wants none.
+    prompt's greedy one, None where the estimator wants none. current_version: of the weights that train on them, None
+    where these sampled them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -116,6 +117,7 @@ class Samples:
     rewards: Rewards
     batch: RolloutBatch
     baseline_B: Tensor | None = None
+    current_version: int | None = None
 
     @property
     def is_cut_B(self) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.algorithm.kl_control import KLController, from_state
+from megarl.checkpoint.rollouts_ahead import RolloutsAhead
 from megarl.errors import CheckpointError
 from megarl.train.held_state import UpdateCounts
 from megarl.types import Metrics
@@ -24,7 +25,8 @@ class TrainerState:
     """State of the controller after ``step``, the number of finished steps. It is the place in the data, too.
 
     kl_controller: None where no rollouts are made. updates: of each role that is trained. config: of the run, resolved.
-    metrics: of the step. before: the value of the validation before training, None where there was none.
+    metrics: of the step. before: the value of the validation before training, None where there was none. ahead: the
+    rollouts of the next step, in a file of their own; what is read has none.
     """
 
     step: int
@@ -34,6 +36,7 @@ class TrainerState:
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     before: float | None = None
+    ahead: RolloutsAhead | None = None
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megarl.algorithm.needs import needs_old_logprobs, needs_reward_function, needs_reward_model, uses_kl_loss
 from megarl.catalog import POLICY_LOSSES
 from megarl.config.defaults import default_of, value_of
-from megarl.config.schema import SGLANG, VLLM, PPOConfig
+from megarl.config.schema import ASYNC, SGLANG, VLLM, PPOConfig
 from megarl.errors import Problem
 from megarl.roles import REWARD_MODEL, is_served, pass_keys
 
@@ -166,6 +166,12 @@ EFFECTS: tuple[Effect, ...] = (
         lambda c: c.trainer.total_training_steps is None,
         "trainer.total_training_steps is null",
         "trainer.total_training_steps=null",
+    ),
+    Effect(
+        "trainer.max_staleness",
+        lambda c: c.trainer.mode == ASYNC,
+        "trainer.mode is async",
+        "trainer.mode=async",
     ),
     Effect(
         "trainer.show_rollouts_freq",

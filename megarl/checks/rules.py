@@ -23,6 +23,11 @@ from megarl.checks.backends import (
     shards_and_sequences_divide_the_ranks,
     ulysses_splits_the_heads,
 )
+from megarl.checks.modes import (
+    groups_of_several_versions_are_comparable,
+    rollouts_ahead_are_sampled_beside_training,
+    rollouts_of_older_weights_are_corrected,
+)
 from megarl.checks.vllm_facts import VLLM_HEAD_SIZES, vllm_serves
 from megarl.config.defaults import default_of
 from megarl.config.schema import SGLANG, FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
@@ -205,6 +210,9 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     an_engine_step_holds_its_sequences,
     the_placement_of_engines_is_said_once,
     engines_are_on_the_trainers_node,
+    rollouts_ahead_are_sampled_beside_training,
+    rollouts_of_older_weights_are_corrected,
+    groups_of_several_versions_are_comparable,
     every_training_file_has_a_weight,
     one_reward_is_chosen,
     *ALGORITHM_RULES,

@@ -30,6 +30,7 @@ FSDP_STRATEGIES = ("fsdp", "fsdp2")
 ALL_RANKS = -1  # in fsdp_size, as verl has it
 COLOCATED, SERVER = PLACEMENTS = ("colocated", "server")
 VLLM, SGLANG = ENGINES = ("vllm", "sglang")
+SYNC, ONE_STEP_OFF, ASYNC = MODES = ("sync", "one_step_off", "async")
 OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
 ON_ALL_FAILED = ("stop", "continue")
@@ -528,6 +529,14 @@ class SFTTrainerConfig:
 class TrainerConfig(SFTTrainerConfig):
     """The run, with validation and a table of rollouts."""
 
+    mode: str = key(
+        "when rollouts are sampled: those of a step when it begins, those of the next while it is trained, or all the "
+        "time",
+        choices=MODES,
+    )
+    max_staleness: int = key(
+        "publications by which weights may be newer than those that sampled what they train on (async)", low=1, high=100
+    )
     plan_must_fit: bool = key("refuse to start where the plan says that memory doesn't suffice")
     val_before_train: bool = key("validate before the first step")
     test_freq: int | None = key("steps between validations; null: at the end alone", low=1)

@@ -9,7 +9,7 @@ from megarl.controller.observer import Observer
 from megarl.controller.served_engines import ServedEngines
 from megarl.launchers.group import WorkerGroup, everywhere
 from megarl.ranks.worker import Worker
-from megarl.rollout.served import Take
+from megarl.rollout.served import Ask, Take
 from megarl.types import GenerationRequest, Group, Sampling
 
 
@@ -21,10 +21,24 @@ class EngineServers:
     engines: ServedEngines
     observer: Observer
 
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Asked:
+        """Have the rollouts of every request sampled; don't wait."""
+        return Asked(self, requests, sampling, self.engines.ask(requests, sampling))
+
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
         """Return the rollouts of every request, in order."""
-        groups = self.engines.generate(requests, sampling)
-        self.observer.generated(requests, sampling, groups)
+        return self.ask(requests, sampling).result()
+
+    def collect_complete(self, asked: Sequence[Asked], least: int) -> dict[int, Group]:
+        """Wait for the groups of ``least``; return all that are complete by their index in ``asked``, once each.
+
+        asked: a single request each.
+        """
+        single = [asked_one.asks[0] for asked_one in asked]
+        found = self.engines.collect_complete(single, least)
+        groups = {place: found[ask.number] for place, ask in enumerate(single) if ask.number in found}
+        for place, group in groups.items():
+            self.observer.generated(asked[place].requests, asked[place].sampling, [group])
         return groups
 
     def rest(self) -> None:
@@ -35,3 +49,19 @@ class EngineServers:
         self.engines.before_writing()
         segments = everywhere(self.group, Worker.publish, policy_version)
         self.engines.take(Take(policy_version, tuple(segment for segment in segments if segment is not None)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rollouts that are being sampled."""
+
+    servers: EngineServers
+    requests: Sequence[GenerationRequest]
+    sampling: Sampling
+    asks: tuple[Ask, ...]
+
+    def result(self) -> list[Group]:
+        """Wait for the rollouts, and return those of every request, in order; once."""
+        groups = self.servers.engines.collect(self.asks)
+        self.servers.observer.generated(self.requests, self.sampling, groups)
+        return groups

@@ -13,8 +13,10 @@ from megarl.algorithm.needs import needs_reward_function, reward_components
 from megarl.algorithm.recipe import Recipe
 from megarl.algorithm.samples import Samples
 from megarl.checkpoint.folder import CheckpointFolder, Kept
+from megarl.checkpoint.rollouts_ahead import RolloutsAhead, read_rollouts_ahead
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import ASYNC, SGLANG, SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.controller.ahead_sampler import AheadSampler
 from megarl.controller.demonstrations import (
     DemonstrationLoss,
     DemonstrationRecipe,
@@ -32,11 +34,12 @@ from megarl.controller.report import Evaluation
 from megarl.controller.resume import Resumption
 from megarl.controller.reward_log import RewardLog
 from megarl.controller.role_on_ranks import RoleOnRanks
-from megarl.controller.run import Run, Schedule
+from megarl.controller.run import Run, Sampler, Schedule
 from megarl.controller.sampler import RolloutSampler
 from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
 from megarl.controller.served_engines import ServedEngines, served_engines
+from megarl.controller.stream_sampler import StreamSampler
 from megarl.controller.validation import Validation
 from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
@@ -221,18 +224,20 @@ def rollout_run(
         restore_kl(resumption.state)
         publication.policy_version = resumption.state.policy_version - 1  # these weights are published once more
     groups, saver = config.algorithm.filter_groups, _saver(trainer, group, run_dir, tracker)
+    each = RolloutSampler(
+        inputs.train_prompts,
+        inputs.order,
+        engine,
+        scorer,
+        _train_sampling(config, inputs.stop_token_ids),
+        trainer.seed,
+        groups.max_num_gen_batches if groups.enable else 1,
+        trainer.num_sampled_rollouts,
+        stopwatch,
+    )
+    sampler, ahead = _sampler(config, each, inputs.num_steps, resumption)
     return Run(
-        sampler=RolloutSampler(
-            inputs.train_prompts,
-            inputs.order,
-            engine,
-            scorer,
-            _train_sampling(config, inputs.stop_token_ids),
-            trainer.seed,
-            groups.max_num_gen_batches if groups.enable else 1,
-            trainer.num_sampled_rollouts,
-            stopwatch,
-        ),
+        sampler=sampler,
         recipe=recipe,
         actor=roles["actor"],
         ref=roles.get("ref"),
@@ -247,7 +252,9 @@ def rollout_run(
             trainer.seed,
             trainer.num_sampled_rollouts,
         ),
-        state=lambda step: TrainerState(step, publication.policy_version, recipe.kl_controller, config=values),
+        state=lambda step: TrainerState(
+            step, publication.policy_version, recipe.kl_controller, config=values, ahead=ahead()
+        ),
         saver=saver,
         non_finite=_non_finite(trainer, saver, restore_kl),
         schedule=Schedule(
@@ -264,6 +271,21 @@ def rollout_run(
         preemption=preemption,
         evaluations=_before_training(resumption),
     )
+
+
+def _sampler(
+    config: PPOConfig, each: RolloutSampler, last_step: int, resumption: Resumption | None
+) -> tuple[Sampler[Samples], Callable[[], RolloutsAhead | None]]:
+    """Return the sampler of a run's mode, and what returns the rollouts that it has ahead. each: samples one step."""
+    if config.trainer.mode == SYNC:
+        return each, lambda: None
+    assert isinstance(each.engine, EngineServers), "which the checks see to"
+    ahead = None if resumption is None else read_rollouts_ahead(resumption.folder)
+    if config.trainer.mode == ASYNC:
+        stream = StreamSampler(each, each.engine, last_step, config.trainer.max_staleness, ahead)
+        return stream, stream.state
+    sampler = AheadSampler(each, each.engine, last_step, ahead)
+    return sampler, sampler.finished_ahead
 
 
 def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker: Tracker) -> Saver:

@@ -29,6 +29,9 @@ _MAY_DIFFER = (
     "actor_rollout_ref.rollout.enforce_eager",
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.disable_log_stats",
+    "actor_rollout_ref.rollout.placement",
+    "actor_rollout_ref.rollout.nnodes",
+    "actor_rollout_ref.rollout.n_gpus_per_node",
     "reward.num_workers",
     "reward.timeout_s",
     "reward.batch_timeout_s",
@@ -38,7 +41,13 @@ _PARTS_THAT_MAY_DIFFER = (
     *("megatron", "fsdp_config", "strategy", "micro_batch", "dynamic_bsz", "max_token_len", "use_fused_kernels"),
     *("use_remove_padding", "ulysses"),
 )
-_BUT_NOT = ("trainer.seed", "data.val_batch_size", "override_transformer_config")
+_BUT_NOT = (
+    "trainer.seed",
+    "trainer.mode",
+    "trainer.max_staleness",
+    "data.val_batch_size",
+    "override_transformer_config",
+)
 
 
 @dataclass(frozen=True)

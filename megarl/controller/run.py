@@ -153,7 +153,8 @@ class Run(Generic[S]):
             if skipped_roles(self._metrics):
                 self._write_rows(f"non_finite_step_{step}", step, self.sampler.every_row())
             if self.non_finite.after(step, self._metrics):
-                self.publish(self.actor)
+                with self.sampler.paused():
+                    self.publish(self.actor)
             is_last = step == schedule.num_steps
             self._is_preempted = self.preemption.is_asked and not is_last
             if is_last or (schedule.is_due(schedule.test_freq, step) and not self._is_preempted):

@@ -41,8 +41,20 @@ class RolloutSampler:
 
     def take(self, step: int) -> Samples:
         """Return the rollouts of a step, counted from 1, with their rewards."""
-        prompts = [self.prompts[i] for i in self.order.batch(step - 1)]
-        groups, greedy = self._generate(prompts, step, 0, range(len(prompts)))
+        return self.samples(step, self._generated(self.requests(step)))
+
+    def requests(self, step: int) -> list[GenerationRequest]:
+        """Return what is asked for a step, with the seed of the run, the step and the place in the batch."""
+        prompts = self.prompts_of(step)
+        return self._requests(prompts, step, 0, range(len(prompts)))
+
+    def samples(self, step: int, groups: Sequence[Group], prompts: Sequence[Prompt] | None = None) -> Samples:
+        """Return the rollouts of what was asked for a step with their rewards, after dynamic sampling.
+
+        prompts: of the groups, where they aren't those of the step.
+        """
+        prompts = self.prompts_of(step) if prompts is None else prompts
+        groups, greedy = self._apart(groups)
         with self.stopwatch.timed("score"):
             rewards, baseline_B = self.scorer.score(prompts, groups), None
             if self.sampling.with_greedy:
@@ -72,20 +84,30 @@ class RolloutSampler:
         alone = [(prompt, (rollout,)) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
         return self.scorer.rows([p for p, _ in alone], [g for _, g in alone], rewards, len(alone))
 
-    def _generate(
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """Return the prompts of a step, counted from 1."""
+        return [self.prompts[i] for i in self.order.batch(step - 1)]
+
+    def _requests(
         self, prompts: Sequence[Prompt], step: int, attempt: int, places: Sequence[int]
-    ) -> tuple[list[Group], list[Group]]:
-        """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it.
+    ) -> list[GenerationRequest]:
+        """Return what is asked for prompts.
 
         places: of the prompts in the batch; a seed follows from them, so a prompt that comes twice is answered twice.
         """
-        requests = [
+        return [
             GenerationRequest(prompt.token_ids, seed_of(self.seed, "train", step, attempt, place))
             for prompt, place in zip(prompts, places, strict=True)
         ]
+
+    def _generated(self, requests: Sequence[GenerationRequest]) -> list[Group]:
         with self.stopwatch.timed("generate"):
             groups = self.engine.generate(requests, self.sampling)
             self.engine.rest()
+        return groups
+
+    def _apart(self, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+        """Return the rollouts of each prompt for training, and of each a greedy one if the estimator wants it."""
         n = self.sampling.n
         return [g[:n] for g in groups], [g[n:] for g in groups] if self.sampling.with_greedy else []
 
@@ -105,7 +127,7 @@ class RolloutSampler:
                 break
             order = replace(self.order, shuffle=True, seed=seed_of(self.seed, "resample", attempt))
             fresh = [self.prompts[i] for i in order.batch(step - 1)[: len(dull)]]
-            fresh_groups, _ = self._generate(fresh, step, attempt, dull)
+            fresh_groups, _ = self._apart(self._generated(self._requests(fresh, step, attempt, dull)))
             fresh_rewards = self.scorer.score(fresh, fresh_groups, is_part=True)
             for place, prompt, group in zip(dull, fresh, fresh_groups, strict=True):
                 prompts[place], groups[place] = prompt, group

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megarl.checkpoint.folder import CheckpointFolder, Kept
 from megarl.checkpoint.manifest import hashed
+from megarl.checkpoint.rollouts_ahead import FILE_NAME as AHEAD_FILE_NAME
+from megarl.checkpoint.rollouts_ahead import write_rollouts_ahead
 from megarl.checkpoint.trainer_state import FILE_NAME, TrainerState, write_trainer_state
 from megarl.errors import ResourceError
 from megarl.launchers.group import WorkerGroup, everywhere
@@ -101,6 +103,9 @@ class Saver:
                 write_trainer_state(save.partial, replace(save.state, updates=whole[0].updates))
                 files = [file for part in whole for file in part.files]
                 files.append(hashed(save.partial, FILE_NAME))
+                if save.state.ahead is not None:
+                    write_rollouts_ahead(save.partial, save.state.ahead)
+                    files.append(hashed(save.partial, AHEAD_FILE_NAME))
                 self.folder.commit(save.partial, save.state.step, files, is_last=save.is_last)
                 self.folder.prune(self.settings.kept)
 

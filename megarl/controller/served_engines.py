@@ -74,16 +74,46 @@ class ServedEngines:
         for thread in self._threads:
             thread.start()
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order."""
-        size = len(samplings(sampling))
-        asks = [Ask(next(self._numbers), request, sampling, tuple(range(size))) for request in requests]
-        keys = [[(ask.number, index) for index in ask.indices] for ask in asks]
+    @property
+    def policy_version(self) -> int:
+        """Number of the last publication, or ``UNPUBLISHED``."""
+        return UNPUBLISHED if self._current is None else self._current.policy_version
+
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> tuple[Ask, ...]:
+        """Have the rollouts of every request sampled; don't wait."""
+        indices = tuple(range(len(samplings(sampling))))
         with self._changed:
+            asks = tuple(Ask(next(self._numbers), request, sampling, indices) for request in requests)
             self._waiting += asks
             self._hand_out()
+        return asks
+
+    def collect(self, asks: Sequence[Ask]) -> list[Group]:
+        """Wait for the rollouts of what was asked, and return them in order, once."""
+        keys = [[(ask.number, index) for index in ask.indices] for ask in asks]
+        with self._changed:
             self._wait_until(lambda: all(key in self._done for group in keys for key in group))
             return [tuple(self._done.pop(key) for key in group) for group in keys]
+
+    def collect_complete(self, asks: Sequence[Ask], least: int) -> dict[int, Group]:
+        """Wait for the groups of ``least`` asks; return all that are complete, by number, once each."""
+
+        def is_complete(ask: Ask) -> bool:
+            return all((ask.number, index) in self._done for index in ask.indices)
+
+        with self._changed:
+            self._wait_until(lambda: sum(map(is_complete, asks)) >= least)
+            complete = [ask for ask in asks if is_complete(ask)]
+            return {ask.number: tuple(self._done.pop((ask.number, i)) for i in ask.indices) for ask in complete}
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
+        """Return the rollouts of every request, in order."""
+        return self.collect(self.ask(requests, sampling))
+
+    def finish(self) -> None:
+        """Wait until nothing is sampled any more."""
+        with self._changed:
+            self._wait_until(lambda: not self._waiting and not any(seat.asked for seat in self._seats))
 
     def before_writing(self) -> None:
         """Wait until no engine reads the weights that are about to be written over, and let none begin."""
@@ -186,9 +216,9 @@ class ServedEngines:
                 seat.is_taking, seat.version = False, version
                 self._hand_out()
             case Done(number=number, index=index, rollout=rollout):
-                if rollout.policy_version != seat.version:
+                if rollout.last_version != seat.version:
                     raise EngineLost(
-                        f"it answered with the weights of publication {rollout.policy_version}, not {seat.version}"
+                        f"it answered with the weights of publication {rollout.last_version}, not {seat.version}"
                     )
                 ask = seat.asked.pop(number)
                 left = tuple(i for i in ask.indices if i != index)

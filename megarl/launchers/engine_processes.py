@@ -23,6 +23,8 @@ from megarl.rollout.sglang import SglangSpec, sglang_environment
 _NOT_INHERITED = ("TORCHELASTIC_", "PET_", "RAY_")
 _HOST = "127.0.0.1"
 _LAST_WORDS_S = 1.0  # for ranks to say why they end, once one has
+_POLL_S = 0.02
+_NOTHING_TOLD: Mapping[int, str] = {}
 
 
 class EngineLost(Exception):
@@ -64,7 +66,7 @@ class EngineProcesses:
             except (EOFError, OSError) as error:
                 raise self._lost() from error
             if isinstance(answer, Failed):
-                raise answer.error or EngineLost(f"rank {self.connections.index(connection)} failed:\n{answer.text}")
+                raise answer.error or self._lost({self.connections.index(connection): answer.text})
             if connection is self.connections[0]:
                 return answer
         return None
@@ -114,22 +116,25 @@ class EngineProcesses:
             )
         self.connections.append(ours)
 
-    def _lost(self) -> EngineLost | MegarlError:
-        """Return why the engine can't go on: what a rank said, else how the first one ended."""
-        deadline_s = time.monotonic() + _LAST_WORDS_S
+    def _lost(self, told: Mapping[int, str] = _NOTHING_TOLD) -> EngineLost | MegarlError:
+        """Return why the engine can't go on. told: what ranks said that failed, by rank."""
+        deadline_s, said = time.monotonic() + _LAST_WORDS_S, dict(told)
         for rank, connection in enumerate(self.connections):
             with suppress(EOFError, OSError):
                 while connection.poll(max(0.0, deadline_s - time.monotonic())):
                     if isinstance(answer := connection.recv(), Failed):
-                        return answer.error or EngineLost(f"rank {rank} failed:\n{answer.text}")
-        codes = [process.poll() for process in self._processes]
-        # A peer of one that was killed ends by itself, with an error.
-        ended = sorted((code, rank) for rank, code in enumerate(codes) if code is not None)
-        if not ended:
-            return EngineLost("a rank closed its connection")
-        code, rank = ended[0]
-        how = f"died of signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exited with status {code}"
-        return EngineLost(f"rank {rank} {how}")
+                        if answer.error is not None:
+                            return answer.error
+                        said.setdefault(rank, answer.text)
+        while not any(codes := [process.poll() for process in self._processes]) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        # A peer of one that was killed fails by itself, and one that failed exits: the first cause is said alone.
+        for rank, code in enumerate(codes):
+            if code is not None and code < 0:
+                return EngineLost(f"rank {rank} died of signal {-code} ({signal.strsignal(-code)})")
+        for rank, text in said.items():
+            return EngineLost(f"rank {rank} failed:\n{text}")
+        return EngineLost(f"a rank ended without a word (exit codes {codes})")
 
 
 def engine_environment(

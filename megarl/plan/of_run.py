@@ -54,7 +54,7 @@ def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
         lacks = (
             f"{plan.worst.name} lacks {-plan.room_bytes / GIB:.1f} GiB of the {device.memory_bytes / GIB:.1f} of a rank"
         )
-        if plan.worst.name not in ("generate", "publish"):
+        if plan.worst.name not in ("generate", "publish", "engine"):
             size = checked.actor.update
             assert size is not None
             key, value = size.key, size.value

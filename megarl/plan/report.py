@@ -54,7 +54,7 @@ def no_effect_text(idle: Sequence[Problem]) -> str:
 def _time_words(time: StepTime) -> str:
     return (
         f"{time.total:.1f} s  (generate {time.generate:.1f}, log-probs {time.score:.1f}, update {time.update:.1f}, "
-        f"move {time.move:.1f})"
+        f"move {time.move:.1f}{'; the next rollouts are generated meanwhile' if time.overlaps else ''})"
     )
 
 

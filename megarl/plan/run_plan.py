@@ -9,7 +9,7 @@ from functools import cache
 
 from megarl.algorithm.needs import reuses_update
 from megarl.batching.plan import BatchPlan
-from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.config.schema import SYNC, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
@@ -168,6 +168,7 @@ def _time(
         max_response=c.data.max_response_length,
         max_num_seqs=rollout.max_num_seqs,
         epochs=c.actor_rollout_ref.actor.ppo_epochs,
+        overlaps=c.trainer.mode != SYNC,
     )
 
 

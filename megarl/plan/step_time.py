@@ -30,17 +30,19 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of the parts of a step."""
+    """Seconds of the parts of a step. overlaps: whether the next step's rollouts are generated while it is trained."""
 
     generate: float
     score: float
     update: float
     move: float
+    overlaps: bool = False
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.generate + self.score + self.update + self.move
+        trained = self.score + self.update
+        return self.move + (max(self.generate, trained) if self.overlaps else self.generate + trained)
 
 
 def step_time(
@@ -58,6 +60,7 @@ def step_time(
     max_response: int,
     max_num_seqs: int,
     epochs: int,
+    overlaps: bool,
 ) -> StepTime:
     """Return the estimate of a step of ``num_rollouts`` rollouts, so many of which need a pass of old log-probs."""
     actor, ranks = roles[0], roles[0].layout.world_size
@@ -97,7 +100,7 @@ def step_time(
     generate = waves * max_response * (read + latency * (1 + 0.1 * (engine_tp - 1)))
     engine_ranks = num_engines * engine_tp
     generate += _flops_seconds(actor.shape.active_parameters, num_rollouts * max_prompt, device, engine_ranks)
-    return StepTime(generate, score, update, move)
+    return StepTime(generate, score, update, move, overlaps)
 
 
 def _flops_seconds(parameters: int, tokens: int, device: Device, ranks: int) -> float:

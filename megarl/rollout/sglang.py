@@ -91,7 +91,7 @@ class SglangStream:
         waiting = asyncio.wait(self._unfinished, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
         ended, _ = self._engine.loop.run_until_complete(waiting)
         return [
-            Done(*self._unfinished.pop(task), rollout_of(task.result(), self.policy_version))
+            Done(*self._unfinished.pop(task), rollout_of(task.result()))
             for task in sorted(ended, key=self._unfinished.__getitem__)
         ]
 
@@ -107,8 +107,7 @@ class SglangStream:
         _require(self._engine.flush_cache())
         self._engine.end_weight_update()
         self.weights.check(order)
-        if self.is_busy:
-            self._run(self._go_on())
+        self._run(self._go_on(order.policy_version))
         self.policy_version = order.policy_version
 
     async def _pause(self) -> None:
@@ -116,10 +115,13 @@ class SglangStream:
 
         await self._engine.tokenizer_manager.pause_generation(PauseGenerationReqInput(mode="retract"))
 
-    async def _go_on(self) -> None:
-        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+    async def _go_on(self, policy_version: int) -> None:
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput, UpdateWeightVersionReqInput
 
-        await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
+        stamp = UpdateWeightVersionReqInput(new_version=str(policy_version), abort_all_requests=False)
+        await self._engine.tokenizer_manager.update_weight_version(stamp)
+        if self.is_busy:
+            await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._engine.loop.run_until_complete(work)
@@ -138,14 +140,15 @@ def sampling_params(sampling: Sampling, seed: int) -> dict[str, Any]:
     }
 
 
-def rollout_of(answer: Mapping[str, Any], policy_version: int) -> Rollout:
+def rollout_of(answer: Mapping[str, Any]) -> Rollout:
     """Return the Rollout of an answer of SGLang's. Raises PublishError for one that it broke off."""
     told = answer["meta_info"]
     finish_reason = told["finish_reason"]["type"]
     if finish_reason not in ("stop", "length"):
         raise PublishError(f"SGLang broke a rollout off: {told['finish_reason']}")
     logprobs = tuple(float(logprob) for logprob, _token, _text in told["output_token_logprobs"])
-    return Rollout(tuple(answer["output_ids"]), logprobs, finish_reason, policy_version)
+    first, *others = ((span["start"], int(span["version"])) for span in told["weight_versions"])
+    return Rollout(tuple(answer["output_ids"]), logprobs, finish_reason, first[1], tuple(others))
 
 
 def sglang_environment(tensor_parallel_size: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ two steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megarl.errors import PublishError
@@ -26,6 +26,7 @@ class VllmStream:
 
     engine: VllmEngine
     taker: WeightsTaker
+    _versions: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def add(self, ask: Ask) -> None:
         """Sample the rollouts of a prompt from the next step on, as ``VllmEngine.generate`` would.
@@ -38,7 +39,9 @@ class VllmStream:
         of_each, prompt = samplings(ask.sampling), {"prompt_token_ids": list(ask.request.token_ids)}
         for index in ask.indices:
             params = sampling_params(of_each[index], sample_seed(ask.request.seed, index))
-            self.engine.stepped.add_request(f"{ask.number}-{index}", prompt, params)
+            name = f"{ask.number}-{index}"
+            self._versions[name] = [(0, self.engine.policy_version)]
+            self.engine.stepped.add_request(name, prompt, params)
 
     @property
     def is_busy(self) -> bool:
@@ -50,9 +53,21 @@ class VllmStream:
         return [self._done(output) for output in self.engine.stepped.step() if output.finished]
 
     def take(self, order: Take) -> None:
-        """Change the weights, and forget all that was computed with others."""
+        """Change the weights, and forget all that was computed with others.
+
+        Unfinished rollouts keep their tokens, whose keys and values are computed anew: with those of the older weights
+        kept, the tokens after them would be those of no policy.
+        """
+        if self.is_busy:
+            self.engine.stepped.reset_prefix_cache(reset_running_requests=True)
         self.taker.take(order)
+        for state in self.engine.stepped.output_processor.request_states.values():
+            versions, num_tokens = self._versions[state.external_req_id], state.detokenizer.num_output_tokens()
+            if versions[-1][0] == num_tokens:  # of which none is sampled yet
+                versions.pop()
+            versions.append((num_tokens, order.policy_version))
 
     def _done(self, output: RequestOutput) -> Done:
         number, index = output.request_id.split("-")
-        return Done(int(number), int(index), rollout_of(output, self.engine.policy_version))
+        (_, first), *switches = self._versions.pop(output.request_id)
+        return Done(int(number), int(index), replace(rollout_of(output, first), switches=tuple(switches)))

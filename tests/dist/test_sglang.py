@@ -197,14 +197,15 @@ def test_what_is_unfinished_goes_on_with_new_weights_at_a_token(
     sampling = Sampling(temperature=0.0, max_tokens=50, ignore_eos=True)
     requests = [GenerationRequest(PROMPTS[0], 0)]
     server.ask(requests, sampling)
+    time.sleep(0.3)  # for the first tokens
     server.publish(new)
     server.took()
     [[rollout]] = server.groups(requests, sampling)
     by_old, by_new = (logprobs_of(folder, PROMPTS[0], rollout, 1.0) for folder in (old, new))
-    found = torch.tensor(rollout.logprobs)
-    is_old = (found - by_old).abs() < 5e-5
-    assert not is_old.all(), "the weights came too late for any token"
-    boundary = int((~is_old).nonzero()[0])
+    found, [(boundary, version)] = torch.tensor(rollout.logprobs), rollout.switches
+    assert (rollout.policy_version, version) == (server.version - 1, server.version)
+    assert 0 < boundary < sampling.max_tokens
+    assert found[:boundary] == pytest.approx(by_old[:boundary], abs=5e-5)
     assert found[boundary:] == pytest.approx(by_new[boundary:], abs=5e-5), "no token is of a mixture"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ RECORDED_TO = "MEGARL_TEST_RECORDED_TO"
 
 
 class GreedyAnswers(Observer):
-    """Asks all replicas everything that is greedy."""
+    """Asks all replicas everything that is greedy; engines in processes of their own are asked once, by the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_served: bool) -> None:
+        self.is_served = is_served
         self.record: list[dict[str, Any]] = []
 
     def opened(self, group: WorkerGroup) -> None:
@@ -35,7 +37,9 @@ class GreedyAnswers(Observer):
 
         if sampling.temperature != 0:
             return
-        answers = everywhere(self.group, Worker.generate, GenerateWork(tuple(requests), sampling))
+        answers: list[Any] = [groups]
+        if not self.is_served:
+            answers = everywhere(self.group, Worker.generate, GenerateWork(tuple(requests), sampling))
         told = [answer for answer in answers if answer is not None]
         self.record.append(
             {
@@ -49,7 +53,7 @@ class GreedyAnswers(Observer):
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "0":
-        observer = GreedyAnswers()
+        observer = GreedyAnswers(is_served=any("placement=server" in argument for argument in sys.argv))
         run_hydra("ppo_trainer", lambda values, overrides: run_ppo(values, overrides, observer))
         Path(os.environ[RECORDED_TO]).write_text(json.dumps(observer.record))
     else:

@@ -20,6 +20,13 @@ NUM_STEPS = 3
 # Far above the rounding errors of gradients, which Adam would blow up where a gradient is next to zero.
 EPS = "actor_rollout_ref.actor.optim.eps=1e-5"
 COMMAND = ("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "trainer.seed=1", EPS)
+SERVED = (
+    "actor_rollout_ref.rollout.placement=server",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+)
+KILLS = Path(__file__).parents[1] / "fault" / "kills"
+# Of seven tokens and one more step a generation, in that of the second training step.
+KILLED = "0:megarl.rollout.vllm_stream:VllmStream.step:25:before"
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,16 @@ def runs(tiny_task: Path) -> dict[str, Done]:
         "torchrun": torchrun(NUM_RANKS, *COMMAND),
         "fsdp": torchrun(NUM_RANKS, *on_fsdp),
     }
-    return {name: _run(tiny_task, name, command) for name, command in commands.items()}
+    done = {name: _run(tiny_task, name, command) for name, command in commands.items()}
+    kill = {"MEGARL_TEST_KILL": KILLED, "MEGARL_TEST_STRUCK": str(tiny_task / "struck")}
+    return {**done, "served": _run(tiny_task, "served", python(*COMMAND, *SERVED), KILLS, kill)}
 
 
-def _run(tiny_task: Path, name: str, command: list[str]) -> Done:
+def _run(
+    tiny_task: Path, name: str, command: list[str], path: Path | None = None, environ: dict[str, str] | None = None
+) -> Done:
     before = shared_memory()
-    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task)
+    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, python_path=path, environ=environ)
     assert finished.code == 0, finished.output
     return Done(finished, tiny_task / "runs" / name, shared_memory() - before)
 
@@ -80,6 +91,26 @@ def test_on_fsdp_the_engine_has_the_trainers_weights_at_every_step(runs: dict[st
     lines = runs["fsdp"].metrics()
     assert [line["rollout/policy_version"] for line in lines] == list(range(NUM_STEPS))
     assert all(line["rollout_train/logprob_diff_max"] < 1e-4 for line in lines)
+
+
+def test_an_engine_in_a_process_of_its_own_gives_the_same_rollouts_though_it_is_killed_in_the_middle(
+    runs: dict[str, Done], tiny_task: Path
+) -> None:
+    assert (tiny_task / "struck").is_file()
+    [note] = [line for line in runs["served"].finished.stdout.splitlines() if line.startswith("engine 0 is lost")]
+    died, left = "engine 0 is lost: rank 0 died of signal 9 (Killed); ", "another takes its place"
+    assert note.startswith(died) and re.search(r"; \d+ rollouts that it had begun are sampled again, ", note)
+    assert note.endswith(left)
+    for found, expected in zip(runs["served"].metrics(), runs["ray"].metrics(), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for name in ("step_1", "step_2", "step_3"):
+        served, colocated = (runs[r].folder / "rollouts" / f"{name}.jsonl" for r in ("served", "ray"))
+        assert served.read_text() == colocated.read_text()
+
+
+def test_nothing_is_left_of_a_run_with_engines_of_its_own(runs: dict[str, Done]) -> None:
+    assert (runs["served"].finished.processes, runs["served"].left) == ((), set())
+    assert runs["served"].finished.stderr == ""
 
 
 def test_the_validations_before_training_and_at_the_end_are_in_the_metrics(runs: dict[str, Done]) -> None:

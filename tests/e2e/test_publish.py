@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e.recorded_ppo import RECORDED_TO
 from tests.launch import python, run, torchrun
-from tests.tiny_task import write_weights
+from tests.tiny_task import write_experts, write_tiny_task, write_weights
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_RANKS, NUM_STEPS = 4, 2
@@ -27,7 +27,6 @@ OVERRIDES = (
     f"trainer.total_training_steps={NUM_STEPS}",
     "trainer.test_freq=1",
     "trainer.save_freq=1",
-    "trainer.run_dir=runs/publish",
 )
 Answers = list[list[int]]
 
@@ -45,10 +44,14 @@ class Published:
 def published(tiny_task: Path) -> list[Published]:
     """Run two steps, then ask plain vLLM the validation prompts with the weights of each publish."""
     write_weights(tiny_task / "model")
+    return _published(tiny_task, "publish")
+
+
+def _published(tiny_task: Path, name: str, *overrides: str) -> list[Published]:
     question = tiny_task / "question.json"
-    validations = _validations(tiny_task)
+    validations = _validations(tiny_task, f"trainer.run_dir=runs/{name}", *overrides)
     question.write_text(json.dumps(validations[0]))
-    checkpoints = tiny_task / "runs/publish/checkpoints"
+    checkpoints = tiny_task / "runs" / name / "checkpoints"
     folders = [tiny_task / "model", checkpoints / "step_1", checkpoints / "final"]
     command = python("-m", "tests.e2e.plain_vllm", str(question), *map(str, folders))
     alone = run(command, tiny_task, python_path=REPOSITORY)
@@ -60,9 +63,9 @@ def published(tiny_task: Path) -> list[Published]:
     ]
 
 
-def _validations(tiny_task: Path) -> list[dict[str, Any]]:
+def _validations(tiny_task: Path, *overrides: str) -> list[dict[str, Any]]:
     recorded = tiny_task / "recorded.json"
-    command = ("-m", "tests.e2e.recorded_ppo", "--config-dir=.", "--config-name=rl", *OVERRIDES)
+    command = ("-m", "tests.e2e.recorded_ppo", "--config-dir=.", "--config-name=rl", *OVERRIDES, *overrides)
     environ = {RECORDED_TO: str(recorded)}
     finished = run(torchrun(NUM_RANKS, *command), tiny_task, python_path=REPOSITORY, environ=environ)
     assert finished.code == 0, finished.output
@@ -90,3 +93,22 @@ def test_every_rollout_carries_the_number_of_the_publish(published: list[Publish
 def test_each_step_changes_what_is_answered(published: list[Published]) -> None:
     before, after_one, after_two = (validation.plain for validation in published)
     assert before != after_one != after_two
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_engines_in_processes_of_their_own_answer_as_a_vllm_started_on_the_exported_weights(
+    tmp_path: Path, kind: str, tp: int
+) -> None:
+    write_tiny_task(tmp_path)
+    if kind == "experts":
+        write_experts(tmp_path / "model")
+    write_weights(tmp_path / "model")
+    rollout = "actor_rollout_ref.rollout"
+    placed = (f"{rollout}.placement=server", f"{rollout}.tensor_model_parallel_size={tp}")
+    validations = _published(tmp_path, "served", *placed)
+    assert [validation.versions for validation in validations] == [[0], [1], [2]]
+    for validation in validations:
+        assert validation.by_replica == [validation.plain]
+    assert validations[0].plain != validations[1].plain != validations[2].plain

@@ -154,6 +154,29 @@ def test_a_process_killed_in_a_save_leaves_whole_checkpoints_alone(runs: Runs, n
     runs.assert_equal(torchrun(NUM_RANKS, *PPO, seed), name_of(where), IN_A_SAVE[where])
 
 
+SERVED = (*PPO, "actor_rollout_ref.rollout.placement=server")
+AHEAD = (*SERVED, "trainer.mode=one_step_off", "algorithm.rollout_correction.preset=token_tis")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "command"), [("served", SERVED), ("ahead", AHEAD)])
+def test_a_run_with_engines_of_its_own_goes_on_to_the_bit_with_what_was_sampled_ahead(
+    runs: Runs, name: str, command: tuple[str, ...]
+) -> None:
+    point = Point("0", "megarl.controller.served_engines:ServedEngines.take", 4, "after")
+    runs.assert_equal(torchrun(NUM_RANKS, *command), name, point)
+
+
+@pytest.mark.long
+def test_a_run_that_samples_all_the_time_goes_on_with_what_it_had_under_way(runs: Runs) -> None:
+    command = torchrun(NUM_RANKS, *AHEAD, "trainer.mode=async", "trainer.max_staleness=2")
+    point = Point("0", "megarl.controller.served_engines:ServedEngines.take", 4, "after")
+    folder = runs.killed_and_resumed(command, "stream", point)
+    lines = lines_of(folder)
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert all(0 <= float.fromhex(line["rollout/staleness_max"]) <= 2 for line in lines)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rank", ["1", "-"], ids=["a rank", "the controller"])
 def test_on_ray_a_process_that_is_killed_costs_as_little(runs: Runs, rank: str) -> None:

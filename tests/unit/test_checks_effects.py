@@ -38,10 +38,14 @@ TURNED_ON: dict[str, dict[str, object]] = {
     "reward.score_on_failure": FUNCTION_TOO,
     "reward.on_all_failed": FUNCTION_TOO,
     "reward.model.coef": MODEL_ALONE,
+    f"{ROLLOUT}.nnodes": {f"{ROLLOUT}.placement": "server"},
+    f"{ROLLOUT}.n_gpus_per_node": {f"{ROLLOUT}.placement": "server"},
+    f"{ROLLOUT}.free_cache_engine": {f"{ROLLOUT}.placement": "colocated"},
     f"{ROLLOUT}.val_kwargs.top_p": SAMPLES,
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
     f"{ROLLOUT}.val_kwargs.n": SAMPLES,
     "trainer.total_epochs": {"trainer.total_training_steps": None},
+    "trainer.max_staleness": {"trainer.mode": "async"},
     "trainer.show_rollouts_freq": {"trainer.num_sampled_rollouts": 1},
 }
 TOKENS = {f"{ACTOR}.use_dynamic_bsz": True}
@@ -81,7 +85,8 @@ def test_a_setting_changed_where_it_does_nothing_is_named_and_where_it_acts_is_n
     changed = {effect.key: _other_than(default_of(effect.key))}
     counts_rollouts = "micro_batch_size" in effect.key
     of_function = MODEL_ALONE if TURNED_ON.get(effect.key) is FUNCTION_TOO else {}
-    idle = ppo_config(**(TURNED_OFF | changed | of_function | (TOKENS if counts_rollouts else {})))
+    served = {f"{ROLLOUT}.placement": "server"} if effect.key.endswith("free_cache_engine") else {}
+    idle = ppo_config(**(TURNED_OFF | changed | of_function | served | (TOKENS if counts_rollouts else {})))
     assert effect.fix in _said_of(effect, idle)
     loss = effect.fix.removeprefix(f"{ACTOR}.policy_loss=") if "policy_loss=" in effect.fix else "ppo_clip"
     on = {f"{ACTOR}.policy_loss": loss, **TURNED_ON.get(effect.key, TOKENS if effect.key.endswith(BY_TOKENS) else {})}

@@ -37,6 +37,12 @@ BYPASSED_GPG: Changes = {
     f"{CORRECTION}.bypass": True, f"{CORRECTION}.level": "token", f"{ACTOR}.policy_loss": "gpg"
 }  # fmt: skip
 
+SERVED: Changes = {f"{ROLLOUT}.placement": "server"}
+
+AHEAD: Changes = SERVED | {"trainer.mode": "one_step_off", f"{CORRECTION}.preset": "token_tis"}
+
+ASYNC: Changes = AHEAD | {"trainer.mode": "async"}
+
 JUDGE: Changes = {"reward.model.path": "judge"}
 
 # Any python file does here: what it registers is seen when it is loaded.
@@ -178,7 +184,22 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         "must be true where use_dynamic_bsz is",
     ),
     ({"data.train_file_weights": [1.0, 2.0]}, ["data.train_file_weights"], "for each of the 1 data.train_files"),
-    ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "training ranks only"),
+    ({f"{MODELS}.hybrid_engine": False}, [f"{MODELS}.hybrid_engine"], "is said by rollout.placement"),
+    (AHEAD | {f"{ROLLOUT}.placement": "colocated"}, ["trainer.mode"], "samples while the ranks train"),
+    (AHEAD | {f"{CORRECTION}.preset": None}, ["trainer.mode"], "trains on rollouts of older weights"),
+    (
+        ASYNC | {"algorithm.adv_estimator": "remax", f"{ACTOR}.use_kl_loss": False},
+        ["trainer.mode"],
+        "compares with a greedy one",
+    ),
+    (ASYNC | {"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "takes what is complete"),
+    (SERVED | {f"{ROLLOUT}.nnodes": 2}, [f"{ROLLOUT}.nnodes"], "through the memory of one node"),
+    (SERVED | {"trainer.nnodes": 2}, ["trainer.nnodes"], "through the memory of one node"),
+    (
+        SERVED | {f"{ROLLOUT}.n_gpus_per_node": 3, f"{ROLLOUT}.{TP}": 2},
+        [f"{ROLLOUT}.{TP}"],
+        f"must divide the 3 devices of the engines ({ROLLOUT}.n_gpus_per_node)",
+    ),
     ({"reward.name": "gsm8k", "reward.path": "r.py"}, ["reward.name"], "contradicts reward.path = 'r.py'"),
     ({"algorithm.adv_estimator": "groo"}, ["algorithm.adv_estimator"], "must be one of gae, grpo"),
     ({f"{ACTOR}.policy_loss": "ppo_clp"}, [f"{ACTOR}.policy_loss"], "must be one of ppo_clip, gspo"),

@@ -165,7 +165,7 @@ MISTAKES = {
     ),
     "an engine that isn't built": _of(f"{ROLLOUT}.name=sglang", says="isn't built yet"),
     "an engine's misspelled name": _of(f"{ROLLOUT}.name=vlm", says="must be one of vllm, sglang"),
-    "rollouts on devices of their own": _of("actor_rollout_ref.hybrid_engine=false", says="on the training ranks only"),
+    "rollouts on devices of their own": _of("actor_rollout_ref.hybrid_engine=false", says="rollout.placement"),
     "recomputation without a method": Mistake(
         (f"{RECOMPUTE}.granularity=full",),
         (f"{RECOMPUTE}.method", f"{RECOMPUTE}.num_layers"),
@@ -430,11 +430,7 @@ def _line(*typed: str) -> list[str]:
 
 def _checked(*typed: str) -> CheckedRun[PPOConfig]:
     """Do in this process what main_ppo does before it starts anything."""
-    composed = compose(parse_command_line(_line(*typed), MAIN))
-    try:
-        return check_ppo(composed.values())
-    except ConfigError as error:
-        raise composed.located(error) from error
+    return check_ppo(compose(parse_command_line(_line(*typed), MAIN)).values())
 
 
 def test_the_run_that_mistakes_are_made_in_makes_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 MEGARL_TEST_KILL is ``<rank>:<module>:<function>:<call>:<when>``: the process of that rank (``-``: one that is no rank)
 is killed with SIGKILL ``before`` or ``after`` the n-th call of a function, or of a method as in ``Optimizer.step``. The
-file MEGARL_TEST_STRUCK is there from then on.
+file MEGARL_TEST_STRUCK is there from then on, and processes that start later are spared.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if "MEGARL_TEST_KILL" in os.environ:
+if "MEGARL_TEST_KILL" in os.environ and not Path(os.environ["MEGARL_TEST_STRUCK"]).exists():
     sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,150 @@
+"""Rollouts that are sampled all the time: a step takes groups that are complete, and publishing waits for none.
+
+Engines in processes of their own always have what is asked for a few steps ahead. They change weights between two
+tokens, and go on. Places are those of the prompts among all that the run trains on, in order, counted from 0.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+from megarl.algorithm.samples import Samples
+from megarl.checkpoint.rollouts_ahead import RolloutsAhead
+from megarl.controller.engine_servers import Asked, EngineServers
+from megarl.controller.sampler import RolloutSampler
+from megarl.monitor.console import RolloutRow
+from megarl.types import GenerationRequest, Group
+
+
+@dataclass
+class StreamSampler:
+    """Takes groups that are complete, the oldest first where they would become too old, and has more sampled.
+
+    last_step: of the run. max_staleness: publications by which the weights that train on a rollout may be newer than
+    those of its first token. ahead: what a checkpoint had.
+    """
+
+    sampler: RolloutSampler
+    engine: EngineServers
+    last_step: int
+    max_staleness: int
+    ahead: RolloutsAhead | None = None
+    _last_asked: int = 0
+    _under_way: dict[int, Asked] = field(default_factory=dict)
+    _begun: dict[int, int] = field(default_factory=dict)
+    _ready: dict[int, Group] = field(default_factory=dict)
+
+    def take(self, step: int) -> Samples:
+        """Return as many groups as a step has prompts, with their rewards."""
+        self._go_on(step)
+        for asked in range(self._last_asked + 1, min(step + self.max_staleness, self.last_step) + 1):
+            first = (asked - 1) * self._size
+            for place, request in enumerate(self.sampler.requests(asked), first):
+                self._ask(place, request)
+            self._last_asked = asked
+        with self.sampler.stopwatch.timed("generate"):
+            places = self._chosen()
+        groups = [self._ready.pop(place) for place in places]
+        for place in places:
+            del self._begun[place]
+        prompts = [self.sampler.prompts_of(place // self._size + 1)[place % self._size] for place in places]
+        return replace(self.sampler.samples(step, groups, prompts), current_version=self._current)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Do nothing: engines change weights between two tokens of what is under way."""
+        return nullcontext()
+
+    def state(self) -> RolloutsAhead | None:
+        """Return what is asked for and not trained on, complete or not; None where nothing is."""
+        self._collect(0)
+        places = tuple(sorted(self._begun))
+        if not places:
+            return None
+        requests = tuple(map(self._request, places))
+        groups = tuple(self._ready.get(place, ()) for place in places)
+        return RolloutsAhead(self._last_asked, requests, self.sampler.sampling, groups, places)
+
+    def sampled_rows(self) -> tuple[RolloutRow, ...]:
+        """Return the first rollout of some of the prompts that were taken last."""
+        return self.sampler.sampled_rows()
+
+    def every_row(self) -> tuple[RolloutRow, ...]:
+        """Return all rollouts that were taken last."""
+        return self.sampler.every_row()
+
+    @property
+    def _size(self) -> int:
+        return len(self.sampler.prompts_of(1))
+
+    @property
+    def _current(self) -> int:
+        return self.engine.engines.policy_version
+
+    def _go_on(self, step: int) -> None:
+        """Take up what a checkpoint had ahead; nothing of it where the run goes on with other data or sampling."""
+        ahead, self.ahead = self.ahead, None
+        if not self._last_asked:
+            self._last_asked = step - 1
+        if ahead is None or ahead.sampling != self.sampler.sampling or not ahead.places:
+            return
+        if tuple(map(self._request, ahead.places)) != ahead.requests:
+            return
+        self._last_asked = ahead.step
+        for place, request, group in zip(ahead.places, ahead.requests, ahead.groups, strict=True):
+            if group:
+                self._ready[place], self._begun[place] = group, _oldest(group)
+            else:
+                self._ask(place, request)
+
+    def _request(self, place: int) -> GenerationRequest:
+        return self.sampler.requests(place // self._size + 1)[place % self._size]
+
+    def _ask(self, place: int, request: GenerationRequest) -> None:
+        self._under_way[place] = self.engine.ask((request,), self.sampler.sampling)
+        self._begun[place] = self._current
+
+    def _chosen(self) -> list[int]:
+        """Wait for a step's groups, and return their places, in order."""
+        self._collect(0)
+        while True:
+            for place in [p for p, group in self._ready.items() if self._age(_oldest(group)) > self.max_staleness]:
+                del self._ready[place]  # weights were published more often than steps were taken
+                self._ask(place, self._request(place))
+            chosen = self._selection()
+            if chosen is not None:
+                return sorted(chosen)
+            self._collect(1)
+
+    def _selection(self) -> list[int] | None:
+        """Return places of complete groups for a step, the oldest first; None where some must be waited for.
+
+        Of those that were begun with the same weights or older ones, no more may be left than the steps can take in
+        which they are still new enough.
+        """
+        ready = sorted(self._ready, key=lambda place: (self._begun[place], place))
+        chosen: list[int] = []
+        for version in sorted(set(self._begun.values())):
+            num_open = sum(begun <= version for begun in self._begun.values())
+            num_needed = num_open - self._size * max(0, self.max_staleness - self._age(version))
+            others = [place for place in ready if self._begun[place] <= version and place not in chosen]
+            chosen += others[: max(0, num_needed - len(chosen))]
+            if len(chosen) < min(num_needed, self._size):
+                return None
+        chosen += [place for place in ready if place not in chosen]
+        return chosen[: self._size] if len(chosen) >= self._size else None
+
+    def _age(self, version: int) -> int:
+        return self._current - version
+
+    def _collect(self, least: int) -> None:
+        """Wait for ``least`` groups, and keep all that are complete."""
+        places = sorted(self._under_way)
+        found = self.engine.collect_complete([self._under_way[place] for place in places], least)
+        for index, group in found.items():
+            del self._under_way[places[index]]
+            self._ready[places[index]] = group
+
+
+def _oldest(group: Group) -> int:
+    return min(rollout.policy_version for rollout in group)

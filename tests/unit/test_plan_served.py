@@ -1,0 +1,99 @@
+"""The plan of a run whose engines are in processes of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megarl.config.schema import PPOConfig
+from megarl.plan.devices import Device, device
+from megarl.plan.report import plan_text
+from megarl.plan.run_plan import RunPlan, plan_run
+from megarl.roles import Role, num_engine_ranks, num_engines, processes_per_node
+from megarl.weights.name_map import hf_shapes
+from tests.unit.composed_configs import ppo_config, roles_in
+from tests.unit.model_shapes import model_shape
+
+ROLLOUT = "actor_rollout_ref.rollout"
+SERVED: dict[str, object] = {f"{ROLLOUT}.placement": "server"}
+SHAPE = replace(model_shape(), num_layers=8, hidden_size=64, ffn_size=128)
+H100, CPU = device("H100"), device("cpu", 8)
+
+
+def plan_of(on: Device = H100, **changes: object) -> RunPlan:
+    """Return the plan of a run of SHAPE on eight ranks."""
+    config = ppo_config(**changes)
+    return plan_run(config, _roles(config), on)
+
+
+def _roles(config: PPOConfig) -> tuple[Role, ...]:
+    return tuple(replace(r, model=replace(r.model, known_shape=SHAPE)) for r in roles_in(config))
+
+
+def phases(plan: RunPlan) -> dict[str, set[str]]:
+    """Return the names of what is held in each phase."""
+    return {phase.name: {item.name for item in phase.items} for phase in plan.phases}
+
+
+@pytest.mark.parametrize(
+    ("changes", "engines", "ranks"),
+    [
+        ({}, 8, 8),
+        (SERVED, 1, 1),
+        (SERVED | {f"{ROLLOUT}.tensor_model_parallel_size": 2}, 1, 2),
+        (SERVED | {f"{ROLLOUT}.tensor_model_parallel_size": 2, f"{ROLLOUT}.n_gpus_per_node": 6}, 3, 6),
+    ],
+)
+def test_engines_have_devices_of_their_own_beside_the_ranks(
+    changes: dict[str, object], engines: int, ranks: int
+) -> None:
+    config = ppo_config(**changes)
+    assert (num_engines(config), num_engine_ranks(config)) == (engines, ranks)
+    assert processes_per_node(config) == 8 + (ranks if changes else 0)
+
+
+@pytest.mark.parametrize("place", [H100, CPU])
+def test_no_rank_holds_an_engine_and_no_engine_a_trained_model(place: Device) -> None:
+    found = phases(plan_of(place, **SERVED))
+    engine = found.pop("engine")
+    assert {"engine weights", "engine KV cache and work"} < engine
+    assert not any("parameters" in name or "optimizer" in name for name in engine)
+    assert "generate" not in found and {"actor update", "publish"} < set(found)
+    assert not any("engine KV" in name or name == "engine weights" for names in found.values() for name in names)
+    assert all("weights for engines" in names for phase, names in found.items() if phase != "load")
+
+
+def test_the_weights_that_engines_read_are_in_host_memory_once() -> None:
+    plan = plan_of(**SERVED)
+    [item] = [item for item in plan.phases[1].items if item.name == "weights for engines"]
+    numel = sum(a * (b[0] if b else 1) for a, *b in hf_shapes(SHAPE).values())
+    padded = -(-SHAPE.vocab_size // 64) * 64 - SHAPE.vocab_size  # rows of embedding and output layer
+    numel += 2 * padded * SHAPE.hidden_size
+    assert item.device_bytes == 0 and item.host_bytes == -(-2 * numel // 8)
+
+
+def test_every_byte_is_written_once_however_many_engines_read_it() -> None:
+    one, three = (plan_of(**(SERVED | {f"{ROLLOUT}.n_gpus_per_node": n})).traffic for n in (1, 3))
+    assert one is not None and one == three
+    numel = sum(a * (b[0] if b else 1) for a, *b in hf_shapes(SHAPE).values())
+    assert one.received_within == 2 * numel and one.sent_within * 8 >= 2 * numel
+    assert one.sent_across == one.received_across == one.num_exchanges == 0
+
+
+def test_the_plan_says_where_engines_are() -> None:
+    text = plan_text(plan_of(**(SERVED | {f"{ROLLOUT}.n_gpus_per_node": 3})))
+    assert "engines: 3 of TP 1, in 3 processes and on as many devices beside the ranks; counted from rank 8" in text
+    assert "to the host's memory, once for all engines" in text and "exchanges between all ranks" not in text
+    assert "in processes" not in plan_text(plan_of())
+
+
+def test_a_step_takes_as_long_as_the_longer_of_generation_and_training_where_they_overlap() -> None:
+    correction = {"algorithm.rollout_correction.preset": "token_tis"}
+    in_turn, ahead = (
+        plan_of(**(SERVED | correction | {"trainer.mode": mode})).time for mode in ("sync", "one_step_off")
+    )
+    assert in_turn is not None and ahead is not None
+    trained = in_turn.score + in_turn.update
+    assert in_turn.total == pytest.approx(in_turn.generate + trained + in_turn.move)
+    assert ahead.total == pytest.approx(max(in_turn.generate, trained) + in_turn.move)
