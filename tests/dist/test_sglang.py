@@ -38,7 +38,7 @@ pytestmark = [
 
 LAYOUT = Layout(1, fsdp=1)  # whose shards are the tensors of a checkpoint
 PROMPTS = ((2, 5, 6, 14, 7, 8, 18), tuple(range(20, 60)), (9,))
-NUM_TOKENS, START_S, ANSWER_S = 12, 300.0, 120.0
+NUM_TOKENS, MAX_TOKENS, START_S, ANSWER_S = 12, 1024, 600.0, 120.0
 
 
 @dataclass
@@ -97,7 +97,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     def folder(model: str, draw: str) -> Path:
         path = root / f"{model}.{draw}"
         if not path.exists():
-            save_tiny_model(model, path)
+            save_tiny_model(model, path, max_position_embeddings=MAX_TOKENS)
             file = path / "model.safetensors"
             if draw == "b":  # all rows in another order
                 save_file({name: t.flip(0).contiguous() for name, t in load_file(file).items()}, file, {"format": "pt"})
@@ -131,7 +131,7 @@ def end(server: Served) -> None:
 def start(folder: Path, tp: int) -> Served:
     """Return an engine that is ready, on random weights."""
     actor = role_on(LAYOUT, folder)
-    spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, 64, 32, None, 0.5, True, seed=0)
+    spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0)
     plan = writer_plan(actor.shape, LAYOUT, tp, 0, torch.float32.itemsize, whole=True)
     server = Served(EngineProcesses(EngineStart(spec, actor), None), SharedWriter(plan, torch.float32))
     server.hear(Ready, START_S)
@@ -194,10 +194,10 @@ def test_what_is_unfinished_goes_on_with_new_weights_at_a_token(
     old, new = folders(model, "a"), folders(model, "b")
     server.publish(old)
     server.took()
-    sampling = Sampling(temperature=0.0, max_tokens=50, ignore_eos=True)
+    sampling = Sampling(temperature=0.0, max_tokens=900, ignore_eos=True)
     requests = [GenerationRequest(PROMPTS[0], 0)]
     server.ask(requests, sampling)
-    time.sleep(0.3)  # for the first tokens
+    time.sleep(1.5)  # for the first tokens
     server.publish(new)
     server.took()
     [[rollout]] = server.groups(requests, sampling)
