@@ -21,7 +21,7 @@ from megarl.plan.fsdp import backward_moments, gathered_bytes
 from megarl.plan.fsdp_activations import fsdp_pass
 from megarl.plan.pipeline import Moment, moments
 from megarl.plan.static import static_of
-from megarl.roles import DTYPE_BYTES, Role
+from megarl.roles import DTYPE_BYTES, Role, is_served
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_shards
 from megarl.weights.reshard_plan import BUCKET_BYTES
@@ -133,7 +133,7 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
         return Engine(weights, CPU_KV_CACHE_BYTES, memory, per_token, frees_memory=False)
     memory = int(rollout.gpu_memory_utilization * device.memory_bytes)
     cache_bytes = memory - weights - ENGINE_WORK_BYTES
-    return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine)
+    return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine and not is_served(c))
 
 
 def phases_of(
