@@ -48,6 +48,7 @@ from megarl.launchers.start import engine_devices, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
+from megarl.parallel.environment import platform_name
 from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
@@ -348,6 +349,9 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
         seed=config.trainer.seed,
         disable_log_stats=rollout.disable_log_stats,
         free_cache_engine=rollout.free_cache_engine,
+        # An engine in processes of its own takes its steps one by one, and its ranks must draw the same noise.
+        reproducible=is_served(config)
+        or (platform_name() == "cpu" if rollout.reproducible is None else rollout.reproducible),
     )
 
 

@@ -74,6 +74,7 @@ class Worker:
             self.engine = VllmEngine(spec.engine)
             self.engine_tp = spec.engine.tensor_parallel_size
             self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)
+            self.engine.sleep()
         if spec.resumed is not None:
             restore_random_states(Path(spec.resumed.folder))
 
@@ -92,12 +93,14 @@ class Worker:
         """Move the actor's weights into the engine, or return where one in processes of its own finds them."""
         assert self.publisher is not None
         if self.engine is not None:
-            self.engine.wake_up()
+            self.engine.wake_weights()
         return self.publisher.publish(policy_version)
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""
         assert self.engine is not None
+        if self.engine.has_lost_weights:  # nothing has been published since: the actor's are still those
+            self.publish(self.engine.policy_version)
         self.engine.wake_up()
         rollouts = tuple(self.engine.generate(work.requests, work.sampling))
         return rollouts if dist.get_rank() % self.engine_tp == 0 else None

@@ -5,8 +5,11 @@ vLLM is imported when an engine is built, not before: the import takes ten secon
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +18,22 @@ from megarl.parallel.environment import apply_environment, platform_name
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
+from megarl.rollout.vllm_memory import EngineMemory
 from megarl.rollout.vllm_queue import without_queue
 from megarl.types import GenerationRequest, Rollout, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm import LLM, LLMEngine, RequestOutput, SamplingParams
+
+
+# Variables of vLLM that choose another all-reduce than NCCL's.
+_OTHER_ALL_REDUCES = (
+    "VLLM_ALLREDUCE_USE_SYMM_MEM",
+    "VLLM_ALLREDUCE_USE_FLASHINFER",
+    "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC",
+    "VLLM_USE_NCCL_SYMM_MEM",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class VllmSpec:
     max_model_len on CPU, where no prefill is cut.
     gpu_memory_utilization: share of the device's memory that weights, activations and KV cache may take.
     kv_cache_bytes: size of this rank's KV cache instead; None on CPU is VLLM_CPU_KVCACHE_SPACE.
-    free_cache_engine: whether ``sleep`` frees memory.
+    free_cache_engine: whether ``sleep`` frees memory. reproducible: whether each sample has a seed of its own.
     """
 
     model_folder: str
@@ -46,6 +59,7 @@ class VllmSpec:
     seed: int = 0
     disable_log_stats: bool = False
     free_cache_engine: bool = True
+    reproducible: bool = True
     kv_cache_bytes: int | None = None
 
 
@@ -55,7 +69,7 @@ class VllmEngine:
     ``torch.distributed`` is initialised, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, before
     it is built; all ranks of the world build theirs together. Weights start random: they always come by publishing.
 
-    On CPU ``sleep`` and ``wake_up`` have no effect (vLLM can't free host memory), nor has ``enforce_eager``: nothing is
+    On CPU sleeping and waking have no effect (vLLM can't free host memory), nor has ``enforce_eager``: nothing is
     compiled there.
     """
 
@@ -63,7 +77,7 @@ class VllmEngine:
         self._spec = spec
         self._policy_version = UNPUBLISHED
         self._llm = _start(spec)
-        self._is_asleep = False
+        self._memory = EngineMemory(self._llm)
         self._can_sleep = spec.free_cache_engine and platform_name() == "cuda"
         self._model: Any
         [self._model] = self._llm.apply_model(lambda model: model)
@@ -79,6 +93,11 @@ class VllmEngine:
         """vLLM's own engine, for who adds requests and takes its steps one by one, on all ranks alike."""
         return self._llm.llm_engine
 
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether ``sleep`` gave up the weights, and none have been published since."""
+        return self._memory.has_lost_weights
+
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
         """Return ``sampling.n`` rollouts for each request, and a greedy one if asked, in the order of ``requests``.
 
@@ -91,14 +110,22 @@ class VllmEngine:
         """
         if self._policy_version == UNPUBLISHED:
             raise PublishError("generate was called before weights were published: the engine's weights are random")
+        if self.has_lost_weights:
+            raise PublishError("generate was called after sleep, which gives up the weights, and before a publication")
         self.check_lengths(requests, sampling)
         if not requests:
             return []
         # One vLLM request a sample: vLLM's own n refuses groups of greedy samples.
         samples = samplings(sampling)
         prompts = [{"prompt_token_ids": list(r.token_ids)} for r in requests for _ in samples]
-        params = [sampling_params(s, sample_seed(r.seed, i)) for r in requests for i, s in enumerate(samples)]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seeds = [sample_seed(r.seed, i) for r in requests for i in range(len(samples))]
+        is_seeded = self._spec.reproducible
+        params = [
+            sampling_params(s, seed if is_seeded else None)
+            for s, seed in zip(itertools.cycle(samples), seeds, strict=False)
+        ]
+        with nullcontext() if is_seeded else common_noise(seeds):
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         rollouts = [rollout_of(output, self._policy_version) for output in outputs]
         return [tuple(rollouts[i : i + len(samples)]) for i in range(0, len(rollouts), len(samples))]
 
@@ -119,19 +146,20 @@ class VllmEngine:
             self._llm.collective_rpc("pack_weights")
         if not self._llm.reset_prefix_cache():
             raise PublishError("vLLM kept its prefix cache, so requests are still running while weights change")
-        self._policy_version = policy_version
+        self._policy_version, self._memory.has_lost_weights = policy_version, False
 
     def sleep(self) -> None:
-        """Move the weights to host memory and drop the KV cache, on CUDA with ``free_cache_engine``."""
-        if self._can_sleep and not self._is_asleep:
-            self._llm.sleep(level=1)
-            self._is_asleep = True
+        """Free the memory of weights and KV cache, on CUDA with ``free_cache_engine``. The weights' values are gone."""
+        if self._can_sleep:
+            self._memory.give_back()
+
+    def wake_weights(self) -> None:
+        """Have memory for the weights again, at the addresses they had."""
+        self._memory.take_weights()
 
     def wake_up(self) -> None:
-        """Bring the weights back to the addresses they had and allocate the KV cache again."""
-        if self._is_asleep:
-            self._llm.wake_up()
-            self._is_asleep = False
+        """Have memory for weights and KV cache again."""
+        self._memory.take_all()
 
     def shutdown(self) -> None:
         """Release the model, the KV cache and vLLM's own groups."""
@@ -151,6 +179,29 @@ class VllmEngine:
                 f"a prompt of {longest} tokens and a response of up to {sampling.max_tokens} exceed the engine's "
                 f"max_model_len = {self._spec.max_model_len}; raise it, or lower data.max_prompt_length"
             )
+
+
+@contextmanager
+def common_noise(seeds: Sequence[int]) -> Iterator[None]:
+    """Have all ranks of a replica draw the same noise, by the seeds of its samples, and the trainer's generators rest.
+
+    vLLM draws from torch's default generators, or the seeds that it draws from from NumPy's: each rank of a replica
+    samples for itself, and the trainer leaves those of each rank in another state.
+    """
+    import numpy
+    import torch
+
+    digest = hashlib.blake2b(b"".join(seed.to_bytes(8, "little") for seed in seeds), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 1
+    devices = [torch.cuda.current_device()] if platform_name() == "cuda" else []
+    before = numpy.random.get_state()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            numpy.random.set_state(before)
 
 
 def _start(spec: VllmSpec) -> LLM:
@@ -174,8 +225,8 @@ def _start(spec: VllmSpec) -> LLM:
             seed=spec.seed,
             disable_log_stats=spec.disable_log_stats,
             logprobs_mode="processed_logprobs",
-            # Each rank schedules for itself: the ranks of a replica must decide alike, whatever their timing.
-            async_scheduling=False,
+            # Each rank schedules for itself, by what is to be done and no clock, also ahead. None: vLLM's choice.
+            async_scheduling=False if spec.reproducible else None,
             **_platform_arguments(spec),
         )
 
@@ -194,18 +245,25 @@ def _platform_arguments(spec: VllmSpec) -> dict[str, Any]:
         "enforce_eager": spec.enforce_eager,
         # Others swap or shuffle the experts' weights after loading, where publishing in place would be silently wrong.
         "moe_backend": "triton",
+        # NCCL adds in one order, and every rank of a replica gets the same sums, from which it samples for itself.
+        # vLLM's own all-reduce would also ask for its peers' devices, of which a process on Ray sees none.
+        "disable_custom_all_reduce": True,
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
     }
 
 
 def _set_environment(spec: VllmSpec) -> None:
     apply_environment()
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # seeds and log-probs are promised for the first runner's sampler
+    if spec.reproducible:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # seeds are promised for the first runner's sampler
+    if platform_name() == "cuda":
+        os.environ |= dict.fromkeys(_OTHER_ALL_REDUCES, "0")
     if spec.kv_cache_bytes is not None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # or vLLM would prefer it
 
 
-def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
-    """Return vLLM's parameters of one rollout, which is told of when it has ended."""
+def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
+    """Return vLLM's parameters of one rollout, which is told of when it has ended. seed: None for the engine's own."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
