@@ -109,14 +109,13 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         cuda_graph_scope=[],  # the whole layer; the default says the same in a deprecated word, and warns
-        gradient_accumulation_fusion=False,
         bias_activation_fusion=torch.cuda.is_available(),  # compiled, it keeps a third of SwiGLU's activations fewer
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **_recompute_fields(recompute),
         # A run may choose how its router computes, and what is fused.
         **(
-            {"apply_rope_fusion": transformer_engine_present()}
+            {"apply_rope_fusion": transformer_engine_present(), "gradient_accumulation_fusion": False}
             | _expert_fields(shape, layout)
             | _free_fields(shape, overrides or {})
         ),
