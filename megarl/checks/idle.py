@@ -87,14 +87,16 @@ def a_critic_is_asked_for_where_it_is_read(c: PPOConfig) -> Problems:
 
 def sections_are_those_of_roles_that_there_are(c: PPOConfig) -> Problems:
     """Nothing is set for a critic, reference or reward model that the run doesn't have."""
-    absent = (
+    roles = (
         (needs_critic(c), CRITIC, f"{c.algorithm.adv_estimator} reads no values, and no critic is built"),
         (needs_reference(c), REF, "no KL term is on, and no reference is built"),
         (needs_reward_model(c), REWARD_MODEL, "reward.model.path names no model"),
     )
-    values, main = asdict(c), PPO.config_name if c.actor_rollout_ref.actor.megatron is None else MEGATRON
-    for is_there, section, why in absent:
-        for key in () if is_there else _changed_keys(c, section, defaults_in(values, section, main)):
+    absent = {section: why for is_there, section, why in roles if not is_there}
+    main = PPO.config_name if c.actor_rollout_ref.actor.megatron is None else MEGATRON
+    defaults = defaults_in(asdict(c), tuple(absent), main)
+    for section, why in absent.items():
+        for key in _changed_keys(c, section, defaults[section]):
             if key != f"{CRITIC}.enable":
                 yield Problem(key, value_of(c, key), f"has no effect: {why}", "leave it out")
 

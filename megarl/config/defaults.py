@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -43,16 +43,19 @@ def resolved_defaults(config_name: str) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def defaults_in(values: Mapping[str, Any], section: str, config_name: str) -> Mapping[str, Any]:
-    """Return the values of a section in which nothing is set. values: of the whole config, whose rest stays."""
-    defaults: Any = default_values(config_name)
-    for name in section.split("."):
-        defaults = defaults[name]
-    tree = OmegaConf.create(dict(values))
-    OmegaConf.update(tree, section, defaults, merge=False)
-    found = OmegaConf.to_container(OmegaConf.select(tree, section), resolve=True)
-    assert isinstance(found, dict)
-    return {str(name): value for name, value in found.items()}
+def defaults_in(values: Mapping[str, Any], sections: Sequence[str], config_name: str) -> dict[str, Mapping[str, Any]]:
+    """Return the values of sections in which nothing is set. values: of the whole config, whose rest stays."""
+    tree, found = OmegaConf.create(dict(values)), {}
+    for section in sections:
+        defaults: Any = default_values(config_name)
+        for name in section.split("."):
+            defaults = defaults[name]
+        OmegaConf.update(tree, section, defaults, merge=False)
+    for section in sections:
+        resolved = OmegaConf.to_container(OmegaConf.select(tree, section), resolve=True)
+        assert isinstance(resolved, dict)
+        found[section] = {str(name): value for name, value in resolved.items()}
+    return found
 
 
 def value_of(config: object, key: str) -> Any:

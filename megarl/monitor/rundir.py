@@ -42,10 +42,10 @@ PACKAGES = (
 )
 _OWN_NAME = re.compile(r"(run_\d{4}(?:_\d\d){5})(?:_\d+)?")
 _CHECKPOINT = re.compile(r"step_(\d+)")
-_LOCK, _EARLIER = ".lock", "earlier_starts"
+_LOCK, _EARLIER, _REPORT = ".lock", "earlier_starts", "report.txt"
 _WRITTEN = frozenset(
     {
-        *("config.yaml", "overrides.yaml", "environment.txt", "plan.txt", "report.txt", "console.log"),
+        *("config.yaml", "overrides.yaml", "environment.txt", "plan.txt", _REPORT, "console.log"),
         *("metrics.jsonl", "tensorboard", "wandb", "rollouts", "checkpoints"),
         *("reward_failures.txt", "reward_printed.txt"),
     }
@@ -65,7 +65,8 @@ def run_folder(
 
     It belongs to this run until the end of the block; no other takes it meanwhile. One with megarl's own name
     (``run_<time>``) that is taken gets a number. In one that the user named, what a start left that finished no step
-    is moved to earlier_starts/. config: resolved, of plain dicts, lists and scalars. overrides: as typed on the command
+    is moved to earlier_starts/, and, where a run may go on, what one left that ended early and saved nothing. config:
+    resolved, of plain dicts, lists and scalars. overrides: as typed on the command
     line. model_key: of the model that another run would start from; an interrupt gets a note that names it. may_go_on:
     whether a folder with checkpoints is taken as it is, for the run in it to go on.
 
@@ -76,7 +77,7 @@ def run_folder(
     path, lock = _claim(path, may_be_numbered=bool(_OWN_NAME.fullmatch(path.name)) and not is_named)
     try:
         if not (may_go_on and _last_checkpoint(path)):
-            _move_earlier_start(path)
+            _move_earlier_start(path, may_go_on)
         write_file(path / "config.yaml", as_yaml(config, overrides))
         write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
         write_file(path / "environment.txt", describe_environment())
@@ -95,7 +96,7 @@ def after_interrupt(path: Path, model_key: str) -> str:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
     text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
-        return f"{text}; nothing was saved (trainer.save_freq says when it is): start again in another folder"
+        return f"{text}; nothing was saved (trainer.save_freq says when it is): the same command starts again"
     if (saved / "state").is_dir():
         return f"{text}; {saved.name} is saved: the same command with trainer.run_dir={path} goes on after it"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
@@ -206,10 +207,14 @@ def _numbered(name: str, number: int) -> str:
     return f"{own[1]}_{number}"
 
 
-def _move_earlier_start(path: Path) -> None:
-    """Move what an earlier start left to earlier_starts/. Raises ConfigError where it finished a step, or was none."""
+def _move_earlier_start(path: Path, may_go_on: bool) -> None:
+    """Move what an earlier start left to earlier_starts/. Raises ConfigError where that was no run, or is to be kept.
+
+    Kept are the checkpoints of a run and, unless a run ``may_go_on`` that ended early, the metrics of finished steps.
+    """
     _refuse_foreign(path)
-    if last_step(path) > 0 or _last_checkpoint(path) is not None:
+    step, has_ended_early = last_step(path), not (path / _REPORT).exists()
+    if _last_checkpoint(path) is not None or (step > 0 and not (may_go_on and has_ended_early)):
         raise _refused(path, "exists and is not empty: a run finished a step in it; a run never writes over another")
     found = sorted(entry for entry in path.iterdir() if entry.name in _WRITTEN)
     if not found:
@@ -220,6 +225,8 @@ def _move_earlier_start(path: Path) -> None:
         target.mkdir()
         for entry in found:
             entry.rename(target / entry.name)
+    if step > 0:
+        print(f"a run ended after step {step} and saved nothing: it is in {target}, and starts again", flush=True)
 
 
 def _refuse_foreign(path: Path) -> None:

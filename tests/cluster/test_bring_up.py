@@ -63,6 +63,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster: Cluster, task
     assert cluster.slurm.processes() == []
 
 
+@pytest.mark.long
 def test_a_node_that_does_not_come_is_named_within_the_deadline(cluster: Cluster, task: Path) -> None:
     python = task / "python"
     python.write_text('#!/bin/sh\n[ "$(hostname)" = node2 ] && exit 0\nexec python "$@"\n')
@@ -72,6 +73,7 @@ def test_a_node_that_does_not_come_is_named_within_the_deadline(cluster: Cluster
     assert re.search(r"node2 didn't come to 10\.231\.0\.11:\d+ in 8 s; node1 did", job.output)
 
 
+@pytest.mark.long
 def test_the_doctor_looks_at_all_nodes_of_an_allocation_and_between_them(cluster: Cluster, task: Path) -> None:
     flags = ("--nodes=2", "--job-name=doctor", "--output=%x-%j.log", "--wrap=python -m megarl.doctor --nodes")
     number = cluster.slurm.submit(task, *flags, environ=cluster.environ())

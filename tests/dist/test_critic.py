@@ -124,7 +124,7 @@ def expected(folder: Path, batch: ValueBatch) -> Expected:
             name,
             is_packed,
             id=f"{name}-{'packed' if is_packed else 'padded'}",
-            marks=() if is_packed or name in ("one_rank", "tp2_pp2+sp", "fsdp2") else pytest.mark.long,
+            marks=() if is_packed or name in ("one_rank", "fsdp2") else pytest.mark.long,
         )
         for name in LAYOUTS
         for is_packed in (True, False)

@@ -152,7 +152,9 @@ def _assert_same(found: Learnt, expected: Learnt) -> None:
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        pytest.param(name, mode, marks=() if name == "pp2xdp2" or mode == MODES[0] else pytest.mark.long)
+        pytest.param(
+            name, mode, marks=() if name in ("pp2xdp2", "tp2+spxdp2") and mode in MODES[:2] else pytest.mark.long
+        )
         for name in LAYOUTS
         for mode in MODES
     ],

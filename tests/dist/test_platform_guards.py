@@ -65,6 +65,7 @@ def test_megatron_works_with_the_accommodation(name: str) -> None:
     assert _accommodated()[name] == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_megatron_does_not_work_without_the_accommodation(name: str) -> None:
     error = _probe({name}, 2 if name in ON_TWO_RANKS else 1, without={name})[name]

@@ -88,7 +88,7 @@ def _saved_bytes(backend: MegatronBackend, batch: Sequences) -> int:
         pytest.param("dp2", "bfloat16", marks=pytest.mark.long),
         pytest.param("tp2_pp2+sp", "float32", marks=pytest.mark.long),
         ("pp2_vpp2", "float32"),
-        ("cp2", "float32"),
+        pytest.param("cp2", "float32", marks=pytest.mark.long),
     ],
 )
 def test_recomputing_changes_neither_losses_nor_weights_and_keeps_less(

@@ -46,12 +46,8 @@ PIPELINES = {
 }
 ONE_LAYER_EACH = ("pp2xvpp4", "pp4xvpp2")
 QUICK = {
-    *(("dense", layout, "float32", "nothing") for layout in ("pp2", "pp2xvpp2")),
-    *(
-        ("some_dense", layout, "float32", choice)
-        for layout in ("pp2", "pp2xvpp2")
-        for choice in ("nothing", "uniform_1")
-    ),
+    ("dense", "pp2xvpp2", "float32", "nothing"),
+    *(("some_dense", "pp2", "float32", choice) for choice in ("nothing", "uniform_1")),
     ("first_dense", "pp2", "float32", "block_2"),
 }
 

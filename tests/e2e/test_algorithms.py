@@ -22,14 +22,12 @@ Steps = list[dict[str, Any]]
 StepsOf = Callable[[str], Steps]
 
 ON_FSDP = (*(case for case in CASES if case.endswith("kl in_loss")), "dapo", "dynamic batches", "critic warm-up")
-# Every estimator once, and one case of everything else that an algorithm may ask of a run; all others are long.
+# Every estimator once, and what asks other things of a run than its estimator; all others are long.
 QUICK = (
     *(f"{name}, kl none" for name in ESTIMATORS),
-    *("grpo, kl in_loss", "grpo, kl in_reward", "dapo", "dynamic batches", "critic warm-up", "overlong filtering"),
-    *("correction icepop", "correction bypass, rejecting", "correction bypass, weighted", "off-policy mask"),
-    "correction bypass",
+    *("grpo, kl in_loss", "grpo, kl in_reward", "dapo", "critic warm-up", "correction bypass"),
 )
-QUICK_ON_FSDP = ("grpo, kl in_loss", "dapo", "critic warm-up")
+QUICK_ON_FSDP = ("critic warm-up",)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +116,7 @@ def test_a_bypass_saves_the_pass_and_leaves_no_difference(steps: StepsOf, case: 
     assert all("time_s/score_actor" not in line for line in steps(case))
 
 
+@pytest.mark.long
 def test_what_an_update_corrects_shows_in_its_metrics(steps: StepsOf) -> None:
     for case in ("correction bypass, rejecting", "correction bypass, weighted", "off-policy mask"):
         for line in steps(case):
@@ -130,6 +129,7 @@ def test_what_an_update_corrects_shows_in_its_metrics(steps: StepsOf) -> None:
     assert not any("actor/masked_fraction" in line for line in steps("correction bypass"))
 
 
+@pytest.mark.long
 def test_responses_that_are_cut_are_counted(steps: StepsOf) -> None:
     for case in ("overlong filtering", "correction icepop"):
         shares = [line["response/share_cut"] for line in steps(case)]

@@ -74,9 +74,9 @@ def failed(tiny_task: Path) -> Callable[[str, int], Struck]:
     return cache(lambda name, rank: strike(tiny_task, commands[name], f"failed_{name}", f"raise:{rank}:update:2"))
 
 
-LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", pytest.param("torchrun", marks=pytest.mark.long)])
 OF_TORCHRUN = pytest.param("torchrun", 1), pytest.param("torchrun_controller", 0, marks=pytest.mark.long)
-FAILED = pytest.mark.parametrize(("name", "rank"), [("ray", 1), *OF_TORCHRUN])
+FAILED = pytest.mark.parametrize(("name", "rank"), [pytest.param("ray", 1, marks=pytest.mark.long), *OF_TORCHRUN])
 
 
 @LAUNCHERS
@@ -97,6 +97,7 @@ def test_ray_names_the_dead_rank_and_how_it_died(killed: Callable[[str], Struck]
     assert "Traceback" not in error, "its peers' tracebacks only follow from the death"
 
 
+@pytest.mark.long
 def test_torchrun_names_the_dead_rank_and_how_it_died(killed: Callable[[str], Struck]) -> None:
     _, cause = killed("torchrun").finished.stderr.split("Root Cause")
     assert "rank      : 1 " in cause

@@ -53,7 +53,8 @@ def check_end(found: Hung) -> None:
     assert not {name for name in found.left if not name.startswith("megarl_")}
 
 
-@pytest.mark.parametrize("launcher", ["ray", pytest.param("torchrun", marks=pytest.mark.long)])
+@pytest.mark.long
+@LAUNCHERS
 def test_a_rank_that_is_stopped_is_named_with_its_step_and_where_the_others_stand(
     tiny_task: Path, launcher: str
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,11 +47,11 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_task: Path) -> dict[str, Interrupted]:
-    """Interrupt a run under each launcher."""
+def interrupted(tiny_task: Path) -> Callable[[str], Interrupted]:
+    """Return what interrupts a run under a launcher, once each."""
     (tiny_task / "interrupting.py").write_text(INTERRUPTING)
     commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
-    return {name: _interrupted(tiny_task, name, command) for name, command in commands.items()}
+    return cache(lambda name: _interrupted(tiny_task, name, commands[name]))
 
 
 def _interrupted(tiny_task: Path, name: str, command: list[str]) -> Interrupted:
@@ -68,18 +70,21 @@ def _says(done: Interrupted) -> str:
     )
 
 
-def test_on_ray_the_line_is_all_that_an_interrupted_run_says(runs: dict[str, Interrupted]) -> None:
-    assert runs["ray"].finished.code == 130
-    assert runs["ray"].finished.stderr == _says(runs["ray"])
+def test_on_ray_the_line_is_all_that_an_interrupted_run_says(interrupted: Callable[[str], Interrupted]) -> None:
+    assert interrupted("ray").finished.code == 130
+    assert interrupted("ray").finished.stderr == _says(interrupted("ray"))
 
 
-def test_under_torchrun_the_line_is_there_and_every_traceback_is_torchruns(runs: dict[str, Interrupted]) -> None:
-    error = runs["torchrun"].finished.stderr
-    assert error.count(_says(runs["torchrun"])) == 1
+@pytest.mark.long
+def test_under_torchrun_the_line_is_there_and_every_traceback_is_torchruns(
+    interrupted: Callable[[str], Interrupted],
+) -> None:
+    error = interrupted("torchrun").finished.stderr
+    assert error.count(_says(interrupted("torchrun"))) == 1
     assert [line for line in error.splitlines() if line.startswith("  File ") and "/megarl/" in line] == []
     assert "terminate called" not in error
 
 
-@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
-def test_nothing_stays_of_an_interrupted_run(runs: dict[str, Interrupted], launcher: str) -> None:
-    assert (runs[launcher].finished.processes, runs[launcher].left) == ((), set())
+@pytest.mark.parametrize("launcher", ["ray", pytest.param("torchrun", marks=pytest.mark.long)])
+def test_nothing_stays_of_an_interrupted_run(interrupted: Callable[[str], Interrupted], launcher: str) -> None:
+    assert (interrupted(launcher).finished.processes, interrupted(launcher).left) == ((), set())

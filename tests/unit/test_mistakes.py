@@ -436,11 +436,7 @@ def _line(*typed: str) -> list[str]:
 
 def _checked(*typed: str) -> CheckedRun[PPOConfig]:
     """Do in this process what main_ppo does before it starts anything."""
-    composed = compose(parse_command_line(_line(*typed), MAIN))
-    try:
-        return check_ppo(composed.values())
-    except ConfigError as error:
-        raise composed.located(error) from error
+    return check_ppo(compose(parse_command_line(_line(*typed), MAIN)).values())
 
 
 def test_the_run_that_mistakes_are_made_in_makes_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

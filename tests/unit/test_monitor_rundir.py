@@ -56,6 +56,26 @@ def test_a_folder_in_which_a_run_finished_a_step_is_refused_and_left_alone(tmp_p
     assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == {"seed": 1}
 
 
+def test_a_run_that_ended_early_and_saved_nothing_starts_again_and_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = start(tmp_path / "run", "trainer.run_dir=run")
+    finish_step(folder, step=3)
+    with run_folder(folder, {"seed": 2}, ["trainer.run_dir=run"], may_go_on=True):
+        assert not (folder / "metrics.jsonl").exists()
+        finish_step(folder, step=1)
+        (folder / "report.txt").write_text("", encoding="utf-8")
+    kept = folder / "earlier_starts" / "1"
+    assert yaml.safe_load((kept / "config.yaml").read_text(encoding="utf-8")) == {"seed": 1}
+    assert len((kept / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert capsys.readouterr().out == f"a run ended after step 3 and saved nothing: it is in {kept}, and starts again\n"
+    with (
+        pytest.raises(ConfigError, match="a run finished a step in it"),
+        run_folder(folder, {}, ["trainer.run_dir=run"], may_go_on=True),
+    ):
+        raise AssertionError("a run that has come to its end is not taken for one that hasn't")
+
+
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"exists and is not empty \(thesis\.txt\)"):

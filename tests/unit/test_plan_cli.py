@@ -81,8 +81,14 @@ def test_a_run_that_fits_says_so_and_json_has_the_same_numbers() -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [DENSE, (*DENSE[:1], "algorithm.adv_estimator=gae", f"{ACTOR}.ppo_mini_batch_size=256", f"{MICRO}=4")],
-    ids=["grpo", "gae"],
+    [
+        pytest.param(DENSE, id="grpo"),
+        pytest.param(
+            (*DENSE[:1], "algorithm.adv_estimator=gae", f"{ACTOR}.ppo_mini_batch_size=256", f"{MICRO}=4"),
+            id="gae",
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def test_a_run_that_does_not_fit_names_changes_after_which_it_does(run: tuple[str, ...]) -> None:
     code, text, errors = _plan(*run)
