@@ -123,6 +123,9 @@ def import_transformer_engine(folder: Path) -> None:
         for name in re.findall(r"\btex\.([a-zA-Z]\w*)", source.read_text(encoding="utf-8")):
             getattr(extension, name)
     sys.modules[_EXTENSION] = extension
+    apex = ModuleType("fused_weight_gradient_mlp_cuda")
+    apex.wgrad_gemm_accum_fp32 = _counted(wgrad_gemm_accum_fp32)  # type: ignore[attr-defined]
+    sys.modules[apex.__name__] = apex
     import transformer_engine.common as common
 
     common.load_framework_extension = lambda framework: None
@@ -252,6 +255,11 @@ def te_general_grouped_gemm(
         else:
             out[i].copy_(product.view_as(out[i]))
     return [None] * len(a)
+
+
+def wgrad_gemm_accum_fp32(x: Tensor, grad: Tensor, main_grad: Tensor) -> None:
+    """Add a weight's gradient to what is there in float32, as Apex's kernel does for Megatron's own linear layers."""
+    main_grad.add_(grad.flatten(0, -2).float().T @ x.flatten(0, -2).float())
 
 
 def _product(a: Tensor, transpose_a: bool, b: Tensor, transpose_b: bool) -> Tensor:

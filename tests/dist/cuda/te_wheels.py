@@ -19,6 +19,7 @@ WHEELS = {
     "2.11.0": "7ee1eae8fa6b0cb471c6066aa3555304fda8537174e5019929dc0c8655071df3",
     "2.20.2": "7dcfad943a1a55b2612db9a0e43697fe98c70f4c42ec391ba3a0f872f6ce2094",
 }
+LAST = "2.20.2"
 _FOLDER = Path(__file__).parents[3] / ".venv" / "transformer-engine"
 
 

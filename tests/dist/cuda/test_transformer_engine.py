@@ -18,7 +18,7 @@ from tests.dist import hf_training
 from tests.dist.cuda import te_cases
 from tests.dist.cuda.norm_members import members
 from tests.dist.cuda.te_process import TeCase, run_with_te
-from tests.dist.cuda.te_wheels import WHEELS, te_source
+from tests.dist.cuda.te_wheels import LAST, WHEELS, te_source
 from tests.dist.parity import (
     JOBS,
     assert_first_step_is,
@@ -30,6 +30,7 @@ from tests.dist.parity import (
 MODELS = ("qwen3-untied", "qwen2-tied", "qwen3_moe-untied", "qwen2_moe-tied")
 IN_BF16 = ("qwen3-untied", "qwen3_moe-untied")
 TRAINED = ("qwen2-tied", "qwen3_moe-untied")
+ADDED_IN_PLACE = {"gradient_accumulation_fusion": True}
 JOB = {"job": JOBS["ppo_token_mean"]}
 # A context axis of Transformer Engine's own attention needs kernels that aren't emulated, so none is in bfloat16.
 LAYOUTS = {
@@ -55,6 +56,9 @@ NORMS = {
 }
 NORM_MODEL, FOUR_LAYERS = "qwen2_moe-tied", {"num_hidden_layers": 4}  # every stage has dense layers and experts
 
+# Each release costs a start of two ranks.
+RELEASES = [pytest.param(name, marks=pytest.mark.long) if name != LAST else name for name in WHEELS]
+
 Answers = Mapping[str, list[Any]]
 
 
@@ -75,6 +79,8 @@ def answered(reference: Callable[..., Reference], tmp_path_factory: pytest.TempP
             cases[f"bf16 {model}"] = TeCase(te_cases.examine, arguments)
         for model in TRAINED:
             found = reference(model)
+            in_place = role_on(Layout(1), found.folder, override_transformer_config=ADDED_IN_PLACE)
+            cases[f"in place {model}"] = TeCase(te_cases.examine, (in_place, found.rollouts))
             cases[f"train {model}"] = TeCase(te_cases.train, (role_on(Layout(1), found.folder), found.rollouts, JOB))
         for name, layout in NORMS.items():
             cases[f"norm {name}"] = TeCase(te_cases.norm_members, (_trained(reference, layout),))
@@ -90,7 +96,7 @@ def _trained(reference: Callable[..., Reference], layout: Layout) -> Any:
 
 
 @pytest.mark.parametrize("taken", TAKEN, ids=" ".join)
-@pytest.mark.parametrize("release", WHEELS)
+@pytest.mark.parametrize("release", RELEASES)
 def test_float32_logits_and_every_gradient_are_those_of_hugging_face(
     reference: Callable[..., Reference],
     hf_trained: Callable[..., hf_training.Trained],
@@ -106,7 +112,7 @@ def test_float32_logits_and_every_gradient_are_those_of_hugging_face(
 
 
 @pytest.mark.parametrize("model", TRAINED)
-@pytest.mark.parametrize("release", WHEELS)
+@pytest.mark.parametrize("release", RELEASES)
 def test_steps_of_its_adam_are_those_of_torch(
     hf_trained: Callable[..., hf_training.Trained], answered: Callable[[str], Answers], release: str, model: str
 ) -> None:
@@ -115,8 +121,19 @@ def test_steps_of_its_adam_are_those_of_torch(
     )
 
 
+@pytest.mark.parametrize("model", TRAINED)
+@pytest.mark.parametrize("release", RELEASES)
+def test_gradients_that_products_add_up_in_place_are_the_same(
+    hf_trained: Callable[..., hf_training.Trained], answered: Callable[[str], Answers], release: str, model: str
+) -> None:
+    ((examined, built),) = answered(release)[f"in place {model}"]
+    assert built.kernels["wgrad_gemm_accum_fp32"], "of the output layer, which is Megatron's own"
+    for packing in ("packed", "padded"):
+        assert_first_step_is([examined[packing]], hf_trained(model, "sft"), Layout(1))
+
+
 @pytest.mark.parametrize("model", IN_BF16)
-@pytest.mark.parametrize("release", WHEELS)
+@pytest.mark.parametrize("release", RELEASES)
 def test_its_attention_in_bfloat16_is_within_rounding_of_hugging_face(
     reference: Callable[..., Reference], answered: Callable[[str], Answers], release: str, model: str
 ) -> None:
@@ -129,7 +146,7 @@ def test_its_attention_in_bfloat16_is_within_rounding_of_hugging_face(
         assert error_BSV.mean() < 0.02 * expected_BSV.std()
 
 
-@pytest.mark.parametrize("release", WHEELS)
+@pytest.mark.parametrize("release", RELEASES)
 def test_what_has_no_packed_kernel_attends_itself(answered: Callable[[str], Answers], release: str) -> None:
     ((_, in_float32),) = answered(release)["one rank qwen3-untied"]
     (below_9_0,) = answered(release)["old device"]
@@ -138,7 +155,7 @@ def test_what_has_no_packed_kernel_attends_itself(answered: Callable[[str], Answ
         assert "TELayerNormColumnParallelLinear" in built.modules
 
 
-@pytest.mark.parametrize("release", WHEELS)
+@pytest.mark.parametrize("release", RELEASES)
 def test_packed_heads_are_rotated_on_the_device(answered: Callable[[str], Answers], release: str) -> None:
     for name in ("one rank qwen3-untied", "bf16 qwen3-untied"):
         ((_, built),) = answered(release)[name]
@@ -146,7 +163,7 @@ def test_packed_heads_are_rotated_on_the_device(answered: Callable[[str], Answer
 
 
 @pytest.mark.parametrize("layout", NORMS)
-@pytest.mark.parametrize("release", WHEELS)
+@pytest.mark.parametrize("release", RELEASES)
 def test_every_rank_counts_every_element_once_in_the_norm(
     answered: Callable[[str], Answers], release: str, layout: str
 ) -> None:
