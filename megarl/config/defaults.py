@@ -45,7 +45,7 @@ def resolved_defaults(config_name: str) -> dict[str, Any]:
 
 def defaults_in(values: Mapping[str, Any], sections: Sequence[str], config_name: str) -> dict[str, Mapping[str, Any]]:
     """Return the values of sections in which nothing is set. values: of the whole config, whose rest stays."""
-    tree, found = OmegaConf.create(dict(values)), {}
+    tree, found = OmegaConf.create(dict(values)), dict[str, Mapping[str, Any]]()
     for section in sections:
         defaults: Any = default_values(config_name)
         for name in section.split("."):
