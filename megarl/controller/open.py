@@ -27,6 +27,7 @@ from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.engine_servers import EngineServers
 from megarl.controller.engines import Engines
 from megarl.controller.inputs import PPOInputs, SFTInputs
+from megarl.controller.memory import devices_of
 from megarl.controller.non_finite import NonFinite
 from megarl.controller.observer import Observer
 from megarl.controller.publication import Publication
@@ -156,7 +157,15 @@ def open_sft_run(
         preemption = preemption_of(trainer, sinks.warn)
         group = ranks.enter_context(worker_group(spec, trainer, preemption))
         stopwatch = Stopwatch(told=sinks.wait_for)
-        actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
+        devices = devices_of(config, inputs.roles, group)
+        actor = RoleOnRanks(
+            inputs.roles[0],
+            group,
+            trainer.seed,
+            stopwatch,
+            DemonstrationLossSpec(),
+            flops_per_s=devices.flops_per_s,
+        )
         saver = _saver(trainer, group, run_dir, sinks)
         run = Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
@@ -174,6 +183,7 @@ def open_sft_run(
             run_dir=run_dir,
             stopwatch=stopwatch,
             preemption=preemption,
+            memory=devices.memory,
             evaluations=_before_training(resumption),
         )
         group.watchdog.place = run.place
@@ -199,9 +209,16 @@ def rollout_run(
     trainer, data = config.trainer, config.data
     stopwatch, recipe = Stopwatch(told=tracker.wait_for), Recipe(config)
     losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
+    devices = devices_of(config, inputs.roles, group)
     roles = {
         role.name: RoleOnRanks(
-            role, group, trainer.seed, stopwatch, losses.get(role.name), recipe.policy_loss.temperature
+            role,
+            group,
+            trainer.seed,
+            stopwatch,
+            losses.get(role.name),
+            recipe.policy_loss.temperature,
+            devices.flops_per_s,
         )
         for role in inputs.roles
     }
@@ -270,6 +287,7 @@ def rollout_run(
         run_dir=run_dir,
         stopwatch=stopwatch,
         preemption=preemption,
+        memory=devices.memory,
         evaluations=_before_training(resumption),
     )
 
