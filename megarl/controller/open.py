@@ -41,6 +41,7 @@ from megarl.launchers.start import preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
+from megarl.parallel.environment import platform_name
 from megarl.ranks.spec import RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
@@ -300,6 +301,7 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
         seed=config.trainer.seed,
         disable_log_stats=rollout.disable_log_stats,
         free_cache_engine=rollout.free_cache_engine,
+        reproducible=platform_name() == "cpu" if rollout.reproducible is None else rollout.reproducible,
     )
 
 

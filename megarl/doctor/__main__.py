@@ -1,9 +1,13 @@
-"""Examine this machine, or all nodes of an allocation, before a run: ``python -m megarl.doctor [--json] [--nodes]``."""
+"""Examine this machine, or all nodes of an allocation, before a run: ``python -m megarl.doctor [--json] [--nodes]``.
+
+``--gpu-check`` runs small trainings on the GPUs instead, in a program of its own: the doctor loads nothing heavy.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megarl.doctor", description="Examine this machine before a run.")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
     parser.add_argument("--nodes", action="store_true", help="examine all nodes of this allocation of Slurm")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--gpu-check", action="store_true", help="prove the path on GPUs; --gpu-check --help says more")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--gpu-check" in given:
+        given.remove("--gpu-check")
+        return subprocess.run([sys.executable, "-m", "megarl.gpu_check", *given], check=False).returncode
+    asked = parser.parse_args(given)
     if asked.nodes:
         with errors_reported():
             report = examine_nodes()

@@ -13,11 +13,16 @@ from megarl.doctor.finding import Finding, gibibytes, ok
 from megarl.doctor.packages import Packages, Ranges, check_range, fits, ranges_of
 from megarl.parallel.environment import PlatformName
 
+GPU_QUERY = "name,memory.total,driver_version,compute_cap"
+"""What nvidia-smi is asked for, in the order of Gpu."""
+
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 # Major version of CUDA -> oldest driver for it (CUDA Toolkit release notes, "CUDA minor version compatibility").
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 _TE = "transformer-engine"
+_FLASH = "flash-attn"
+_HOPPER = 9.0
 _TE_CORES = (f"{_TE}-cu12", f"{_TE}-cu13")
 _GPU_ADAM = "Megatron takes its Adam, which needs a GPU, where the platform is cpu"
 
@@ -37,11 +42,12 @@ class Build:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as nvidia-smi lists it. memory_bytes: 0 where the driver doesn't say."""
+    """A GPU as nvidia-smi lists it. memory_bytes, compute_capability: 0 where the driver doesn't say."""
 
     name: str
     memory_bytes: int
     driver: str
+    compute_capability: float = 0.0
 
 
 def build_of(source: str) -> Build | None:
@@ -52,11 +58,12 @@ def build_of(source: str) -> Build | None:
 
 
 def parse_gpus(listing: str) -> tuple[Gpu, ...]:
-    """Read what nvidia-smi prints for ``--query-gpu=name,memory.total,driver_version``: CSV, memory in MiB."""
+    """Read what nvidia-smi prints for ``GPU_QUERY``: CSV, memory in MiB."""
     gpus = []
     for line in filter(None, map(str.strip, listing.splitlines())):
-        name, memory, driver = (part.strip() for part in line.rsplit(",", 2))
-        gpus.append(Gpu(name, int(memory) * 2**20 if memory.isdigit() else 0, driver))
+        name, memory, driver, capability = (part.strip() for part in line.rsplit(",", 3))
+        known = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0
+        gpus.append(Gpu(name, int(memory) * 2**20 if memory.isdigit() else 0, driver, known))
     return tuple(gpus)
 
 
@@ -182,6 +189,24 @@ def check_transformer_engine(packages: Packages, ranges: Ranges, platform: Platf
 def _install_te(wanted: SpecifierSet) -> str:
     # Without [pytorch] pip installs the bare package, which breaks Megatron.
     return f"pip install --no-build-isolation '{_TE}[pytorch]{wanted}'"
+
+
+def check_flash_attention(packages: Packages, gpus: tuple[Gpu, ...], platform: PlatformName) -> Finding:
+    """Judge flash-attn: before Hopper, Transformer Engine has no other attention for packed rows.
+
+    cuDNN's is for compute capability 9.0 and later. What it then takes holds all scores of a row at once.
+    """
+    package = packages.get(_FLASH)
+    if platform == "cpu":
+        return ok(_FLASH, "not installed; it is for GPUs" if package is None else f"{package.version}; unused on cpu")
+    older = sorted({gpu.compute_capability for gpu in gpus if 0 < gpu.compute_capability < _HOPPER})
+    if package is not None:
+        return ok(_FLASH, package.version)
+    if older and _TE in packages:
+        found = f"not installed: on compute capability {older[0]:g} packed attention is slower"
+        fix = f"pip install --no-build-isolation {_FLASH} (it is compiled against the torch that is here)"
+        return Finding("warn", _FLASH, found, fix)
+    return ok(_FLASH, "not installed; cuDNN and torch have attention of their own")
 
 
 def check_apex(

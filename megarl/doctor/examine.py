@@ -7,13 +7,16 @@ import platform as host
 import resource
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import megarl
 from megarl.doctor.accelerator import (
     COMPANIONS,
+    Gpu,
     check_apex,
     check_companions,
+    check_flash_attention,
     check_gpus,
     check_nccl,
     check_torch,
@@ -59,6 +62,7 @@ from megarl.doctor.packages import (
     check_vllm,
     ranges_of,
 )
+from megarl.doctor.toolchain import toolchain
 from megarl.doctor.variables import check_cluster, check_platform, check_variables
 from megarl.parallel.environment import PlatformName
 from megarl.rollout.shared_memory import FOLDER as SHARED_MEMORY
@@ -70,14 +74,16 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     packages = read_packages()
     ranges = ranges_of(packages["megarl"].requires if "megarl" in packages else (), EXTRA[platform], LORA)
     listing, refusal = read_gpus()
+    gpus = parse_gpus(listing)
     return [
         finding,
         *_software(packages, ranges, platform),
-        *_accelerator(packages, ranges, platform),
-        check_gpus(parse_gpus(listing), refusal, read_build("torch"), platform, environ),
+        *_accelerator(packages, ranges, platform, gpus),
+        check_gpus(gpus, refusal, read_build("torch"), platform, environ),
+        *_to_compile(packages, platform, environ),
         *_machine(platform),
         *_storage(environ),
-        *check_variables(environ, platform, len(parse_gpus(listing)), read_cores(read_membership())[0]),
+        *check_variables(environ, platform, len(gpus), read_cores(read_membership())[0]),
         *check_cluster(environ),
     ]
 
@@ -94,7 +100,15 @@ def _software(packages: Packages, ranges: Ranges, platform: PlatformName) -> lis
     ]
 
 
-def _accelerator(packages: Packages, ranges: Ranges, platform: PlatformName) -> list[Finding]:
+def _to_compile(packages: Packages, platform: PlatformName, environ: Mapping[str, str]) -> list[Finding]:
+    """Return what Transformer Engine's compiling would lack, where it is wanted and not there."""
+    if platform == "cpu" or "transformer-engine-torch" in packages:
+        return []
+    found = [finding for finding in toolchain(environ) if finding.name != "driver"]
+    return [replace(finding, level="warn") if finding.level == "FAIL" else finding for finding in found]
+
+
+def _accelerator(packages: Packages, ranges: Ranges, platform: PlatformName, gpus: tuple[Gpu, ...]) -> list[Finding]:
     torch = read_build("torch")
     companions = {name: build for name in COMPANIONS if (build := read_build(name))}
     apex = folder_of("apex")
@@ -105,6 +119,7 @@ def _accelerator(packages: Packages, ranges: Ranges, platform: PlatformName) -> 
         check_nccl(packages, platform),
         *check_companions(packages, companions, torch),
         te,
+        check_flash_attention(packages, gpus, platform),
         check_apex(
             version if apex else None,
             has_optimizers=apex is not None and (apex / "optimizers").is_dir(),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from megarl.doctor.accelerator import Build, build_of
+from megarl.doctor.accelerator import GPU_QUERY, Build, build_of
 from megarl.doctor.limits import Memory
 from megarl.doctor.packages import Package
 
@@ -64,7 +64,7 @@ def read_gpus() -> tuple[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "", ""
-    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query = [tool, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_SMI_S)
     except subprocess.TimeoutExpired:

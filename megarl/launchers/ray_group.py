@@ -24,7 +24,7 @@ from megarl.launchers.group import everywhere
 from megarl.launchers.parcels import parcels_of
 from megarl.launchers.ray_address import named_cluster, unreachable
 from megarl.launchers.watchdog import Watchdog
-from megarl.parallel.environment import platform_environment, platform_name
+from megarl.parallel.environment import LOCAL_PLACE, platform_environment, platform_name
 from megarl.ranks.join import join_ranks, listening, start_worker
 from megarl.ranks.spec import RankSpec
 from megarl.ranks.watched import START, WatchAddress, Watched, failed_at_once
@@ -66,6 +66,8 @@ class RankActor:
     def start(self, environment: dict[str, str], spec: RankSpec, address: WatchAddress) -> None:
         """Become the rank that ``environment`` describes. address: of whoever watches it."""
         os.environ.update(environment)
+        if platform_name() == "cuda":
+            os.environ["LOCAL_RANK"] = str(_own_device())
         self.watched = Watched(address, self.rank, failed_at_once)
         with failures_named(START), self.watched.at(START):
             self.worker = start_worker(spec, join_ranks(self.listener))
@@ -117,12 +119,12 @@ class RayGroup:
         _get(starts, START, self.watchdog)
 
     def _environment(self, rank: int, ranks_per_node: int, host: str, port: int) -> dict[str, str]:
-        # Ray shows an actor its own GPU alone, as device 0.
-        local_rank = 0 if platform_name() == "cuda" else rank % ranks_per_node
         return {
             **self.passed,
             "RANK": str(rank),
-            "LOCAL_RANK": str(local_rank),
+            "LOCAL_RANK": str(rank % ranks_per_node),
+            LOCAL_PLACE: str(rank % ranks_per_node),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
@@ -187,6 +189,22 @@ def _get(pending: list[Any], call: str, watchdog: Watchdog) -> list[Any]:
             raise _cause(pending, error, watchdog.place()) from error
     results: list[Any] = ray.get(pending)
     return results
+
+
+def _own_device() -> int:
+    """Return the index, among the devices that this process sees, of the one that Ray gave it."""
+    import ray
+
+    (assigned,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return device_index(assigned, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def device_index(assigned: str, visible: str | None) -> int:
+    """Return where Ray's name of a device stands in CUDA_VISIBLE_DEVICES; the name is its index where that is unset.
+
+    Ray shows a process its own device alone, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set.
+    """
+    return int(assigned) if not visible else visible.split(",").index(assigned)
 
 
 def _place(nnodes: int, ranks_per_node: int) -> Any:

@@ -15,10 +15,9 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 import psutil
 
 from megarl.errors import WorkerError
-from megarl.ranks.watched import BEAT, START, WHERE, Member, Standing, WatchAddress
+from megarl.ranks.watched import BEAT, START, START_S, WHERE, Member, Standing, WatchAddress
 
 _ANSWER_S = 5.0  # for a rank to say where it stands
-_START_S = 600.0  # at least, for ranks to start
 _BEATS = 10  # in the time after which silence is the controller's end
 _LONGEST_BEAT_S = 30.0
 _BACKLOG = 4096  # ranks that connect at once
@@ -42,7 +41,7 @@ class Watchdog:
 
     def limit_s(self, call: str) -> float:
         """Return the seconds that a call may take."""
-        return max(self.timeout_s, _START_S) if call == START else self.timeout_s
+        return max(self.timeout_s, START_S) if call == START else self.timeout_s
 
     def report(self, call: str) -> WorkerError:
         """Return the error of a call that took too long: where every rank stands, the odd ones out first."""

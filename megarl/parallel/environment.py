@@ -22,7 +22,11 @@ ProductsName = Literal["onednn", "torch"]
 OVERRIDE = "MEGARL_PLATFORM"
 PRODUCTS = "MEGARL_CPU_PRODUCTS"
 
-PASSED = ("NCCL_", "GLOO_", "UCX_", "HF_")
+LOCAL_PLACE = "MEGARL_LOCAL_RANK"
+"""A rank's number on its node, where LOCAL_RANK is that of its device among those that it sees."""
+
+PASSED = ("NCCL_", "GLOO_", "UCX_", "HF_", "VLLM_", "NVTE_", "TORCH_", "PYTORCH_", "CUDA_DEVICE_MAX_CONNECTIONS")
+_OF_A_NODE = ("VLLM_HOST_IP",)
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 _PROCESSOR = Path("/proc/cpuinfo")
@@ -107,9 +111,9 @@ def platform_environment(environ: Mapping[str, str] = os.environ) -> dict[str, s
 
     A variable that is already set keeps its value. The result is complete: hand it to processes on other hosts.
     """
-    defaults = dict(_EVERYWHERE)
-    if platform_name(environ) == "cpu":
-        # Of the process that asks: ranks on other hosts are told, and all compute alike.
+    # Of the process that asks: ranks on other hosts are told, and all compute alike.
+    defaults = {OVERRIDE: platform_name(environ), **_EVERYWHERE}
+    if defaults[OVERRIDE] == "cpu":
         defaults |= _CPU_ONLY | {PRODUCTS: products_name(environ)}
     else:
         defaults |= _CUDA_ONLY
@@ -124,7 +128,7 @@ def passed_environment(names: Iterable[str], environ: Mapping[str, str] = os.env
     return {
         name: value
         for name, value in environ.items()
-        if name in names or name.startswith(PASSED) or name.lower() in _PROXIES
+        if name in names or (name.startswith(PASSED) and name not in _OF_A_NODE) or name.lower() in _PROXIES
     }
 
 

@@ -7,6 +7,7 @@ role runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch.distributed.constants import default_pg_timeout
 
 from megarl.parallel.layout import Layout
 
@@ -24,6 +26,15 @@ def _globals() -> dict[str, Any]:
     """Return a copy of parallel_state's module globals (lists and dicts copied one level deep)."""
     state = {k: v for k, v in vars(mpu).items() if k.startswith("_") and not k.startswith("__") and not callable(v)}
     return {k: v.copy() if isinstance(v, list | dict) else v for k, v in state.items()}
+
+
+def world_timeout_s() -> float:
+    """Return the seconds that a collective of all ranks may take, as it now stands; torch's own where none is kept."""
+    world = dist.group.WORLD
+    assert world is not None
+    options = [world._get_backend(device).options for device in world._device_types]
+    limits = [option._timeout for option in options if option is not None]  # torch's fake backend has none
+    return max(limits, default=default_pg_timeout).total_seconds()
 
 
 def _put(state: dict[str, Any]) -> None:
@@ -47,6 +58,7 @@ class ParallelGroups:
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,
             order="tp-cp-ep-dp-pp",
+            distributed_timeout_minutes=math.ceil(world_timeout_s() / 60),
         )
         model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
         self._state, self._rng = _globals(), get_cuda_rng_tracker().get_states()

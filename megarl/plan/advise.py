@@ -158,7 +158,7 @@ def advise(
 def _smaller_engine(c: PPOConfig, plan: RunPlan) -> dict[str, object]:
     """Return a smaller share for the engine as a change of the config; empty where that doesn't make the run fit."""
     over = {phase.name: phase.device_bytes - plan.device.memory_bytes for phase in plan.phases}
-    awake = max(over.pop("generate"), over.pop("publish"))
+    awake = over.pop("generate")
     if awake <= 0 or max(over.values()) > 0:
         return {}
     share = c.actor_rollout_ref.rollout.gpu_memory_utilization - awake / plan.device.memory_bytes

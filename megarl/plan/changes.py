@@ -101,7 +101,7 @@ def single_changes(c: PPOConfig | SFTConfig, plan: RunPlan) -> Iterator[Change]:
     section = (FSDP if is_fsdp else MEGATRON) if is_rl else ("fsdp_config" if is_fsdp else "megatron")
     wanted = [] if is_fsdp else [Change({f"{section}.use_distributed_optimizer": True}, "nothing")]
     if is_rl:
-        wanted.append(Change({f"{ROLLOUT}.free_cache_engine": True}, "moving the engine's weights twice a step"))
+        wanted.append(Change({f"{ROLLOUT}.free_cache_engine": True}, "allocating the engine's memory twice a step"))
     if not is_fsdp:
         wanted.append(Change({f"{section}.grad_offload": True}, "allocating gradients again each update"))
     wanted += [

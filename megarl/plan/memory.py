@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
+from typing import Literal
 
 from megarl.batching.plan import BatchPlan
 from megarl.config.schema import PPOConfig
@@ -37,6 +38,9 @@ PROCESS_HOST_BYTES = 4 * GIB
 LOGPROB_CHUNKS_BYTES = 4 * 64 * MIB
 PUBLISH_BUCKETS_BYTES = 2 * 256 * MIB
 CPU_KV_CACHE_BYTES = 1 * GIB
+
+Awake = Literal["nothing", "weights", "all"]
+"""What an engine that frees its memory has of it."""
 
 _ASSUMED_OF_ENGINES = (
     f"{SLEEPING_ENGINE_BYTES / GIB:g} GiB that a sleeping engine keeps",
@@ -158,14 +162,14 @@ def _phases_of_rank(
 ) -> Iterator[Phase]:
     fused, trained = device.name != CPU, [role for role in roles if role.is_trained]
 
-    def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: bool = False) -> Phase:
+    def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: Awake = "nothing") -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
         items = [_runtime(device), *held, *(_engine_items(engine, awake) if engine else ()), *used]
         return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
 
     yield _loading(roles, device, rank)
     if engine:
-        yield phase("generate", awake=True)
+        yield phase("generate", awake="all")
     for role in sorted(roles, key=lambda role: role.name != "reward_model"):  # rollouts are scored before all else
         yield phase(f"{role.name} scoring", *_scoring(role, rank, fused), busy=role.name)
     for role in reversed(trained):
@@ -174,7 +178,7 @@ def _phases_of_rank(
     if engine:
         buckets = Item("send and receive buckets", min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes))
         tensors = Item("whole tensors", _whole_tensors_bytes(roles[0]))
-        yield phase("publish", buckets, tensors, busy=roles[0].name, awake=True)
+        yield phase("publish", buckets, tensors, busy=roles[0].name, awake="weights")
 
 
 def _whole_tensors_bytes(actor: Role) -> int:
@@ -210,12 +214,14 @@ def _runtime(device: Device) -> Item:
     return Item("CUDA context, NCCL", RUNTIME_BYTES, PROCESS_HOST_BYTES)
 
 
-def _engine_items(engine: Engine, awake: bool) -> Iterator[Item]:
-    if awake or not engine.frees_memory:
+def _engine_items(engine: Engine, awake: Awake) -> Iterator[Item]:
+    """Yield what an engine holds. The cache comes back only once the actor whose weights were published has left."""
+    if awake != "nothing" or not engine.frees_memory:
         yield Item("engine weights", engine.weights_bytes)
+    if awake == "all" or not engine.frees_memory:
         yield Item("engine KV cache and work", max(0, engine.memory_bytes - engine.weights_bytes))
     else:
-        yield Item("sleeping engine", SLEEPING_ENGINE_BYTES, engine.weights_bytes)
+        yield Item("sleeping engine", SLEEPING_ENGINE_BYTES)
 
 
 def _held(role: Role, rank: int, *, is_used: bool, is_updated: bool) -> Iterator[Item]:

@@ -84,8 +84,6 @@ def step_time(
         move += carried / device.host_link_bytes_per_s
     link = device.link_bytes_per_s if ranks <= ranks_per_node else device.inter_node_bytes_per_s
     move += engine.weights_bytes * (1 - 1 / ranks) / link
-    if engine.frees_memory:
-        move += 2 * engine.weights_bytes / device.host_link_bytes_per_s
 
     sequences = -(-num_rollouts // (ranks // engine_tp))
     at_once = max(1, min(max_num_seqs, sequences, engine.num_cached_tokens // (max_prompt + max_response)))

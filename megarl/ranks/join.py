@@ -14,6 +14,7 @@ import psutil
 
 from megarl.parallel.environment import apply_environment
 from megarl.ranks.spec import RankSpec
+from megarl.ranks.watched import START_S
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined] # torch doesn't list it
@@ -42,6 +43,8 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
     if platform.name == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     store = _store(listener)
+    # Not its device: with one torch splits every later group off this one, in which all ranks must take part, and those
+    # of a group for gloo, which Megatron and vLLM make, don't. Until start_worker no collective runs on devices.
     dist.init_process_group(
         platform.backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
@@ -51,11 +54,26 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
 
 def start_worker(spec: RankSpec, platform: Platform) -> Worker:
     """Return this rank's Worker, after ``join_ranks``."""
+    import torch
+
     from megarl.ranks.worker import Worker
 
+    # NCCL's limit for the world would be ten minutes, which ranks that load from a slow disk may be apart.
+    limit_collectives(max(spec.hang_timeout_s, START_S) + _REPORT_S)
+    if platform.name == "cuda" and any(role.residency.optimizer_on_host for role in spec.roles):
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(host_threads(len(os.sched_getaffinity(0)), num_ranks))
     worker = Worker(spec, platform.device(int(os.environ["LOCAL_RANK"])))
     limit_collectives(spec.hang_timeout_s + _REPORT_S)
     return worker
+
+
+def host_threads(num_cores: int, num_ranks: int) -> int:
+    """Return the threads of a rank that steps on the host, as an int: its even share of the node's cores.
+
+    Ray and torchrun set OMP_NUM_THREADS to 1, for ranks whose devices do the work.
+    """
+    return max(1, num_cores // num_ranks)
 
 
 def limit_collectives(timeout_s: float, groups: Collection[ProcessGroup] | None = None) -> None:

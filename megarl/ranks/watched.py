@@ -20,6 +20,7 @@ from megarl.errors import WorkerError
 
 BEAT, WHERE = b"beat", b"where"
 START = "the start"
+START_S = 600.0  # at least, for ranks to start
 IDLE = "a wait for the next call"
 
 

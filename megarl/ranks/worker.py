@@ -71,6 +71,7 @@ class Worker:
             self.engine = VllmEngine(spec.engine)
             self.engine_tp = spec.engine.tensor_parallel_size
             self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)
+            self.engine.sleep()
         if spec.resumed is not None:
             restore_random_states(Path(spec.resumed.folder))
 
@@ -90,13 +91,15 @@ class Worker:
     def publish(self, policy_version: int) -> None:
         """Move the actor's weights into the engine."""
         assert self.publisher is not None and self.engine is not None
-        self.engine.wake_up()
+        self.engine.wake_weights()
         with self.memory.phase("publish"):
             self.publisher.publish(policy_version)
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""
         assert self.engine is not None
+        if self.engine.has_lost_weights:  # nothing has been published since: the actor's are still those
+            self.publish(self.engine.policy_version)
         self.engine.wake_up()
         with self.memory.phase("generate"):
             rollouts = tuple(self.engine.generate(work.requests, work.sampling))

@@ -26,12 +26,19 @@ class RolloutEngine(Protocol):
         """Number of the last publication, or ``UNPUBLISHED``."""
         ...
 
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether ``sleep`` gave up the weights, and none have been published since."""
+        ...
+
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
         """Return ``sampling.n`` rollouts for each request (and a greedy one if asked) in order, the same on all ranks.
 
         A sample depends on its prompt, its request's seed and its index in the group alone: not on the other requests,
-        their order, or the replica (up to rounding, which may differ with the shape of a batch).
-        Raise ``PublishError`` before the first publication, ``DataError`` for a prompt that leaves no room to answer.
+        their order, or the replica (up to rounding, which may differ with the shape of a batch). An engine that isn't
+        built to be reproducible lets it depend on all requests.
+        Raise ``PublishError`` before the first publication and while the engine ``has_lost_weights``, ``DataError`` for
+        a prompt that leaves no room to answer.
         """
         ...
 
@@ -57,11 +64,18 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the device memory of weights and KV cache for training. No effect where none can be, or when asleep."""
+        """Free the device memory of weights and KV cache for training. No effect where none can be, or when asleep.
+
+        The weights' values are gone with it.
+        """
+        ...
+
+    def wake_weights(self) -> None:
+        """Take the weights' memory back, before they are published: the trainer's own are on the device then."""
         ...
 
     def wake_up(self) -> None:
-        """Take the memory back, before weights are published or responses generated. No effect when awake."""
+        """Take all memory back, before responses are generated. No effect when awake."""
         ...
 
     def shutdown(self) -> None:

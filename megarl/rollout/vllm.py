@@ -6,20 +6,32 @@ vLLM is imported when an engine is built, not before: the import takes ten secon
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megarl.errors import DataError, PublishError
 from megarl.parallel.environment import apply_environment, platform_name
 from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.vllm_memory import EngineMemory
 from megarl.rollout.vllm_queue import without_queue
 from megarl.types import GenerationRequest, Rollout, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm import LLM, RequestOutput, SamplingParams
+
+
+# Variables of vLLM that choose another all-reduce than NCCL's.
+_OTHER_ALL_REDUCES = (
+    "VLLM_ALLREDUCE_USE_SYMM_MEM",
+    "VLLM_ALLREDUCE_USE_FLASHINFER",
+    "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC",
+    "VLLM_USE_NCCL_SYMM_MEM",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class VllmSpec:
     max_model_len on CPU, where no prefill is cut.
     gpu_memory_utilization: share of the device's memory that weights, activations and KV cache may take.
     kv_cache_bytes: size of this rank's KV cache instead; None on CPU is VLLM_CPU_KVCACHE_SPACE.
-    free_cache_engine: whether ``sleep`` frees memory.
+    free_cache_engine: whether ``sleep`` frees memory. reproducible: whether each sample has a seed of its own.
     """
 
     model_folder: str
@@ -45,6 +57,7 @@ class VllmSpec:
     seed: int = 0
     disable_log_stats: bool = False
     free_cache_engine: bool = True
+    reproducible: bool = True
     kv_cache_bytes: int | None = None
 
 
@@ -54,7 +67,7 @@ class VllmEngine:
     ``torch.distributed`` is initialised, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, before
     it is built; all ranks of the world build theirs together. Weights start random: they always come by publishing.
 
-    On CPU ``sleep`` and ``wake_up`` have no effect (vLLM can't free host memory), nor has ``enforce_eager``: nothing is
+    On CPU sleeping and waking have no effect (vLLM can't free host memory), nor has ``enforce_eager``: nothing is
     compiled there.
     """
 
@@ -62,7 +75,7 @@ class VllmEngine:
         self._spec = spec
         self._policy_version = UNPUBLISHED
         self._llm = _start(spec)
-        self._is_asleep = False
+        self._memory = EngineMemory(self._llm)
         self._can_sleep = spec.free_cache_engine and platform_name() == "cuda"
         self._model: Any
         [self._model] = self._llm.apply_model(lambda model: model)
@@ -72,6 +85,11 @@ class VllmEngine:
     def policy_version(self) -> int:
         """Number of the last publication, or ``UNPUBLISHED``."""
         return self._policy_version
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether ``sleep`` gave up the weights, and none have been published since."""
+        return self._memory.has_lost_weights
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[tuple[Rollout, ...]]:
         """Return ``sampling.n`` rollouts for each request, and a greedy one if asked, in the order of ``requests``.
@@ -85,14 +103,22 @@ class VllmEngine:
         """
         if self._policy_version == UNPUBLISHED:
             raise PublishError("generate was called before weights were published: the engine's weights are random")
+        if self.has_lost_weights:
+            raise PublishError("generate was called after sleep, which gives up the weights, and before a publication")
         self._check_lengths(requests, sampling)
         if not requests:
             return []
         # One vLLM request a sample: vLLM's own n refuses groups of greedy samples.
         samples = [sampling] * sampling.n + [replace(sampling, temperature=0.0)] * sampling.with_greedy
         prompts = [{"prompt_token_ids": list(r.token_ids)} for r in requests for _ in samples]
-        params = [_sampling_params(s, sample_seed(r.seed, i)) for r in requests for i, s in enumerate(samples)]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seeds = [sample_seed(r.seed, i) for r in requests for i in range(len(samples))]
+        is_seeded = self._spec.reproducible
+        params = [
+            _sampling_params(s, seed if is_seeded else None)
+            for s, seed in zip(itertools.cycle(samples), seeds, strict=False)
+        ]
+        with nullcontext() if is_seeded else common_noise(seeds):
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         rollouts = [_rollout(output, self._policy_version) for output in outputs]
         return [tuple(rollouts[i : i + len(samples)]) for i in range(0, len(rollouts), len(samples))]
 
@@ -113,19 +139,20 @@ class VllmEngine:
             self._llm.collective_rpc("pack_weights")
         if not self._llm.reset_prefix_cache():
             raise PublishError("vLLM kept its prefix cache, so requests are still running while weights change")
-        self._policy_version = policy_version
+        self._policy_version, self._memory.has_lost_weights = policy_version, False
 
     def sleep(self) -> None:
-        """Move the weights to host memory and drop the KV cache, on CUDA with ``free_cache_engine``."""
-        if self._can_sleep and not self._is_asleep:
-            self._llm.sleep(level=1)
-            self._is_asleep = True
+        """Free the memory of weights and KV cache, on CUDA with ``free_cache_engine``. The weights' values are gone."""
+        if self._can_sleep:
+            self._memory.give_back()
+
+    def wake_weights(self) -> None:
+        """Have memory for the weights again, at the addresses they had."""
+        self._memory.take_weights()
 
     def wake_up(self) -> None:
-        """Bring the weights back to the addresses they had and allocate the KV cache again."""
-        if self._is_asleep:
-            self._llm.wake_up()
-            self._is_asleep = False
+        """Have memory for weights and KV cache again."""
+        self._memory.take_all()
 
     def shutdown(self) -> None:
         """Release the model, the KV cache and vLLM's own groups."""
@@ -156,6 +183,29 @@ def sample_seed(seed: int, index: int) -> int:
     return (int.from_bytes(digest, "little") >> 2) + index
 
 
+@contextmanager
+def common_noise(seeds: Sequence[int]) -> Iterator[None]:
+    """Have all ranks of a replica draw the same noise, by the seeds of its samples, and the trainer's generators rest.
+
+    vLLM draws from torch's default generators, or the seeds that it draws from from NumPy's: each rank of a replica
+    samples for itself, and the trainer leaves those of each rank in another state.
+    """
+    import numpy
+    import torch
+
+    digest = hashlib.blake2b(b"".join(seed.to_bytes(8, "little") for seed in seeds), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 1
+    devices = [torch.cuda.current_device()] if platform_name() == "cuda" else []
+    before = numpy.random.get_state()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            numpy.random.set_state(before)
+
+
 def _start(spec: VllmSpec) -> LLM:
     _set_environment(spec)
     from vllm import LLM
@@ -177,8 +227,8 @@ def _start(spec: VllmSpec) -> LLM:
             seed=spec.seed,
             disable_log_stats=spec.disable_log_stats,
             logprobs_mode="processed_logprobs",
-            # Each rank schedules for itself: the ranks of a replica must decide alike, whatever their timing.
-            async_scheduling=False,
+            # Each rank schedules for itself, by what is to be done and no clock, also ahead. None: vLLM's choice.
+            async_scheduling=False if spec.reproducible else None,
             **_platform_arguments(spec),
         )
 
@@ -197,17 +247,24 @@ def _platform_arguments(spec: VllmSpec) -> dict[str, Any]:
         "enforce_eager": spec.enforce_eager,
         # Others swap or shuffle the experts' weights after loading, where publishing in place would be silently wrong.
         "moe_backend": "triton",
+        # NCCL adds in one order, and every rank of a replica gets the same sums, from which it samples for itself.
+        # vLLM's own all-reduce would also ask for its peers' devices, of which a process on Ray sees none.
+        "disable_custom_all_reduce": True,
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
     }
 
 
 def _set_environment(spec: VllmSpec) -> None:
     apply_environment()
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # seeds and log-probs are promised for the first runner's sampler
+    if spec.reproducible:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # seeds are promised for the first runner's sampler
+    if platform_name() == "cuda":
+        os.environ |= dict.fromkeys(_OTHER_ALL_REDUCES, "0")
     if spec.kv_cache_bytes is not None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # or vLLM would prefer it
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+def _sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
     from vllm import SamplingParams
 
     return SamplingParams(

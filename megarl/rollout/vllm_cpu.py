@@ -48,5 +48,5 @@ def _replica(rank: int, size: int) -> list[int]:
 
 
 def _local_world_size() -> int:
-    # Ray sets no LOCAL_WORLD_SIZE; the whole world is then an upper bound.
+    # Where nothing sets LOCAL_WORLD_SIZE the whole world is an upper bound.
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])

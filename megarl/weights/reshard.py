@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.parallel.environment import LOCAL_PLACE
 from megarl.weights.cells import Window
 from megarl.weights.flow import Rows, Stream
 from megarl.weights.reshard_plan import BUCKET_BYTES, RankPlan
@@ -103,6 +104,7 @@ def _view(rows: Rows, window: Window, parameters: Tensors) -> Tensor:
 
 def node_size(device: torch.device) -> int:
     """Return the number of ranks on the fullest node, as an int. Collective."""
-    last = torch.tensor(int(os.environ.get("LOCAL_RANK", dist.get_rank())), device=device)
+    place = os.environ.get(LOCAL_PLACE) or os.environ.get("LOCAL_RANK") or dist.get_rank()
+    last = torch.tensor(int(place), device=device)
     dist.all_reduce(last, op=dist.ReduceOp.MAX)
     return int(last) + 1

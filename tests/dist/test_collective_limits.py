@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megarl.parallel.groups import ParallelGroups
+from megarl.parallel.layout import Layout
 from megarl.ranks.join import limit_collectives
 from megarl.verify.pool import RankPool
 
@@ -39,3 +41,17 @@ def _groups_that_give_up() -> list[str]:
 def test_a_rank_waits_in_no_group_for_longer_than_the_limit(ranks: RankPool) -> None:
     found, _ = ranks.run(_groups_that_give_up, world_size=NUM_RANKS, timeout_s=60.0)
     assert found == ["the world", "torch", "Megatron"]
+
+
+def _limits_of_a_role_s() -> tuple[float, float]:
+    """Return the limits of the world and of a role's tensor-parallel group, which is made after the world's is set."""
+    limit_collectives(7200.0)
+    groups = ParallelGroups(Layout(world_size=NUM_RANKS, tp=NUM_RANKS))
+    with groups.active():
+        group = parallel_state.get_tensor_model_parallel_group()
+    limits = [g._get_backend(torch.device("cpu")).options._timeout for g in (dist.group.WORLD, group)]
+    return limits[0].total_seconds(), limits[1].total_seconds()
+
+
+def test_groups_of_a_role_may_wait_as_long_as_the_world_while_weights_are_loaded(ranks: RankPool) -> None:
+    assert ranks.run(_limits_of_a_role_s, world_size=NUM_RANKS, timeout_s=60.0) == [(7200.0, 7200.0)] * NUM_RANKS

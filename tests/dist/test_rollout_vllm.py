@@ -149,6 +149,14 @@ def test_samples_depend_neither_on_the_batch_nor_on_the_replica(jobs: dict[str, 
     assert [[r.token_ids for r in group] for group in together] == [[r.token_ids for r in group] for group in alone]
 
 
+def test_without_seeds_of_their_own_samples_repeat_with_their_batch_on_every_rank(jobs: dict[str, Job]) -> None:
+    for rank in jobs["qwen3"].ranks:
+        first, again = ([[r.token_ids for r in group] for group in call] for call in rank["not reproducible"])
+        assert first == again
+        assert first != [[r.token_ids for r in group] for group in rank["sampled"]]
+        assert [len(set(group)) for group in first] == [SAMPLED.n] * len(REQUESTS)
+
+
 def test_samples_of_a_group_differ(jobs: dict[str, Job]) -> None:
     groups = jobs["qwen3"].ranks[0]["sampled"]
     assert [len({rollout.token_ids for rollout in group}) for group in groups] == [SAMPLED.n] * len(REQUESTS)

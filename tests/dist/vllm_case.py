@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,27 @@ def answers(folder: Path, tensor_parallel_size: int, rank: int) -> dict[str, Any
     results["truncated"] = engine.generate(REQUESTS, TRUNCATED)
     results["stopped"] = engine.generate(REQUESTS, stop_at(results["greedy a"]))
     results["only the first replica has requests"] = engine.generate(REQUESTS if replica == 0 else [], GREEDY)
+    results["not reproducible"] = with_common_noise(engine, rank)
     engine.sleep()
+    engine.wake_weights()
     engine.wake_up()
     publish(engine, folder / "b", tensor_parallel_size, tp_rank, policy_version=2)
     results["greedy b"] = engine.generate(REQUESTS, GREEDY)
     engine.shutdown()
     return results
+
+
+def with_common_noise(engine: Any, rank: int) -> list[list[tuple[Rollout, ...]]]:
+    """Return the samples of two calls without seeds of their own, on ranks whose generators differ."""
+    import torch
+
+    spec, engine._spec = engine._spec, replace(engine._spec, reproducible=False)
+    torch.manual_seed(rank)
+    before = torch.random.get_rng_state()
+    found = [engine.generate(REQUESTS, SAMPLED) for _ in range(2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    engine._spec = spec
+    return found
 
 
 def layers_not_packed(model: Any) -> list[str]:

@@ -32,6 +32,7 @@ LAYERS = (
     {"nodes"},
     {"controller", "doctor", "from_verl"},
     {"verify"},
+    {"gpu_check"},
     {"main_ppo", "main_sft", "checkpoints", "export", "__main__"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}

@@ -20,6 +20,7 @@ from megarl.doctor.accelerator import (
     build_of,
     check_apex,
     check_companions,
+    check_flash_attention,
     check_gpus,
     check_nccl,
     check_torch,
@@ -49,6 +50,7 @@ from megarl.doctor.packages import (
     check_vllm,
     ranges_of,
 )
+from megarl.doctor.toolchain import check_driver, check_header, check_nvcc, header_folder
 from megarl.doctor.variables import check_cluster, check_platform, check_variables
 
 GIB = 2**30
@@ -61,13 +63,14 @@ REQUIRES = (
     'megatron-core==0.16.1; extra == "cpu"',
     'vllm<0.33,>=0.30; extra == "gpu"',
     'megatron-core<0.17,>=0.16.1; extra == "gpu"',
-    'transformer-engine[pytorch]<3,>=2.10; extra == "gpu"',
+    'torch<2.14,>=2.13; extra == "gpu"',
+    'transformer-engine[core_cu13,pytorch]<2.12,>=2.10; extra == "gpu"',
     'peft<1,>=0.18; extra == "lora"',
 )
 CPU, GPU = ranges_of(REQUIRES, "cpu", "lora"), ranges_of(REQUIRES, "gpu", "lora")
 CPU_TORCH, CUDA_TORCH = Build("2.13.0+cpu"), Build("2.13.0+cu130", "13.0")
 TE = {f"transformer-engine{part}": Package("2.11.0") for part in ("", "-cu12", "-torch")}
-H200 = Gpu("NVIDIA H200", 140 * GIB, "580.65.06")
+H200 = Gpu("NVIDIA H200", 140 * GIB, "580.65.06", 9.0)
 
 
 def installed(**versions: str) -> dict[str, Package]:
@@ -80,7 +83,7 @@ def installed(**versions: str) -> dict[str, Package]:
 
 def test_ranges_are_those_of_the_platform_and_of_this_machine() -> None:
     assert str(CPU["megatron-core"]) == "==0.16.1" and "transformer-engine" not in CPU
-    assert set(map(str, GPU["megatron-core"])) == {"<0.17", ">=0.16.1"} and "torch" not in GPU
+    assert set(map(str, GPU["megatron-core"])) == {"<0.17", ">=0.16.1"} and str(CPU["torch"]) == "==2.13.0"
     assert ranges_of(["torch==1; platform_machine == 'pdp-11'", "torch==2; python_version > '3'"]) == {
         "torch": SpecifierSet("==2")
     }
@@ -196,7 +199,8 @@ def test_a_build_is_read_from_version_py_without_running_it() -> None:
 def test_torch_must_be_there_in_range_whole_and_built_for_the_platform() -> None:
     torch = installed(torch="2.13.0+cpu")
     assert check_torch(torch, CPU_TORCH, CPU, "cpu") == ok("torch", "2.13.0+cpu (==2.13.0), CPU build")
-    assert check_torch(installed(torch="2.13.0"), CUDA_TORCH, GPU, "cuda") == ok("torch", "2.13.0, CUDA 13.0 build")
+    on_gpus = check_torch(installed(torch="2.13.0"), CUDA_TORCH, GPU, "cuda")
+    assert on_gpus == ok("torch", "2.13.0 (<2.14,>=2.13), CUDA 13.0 build")
     assert check_torch({}, None, CPU, "cpu").level == "FAIL"
     assert "megarl needs ==2.13.0" in check_torch(installed(torch="2.12.0"), CPU_TORCH, CPU, "cpu").found
     assert "not all there" in check_torch(torch, None, CPU, "cpu").found
@@ -204,7 +208,7 @@ def test_torch_must_be_there_in_range_whole_and_built_for_the_platform() -> None
 
 
 def test_the_listing_of_nvidia_smi_is_read_even_where_the_driver_does_not_tell_memory() -> None:
-    listing = "NVIDIA H200, 143360, 580.65.06\nNVIDIA GB10, [N/A], 580.65.06\n"
+    listing = "NVIDIA H200, 143360, 580.65.06, 9.0\nNVIDIA GB10, [N/A], 580.65.06, [N/A]\n"
     assert parse_gpus(listing) == (H200, Gpu("NVIDIA GB10", 0, "580.65.06"))
     assert parse_gpus("") == ()
 
@@ -321,6 +325,46 @@ def test_apex_must_be_nvidias_and_compiled(
 def test_apex_on_cpu_is_unwanted_and_its_absence_is_fine() -> None:
     assert check_apex("0.1", True, True, "cpu", False).level == "warn"
     assert check_apex(None, False, False, "cuda", False).level == "ok"
+
+
+def test_flash_attention_is_missed_before_hopper_alone() -> None:
+    a100 = Gpu("NVIDIA A100", 80 * GIB, "580.65.06", 8.0)
+    lacking = check_flash_attention(TE, (H200, a100), "cuda")
+    assert lacking.level == "warn" and "compute capability 8" in lacking.found and "flash-attn" in lacking.fix
+    assert check_flash_attention(TE, (H200,), "cuda").level == "ok"
+    assert check_flash_attention({}, (a100,), "cuda").level == "ok"  # Megatron's own attention is used throughout
+    assert check_flash_attention(TE | installed(flash_attn="2.8.3"), (a100,), "cuda") == ok("flash-attn", "2.8.3")
+    assert check_flash_attention({}, (), "cpu").level == "ok"
+
+
+# What compiling takes
+
+
+def test_the_compiler_must_be_there_and_of_the_cuda_that_torch_is_built_for() -> None:
+    assert check_nvcc(None).level == "FAIL" and "CUDA_HOME" in check_nvcc(None).fix
+    old = check_nvcc("Cuda compilation tools, release 12.8, V12.8.93")
+    assert old.level == "FAIL" and "CUDA 12.8" in old.found
+    assert check_nvcc("Cuda compilation tools, release 13.0, V13.0.48") == ok("nvcc", "of CUDA 13.0")
+    assert check_nvcc("command failed").level == "FAIL"
+
+
+def test_a_driver_older_than_the_builds_ask_for_fails_and_none_is_fine_for_an_image() -> None:
+    assert check_driver(["580.65.06", "575.57.08"]).level == "FAIL"
+    assert check_driver(["580.65.06", "610.1"]) == ok("driver", "580.65.06")
+    assert check_driver(None).level == "warn"
+
+
+def test_headers_are_looked_for_where_the_compiler_looks_and_may_come_with_packages(tmp_path: Path) -> None:
+    site, toolkit, system = (tmp_path / name for name in ("site", "toolkit", "include"))
+    environ = {"CUDA_HOME": str(toolkit), "CPATH": ""}
+    assert header_folder("nccl.h", environ, site, system) is None
+    lacking = check_header("nccl.h", None, before_packages=False)
+    assert lacking.level == "FAIL" and "nvidia-nccl-cu13" in lacking.fix
+    assert check_header("nccl.h", None, before_packages=True).level == "ok"
+    for folder in (system, toolkit / "include", site / "nvidia" / "nccl" / "include"):
+        folder.mkdir(parents=True)
+        (folder / "nccl.h").touch()
+        assert header_folder("nccl.h", environ, site, system) == folder
 
 
 # What the machine grants

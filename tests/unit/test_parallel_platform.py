@@ -67,6 +67,11 @@ def test_the_environment_leaves_what_the_user_set() -> None:
     assert environment["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_ranks_on_other_hosts_are_of_the_same_platform(platform: str) -> None:
+    assert platform_environment({"MEGARL_PLATFORM": platform})["MEGARL_PLATFORM"] == platform
+
+
 def test_the_platform_does_not_decide_on_the_network() -> None:
     assert "HF_HUB_OFFLINE" not in platform_environment({"MEGARL_PLATFORM": "cpu"})
 
@@ -109,9 +114,13 @@ def test_ranks_elsewhere_get_what_the_network_and_the_hub_need_and_what_is_named
         "HF_HOME": "cache",
         "https_proxy": "proxy",
         "NO_PROXY": "localhost",
+        "VLLM_CACHE_ROOT": "cache",
+        "NVTE_DEBUG": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "MY_REWARD_URL": "url",
         "PATH": "bin",
         "HOME": "home",
+        "VLLM_HOST_IP": "10.0.0.1",  # of this node
     }
     passed = passed_environment(("MY_REWARD_URL", "NOT_SET"), environ)
-    assert passed == {name: environ[name] for name in environ if name not in ("PATH", "HOME")}
+    assert passed == {name: environ[name] for name in environ if name not in ("PATH", "HOME", "VLLM_HOST_IP")}

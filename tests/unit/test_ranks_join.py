@@ -12,7 +12,7 @@ import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
 
-from megarl.ranks.join import interface_to, listening
+from megarl.ranks.join import host_threads, interface_to, listening
 
 NUM_RANKS = 2
 # A rank that joins, adds up the ranks, and says what it listens on.
@@ -39,6 +39,11 @@ def joined(**environ: str) -> list[tuple[int, list[str]]]:
         processes.append(subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=400)[0] for process in processes]
     return [tuple(json.loads(line)) for line in said]  # type: ignore[misc]
+
+
+def test_ranks_that_step_on_the_host_share_its_cores() -> None:
+    assert host_threads(num_cores=128, num_ranks=8) == 16
+    assert host_threads(num_cores=2, num_ranks=4) == 1
 
 
 def test_a_listener_is_at_its_hosts_address_alone() -> None:
