@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason=f"SGLang isn't installed: {PYTHON} (make sglang)"),
 ]
 
-LAYOUT = Layout(1, fsdp=1)  # whose shards are the tensors of a checkpoint
+LAYOUT = Layout(1, fsdp=1)  # whose shards are the parameters of a model of transformers
 PROMPTS = ((2, 5, 6, 14, 7, 8, 18), tuple(range(20, 60)), (9,))
 NUM_TOKENS, MAX_TOKENS, START_S, ANSWER_S = 12, 1024, 600.0, 120.0
 
@@ -57,9 +57,8 @@ class Served:
     def publish(self, folder: Path) -> None:
         """Have the engine go on with the weights of a folder."""
         self.version += 1
-        self.engine.send(
-            Take(self.version, (self.writer.write(load_file(folder / "model.safetensors"), self.version),))
-        )
+        parameters = {name: parameter.data for name, parameter in load(folder).named_parameters()}
+        self.engine.send(Take(self.version, (self.writer.write(parameters, self.version),)))
 
     def took(self) -> None:
         """Wait until it has."""
