@@ -150,14 +150,14 @@ EFFECTS: tuple[Effect, ...] = (
         f"{ROLLOUT}.name is vllm",
         f"leave {ROLLOUT}.disable_log_stats out",
     ),
+    Effect(f"{ROLLOUT}.nnodes", *_SERVED),
+    Effect(f"{ROLLOUT}.n_gpus_per_node", *_SERVED),
     Effect(
         f"{ROLLOUT}.reproducible",
         lambda c: not is_served(c),
         f"{ROLLOUT}.placement is colocated: engines in processes of their own always are",
         f"leave {ROLLOUT}.reproducible out",
     ),
-    Effect(f"{ROLLOUT}.nnodes", *_SERVED),
-    Effect(f"{ROLLOUT}.n_gpus_per_node", *_SERVED),
     Effect(
         f"{ROLLOUT}.free_cache_engine",
         lambda c: not is_served(c),

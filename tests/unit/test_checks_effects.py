@@ -41,6 +41,7 @@ TURNED_ON: dict[str, dict[str, object]] = {
     f"{ROLLOUT}.nnodes": {f"{ROLLOUT}.placement": "server"},
     f"{ROLLOUT}.n_gpus_per_node": {f"{ROLLOUT}.placement": "server"},
     f"{ROLLOUT}.free_cache_engine": {f"{ROLLOUT}.placement": "colocated"},
+    f"{ROLLOUT}.reproducible": {f"{ROLLOUT}.placement": "colocated"},
     f"{ROLLOUT}.val_kwargs.top_p": SAMPLES,
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
     f"{ROLLOUT}.val_kwargs.n": SAMPLES,
@@ -85,7 +86,8 @@ def test_a_setting_changed_where_it_does_nothing_is_named_and_where_it_acts_is_n
     changed = {effect.key: _other_than(default_of(effect.key))}
     counts_rollouts = "micro_batch_size" in effect.key
     of_function = MODEL_ALONE if TURNED_ON.get(effect.key) is FUNCTION_TOO else {}
-    served = {f"{ROLLOUT}.placement": "server"} if effect.key.endswith("free_cache_engine") else {}
+    is_of_ranks = effect.key.endswith(("free_cache_engine", "reproducible"))
+    served = {f"{ROLLOUT}.placement": "server"} if is_of_ranks else {}
     idle = ppo_config(**(TURNED_OFF | changed | of_function | served | (TOKENS if counts_rollouts else {})))
     assert effect.fix in _said_of(effect, idle)
     loss = effect.fix.removeprefix(f"{ACTOR}.policy_loss=") if "policy_loss=" in effect.fix else "ppo_clip"
