@@ -22,7 +22,11 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/py312_' .venv/lib
 # Two files at a time: ranks wait for each other a lot. Tests of a file share what is slow to start.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-all check gpu
+# SGLang's packages and vLLM's exclude each other, so that it gets an environment of its own.
+SGLANG := .venv-sglang/bin
+SGLANG_INSTALL := $(SGLANG)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
+
+.PHONY: quickstart test test-all check gpu sglang
 .DELETE_ON_ERROR:
 
 quickstart: .venv/.cpu
@@ -57,6 +61,16 @@ check: .venv/.dev
 	$(PIP_INSTALL) -r requirements/cpu.txt
 	$(PIP_INSTALL) --no-build-isolation --editable .
 	$(COMPILE)
+	@touch $@
+
+sglang: .venv-sglang/.done
+
+.venv-sglang/.done: requirements/sglang.txt setup.py | .venv/bin/python
+	$(PYTHON) -m venv .venv-sglang
+	@$(SGLANG_INSTALL) '$(TORCH)' 2>/dev/null || $(SGLANG_INSTALL) --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(SGLANG_INSTALL) -r requirements/sglang.txt
+	$(SGLANG_INSTALL) --no-build-isolation --editable .
+	$(SGLANG)/python -m compileall -q -j 0 .venv-sglang/lib
 	@touch $@
 
 # Three steps: torch, the other pins, and at last what is compiled against that torch, with the headers of those pins.

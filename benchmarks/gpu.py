@@ -13,18 +13,11 @@ import os
 import socket
 import statistics
 
-from update import SIZES, Size, make_batch, measure
+from update import SIZES, make_batch, measure
 
 from megarl.parallel.environment import platform_name
 from megarl.plan.devices import this_device
-
-
-def update_flops(size: Size) -> float:
-    """Return the work of one update: forward and backward passes over the whole batch."""
-    lengths = make_batch(size).lengths_B.double()
-    shape = size.shape
-    attention = 6 * shape.num_layers * shape.num_heads * shape.head_dim * lengths.square().sum()
-    return float(6 * shape.active_parameters * lengths.sum() + attention)
+from megarl.plan.utilisation import update_flops
 
 
 def main() -> None:
@@ -45,7 +38,7 @@ def main() -> None:
     from megarl.parallel.world import leave_world
 
     leave_world()
-    flops = update_flops(size)
+    flops = update_flops(size.shape, make_batch(size).lengths_B.tolist())
     print(
         f"{device.name}, {result['dtype']}, {result['tokens']:,} tokens an update, peak {result['peak_bytes']:,} bytes"
     )

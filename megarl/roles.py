@@ -16,6 +16,7 @@ from megarl.batching.size import Batching, rollouts_a_pass, tokens_a_pass
 from megarl.config.schema import (
     FSDP_STRATEGIES,
     SERVER,
+    SGLANG,
     BackendConfig,
     CriticModelConfig,
     FsdpConfig,
@@ -277,8 +278,9 @@ def num_ranks(c: PPOConfig | SFTConfig) -> int:
 
 
 def is_served(c: PPOConfig) -> bool:
-    """Return whether engines are in processes of their own."""
-    return c.actor_rollout_ref.rollout.placement == SERVER
+    """Return whether engines are in processes of their own, as SGLang always is."""
+    rollout = c.actor_rollout_ref.rollout
+    return rollout.placement == SERVER or rollout.name == SGLANG
 
 
 def num_engine_ranks(c: PPOConfig) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import prod
 
 from megarl.batching.divisors import divisors
+from megarl.checks.overrides import overridden_fields_can_be_run
 from megarl.checks.transformer_fields import OURS, transformer_fields
 from megarl.config.router_losses import router_losses_are_whole
 from megarl.config.schema import MegatronConfig, RecomputeConfig, TrainedMegatronConfig
@@ -119,6 +120,7 @@ def overridden_fields_exist_and_are_free(key: str, megatron: MegatronConfig) -> 
             hint = nearest(name, fields)
             yield Problem(path, value, "is no field of the installed megatron-core's TransformerConfig", hint)
     yield from router_losses_are_whole(f"{key}.override_transformer_config", overrides)
+    yield from overridden_fields_can_be_run(f"{key}.override_transformer_config", overrides)
 
 
 def the_model_fits_its_axes(key: str, shape: ModelShape, megatron: MegatronConfig) -> Problems:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megarl.algorithm.needs import needs_old_logprobs, needs_reward_function, needs_reward_model, uses_kl_loss
 from megarl.catalog import POLICY_LOSSES
 from megarl.config.defaults import default_of, value_of
-from megarl.config.schema import ASYNC, PPOConfig
+from megarl.config.schema import ASYNC, SGLANG, VLLM, PPOConfig
 from megarl.errors import Problem
 from megarl.roles import REWARD_MODEL, is_served, pass_keys
 
@@ -79,7 +79,11 @@ _SAMPLES = (
     f"{ROLLOUT}.val_kwargs.temperature=1",
 )
 
-_SERVED = (is_served, f"{ROLLOUT}.placement is server", f"{ROLLOUT}.placement=server")
+_SERVED = (
+    is_served,
+    f"{ROLLOUT}.placement is server, or {ROLLOUT}.name sglang",
+    f"{ROLLOUT}.placement=server",
+)
 
 _LOSS_SETTINGS = dict.fromkeys(setting for needs in POLICY_LOSSES.values() for setting in needs.uses)
 
@@ -134,6 +138,18 @@ EFFECTS: tuple[Effect, ...] = (
     Effect("reward.score_on_failure", *_FUNCTION),
     Effect("reward.on_all_failed", *_FUNCTION),
     Effect("reward.model.coef", needs_reward_model, "reward.model.path names a model", "reward.model.path=FOLDER"),
+    Effect(
+        f"{ROLLOUT}.sglang.python",
+        lambda c: c.actor_rollout_ref.rollout.name == SGLANG,
+        f"{ROLLOUT}.name is sglang",
+        f"{ROLLOUT}.name=sglang",
+    ),
+    Effect(
+        f"{ROLLOUT}.disable_log_stats",
+        lambda c: c.actor_rollout_ref.rollout.name == VLLM,
+        f"{ROLLOUT}.name is vllm",
+        f"leave {ROLLOUT}.disable_log_stats out",
+    ),
     Effect(f"{ROLLOUT}.nnodes", *_SERVED),
     Effect(f"{ROLLOUT}.n_gpus_per_node", *_SERVED),
     Effect(

@@ -30,7 +30,7 @@ from megarl.checks.modes import (
 )
 from megarl.checks.vllm_facts import VLLM_HEAD_SIZES, vllm_serves
 from megarl.config.defaults import default_of
-from megarl.config.schema import FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
+from megarl.config.schema import SGLANG, FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
 from megarl.roles import Role, is_served, num_engine_ranks
@@ -123,11 +123,15 @@ def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:
         yield Problem(key, tp, f"must divide the {ranks} {whose}")
 
 
-def the_engine_is_built(c: PPOConfig) -> Problems:
-    """The engine's name has code behind it."""
-    if c.actor_rollout_ref.rollout.name != "vllm":
-        key = "actor_rollout_ref.rollout.name"
-        yield Problem(key, c.actor_rollout_ref.rollout.name, "isn't built yet", f"{key}=vllm")
+def sglang_tells_what_it_sampled_from(c: PPOConfig) -> Problems:
+    """Training samples from the whole distribution on SGLang, whose log-probs are of that."""
+    rollout = c.actor_rollout_ref.rollout
+    whole = {"top_p": (rollout.top_p, 1.0), "top_k": (rollout.top_k, None)}
+    for name, (value, neutral) in whole.items() if rollout.name == SGLANG else ():
+        if value != neutral:
+            key, why = f"actor_rollout_ref.rollout.{name}", "SGLang doesn't renormalise the log-probs of what it keeps"
+            shown = "null" if neutral is None else neutral
+            yield Problem(key, value, f"must be {shown} on sglang: {why}", f"{key}={shown}, or rollout.name=vllm")
 
 
 def an_engine_step_holds_its_sequences(c: PPOConfig) -> Problems:
@@ -201,7 +205,7 @@ def one_reward_is_chosen(c: PPOConfig) -> Problems:
 
 
 _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
-    the_engine_is_built,
+    sglang_tells_what_it_sampled_from,
     an_engine_replica_divides_the_ranks,
     an_engine_step_holds_its_sequences,
     the_placement_of_engines_is_said_once,

@@ -17,7 +17,8 @@ from megarl.checks.config import built, drop_consequences
 from megarl.checks.data_files import check_chat_files, check_prompt_files
 from megarl.checks.findings import Findings
 from megarl.checks.idle import idle_settings
-from megarl.checks.rules import model_problems, run_problems
+from megarl.checks.overrides import fused_kernels_are_installed
+from megarl.checks.rules import model_problems, run_problems, without_followers
 from megarl.checks.tokenizer_file import differing_token, largest_token
 from megarl.config.schema import PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, ModelFolderError, Problem
@@ -106,6 +107,7 @@ def _finished(
     if found.notes is None:
         found.problems += _optimizers_are_installed(roles)
         found.problems += _adapters_are_installed(roles)
+        found.problems += without_followers(fused_kernels_are_installed(roles), roles)
     idle = idle_settings(config, roles)
     found.problems += idle if config.trainer.strict else []
     drop_consequences(found, misread)

@@ -29,6 +29,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 ALL_RANKS = -1  # in fsdp_size, as verl has it
 COLOCATED, SERVER = PLACEMENTS = ("colocated", "server")
+VLLM, SGLANG = ENGINES = ("vllm", "sglang")
 SYNC, ONE_STEP_OFF, ASYNC = MODES = ("sync", "one_step_off", "async")
 OVERLONG = ("filter", "error", "left", "right", "middle")
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -265,14 +266,22 @@ class ValSamplingConfig:
 
 
 @dataclass(frozen=True)
+class SglangConfig:
+    """Where SGLang is installed: in an environment of its own, since its packages and vLLM's exclude each other."""
+
+    python: str | None = key("interpreter of that environment (make sglang: .venv-sglang/bin/python); null: this one")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The engine that generates, and how it samples."""
 
-    name: str = key("engine", choices=("vllm", "sglang"))
+    name: str = key("engine", choices=ENGINES)
     placement: str = key(
-        "where engines are: in the ranks that train, or in processes of their own on the same node",
+        "where engines are: in the ranks that train, or in processes of their own on the same node; sglang always is",
         choices=PLACEMENTS,
     )
+    sglang: SglangConfig = key("SGLang's environment")
     nnodes: int = key("nodes of engines in processes of their own; only 1 so far", low=1, high=MOST_NODES)
     n_gpus_per_node: int | None = key(
         "devices of a node for engines in processes of their own, beside trainer.n_gpus_per_node; null: of one engine",

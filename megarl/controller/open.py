@@ -15,7 +15,7 @@ from megarl.algorithm.samples import Samples
 from megarl.checkpoint.folder import CheckpointFolder, Kept
 from megarl.checkpoint.rollouts_ahead import RolloutsAhead, read_rollouts_ahead
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import ASYNC, SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import ASYNC, SGLANG, SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.controller.ahead_sampler import AheadSampler
 from megarl.controller.demonstrations import (
     DemonstrationLoss,
@@ -27,6 +27,7 @@ from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.engine_servers import EngineServers
 from megarl.controller.engines import Engines
 from megarl.controller.inputs import PPOInputs, SFTInputs
+from megarl.controller.memory import devices_of
 from megarl.controller.non_finite import NonFinite
 from megarl.controller.observer import Observer
 from megarl.controller.publication import Publication
@@ -43,6 +44,7 @@ from megarl.controller.stream_sampler import StreamSampler
 from megarl.controller.validation import Validation
 from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
+from megarl.launchers.sglang_environment import sglang_python
 from megarl.launchers.start import engine_devices, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
@@ -53,6 +55,7 @@ from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
 from megarl.roles import Role, is_served, num_engines, num_ranks
+from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
 from megarl.types import RewardRequest, Sampling
 
@@ -154,7 +157,15 @@ def open_sft_run(
         preemption = preemption_of(trainer, sinks.warn)
         group = ranks.enter_context(worker_group(spec, trainer, preemption))
         stopwatch = Stopwatch(told=sinks.wait_for)
-        actor = RoleOnRanks(inputs.roles[0], group, trainer.seed, stopwatch, DemonstrationLossSpec())
+        devices = devices_of(config, inputs.roles, group)
+        actor = RoleOnRanks(
+            inputs.roles[0],
+            group,
+            trainer.seed,
+            stopwatch,
+            DemonstrationLossSpec(),
+            flops_per_s=devices.flops_per_s,
+        )
         saver = _saver(trainer, group, run_dir, sinks)
         run = Run(
             sampler=DemonstrationSampler(inputs.examples, inputs.order),
@@ -172,6 +183,7 @@ def open_sft_run(
             run_dir=run_dir,
             stopwatch=stopwatch,
             preemption=preemption,
+            memory=devices.memory,
             evaluations=_before_training(resumption),
         )
         group.watchdog.place = run.place
@@ -197,9 +209,16 @@ def rollout_run(
     trainer, data = config.trainer, config.data
     stopwatch, recipe = Stopwatch(told=tracker.wait_for), Recipe(config)
     losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
+    devices = devices_of(config, inputs.roles, group)
     roles = {
         role.name: RoleOnRanks(
-            role, group, trainer.seed, stopwatch, losses.get(role.name), recipe.policy_loss.temperature
+            role,
+            group,
+            trainer.seed,
+            stopwatch,
+            losses.get(role.name),
+            recipe.policy_loss.temperature,
+            devices.flops_per_s,
         )
         for role in inputs.roles
     }
@@ -268,6 +287,7 @@ def rollout_run(
         run_dir=run_dir,
         stopwatch=stopwatch,
         preemption=preemption,
+        memory=devices.memory,
         evaluations=_before_training(resumption),
     )
 
@@ -319,10 +339,22 @@ def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any]
     return open_tracker(sinks, run_dir, trainer.project_name, trainer.experiment_name, values, num_steps)
 
 
-def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
-    """Return the VllmSpec of a run's engine. One that weights may change under is told of every token as it comes."""
+def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
+    """Return the spec of a run's engine."""
     rollout = config.actor_rollout_ref.rollout
-    reproducible = platform_name() == "cpu" if rollout.reproducible is None else rollout.reproducible
+    if rollout.name == SGLANG:
+        return SglangSpec(
+            python=sglang_python(config),
+            model_folder=actor.model.here(),
+            dtype=actor.dtype,
+            tensor_parallel_size=rollout.tensor_model_parallel_size,
+            max_model_len=actor.scoring.sequence_tokens,
+            max_num_seqs=rollout.max_num_seqs,
+            max_num_batched_tokens=rollout.max_num_batched_tokens,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            enforce_eager=rollout.enforce_eager,
+            seed=config.trainer.seed,
+        )
     return VllmSpec(
         model_folder=actor.model.here(),
         dtype=actor.dtype,
@@ -335,7 +367,9 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec:
         seed=config.trainer.seed,
         disable_log_stats=rollout.disable_log_stats,
         free_cache_engine=rollout.free_cache_engine,
-        reproducible=is_served(config) or reproducible,
+        # An engine in processes of its own takes its steps one by one, and its ranks must draw the same noise.
+        reproducible=is_served(config)
+        or (platform_name() == "cpu" if rollout.reproducible is None else rollout.reproducible),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from megarl.algorithm.seeds import seed_of
 from megarl.batching.plan import MiniBatch, Rows
 from megarl.launchers.group import WorkerGroup
 from megarl.monitor.timing import Stopwatch
+from megarl.plan.utilisation import update_flops
 from megarl.ranks.worker import Worker
 from megarl.roles import Role
 from megarl.train.work import SKIPPED, Micros, OptimizerStep, ScoreWork, Updated, UpdateWork, is_whole
@@ -30,6 +32,7 @@ class RoleOnRanks:
     """A role and the group of ranks that hold it.
 
     seed: of the run. loss: None where nothing is trained. temperature: of the sampling, which log-probs share.
+    flops_per_s: of all ranks' devices in bfloat16, None where the share that an update reaches isn't to be told.
     """
 
     role: Role
@@ -38,6 +41,7 @@ class RoleOnRanks:
     stopwatch: Stopwatch
     loss: LossSpec | None = None
     temperature: float = 1.0
+    flops_per_s: float | None = None
 
     def logprobs(
         self, sequences: Sequences, rows: Sequence[int] | None = None, temperature: float | None = None
@@ -65,9 +69,21 @@ class RoleOnRanks:
         first_is_on_policy = isinstance(batch, PolicyBatch) and batch.first_is_on_policy
         shares = _shares(batch, plan, self.role.layout.dp, first_is_on_policy)
         works = [UpdateWork(self.role.name, rows, steps, self.loss) for rows, steps, _ in shares]
+        started = time.perf_counter()
         answers = self._answers(self.group.submit(Worker.update, self._by_rank(works)).result())
+        used = self._utilisation([batch.lengths_B[list(mini.rows)] for mini in plan], time.perf_counter() - started)
         by_step = [_merged([answer.metrics[i] for answer in answers]) for i in range(len(plan))]
-        return Update(_means(self.role.name, by_step), _logprobs(batch, shares, answers))
+        return Update(_means(self.role.name, by_step) | used, _logprobs(batch, shares, answers))
+
+    def _utilisation(self, lengths: Sequence[Tensor], seconds: float) -> Metrics:
+        """Return the share of the devices' speed that an update reached, where that is to be told.
+
+        Adapters have another work, and float32 has another speed.
+        """
+        if self.flops_per_s is None or self.role.lora is not None or self.role.dtype != "bfloat16":
+            return {}
+        flops = update_flops(self.role.shape, torch.cat(list(lengths)).tolist())
+        return {f"{self.role.name}/mfu": flops / seconds / self.flops_per_s}
 
     def plan(self, batch: Sequences, step: int) -> tuple[MiniBatch, ...]:
         """Return the optimizer steps of a step of the run: they follow from its seed and the lengths of the rows."""

@@ -104,6 +104,7 @@ class Run(Generic[S]):
     """A run after start-up.
 
     publication: None where there is no engine. evaluate: of the step it is given. state: the controller's after a step.
+    memory: metrics of what a step held on the ranks' devices.
     """
 
     sampler: Sampler[S]
@@ -121,6 +122,7 @@ class Run(Generic[S]):
     run_dir: Path
     stopwatch: Stopwatch
     preemption: Preemption
+    memory: Callable[[], Metrics] = dict
     evaluations: list[Evaluation] = field(default_factory=list)
     _metrics: Metrics = field(default_factory=dict)
     _step: int = 0
@@ -198,7 +200,7 @@ class Run(Generic[S]):
         """Give a step's metrics to the sinks, and its sampled rollouts to rollouts/; return the metrics."""
         times = {f"time_s/{name}": seconds for name, seconds in self.stopwatch.drain().items()}
         metrics = self._drained()
-        self.tracker.log(step, {**metrics, **times})
+        self.tracker.log(step, {**metrics, **times, **self.memory()})
         rows, freq = self.sampler.sampled_rows(), self.schedule.show_freq
         self._write_rows(f"step_{step}", step, rows)
         if rows and step % freq == 1 % freq:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from megarl.errors import MegarlError
 from megarl.ranks.join import listening
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Answer, Failed, Order
+from megarl.rollout.sglang import SglangSpec, sglang_environment
 
 # What says that the controller is a rank, or what only it shall know.
 _NOT_INHERITED = ("TORCHELASTIC_", "PET_", "RAY_")
@@ -36,13 +38,11 @@ class EngineProcesses:
         """Start all ranks; the first answer says when they are ready. devices: names of theirs, None on CPU."""
         self.connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        size = start.spec.tensor_parallel_size
-        with listening(_HOST) as listener:
-            port = listener.getsockname()[1]
-            for rank in range(size):
-                environ = engine_environment(rank, size, port, None if devices is None else devices[rank])
-                listener_fd = listener.fileno() if rank == 0 else None
-                self._start_rank(environ, listener_fd)
+        self._temporary = tempfile.TemporaryDirectory(prefix="megarl_engine_")
+        if isinstance(start.spec, SglangSpec):
+            self._start_sglang(start.spec, devices)
+        else:
+            self._start_ranks(start.spec.tensor_parallel_size, devices)
         for connection in self.connections:
             with suppress(OSError):  # ``receive`` says of what it died
                 connection.send(start)
@@ -74,26 +74,43 @@ class EngineProcesses:
     def kill(self) -> None:
         """End all ranks."""
         for process in self._processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started
         for process in self._processes:
             process.wait()
         for connection in self.connections:
             connection.close()
+        self._temporary.cleanup()
 
-    def _start_rank(self, environ: Mapping[str, str], listener_fd: int | None) -> None:
+    def _start_ranks(self, size: int, devices: Sequence[str] | None) -> None:
+        """Start a process for each rank of a vLLM, of this interpreter."""
+        with listening(_HOST) as listener:
+            port = listener.getsockname()[1]
+            for rank in range(size):
+                environ = engine_environment(rank, size, port, None if devices is None else devices[rank])
+                listener_fd = listener.fileno() if rank == 0 else None
+                # Not multiprocessing: it would run the controller's main module again.
+                code = f"import sys; sys.path[:] = {sys.path!r}; from megarl.ranks.engine_process import main; "
+                call = f"main(int(sys.argv[1]), {listener_fd})"
+                fds = [] if listener_fd is None else [listener_fd]
+                self._start([sys.executable, "-u", "-c", code + call], environ, fds)
+
+    def _start_sglang(self, spec: SglangSpec, devices: Sequence[str] | None) -> None:
+        """Start the process of an SGLang, of an interpreter of its own, which starts its ranks itself."""
+        environ = engine_environment(0, 1, 0, None if devices is None else ",".join(devices))
+        environ |= sglang_environment(spec.tensor_parallel_size)
+        environ.pop("PYTHONPATH", None)  # another environment's packages
+        self._start([spec.python, "-u", "-W", "ignore", "-m", "megarl.ranks.sglang_process"], environ, [])
+
+    def _start(self, command: Sequence[str], environ: Mapping[str, str], fds: Sequence[int]) -> None:
         ours, theirs = Pipe()
         with theirs:
-            command = (
-                f"import sys; sys.path[:] = {sys.path!r}; from megarl.ranks.engine_process import main; "
-                f"main({theirs.fileno()}, {listener_fd})"
-            )
-            # Not multiprocessing: it would run the controller's main module again.
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-u", "-c", command],
-                    pass_fds=[theirs.fileno(), *([] if listener_fd is None else [listener_fd])],
+                    [*command, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno(), *fds],
                     stdin=subprocess.DEVNULL,
-                    env=environ,
+                    env={**environ, "TMPDIR": self._temporary.name},
                     start_new_session=True,  # Ctrl-C is the controller's to hear
                 )
             )

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from functools import partial
 
 from megarl.config.compose import USER_ERROR, errors_reported
-from megarl.config.schema import PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem, ResourceError
 from megarl.launchers.group import WorkerGroup
 from megarl.launchers.ray_address import RAY_ADDRESS, check_ray_address, named_cluster
+from megarl.launchers.sglang_environment import check_sglang
 from megarl.launchers.starter import (
     complete_local_rank,
     complete_world_of_srun,
@@ -155,6 +156,8 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
     check_platform()
     if isinstance(config, PPOConfig) and is_served(config):
         engine_devices(config)
+        if config.actor_rollout_ref.rollout.name == SGLANG:
+            check_sglang(config)
         if placed_rank() is None and (address := named_cluster()):
             why = "engines in processes of their own start beside the command; Ray may place ranks on another node"
             fix = f"unset {RAY_ADDRESS}: the run then starts a Ray of its own on this node; or torchrun"

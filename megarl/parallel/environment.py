@@ -37,6 +37,10 @@ _EVERYWHERE = {
     "VLLM_LOGGING_LEVEL": "WARNING",  # at INFO every rank reports every engine setting
     "VLLM_NO_USAGE_STATS": "1",  # a training run phones nobody
 }
+_CUDA_ONLY = {
+    # Transformer Engine multiplies float32 matrices in TF32, with 10 bits of mantissa, unless cuBLAS is told not to.
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
 _CPU_ONLY = {
     "OMP_NUM_THREADS": "1",  # ranks share the cores, and OpenMP's default is all cores for each of them
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes over a minute at the first generation and gains nothing at CPU sizes
@@ -122,6 +126,8 @@ def platform_environment(environ: Mapping[str, str] = os.environ) -> dict[str, s
     defaults = {OVERRIDE: platform_name(environ), **_EVERYWHERE}
     if defaults[OVERRIDE] == "cpu":
         defaults |= _CPU_ONLY | {PRODUCTS: products_name(environ)}
+    else:
+        defaults |= _CUDA_ONLY
     return {name: environ.get(name, value) for name, value in defaults.items()}
 
 

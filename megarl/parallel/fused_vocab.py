@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.parallel.vocab import CHUNK_BYTES, VocabSlice, reduce_over
+from megarl.parallel.vocab import CHUNK_BYTES, VocabSlice, of_logprobs, reduce_over
 
 _ALIGNED = 128  # columns, so that matrix units run at full speed
 _LEAST = torch.finfo(torch.float32).min  # in place of -inf, of which differences are no numbers
@@ -53,15 +53,15 @@ class _FusedLogProbs(torch.autograd.Function):
         log_total_N = total_N.log()
         entropy_N = log_total_N - weighted_N / total_N
         ctx.columns, ctx.width = columns, width
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, top_N, total_N, entropy_N)
         return target_N - top_N - log_total_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        grad_logprobs_N, grad_entropy_N = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, None, None, None, None]:
+        grad_logprobs_N, grad_entropy_N = of_logprobs(grads)
         columns: VocabSlice = ctx.columns
         hidden_NH, weight_VH, targets_N, top_N, total_N, entropy_N = ctx.saved_tensors
-        with_entropy = bool(torch.any(grad_entropy_N != 0))
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
         grad_weight_VH = torch.empty_like(weight_VH)
         grad_weight_VH[columns.real :] = 0.0
@@ -72,7 +72,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 total_N,
                 entropy_N,
                 grad_logprobs_N,
-                grad_entropy_N if with_entropy else None,
+                grad_entropy_N,
             ).to(weight_VH.dtype)
             torch.mm(grad_NC.T, hidden_NH, out=grad_weight_VH[part])
             grad_hidden_NH += grad_NC @ weight_VH[part]

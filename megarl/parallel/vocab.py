@@ -114,15 +114,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         log_total_N = total_N.log()
         entropy_N = log_total_N - weighted_N / total_N
         ctx.columns, ctx.chunk = columns, chunk
+        ctx.set_materialize_grads(False)  # None says that a loss has no entropy, without a look at the device
         ctx.save_for_backward(logits_LV, rows_N, targets_N, top_N, total_N, entropy_N)
         return target_N - log_total_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        grad_logprobs_N, grad_entropy_N = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
         columns: VocabSlice = ctx.columns
         logits_LV, rows_N, targets_N, top_N, total_N, entropy_N = ctx.saved_tensors
-        with_entropy = bool(torch.any(grad_entropy_N != 0))
+        grad_logprobs_N, grad_entropy_N = of_logprobs(grads)
         grad_LV = torch.zeros_like(logits_LV)
         for part in _chunks(len(rows_N), ctx.chunk):
             grad_CV = columns.gradient(
@@ -131,10 +131,19 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 total_N[part],
                 entropy_N[part],
                 grad_logprobs_N[part],
-                grad_entropy_N[part] if with_entropy else None,
+                None if grad_entropy_N is None else grad_entropy_N[part],
             )
             grad_LV[rows_N[part]] = grad_CV.to(grad_LV.dtype)
         return grad_LV, None, None, None, None, None
+
+
+def of_logprobs(grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of log-probs and entropies, the first of which may be 0 and the second None."""
+    of_logprobs_N, of_entropy_N = grads
+    if of_logprobs_N is None:
+        assert of_entropy_N is not None
+        of_logprobs_N = torch.zeros_like(of_entropy_N)
+    return of_logprobs_N, of_entropy_N
 
 
 def reduce_over(group: dist.ProcessGroup | None, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> None:

@@ -23,6 +23,7 @@ from megarl.errors import MegarlError
 from megarl.ranks.join import join_ranks
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Busy, Failed, Order, Ready, StreamingEngine, Take, Took
+from megarl.rollout.sglang import SglangSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,7 +66,7 @@ def _hear(connection: Connection, orders: queue.SimpleQueue[Order]) -> None:
 def _serve(
     connection: Connection, orders: queue.SimpleQueue[Order], start: EngineStart, listener: socket.socket | None
 ) -> None:
-    engine, control = _started(start, listener)
+    engine, control = _started_sglang(start) if isinstance(start.spec, SglangSpec) else _started(start, listener)
     is_first = os.environ["RANK"] == "0"
     connection.send(Ready())
     told_s = time.monotonic()
@@ -93,14 +94,27 @@ def _started(start: EngineStart, listener: socket.socket | None) -> tuple[Stream
     import torch.distributed as dist
 
     from megarl.rollout.taking import WeightsTaker
-    from megarl.rollout.vllm import VllmEngine
+    from megarl.rollout.vllm import VllmEngine, VllmSpec
     from megarl.rollout.vllm_stream import VllmStream
 
+    assert isinstance(start.spec, VllmSpec)
     tp = start.spec.tensor_parallel_size
     control = dist.new_group(backend="gloo", timeout=_FOREVER) if tp > 1 else None
     engine = VllmEngine(start.spec)
     actor = start.actor
     return VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, tp, dist.get_rank())), control
+
+
+def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
+    """Return the engine of this process, which starts its ranks itself."""
+    import torch
+
+    from megarl.rollout.sglang import SglangStream
+    from megarl.rollout.taking import WholeTensors
+
+    assert isinstance(start.spec, SglangSpec)
+    tp, dtype, actor = start.spec.tensor_parallel_size, getattr(torch, start.spec.dtype), start.actor
+    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, tp, dtype)), None
 
 
 def _waiting(orders: queue.SimpleQueue[Order], is_busy: bool) -> Iterator[Order]:

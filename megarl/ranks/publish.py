@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.rollout.engine import RolloutEngine
+from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
 from megarl.train.backend import Backend
 from megarl.weights.cells import cells_of
@@ -71,11 +72,12 @@ class PlannedPublisher:
 class SharedPublisher:
     """Writes weights where engines on the same host read them. spec: of the engines."""
 
-    def __init__(self, backend: Backend, spec: VllmSpec) -> None:
+    def __init__(self, backend: Backend, spec: VllmSpec | SglangSpec) -> None:
         self.backend = backend
         role, dtype = backend.role, getattr(torch, spec.dtype)
         assert isinstance(dtype, torch.dtype)
-        plan = writer_plan(role.shape, role.layout, spec.tensor_parallel_size, dist.get_rank(), dtype.itemsize)
+        tp, whole = spec.tensor_parallel_size, isinstance(spec, SglangSpec)
+        plan = writer_plan(role.shape, role.layout, tp, dist.get_rank(), dtype.itemsize, whole=whole)
         self.writer = SharedWriter(plan, dtype)
 
     def publish(self, policy_version: int) -> Segment:

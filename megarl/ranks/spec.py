@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megarl.roles import Role
+from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
 from megarl.train.held_state import UpdateCounts
 
@@ -29,7 +30,7 @@ class RankSpec:
     roles: tuple[Role, ...]
     seed: int
     hang_timeout_s: float
-    engine: VllmSpec | None = None
+    engine: VllmSpec | SglangSpec | None = None
     is_served: bool = False
     algorithm_file: str | None = None
     resumed: Resumed | None = None
@@ -39,5 +40,5 @@ class RankSpec:
 class EngineStart:
     """What every rank of an engine in processes of its own is told to start with. actor: whose weights it gets."""
 
-    spec: VllmSpec
+    spec: VllmSpec | SglangSpec
     actor: Role

@@ -16,12 +16,13 @@ from megarl.algorithm.user_file import load_user_file
 from megarl.checkpoint.rank_save import RankSave, SavedPart, restore_random_states
 from megarl.checkpoint.role_files import SavedRole
 from megarl.errors import ResourceError
+from megarl.parallel.memory import DeviceMemory, MemoryByPhase
 from megarl.ranks.publish import Publisher, SharedPublisher, publisher_of
 from megarl.ranks.spec import RankSpec, Resumed
 from megarl.ranks.work import GenerateWork, SaveWork
 from megarl.roles import Role
 from megarl.rollout.engine import RolloutEngine
-from megarl.rollout.vllm import VllmEngine
+from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.actor import Actor
 from megarl.train.backend import Backend
 from megarl.train.backends import backend_of
@@ -60,7 +61,7 @@ class Worker:
         if spec.algorithm_file is not None:
             load_user_file(spec.algorithm_file)
         self.roles: dict[str, RoleOnRank] = {}
-        self.device = device
+        self.device, self.memory = device, MemoryByPhase(device)
         self.saving: RankSave | SavedPart | None = None
         for role in spec.roles:
             self.roles[role.name] = KINDS[role.name](_backend(role, spec, device))
@@ -70,6 +71,7 @@ class Worker:
         if spec.engine is not None and spec.is_served:
             self.publisher = SharedPublisher(self.roles["actor"].backend, spec.engine)
         elif spec.engine is not None:
+            assert isinstance(spec.engine, VllmSpec), "SGLang is never in the trainer's ranks"
             self.engine = VllmEngine(spec.engine)
             self.engine_tp = spec.engine.tensor_parallel_size
             self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)
@@ -79,13 +81,15 @@ class Worker:
 
     def score(self, work: ScoreWork) -> Tensor | None:
         """Return a role's numbers of this data-parallel rank's rows, on the rank that reports them."""
-        return self.roles[work.role].score(work)
+        with self.memory.phase(f"{work.role} scoring"):
+            return self.roles[work.role].score(work)
 
     def update(self, work: UpdateWork) -> Updated | None:
         """Take the optimizer steps of a role, and tell of them on the rank that reports them."""
         role = self.roles[work.role]
         assert isinstance(role, Actor | Critic), f"{work.role} is frozen"
-        updated = role.update(work)
+        with self.memory.phase(f"{work.role} update"):
+            updated = role.update(work)
         return updated if role.backend.place.reports else None
 
     def publish(self, policy_version: int) -> Segment | None:
@@ -93,7 +97,8 @@ class Worker:
         assert self.publisher is not None
         if self.engine is not None:
             self.engine.wake_weights()
-        return self.publisher.publish(policy_version)
+        with self.memory.phase("publish"):
+            return self.publisher.publish(policy_version)
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""
@@ -101,7 +106,8 @@ class Worker:
         if self.engine.has_lost_weights:  # nothing has been published since: the actor's are still those
             self.publish(self.engine.policy_version)
         self.engine.wake_up()
-        rollouts = tuple(self.engine.generate(work.requests, work.sampling))
+        with self.memory.phase("generate"):
+            rollouts = tuple(self.engine.generate(work.requests, work.sampling))
         return rollouts if dist.get_rank() % self.engine_tp == 0 else None
 
     def rest(self, _: None) -> None:
@@ -133,6 +139,10 @@ class Worker:
         """Take up weights and optimizers of a checkpoint again."""
         for name, counts in resumed.updates.items():
             self.roles[name].backend.load(SavedRole(Path(resumed.folder), name), counts)
+
+    def memory_used(self, _: None) -> dict[str, DeviceMemory]:
+        """Return the largest DeviceMemory of every phase since it was last asked for; nothing on CPU."""
+        return self.memory.drain()
 
     def shutdown(self, _: None) -> None:
         """Release the engine."""

@@ -27,10 +27,14 @@ class WeightsTaker:
     def __init__(self, engine: RolloutEngine, shape: ModelShape, layout: Layout, tp: int, tp_rank: int) -> None:
         self.engine, self.shape = engine, shape
         parameters = engine.parameters()
+        dtype = next(iter(parameters.values())).dtype
+        self.whole: WholeTensors | None = None
         if shape.is_mapped:
             check_parameters(parameters, shape, tp, tp_rank)
-        self.dtype = next(iter(parameters.values())).dtype
-        self.reader = SharedReader(reader_plan(shape, layout, tp, tp_rank, self.dtype.itemsize), self.dtype)
+            self.reader = SharedReader(reader_plan(shape, layout, tp, tp_rank, dtype.itemsize), dtype)
+        else:
+            self.whole = WholeTensors(shape, layout, tp, dtype)
+            self.reader = self.whole.reader
 
     def take(self, order: Take) -> None:
         """Copy the weights, and stamp later tokens with their number.
@@ -38,10 +42,10 @@ class WeightsTaker:
         Raises PublishError where they aren't all of that publication, before the first is copied or after the last.
         """
         self.reader.check(order.segments, order.policy_version)
-        if self.shape.is_mapped:
+        if self.whole is None:
             self.reader.read(order.segments, 0, self.engine.parameters())
         else:
-            filled = self.engine.load_weights(self._tensors(order))
+            filled = self.engine.load_weights(t for bucket in self.whole.buckets(order) for t in bucket.items())
             missing = sorted(set(self.engine.parameters()) - filled)
             if missing:
                 raise PublishError(
@@ -50,10 +54,21 @@ class WeightsTaker:
         self.reader.check(order.segments, order.policy_version)
         self.engine.publish_done(order.policy_version)
 
-    def _tensors(self, order: Take) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor, whole; there are as many at a time as are read together."""
-        shapes = hf_shapes(self.shape)
+
+class WholeTensors:
+    """The tensors of a publication by the names of a checkpoint, whole, a few at a time."""
+
+    def __init__(self, shape: ModelShape, layout: Layout, tp: int, dtype: torch.dtype) -> None:
+        self.shapes, self.dtype = hf_shapes(shape), dtype
+        self.reader = SharedReader(reader_plan(shape, layout, tp, 0, dtype.itemsize, whole=True), dtype)
+
+    def check(self, order: Take) -> None:
+        """Raise PublishError unless the trainer's memory holds that publication."""
+        self.reader.check(order.segments, order.policy_version)
+
+    def buckets(self, order: Take) -> Iterator[dict[str, Tensor]]:
+        """Yield all tensors, as many at a time as are read together."""
         for index, names in enumerate(self.reader.plan.names):
-            tensors = {name: torch.empty(shapes[name], dtype=self.dtype) for name in names}
+            tensors = {name: torch.empty(self.shapes[name], dtype=self.dtype) for name in names}
             self.reader.read(order.segments, index, tensors)
-            yield from tensors.items()
+            yield tensors

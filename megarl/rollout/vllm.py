@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megarl.errors import DataError, PublishError
 from megarl.parallel.environment import apply_environment, platform_name
 from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
 from megarl.rollout.vllm_memory import EngineMemory
 from megarl.rollout.vllm_queue import without_queue
@@ -180,16 +181,6 @@ class VllmEngine:
             )
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """Return the seed of sample ``index`` of a request: distinct in a group, unrelated between requests.
-
-    Adding the index to the request's seed itself would give neighbouring requests the same noise. The hash is added
-    to, not hashed with, the index, because torch's CPU generator keeps 32 bits only, where hashes may collide.
-    """
-    digest = hashlib.blake2b(seed.to_bytes(16, "little", signed=True), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 2) + index
-
-
 @contextmanager
 def common_noise(seeds: Sequence[int]) -> Iterator[None]:
     """Have all ranks of a replica draw the same noise, by the seeds of its samples, and the trainer's generators rest.
@@ -272,7 +263,7 @@ def _set_environment(spec: VllmSpec) -> None:
 
 
 def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
-    """Return vLLM's parameters of one rollout, which is told of when it has ended."""
+    """Return vLLM's parameters of one rollout, which is told of when it has ended. seed: None for the engine's own."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from megarl.errors import PublishError
 from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import Ask, Done, Take, samplings
 from megarl.rollout.taking import WeightsTaker
-from megarl.rollout.vllm import VllmEngine, rollout_of, sample_seed, sampling_params
+from megarl.rollout.vllm import VllmEngine, rollout_of, sampling_params
 
 if TYPE_CHECKING:
     from vllm import RequestOutput

@@ -86,19 +86,20 @@ class ModelOutput:
             return numbers
         own_M = (place_P >= 0).nonzero()[:, 0].to(self.device)
         all_P = [numbers[0].new_zeros(len(place_P)).index_put((own_M,), number_M) for number_M in numbers]
-        add_up: Callable[..., Tensor] = _Together.apply
-        return add_up(torch.stack(all_P), self.context_ranks).unbind()
+        add_up: Callable[..., tuple[Tensor, ...]] = _Together.apply
+        return add_up(self.context_ranks, *all_P)
 
 
 class _Together(torch.autograd.Function):
-    """Adds up over ranks; its gradient is passed on as it is."""
+    """Adds up over ranks; gradients are passed on as they are, None where nothing depends on a number."""
 
     @staticmethod
-    def forward(ctx: Any, numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = numbers.clone()
+    def forward(ctx: Any, group: dist.ProcessGroup, *numbers: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        total = torch.stack(numbers)
         dist.all_reduce(total, group=group)
-        return total
+        return total.unbind()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads

@@ -152,7 +152,7 @@ def _pool(suite: Suite, context: ForkServerContext, size: int | None = None) -> 
     folder = suite.scratch / f"ranks{time.monotonic_ns()}"
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as held:
-        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "NVIDIA_TF32_OVERRIDE": "0"}
+        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
         pool = RankPool(folder, size or suite.max_ranks, context, environ)
         try:
             yield pool

@@ -1,8 +1,8 @@
 """What a trainer's ranks write, and the ranks of an engine read, where the weights wait in the memory of a host.
 
 The ranks of an engine follow those of the trainer in a reshard plan, as one host. All engines read the same. Of a
-family outside of the name map all ranks of an engine read the same whole tensors, a few at a time, of which the engine
-takes its part.
+family outside of the name map, and where the engine wants them so, all ranks of an engine read the same whole tensors,
+a few at a time, of which the engine takes its part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, vllm_peers
 from megarl.weights.reshard_plan import BUCKET_BYTES, Load, RankPlan, asked_of, loads_of, plan_reshard
-from megarl.weights.shard import Peers, alike, whole
+from megarl.weights.shard import Peers, alike
+from megarl.weights.shard import whole as whole_tensor
 from megarl.weights.trainer_peers import trainer_peers
 
 
@@ -27,14 +28,22 @@ class SharedPlan:
     plans: tuple[RankPlan, ...]
 
 
-def writer_plan(shape: ModelShape, layout: Layout, tp: int, rank: int, itemsize: int) -> SharedPlan:
-    """Return what ``rank`` of the trainer writes for engines of ``tp`` ranks. itemsize: bytes of an element there."""
-    return _plan(shape, layout, tp, rank, itemsize)
+def writer_plan(
+    shape: ModelShape, layout: Layout, tp: int, rank: int, itemsize: int, *, whole: bool = False
+) -> SharedPlan:
+    """Return what ``rank`` of the trainer writes for engines of ``tp`` ranks. itemsize: bytes of an element there.
+
+    whole: whether engines want whole tensors; they get them as well where the name map doesn't have the family.
+    """
+    return _plan(shape, layout, tp, rank, itemsize, whole=whole or not shape.is_mapped)
 
 
-def reader_plan(shape: ModelShape, layout: Layout, tp: int, tp_rank: int, itemsize: int) -> SharedPlan:
-    """Return what ``tp_rank`` of an engine reads."""
-    return _plan(shape, layout, tp, layout.world_size + (tp_rank if shape.is_mapped else 0), itemsize)
+def reader_plan(
+    shape: ModelShape, layout: Layout, tp: int, tp_rank: int, itemsize: int, *, whole: bool = False
+) -> SharedPlan:
+    """Return what ``tp_rank`` of an engine reads; of whole tensors all ranks read the same."""
+    whole = whole or not shape.is_mapped
+    return _plan(shape, layout, tp, layout.world_size + (0 if whole else tp_rank), itemsize, whole=whole)
 
 
 def shared_loads(shape: ModelShape, layout: Layout, tp: int) -> tuple[Load, ...]:
@@ -54,11 +63,11 @@ def _engine_peers(shape: ModelShape, layout: Layout, tp: int) -> tuple[Peers, ..
     return vllm_peers(shape, tp, range(first, first + (tp if shape.is_mapped else 1)))
 
 
-def _plan(shape: ModelShape, layout: Layout, tp: int, rank: int, itemsize: int) -> SharedPlan:
+def _plan(shape: ModelShape, layout: Layout, tp: int, rank: int, itemsize: int, *, whole: bool) -> SharedPlan:
     sources = _sources(shape, layout, tp)
-    if shape.is_mapped:
+    if not whole:
         return SharedPlan(((),), (plan_reshard(sources, _engine_peers(shape, layout, tp), rank),))
     shapes, reader = hf_shapes(shape), (layout.world_size,)
     names = plan_files(shapes, itemsize, BUCKET_BYTES)
-    targets = [(Peers(reader, alike(whole(name, shapes[name]) for name in bucket)),) for bucket in names]
+    targets = [(Peers(reader, alike(whole_tensor(name, shapes[name]) for name in bucket)),) for bucket in names]
     return SharedPlan(names, tuple(plan_reshard(sources, target, rank) for target in targets))

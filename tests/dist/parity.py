@@ -166,7 +166,7 @@ def _logits_BSV(backend: Backend, sequences: Sequences) -> Tensor:
             dist.all_gather(parts, output.tensor.contiguous(), group=output.vocab_ranks)
         own_N, logits_LV = micro.predict_N >= 0, torch.cat(parts, -1).flatten(0, -2)
         logits_NV = logits_LV if output.at_predictions else logits_LV[micro.predict_N[own_N]]
-        logits_BSV[micro.row_N[own_N], micro.column_N[own_N]] = logits_NV[:, :vocab_size]
+        logits_BSV[micro.row_N[own_N], micro.column_N[own_N]] = logits_NV[:, :vocab_size].float()
 
     backend.forward(backend.pack(rows, micros), place)
     for group in context_ranks - {None}:

@@ -77,13 +77,6 @@ def uneven_gather() -> None:
     assert nothing.shape == (0, 2)
 
 
-def router_without_te() -> None:
-    from megatron.core.transformer.moe.moe_utils import router_gating_linear
-
-    tokens, weight = torch.randn(5, 4), torch.randn(3, 4)
-    torch.testing.assert_close(router_gating_linear(tokens, weight, None, torch.float32), tokens @ weight.T)
-
-
 def moe_split_sizes() -> None:
     from megatron.core.tensor_parallel.mappings import all_to_all
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
@@ -93,33 +86,6 @@ def moe_split_sizes() -> None:
     received = maybe_move_tensor_to_cpu(torch.tensor([[2, 2], [1, 1]][dist.get_rank()]), as_numpy=True)
     rows = all_to_all(dist.group.WORLD, 3.0 * dist.get_rank() + torch.arange(3), received, sent)
     assert rows.tolist() == [[0.0, 1.0, 3.0, 4.0], [2.0, 5.0]][dist.get_rank()]
-
-
-def adam_state_before_first_step() -> None:
-    trainer = _Trainer()
-    weights = trainer.weights()
-    trainer.saved()
-    assert trainer.weights() == weights, "saving changed the weights"
-    trainer.step()
-    straight = _Trainer()
-    straight.step()
-    assert trainer.weights() == straight.weights(), "saving changed the first step"
-
-
-def adam_step_in_groups() -> None:
-    trainer, resumed = _Trainer(), _Trainer()
-    trainer.step()
-    resumed.load(trainer)
-    assert resumed.saved()["optimizer"] == trainer.saved()["optimizer"]
-
-
-def adam_step_of_each_param() -> None:
-    straight, resumed = _Trainer(), _Trainer()
-    straight.step()
-    resumed.load(straight)
-    straight.step()
-    resumed.step()
-    assert resumed.weights() == straight.weights(), "the step after a resume isn't the one without"
 
 
 def one_gloo_device() -> None:
@@ -165,25 +131,6 @@ class _Trainer:
         self.model.module.layers(torch.tensor([1.0, 2.0])).sum().backward()
         self.model.finish_grad_sync()
         self.optimizer.step()
-
-    def weights(self) -> list[list[float]]:
-        return [parameter.flatten().tolist() for parameter in self.model.parameters()]
-
-    def saved(self, is_loading: bool = False) -> Any:
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        model = self.model.sharded_state_dict(metadata=metadata)
-        return self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-
-    def load(self, other: _Trainer) -> None:
-        """Take over the state of ``other`` as a checkpoint hands it over, without the files."""
-        self.model.load_state_dict(other.model.module.state_dict())
-        self.saved(is_loading=True)
-        state = other.saved()
-        state["param_state"] = {
-            number: {key: sharded.data.clone() for key, sharded in tensors.items()}
-            for number, tensors in state["param_state"].items()
-        }
-        self.optimizer.load_state_dict(state)
 
 
 @dataclass(frozen=True)

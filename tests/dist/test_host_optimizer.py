@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch.testing import assert_close
 
 from megarl.parallel.layout import Layout
 from megarl.roles import Role
+from megarl.train import held_state
 from megarl.train.actor import Actor
-from megarl.train.megatron import host_adam
+from megarl.train.megatron import host_adam, optimizer_state
 from megarl.train.megatron.backend import MegatronBackend
 from megarl.train.megatron.optimizer import Optimizer
 from megarl.types import Metrics, Sequences
@@ -153,25 +154,23 @@ def _tensors(root: object) -> Iterator[Tensor]:
             waiting.append(found.grad)
 
 
+@dataclass(frozen=True)
+class Handed:
+    """What another actor on the same rank and layout holds, as a checkpoint hands it over, without the files."""
+
+    values: Mapping[tuple[str, int, int], Mapping[str, Tensor]]
+
+    def fill(self, held: held_state.Held) -> None:
+        for kind, tensor in held.values.items():
+            tensor.copy_(self.values[held.shard.name, held.start, held.stop][kind])
+
+
 def _load(actor: MegatronBackend, other: MegatronBackend) -> None:
-    """Take over the state of ``other`` as a checkpoint hands it over, without the files."""
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    """Take over the state of ``other``."""
     actor.model.module.load_state_dict(other.model.module.state_dict())
-    _saved(actor, metadata, is_loading=True)
-    state = _saved(other, metadata)
-    state["param_state"] = {
-        number: {key: sharded.data.clone() for key, sharded in tensors.items()}
-        for number, tensors in state["param_state"].items()
-    }
-    with actor.model.groups.active():
-        _optimizer(actor).inner.load_state_dict(state)
-    _optimizer(actor).num_updates = _optimizer(other).num_updates
-
-
-def _saved(actor: MegatronBackend, metadata: dict[str, str], is_loading: bool = False) -> Any:
-    with actor.model.groups.active():
-        model = actor.model.module.sharded_state_dict(metadata=metadata)
-        return _optimizer(actor).inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    values = {(held.shard.name, held.start, held.stop): held.values for held in other.held()}
+    saved: Any = Handed(values)
+    optimizer_state.load(_optimizer(actor), saved, other.counts())
 
 
 @pytest.fixture(scope="module")

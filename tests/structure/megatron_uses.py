@@ -22,6 +22,7 @@ _MODULE = _CORE + "transformer.module"
 _SCHEDULES = _CORE + "pipeline_parallel.schedules"
 _OPTIMIZER = _CORE + "optimizer.optimizer"
 _HYBRID = _CORE + "optimizer.cpu_offloading.hybrid_optimizer"
+_ROTARY = _CORE + "models.common.embeddings.rotary_pos_embedding"
 _RNG = _CORE + "tensor_parallel.random"
 _RUN = "forward_step_func data_iterator model num_microbatches seq_length micro_batch_size forward_only"
 
@@ -31,6 +32,8 @@ THROUGH_OBJECTS = [
     ("megarl/train/megatron/model.py", _SCHEDULES, "forward_backward_pipelining_without_interleaving", _RUN),
     ("megarl/train/megatron/model.py", _SCHEDULES, "forward_backward_pipelining_with_interleaving", _RUN),
     ("megarl/train/megatron/model.py", _CORE + "models.gpt", "GPTModel.forward", "packed_seq_params padding_mask"),
+    ("megarl/train/megatron/rotary.py", _ROTARY, "RotaryEmbedding.get_rotary_seq_len", ""),
+    ("megarl/train/megatron/rotary.py", _ROTARY, "RotaryEmbedding.inv_freq", ""),
     ("megarl/train/megatron/optimizer.py", _CONFIG, "TransformerConfig", "no_sync_func finalize_model_grads_func"),
     ("megarl/train/megatron/optimizer.py", _CORE + "distributed", "DistributedDataParallel.no_sync", ""),
     ("megarl/train/megatron/optimizer.py", _CORE + "distributed", "DistributedDataParallel.zero_grad_buffer", ""),

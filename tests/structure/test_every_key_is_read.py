@@ -15,7 +15,7 @@ NO_READERS = {SCHEMA, MEGARL / "config" / "docs.py"}
 RULES = {MEGARL / "checks" / f"{name}.py" for name in ("rules", "algorithm", "axes", "effects")}
 
 # Rules are all that these are for: of what they may say, one thing is built.
-READ_BY_RULES_ALONE = {"RolloutConfig.name", "ActorRolloutRefConfig.hybrid_engine"}
+READ_BY_RULES_ALONE = {"ActorRolloutRefConfig.hybrid_engine"}
 
 
 def _unread_by_megarl(without: set[Path]) -> set[str]:

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ENGINE = REPOSITORY / "megarl" / "rollout" / "vllm.py"
 
 _LLM, _WORKER = "vllm.entrypoints.llm", "vllm.v1.worker.gpu_worker"
+_ENGINE, _OUTPUTS = "vllm.v1.engine.llm_engine", "vllm.v1.engine.output_processor"
 _EXECUTOR, _CONFIG = "vllm.v1.executor.uniproc_executor", "vllm.config.compilation"
 
 # Module, name -> the keywords that it is given.
@@ -32,7 +33,16 @@ USES: dict[tuple[str, str], str] = {
     (_LLM, "LLM.sleep"): "level",
     (_LLM, "LLM.wake_up"): "tags",
     (_LLM, "LLM.llm_engine"): "",
-    ("vllm.v1.engine.llm_engine", "LLMEngine.model_executor"): "",
+    (_ENGINE, "LLMEngine.model_executor"): "",
+    (_ENGINE, "LLMEngine.add_request"): "request_id prompt params",
+    (_ENGINE, "LLMEngine.has_unfinished_requests"): "",
+    (_ENGINE, "LLMEngine.step"): "",
+    (_ENGINE, "LLMEngine.reset_prefix_cache"): "reset_running_requests",
+    (_ENGINE, "LLMEngine.output_processor"): "",
+    (_OUTPUTS, "OutputProcessor.request_states"): "",
+    (_OUTPUTS, "RequestState.external_req_id"): "",
+    (_OUTPUTS, "RequestState.detokenizer"): "",
+    ("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.num_output_tokens"): "",
     ("vllm.distributed.parallel_state", "destroy_model_parallel"): "",
     ("vllm.distributed.device_communicators.shm_broadcast", "MessageQueue.create_from_process_group"): "",
     (_EXECUTOR, "ExecutorWithExternalLauncher.shutdown"): "",

@@ -149,6 +149,12 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
         ["m.override_transformer_config.moe_aux_loss_cof"],
         "is no field of the installed megatron-core's TransformerConfig",
     ),
+    (
+        overridden_fields_exist_and_are_free,
+        lambda: (_megatron(override_transformer_config={"tp_comm_overlap": True}),),
+        ["m.override_transformer_config.tp_comm_overlap"],
+        "its buffers have one fixed size, and micro-batches have any number of tokens",
+    ),
     (the_model_fits_its_axes, lambda: (DENSE, _megatron(**{TP: 8})), [f"m.{TP}"], "the model's 4 attention heads"),
     (the_model_fits_its_axes, lambda: (DENSE, _megatron(**{PP: 4})), [f"m.{PP}"], "the model's 3 layers"),
     (the_model_fits_its_axes, lambda: (DENSE, _megatron(**{PP: 2, VPP: 2})), [f"m.{VPP}"], "the model's 3 layers"),

@@ -120,7 +120,8 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         ["critic.optim.min_lr"],
         "has no effect where critic.lr_scheduler.type is constant",
     ),
-    ({f"{ROLLOUT}.name": "sglang"}, [f"{ROLLOUT}.name"], "isn't built yet"),
+    ({f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.top_p": 0.9}, [f"{ROLLOUT}.top_p"], "must be 1.0 on sglang"),
+    ({f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.top_k": 20}, [f"{ROLLOUT}.top_k"], "must be null on sglang"),
     (
         {f"{ROLLOUT}.max_num_batched_tokens": 255},
         [f"{ROLLOUT}.max_num_batched_tokens"],

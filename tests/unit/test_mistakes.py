@@ -354,6 +354,12 @@ MISTAKES = {
     "an optimizer of Transformer Engine's without it": _of(
         f"{AXES}.use_precision_aware_optimizer=true", says="isn't installed"
     ),
+    "quantized products of unpadded rows": _of(
+        f"+{OVERRIDES}.fp8=hybrid", says="needs numbers of tokens that 16 divides"
+    ),
+    "a fused kernel that isn't installed": _of(
+        f"+{OVERRIDES}.apply_rope_fusion=true", says="has its kernel in Transformer Engine, which isn't installed"
+    ),
     "moments of 16 bits in an optimizer that has none": _of(
         f"{AXES}.exp_avg_dtype=bfloat16", says="has an effect only where"
     ),

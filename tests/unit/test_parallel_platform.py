@@ -59,6 +59,7 @@ def test_ranks_on_cuda_use_their_threads_and_compile() -> None:
     environment = platform_environment({"MEGARL_PLATFORM": "cuda"})
     assert not {"OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"} & set(environment)
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert environment["NVIDIA_TF32_OVERRIDE"] == "0", "float32 would be TF32 with Transformer Engine"
 
 
 def test_the_environment_leaves_what_the_user_set() -> None:

@@ -184,3 +184,23 @@ def test_rows_temperature_and_chunks_change_nothing_but_what_they_say(
     assert logits.grad is not None and expected.grad is not None
     torch.testing.assert_close(logits.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
     assert not logits.grad[[1, 4, 5, 6]].any()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["log-probs", "entropies"])
+def test_a_loss_of_one_of_both_has_the_gradient_of_that_one(which: int) -> None:
+    case = _case(3, vocab=8)
+    gradients = []
+    for weights_N in (case.logprob_weights_N, case.entropy_weights_N):
+        logits = case.logits_NP.clone().requires_grad_()
+        results = vocab_parallel_logprobs(logits, case.targets_N, group=None, vocab_size=8)
+        (weights_N @ results[which]).backward()
+        log_p_NV = case.logits_NP.clone().requires_grad_()
+        log_probs_NV = log_p_NV.log_softmax(-1)
+        expected = (
+            log_probs_NV.gather(-1, case.targets_N[:, None])[:, 0],
+            -(log_probs_NV.exp() * log_probs_NV).sum(-1),
+        )
+        (weights_N @ expected[which]).backward()
+        torch.testing.assert_close(logits.grad, log_p_NV.grad, rtol=0, atol=1e-6)
+        gradients.append(logits.grad)
+    assert not torch.equal(*gradients)

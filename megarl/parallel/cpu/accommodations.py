@@ -65,11 +65,6 @@ def uneven_gather(mappings: Any) -> None:
     mappings._gather_along_first_dim = padded_gather
 
 
-def router_without_te(moe_utils: Any) -> None:
-    """Define ``te_general_gemm``, which the router tests for None, but which exists only with Transformer Engine."""
-    vars(moe_utils).setdefault("te_general_gemm", None)
-
-
 def moe_split_sizes(moe_utils: Any) -> None:
     """Make split sizes numpy arrays, as all_to_all_single needs: Megatron converts them only coming from a GPU."""
     move = moe_utils.maybe_move_tensor_to_cpu
@@ -79,63 +74,6 @@ def moe_split_sizes(moe_utils: Any) -> None:
         return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
 
     moe_utils.maybe_move_tensor_to_cpu = move_and_convert
-
-
-def adam_step_in_groups(distrib_optimizer: Any) -> None:
-    """Accept sharded optimizer state without ``step``: Megatron saves it with the groups, yet asks for it here.
-
-    Only torch's Adam keeps ``step`` among its state. What the checkpoint doesn't have stays as it is.
-    """
-    optimizer = distrib_optimizer.DistributedOptimizer
-    get, set_ = optimizer._get_main_param_and_optimizer_states, optimizer._set_main_param_and_optimizer_states
-
-    def set_those_given(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        set_(self, model_param, {**get(self, model_param), **tensors})
-
-    optimizer._set_main_param_and_optimizer_states = set_those_given
-
-
-def adam_step_of_each_param(distrib_optimizer: Any) -> None:
-    """Give each parameter its own ``step`` on load: Megatron gives all the same tensor, which then counts them all.
-
-    Training on would be silently wrong: with 50 parameters, one optimizer step would count as 50 in Adam's
-    bias correction.
-    """
-    optimizer = distrib_optimizer.DistributedOptimizer
-    load = optimizer.load_state_dict
-
-    def load_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
-        load(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    optimizer.load_state_dict = load_own_steps
-
-
-def adam_state_before_first_step(distrib_optimizer: Any) -> None:
-    """Allocate Adam's state before a save or load: torch's Adam has none until its first step, and Megatron asserts."""
-    optimizer = distrib_optimizer.DistributedOptimizer
-    sharded_state_dict = optimizer.sharded_state_dict
-
-    def with_state(self: Any, *args: Any, **kwargs: Any) -> object:
-        if not self.is_stub_optimizer and not self.optimizer.state:
-            _allocate_adam_state(self)
-        return sharded_state_dict(self, *args, **kwargs)
-
-    optimizer.sharded_state_dict = with_state
-
-
-def _allocate_adam_state(optimizer: Any) -> None:
-    # Megatron allocates by a step with zero gradients. At lr 0 that leaves the weights alone, weight decay or not.
-    groups = optimizer.optimizer.param_groups
-    rates = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = 0.0
-    optimizer._init_optimizer_states_with_dummy_values()
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.optimizer.state.values():
-        state["step"].zero_()
 
 
 def tensor_cuda() -> None:
@@ -196,14 +134,9 @@ def _called_by_megatron() -> bool:
 _EVERY_MODULE = (torch_view,)
 _ONE_MODULE: dict[str, tuple[Callable[[Any], None], ...]] = {
     "megatron.core.jit": (no_jit,),
-    "megatron.core.optimizer.distrib_optimizer": (
-        adam_step_in_groups,
-        adam_step_of_each_param,
-        adam_state_before_first_step,
-    ),
     "megatron.core.tensor_parallel.mappings": (uneven_gather,),
     "megatron.core.tensor_parallel.random": (rng_states,),
-    "megatron.core.transformer.moe.moe_utils": (router_without_te, moe_split_sizes),
+    "megatron.core.transformer.moe.moe_utils": (moe_split_sizes,),
 }
 _TORCH = (tensor_cuda, tensor_type, one_gloo_device)
 _BEFORE_IMPORT = (quiet_warnings,)

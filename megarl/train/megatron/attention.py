@@ -1,4 +1,4 @@
-"""Packed causal attention and RMSNorm for Megatron's local layer spec, where Transformer Engine is absent.
+"""Packed causal attention and RMSNorm, where Transformer Engine is absent or has no kernel for packed sequences.
 
 Where a context-parallel rank holds a part of every sequence only, it gathers keys and values of the others.
 
@@ -23,21 +23,41 @@ from megarl.train.attention import Packing, Scoring, attend, attend_packed, boun
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch over all context ranks, with that of this rank's attention."""
+    """Megatron's description of a packed micro-batch over all context ranks.
+
+    packing: of this rank's attention, None where Transformer Engine attends. positions_T: of this rank's tokens, by
+    which heads are rotated; None where they are rotated by the bounds of the sequences.
+    """
 
     packing: Packing | None = None
+    positions_T: Tensor | None = None
 
 
-def describe_packing(lengths: list[int], device: torch.device, cp: int = 1, cp_rank: int = 0) -> PackedSequences:
-    """Return the description of sequences of ``lengths`` tokens laid end to end, for one of ``cp`` context ranks."""
-    bounds, longest = bounds_of(lengths).to(device), max(lengths)
+def describe_packing(
+    lengths: list[int],
+    device: torch.device,
+    cp: int = 1,
+    cp_rank: int = 0,
+    *,
+    positions_T: Tensor | None = None,
+    own_attention: bool = True,
+) -> PackedSequences:
+    """Return the description of sequences of ``lengths`` tokens laid end to end, for one of ``cp`` context ranks.
+
+    positions_T: of this rank's tokens, where heads are rotated by them. own_attention: whether it is CausalAttention
+    that attends.
+    """
+    longest = max(lengths)
+    # Where Megatron finds no bounds it rotates all tokens at once, by the angles that it is given.
+    bounds = None if positions_T is not None else bounds_of(lengths).to(device)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        packing=packing_of(lengths, device, cp, cp_rank),
+        packing=packing_of(lengths, device, cp, cp_rank) if own_attention else None,
+        positions_T=positions_T,
     )
 
 

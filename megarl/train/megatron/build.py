@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout, split_layers
 from megarl.train.megatron.attention import CausalAttention, RMSNorm
 from megarl.train.megatron.language_head import LanguageHead
+from megarl.train.megatron.rotary import PackedRotary, inverse_frequencies
 from megarl.train.megatron.router import Router, tell_routers
 from megarl.train.megatron.value_head import ValueHead
-from megarl.weights.model_shape import ModelShape, Rope
+from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import entries, local_experts, megatron_shards
 from megarl.weights.sources import TensorSource, fill
 
@@ -41,6 +42,18 @@ def transformer_engine_present() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE) and torch.cuda.is_available()
+
+
+def attends_itself(dtype: torch.dtype) -> bool:
+    """Whether CausalAttention attends, in a model of ``dtype``: also where Transformer Engine has no packed kernel.
+
+    cuDNN has one from compute capability 9 on, flash-attn on older devices too, and both in half precision alone.
+    Without a word, Transformer Engine would then pad the sequences and keep all scores of all pairs of tokens.
+    """
+    if not transformer_engine_present():
+        return True
+    has_kernel = torch.cuda.get_device_capability() >= (9, 0) or find_spec("flash_attn") is not None
+    return dtype == torch.float32 or not has_kernel
 
 
 def transformer_config(
@@ -96,13 +109,16 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         cuda_graph_scope=[],  # the whole layer; the default says the same in a deprecated word, and warns
-        gradient_accumulation_fusion=False,
         bias_activation_fusion=torch.cuda.is_available(),  # compiled, it keeps a third of SwiGLU's activations fewer
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **_recompute_fields(recompute),
-        # A run may choose how its router computes.
-        **(_expert_fields(shape, layout) | _free_fields(shape, overrides or {})),
+        # A run may choose how its router computes, and what is fused.
+        **(
+            {"apply_rope_fusion": transformer_engine_present(), "gradient_accumulation_fusion": False}
+            | _expert_fields(shape, layout)
+            | _free_fields(shape, overrides or {})
+        ),
     )
 
 
@@ -176,15 +192,18 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None, losses: RouterL
 
 
 def _layers_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return Transformer Engine's layers where importable, else local ones with our norm and attention."""
-    if transformer_engine_present():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
-    block.layer_norm = RMSNorm
+    """Return Transformer Engine's layers where importable, else local ones with our norm; attention where it's ours."""
+    has_te = transformer_engine_present()
+    block = get_gpt_decoder_block_spec(config, has_te, None if has_te else "RMSNorm", vp_stage=vp_stage)
+    if not has_te:
+        block.layer_norm = RMSNorm
     for layer in block.layer_specs:  # often the same object several times
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
-        attention.core_attention = CausalAttention
+        if attends_itself(config.params_dtype):
+            attention.core_attention = CausalAttention
+        if has_te:
+            continue
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     return block
@@ -254,37 +273,26 @@ def _build_chunk(
         model.output_layer = ValueHead(config)
     _mark_experts(model)
     tell_routers(model)
+    model.rotary_pos_emb = PackedRotary(shape.head_dim, rotary_percent=1.0, cp_group=model.pg_collection.cp)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape.rope, shape.head_dim).to(device)
     module: torch.nn.Module = model.to(device)
     return _HalfPrecision(config, module) if config.bf16 else module
 
 
 def _mark_experts(model: GPTModel) -> None:
-    """Tell Megatron that experts' gradients are summed over the ranks that hold the same experts.
+    """Tell Megatron whose gradients are to be summed with those of experts, and that all of them enter the norm.
 
-    Megatron marks them itself only with expert parallelism. Without it, it would sum them over the data-parallel ranks,
-    which are others where experts have a tensor-parallel size of their own: the gradients would be silently wrong.
+    Megatron sums gradients over ranks that hold the same experts where it marks these itself, which it does only with
+    expert parallelism. Without it, it would sum them over the data-parallel ranks, which are others where experts have
+    a tensor-parallel size of their own: the gradients would be silently wrong.
+
+    Of what isn't marked tensor_model_parallel, the norm of the gradient leaves out the ranks but the first of those
+    that share a layer. Transformer Engine marks its experts up to release 2.12, and no longer from 2.13 on.
     """
     for name, parameter in model.named_parameters():
         if _EXPERT.search(name):
             parameter.allreduce = False
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Return the rotary frequencies [D / 2]: 1 / theta^(2 i / D), scaled as the model's config asks.
-
-    Computed here because megatron fixes Llama 3's scaling constants. ``llama3``: wavelengths over
-    original / low_freq_factor are divided by ``factor``, those under original / high_freq_factor stay, and between them
-    the two are mixed (Llama 3.1 model card; transformers' modeling_rope_utils).
-    """
-    freq = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if rope.kind == "default":
-        return freq
-    if rope.kind == "linear":
-        return freq / rope.factor
-    turns = rope.original_max_positions * freq / (2 * math.pi)  # rotations over the original context
-    share = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return (1 - share) * freq / rope.factor + share * freq
+            parameter.tensor_model_parallel = True
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

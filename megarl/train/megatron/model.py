@@ -20,8 +20,15 @@ from megarl.config.schema import MegatronConfig, TrainedMegatronConfig
 from megarl.parallel.groups import ParallelGroups
 from megarl.parallel.layout import Layout
 from megarl.roles import Role
-from megarl.train.megatron.attention import describe_packing
-from megarl.train.megatron.build import build_model, load_weights, named_parameters, output_weight
+from megarl.train.megatron.attention import PackedSequences, describe_packing
+from megarl.train.megatron.build import (
+    attends_itself,
+    build_model,
+    load_weights,
+    named_parameters,
+    output_weight,
+    unwrap,
+)
 from megarl.train.megatron.router import sequences_for_routers
 from megarl.train.offload import Offload
 from megarl.train.output import ModelOutput
@@ -139,17 +146,29 @@ class MegatronModel:
 
     def forward(self, chunk: torch.nn.Module, micro: MicroBatch) -> Tensor:
         """Return the output of a chunk of this stage for a micro-batch, and for the activations it was handed."""
-        cp, cp_rank = self.layout.cp, self.groups.place.cp
-        packing = describe_packing(list(micro.lengths), self.device, cp, cp_rank) if micro.lengths else None
+        positions = micro.positions.to(self.device)
+        packing = self._packing(micro, positions[0]) if micro.lengths else None
         for_routers = sequences_for_routers(micro.sequences.to(self.device)) if self.shape.num_experts else {}
         output: Tensor = chunk(
             micro.tokens.to(self.device),
-            micro.positions.to(self.device),
+            positions,
             None,
             packed_seq_params=packing,
             **for_routers,
         )
         return output
+
+    def _packing(self, micro: MicroBatch, positions_T: Tensor) -> PackedSequences:
+        """Return the description of a packed micro-batch that the layers of this model want."""
+        own_attention, is_rope_fused = attends_itself(self.dtype), unwrap(self.chunks[0]).config.apply_rope_fusion
+        return describe_packing(
+            list(micro.lengths),
+            self.device,
+            self.layout.cp,
+            self.groups.place.cp,
+            positions_T=positions_T if own_attention and not is_rope_fused else None,
+            own_attention=own_attention,
+        )
 
     def output(self, micro: MicroBatch, tensor: Tensor) -> ModelOutput:
         """Return the ModelOutput of the last chunk for a micro-batch, over the groups that are active."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from megarl.config.router_losses import RouterLosses
 from megarl.weights.model_shape import ModelShape
+
+# Megatron's routers compare this name with None, but without Transformer Engine nothing defines it.
+vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 @dataclass(frozen=True)
