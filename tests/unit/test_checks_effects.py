@@ -41,6 +41,8 @@ TURNED_ON: dict[str, dict[str, object]] = {
     f"{ROLLOUT}.nnodes": {f"{ROLLOUT}.placement": "server"},
     f"{ROLLOUT}.n_gpus_per_node": {f"{ROLLOUT}.placement": "server"},
     f"{ROLLOUT}.free_cache_engine": {f"{ROLLOUT}.placement": "colocated"},
+    f"{ROLLOUT}.sglang.python": {f"{ROLLOUT}.name": "sglang"},
+    f"{ROLLOUT}.disable_log_stats": {f"{ROLLOUT}.name": "vllm"},
     f"{ROLLOUT}.reproducible": {f"{ROLLOUT}.placement": "colocated"},
     f"{ROLLOUT}.val_kwargs.top_p": SAMPLES,
     f"{ROLLOUT}.val_kwargs.top_k": SAMPLES,
@@ -83,11 +85,13 @@ def _said_of(effect: Effect, config: PPOConfig) -> list[str]:
 
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.key)
 def test_a_setting_changed_where_it_does_nothing_is_named_and_where_it_acts_is_none(effect: Effect) -> None:
-    changed = {effect.key: True if effect.key.endswith("reproducible") else _other_than(default_of(effect.key))}
+    others = {f"{ROLLOUT}.reproducible": True, f"{ROLLOUT}.sglang.python": "python"}
+    changed = {effect.key: others.get(effect.key, _other_than(default_of(effect.key)))}
     counts_rollouts = "micro_batch_size" in effect.key
     of_function = MODEL_ALONE if TURNED_ON.get(effect.key) is FUNCTION_TOO else {}
     is_of_ranks = effect.key.endswith(("free_cache_engine", "reproducible"))
     served = {f"{ROLLOUT}.placement": "server"} if is_of_ranks else {}
+    served |= {f"{ROLLOUT}.name": "sglang"} if effect.key.endswith("disable_log_stats") else {}
     idle = ppo_config(**(TURNED_OFF | changed | of_function | served | (TOKENS if counts_rollouts else {})))
     assert effect.fix in _said_of(effect, idle)
     loss = effect.fix.removeprefix(f"{ACTOR}.policy_loss=") if "policy_loss=" in effect.fix else "ppo_clip"
