@@ -175,6 +175,7 @@ def _arguments(spec: SglangSpec) -> dict[str, Any]:
         "enable_deterministic_inference": True,  # without it seeds of requests are ignored
         "disable_cuda_graph": spec.enforce_eager,
         "log_level": "error",
+        "sleep_on_idle": True,  # or its ranks would ask for work all the time, on cores that others need
         **_platform_arguments(spec),
     }
 

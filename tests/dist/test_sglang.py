@@ -46,13 +46,13 @@ class Served:
     """A running engine, and the trainer's memory that it reads."""
 
     engine: EngineProcesses
+    own: psutil.Process
     writer: SharedWriter
     version: int = -1
 
     def processes(self) -> list[psutil.Process]:
         """Return what runs of it: its own process, and those that SGLang has started."""
-        own = [c for c in psutil.Process().children() if "megarl.ranks.sglang_process" in c.cmdline()]
-        return [*own, *(child for process in own for child in process.children(recursive=True))]
+        return [self.own, *self.own.children(recursive=True)]
 
     def publish(self, folder: Path) -> None:
         """Have the engine go on with the weights of a folder."""
@@ -132,7 +132,10 @@ def start(folder: Path, tp: int) -> Served:
     actor = role_on(LAYOUT, folder)
     spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0)
     plan = writer_plan(actor.shape, LAYOUT, tp, 0, torch.float32.itemsize, whole=True)
-    server = Served(EngineProcesses(EngineStart(spec, actor), None), SharedWriter(plan, torch.float32))
+    before = {child.pid for child in psutil.Process().children()}
+    engine = EngineProcesses(EngineStart(spec, actor), None)
+    [own] = [child for child in psutil.Process().children() if child.pid not in before]
+    server = Served(engine, own, SharedWriter(plan, torch.float32))
     server.hear(Ready, START_S)
     return server
 
