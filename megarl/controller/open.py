@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-from megarl.algorithm.advantage import estimators
 from megarl.algorithm.loss_specs import DemonstrationLossSpec, LossSpec
 from megarl.algorithm.needs import needs_reward_function, reward_components
 from megarl.algorithm.recipe import Recipe
@@ -15,7 +14,7 @@ from megarl.algorithm.samples import Samples
 from megarl.checkpoint.folder import CheckpointFolder, Kept
 from megarl.checkpoint.rollouts_ahead import RolloutsAhead, read_rollouts_ahead
 from megarl.checkpoint.trainer_state import TrainerState
-from megarl.config.schema import ASYNC, SGLANG, SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
+from megarl.config.schema import ASYNC, SYNC, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.controller.ahead_sampler import AheadSampler
 from megarl.controller.demonstrations import (
     DemonstrationLoss,
@@ -25,6 +24,7 @@ from megarl.controller.demonstrations import (
 )
 from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.engine_servers import EngineServers
+from megarl.controller.engine_spec import engine_spec, train_sampling, val_sampling
 from megarl.controller.engines import Engines
 from megarl.controller.inputs import PPOInputs, SFTInputs
 from megarl.controller.memory import devices_of
@@ -44,20 +44,16 @@ from megarl.controller.stream_sampler import StreamSampler
 from megarl.controller.validation import Validation
 from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
-from megarl.launchers.sglang_environment import sglang_python
 from megarl.launchers.start import engine_devices, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.parallel.environment import platform_name
 from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
 from megarl.roles import Role, is_served, num_engines, num_ranks
-from megarl.rollout.sglang import SglangSpec
-from megarl.rollout.vllm import VllmSpec
-from megarl.types import RewardRequest, Sampling
+from megarl.types import RewardRequest
 
 
 def open_rewards(config: PPOConfig) -> AbstractContextManager[RewardPool | None]:
@@ -247,7 +243,7 @@ def rollout_run(
         inputs.order,
         engine,
         scorer,
-        _train_sampling(config, inputs.stop_token_ids),
+        train_sampling(config, inputs.stop_token_ids),
         trainer.seed,
         groups.max_num_gen_batches if groups.enable else 1,
         trainer.num_sampled_rollouts,
@@ -266,7 +262,7 @@ def rollout_run(
             data.val_batch_size,
             engine,
             scorer,
-            _val_sampling(config, inputs.stop_token_ids),
+            val_sampling(config, inputs.stop_token_ids),
             trainer.seed,
             trainer.num_sampled_rollouts,
         ),
@@ -337,63 +333,3 @@ def _before_training(resumption: Resumption | None) -> list[Evaluation]:
 def _tracker(trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], num_steps: int) -> Tracker:
     sinks = tuple(dict.fromkeys((*trainer.logger, "jsonl")))
     return open_tracker(sinks, run_dir, trainer.project_name, trainer.experiment_name, values, num_steps)
-
-
-def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
-    """Return the spec of a run's engine."""
-    rollout = config.actor_rollout_ref.rollout
-    if rollout.name == SGLANG:
-        return SglangSpec(
-            python=sglang_python(config),
-            model_folder=actor.model.here(),
-            dtype=actor.dtype,
-            tensor_parallel_size=rollout.tensor_model_parallel_size,
-            max_model_len=actor.scoring.sequence_tokens,
-            max_num_seqs=rollout.max_num_seqs,
-            max_num_batched_tokens=rollout.max_num_batched_tokens,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            enforce_eager=rollout.enforce_eager,
-            seed=config.trainer.seed,
-        )
-    return VllmSpec(
-        model_folder=actor.model.here(),
-        dtype=actor.dtype,
-        tensor_parallel_size=rollout.tensor_model_parallel_size,
-        max_model_len=actor.scoring.sequence_tokens,
-        max_num_seqs=rollout.max_num_seqs,
-        max_num_batched_tokens=rollout.max_num_batched_tokens,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=rollout.enforce_eager,
-        seed=config.trainer.seed,
-        disable_log_stats=rollout.disable_log_stats,
-        free_cache_engine=rollout.free_cache_engine,
-        # An engine in processes of its own takes its steps one by one, and its ranks must draw the same noise.
-        reproducible=is_served(config)
-        or (platform_name() == "cpu" if rollout.reproducible is None else rollout.reproducible),
-    )
-
-
-def _train_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    rollout = config.actor_rollout_ref.rollout
-    return Sampling(
-        n=rollout.n,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_tokens=config.data.max_response_length,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=rollout.ignore_eos,
-        with_greedy=estimators.needs(config.algorithm.adv_estimator).greedy_baseline,
-    )
-
-
-def _val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    kwargs = config.actor_rollout_ref.rollout.val_kwargs
-    return Sampling(
-        n=kwargs.n,
-        temperature=kwargs.temperature,
-        top_p=kwargs.top_p,
-        top_k=kwargs.top_k,
-        max_tokens=config.data.max_response_length,
-        stop_token_ids=stop_token_ids,
-    )

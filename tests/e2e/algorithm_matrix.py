@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.checks.run import CheckedRun, check_ppo
 from megarl.config.schema import PPOConfig
+from megarl.controller.engine_spec import engine_spec
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
 from megarl.controller.observer import Observer
-from megarl.controller.open import engine_spec, rollout_run
+from megarl.controller.open import rollout_run
 from megarl.launchers.start import preemption_of, serve_if_not_controller, worker_group
 from megarl.monitor.sinks import open_tracker
 from megarl.ranks.spec import RankSpec
