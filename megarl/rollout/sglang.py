@@ -11,15 +11,17 @@ import os
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarl.errors import DataError, PublishError
 from megarl.parallel.environment import platform_name
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import Ask, Done, Take, samplings
-from megarl.rollout.taking import WholeTensors
 from megarl.types import Rollout, Sampling
+
+if TYPE_CHECKING:
+    from megarl.rollout.taking import WholeTensors
 
 _POLL_S = 0.05
 # Not SGLang's own word for that. It sorts the tokens of a batch in which any request has a top_k, as a greedy one does,

@@ -163,7 +163,9 @@ MISTAKES = {
         says="has no effect where",
         axis="reshard_after_forward",
     ),
-    "an engine that isn't built": _of(f"{ROLLOUT}.name=sglang", says="isn't built yet"),
+    "an engine that doesn't tell what it sampled from": _of(
+        *(f"{ROLLOUT}.name=sglang", f"{ROLLOUT}.top_p=0.9"), says="must be 1.0 on sglang"
+    ),
     "an engine's misspelled name": _of(f"{ROLLOUT}.name=vlm", says="must be one of vllm, sglang"),
     "rollouts on devices of their own": _of("actor_rollout_ref.hybrid_engine=false", says="rollout.placement"),
     "recomputation without a method": Mistake(
