@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.checks.run import CheckedRun, check_ppo
 from megarl.config.schema import PPOConfig
+from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.engine_spec import engine_spec
 from megarl.controller.inputs import read_ppo_inputs
 from megarl.controller.loop import train
@@ -117,7 +118,12 @@ def main(out: Path, recipe: str, names: Sequence[str]) -> None:
                 folder.mkdir(parents=True)
                 inputs = read_ppo_inputs(checked)
                 with open_tracker(("jsonl",), folder, "tests", name, values) as tracker:
-                    train(rollout_run(config, inputs, group, pool, tracker, folder, {}, None, Observer(), preemption))
+                    observer = Observer()
+                    engine = EngineOnRanks(group, config.actor_rollout_ref.rollout.tensor_model_parallel_size, observer)
+                    run = rollout_run(
+                        config, inputs, group, engine, pool, tracker, folder, {}, None, observer, preemption
+                    )
+                    train(run)
                 lines = (folder / "metrics.jsonl").read_text().splitlines()
                 results[name] = [step for line in lines if (step := json.loads(line))["step"] > 0]
     out.write_text(json.dumps(results))
