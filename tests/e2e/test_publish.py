@@ -28,6 +28,8 @@ OVERRIDES = (
     "trainer.test_freq=1",
     "trainer.save_freq=1",
 )
+pytestmark = pytest.mark.long  # tests/dist compares engines with Hugging Face each time
+
 Answers = list[list[int]]
 
 
@@ -95,7 +97,6 @@ def test_each_step_changes_what_is_answered(published: list[Published]) -> None:
     assert before != after_one != after_two
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_engines_in_processes_of_their_own_answer_as_a_vllm_started_on_the_exported_weights(
