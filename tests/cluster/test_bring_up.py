@@ -34,7 +34,7 @@ def test_slurm_takes_every_script_as_it_is(cluster: Cluster, script: str) -> Non
 
 def test_rays_nodes_come_up_for_the_controller_and_nothing_is_left(cluster: Cluster, task: Path) -> None:
     """The controller's command prints the config: it starts when the cluster is ready, and holds no rank."""
-    job = cluster.run(task, TINY, "--nodes=2", "trainer.seed=7", "--cfg", "job", MEGARL_DEVICES="2", timeout_s=120)
+    job = cluster.run(task, TINY, "--nodes=2", "trainer.seed=7", "--cfg", "job", MEGARL_DEVICES="2", timeout_s=300)
     assert job.state == "COMPLETED", job.output
     assert "2 nodes: node1 (10.231.0.11), node2 (10.231.0.12); cpu, Python" in job.output
     assert job.output.count("seed: 7") == 2  # of the check before, and of the controller
