@@ -10,8 +10,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-# What is told between ranks, and between `megarl verify` and its ranks.
-BETWEEN_PROCESSES = {"launchers/parcels.py", "launchers/torchrun_group.py", "verify/pool.py", "verify/rank.py"}
+# What is told between ranks, and between `megarl verify` or the check of GPUs and their ranks.
+BETWEEN_PROCESSES = {
+    *("launchers/parcels.py", "launchers/torchrun_group.py", "verify/pool.py", "verify/rank.py"),
+    "gpu_check/ranks.py",  # in a folder that no other user may enter
+}
 
 
 def unpickling(source: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ def test_the_manifest_has_a_pod_for_each_node_with_the_devices_and_memory_of_the
     assert pods[0] == pods[1] and "&id" not in done.stdout
     [container] = pods[0]["containers"]
     limits = container["resources"]["limits"]
-    assert limits["nvidia.com/gpu"] == 8 and limits["memory"] == f"{922 + 64 + 16}Gi"
+    assert limits["nvidia.com/gpu"] == 8 and limits["memory"] == f"{701 + 64 + 16}Gi"
     assert container["image"] == "registry/megarl:1"
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/mnt/megarl"}
 

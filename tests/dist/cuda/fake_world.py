@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,12 +22,13 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
     def fake_group(*args: Any, **kwargs: Any) -> Any:
         return new_group(*args, **kwargs | {"backend": "fake", "pg_options": None})
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    dist.new_group = distributed_c10d.new_group = fake_group
-    try:
-        yield
-    finally:
-        dist.new_group = distributed_c10d.new_group = new_group
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    placed = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    with mock.patch.dict(os.environ, placed):  # gone afterwards: what this process starts is no rank
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        dist.new_group = distributed_c10d.new_group = fake_group
+        try:
+            yield
+        finally:
+            dist.new_group = distributed_c10d.new_group = new_group
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
