@@ -115,13 +115,12 @@ def served(request: pytest.FixtureRequest, folders: Callable[[str, str], Path]) 
     before = shared_memory()
     server = start(folders(model, "a"), tp)
     yield server, model
-    end(server)
+    end(server, server.processes())
     assert shared_memory() - before == set()
 
 
-def end(server: Served) -> None:
-    """End an engine, and see that all its processes end with it."""
-    processes = server.processes()
+def end(server: Served, processes: Sequence[psutil.Process]) -> None:
+    """End an engine, and see that its processes end with it."""
     server.engine.kill()
     _, left = psutil.wait_procs(processes, timeout=10)
     assert left == []
@@ -214,10 +213,11 @@ def test_what_is_unfinished_goes_on_with_new_weights_at_a_token(
 def test_an_engine_whose_rank_is_killed_is_lost_at_once(folders: Callable[[str, str], Path]) -> None:
     before = shared_memory()
     server = start(folders("qwen3-untied", "a"), 2)
-    ranks = [process for process in server.processes() if "scheduler" in " ".join(process.cmdline())]
+    processes = server.processes()
+    ranks = [process for process in processes if "scheduler" in " ".join(process.cmdline())]
     assert len(ranks) == 2
     ranks[1].kill()
     with pytest.raises(EngineLost):
         server.hear(Took, ANSWER_S)
-    end(server)
+    end(server, processes)
     assert shared_memory() - before == set()
