@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megarl.algorithm.advantage import estimators
 from megarl.config.schema import SGLANG, PPOConfig
 from megarl.launchers.sglang_environment import sglang_python
@@ -15,29 +17,21 @@ from megarl.types import Sampling
 def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
     """Return the spec of a run's engine."""
     rollout = config.actor_rollout_ref.rollout
+    of_both: dict[str, Any] = {
+        "model_folder": actor.model.here(),
+        "dtype": actor.dtype,
+        "tensor_parallel_size": rollout.tensor_model_parallel_size,
+        "max_model_len": actor.scoring.sequence_tokens,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "enforce_eager": rollout.enforce_eager,
+        "seed": config.trainer.seed,
+    }
     if rollout.name == SGLANG:
-        return SglangSpec(
-            python=sglang_python(config),
-            model_folder=actor.model.here(),
-            dtype=actor.dtype,
-            tensor_parallel_size=rollout.tensor_model_parallel_size,
-            max_model_len=actor.scoring.sequence_tokens,
-            max_num_seqs=rollout.max_num_seqs,
-            max_num_batched_tokens=rollout.max_num_batched_tokens,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            enforce_eager=rollout.enforce_eager,
-            seed=config.trainer.seed,
-        )
+        return SglangSpec(python=sglang_python(config), **of_both)
     return VllmSpec(
-        model_folder=actor.model.here(),
-        dtype=actor.dtype,
-        tensor_parallel_size=rollout.tensor_model_parallel_size,
-        max_model_len=actor.scoring.sequence_tokens,
-        max_num_seqs=rollout.max_num_seqs,
-        max_num_batched_tokens=rollout.max_num_batched_tokens,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=rollout.enforce_eager,
-        seed=config.trainer.seed,
+        **of_both,
         disable_log_stats=rollout.disable_log_stats,
         free_cache_engine=rollout.free_cache_engine,
         # An engine in processes of its own takes its steps one by one, and its ranks must draw the same noise.
@@ -47,7 +41,7 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
 
 
 def train_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return how rollouts are sampled for training."""
+    """Return the Sampling of rollouts for training."""
     rollout = config.actor_rollout_ref.rollout
     return Sampling(
         n=rollout.n,
@@ -62,7 +56,7 @@ def train_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampli
 
 
 def val_sampling(config: PPOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return how rollouts are sampled for validation."""
+    """Return the Sampling of rollouts for validation."""
     kwargs = config.actor_rollout_ref.rollout.val_kwargs
     return Sampling(
         n=kwargs.n,

@@ -52,7 +52,7 @@ from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
-from megarl.roles import Role, is_served, num_engines, num_ranks
+from megarl.roles import is_served, num_engines, num_ranks
 from megarl.types import RewardRequest
 
 
@@ -94,11 +94,12 @@ def open_run(
     observer: Observer,
 ) -> Iterator[Run[Samples]]:
     """Open an RL run: sinks first, so that one that can't be opened costs no start of ranks. values: as shown."""
+    engine = engine_spec(config, inputs.roles[0])
     spec = RankSpec(
         inputs.roles,
         config.trainer.seed,
         config.trainer.hang_timeout_s,
-        engine_spec(config, inputs.roles[0]),
+        engine,
         is_served(config),
         algorithm_file,
         resumption.on_ranks if resumption else None,
@@ -107,7 +108,7 @@ def open_run(
         sinks.stage(3, 3, f"starting {num_ranks(config)} ranks and {num_engines(config)} engines, loading weights")
         preemption = preemption_of(config.trainer, sinks.warn)
         with (
-            _servers(config, inputs.roles[0], sinks) as servers,
+            _servers(config, EngineStart(engine, inputs.roles[0]), sinks) as servers,
             worker_group(spec, config.trainer, preemption) as group,
         ):
             observer.opened(group)
@@ -120,11 +121,10 @@ def open_run(
         run.raise_if_preempted()
 
 
-def _servers(config: PPOConfig, actor: Role, tracker: Tracker) -> AbstractContextManager[ServedEngines | None]:
+def _servers(config: PPOConfig, start: EngineStart, tracker: Tracker) -> AbstractContextManager[ServedEngines | None]:
     """Start the engines that are in processes of their own, if they are; they load while the ranks do."""
     if not is_served(config):
         return nullcontext()
-    start = EngineStart(engine_spec(config, actor), actor)
     devices = engine_devices(config)
 
     def start_engine(number: int) -> EngineProcesses:

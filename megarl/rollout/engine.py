@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from megarl.errors import DataError, PublishError
 from megarl.types import GenerationRequest, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -12,6 +13,21 @@ if TYPE_CHECKING:
 
 UNPUBLISHED = -1
 """The ``policy_version`` of an engine whose weights were never published."""
+
+
+def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raise DataError for a prompt that leaves an engine no room to answer. max_tokens: of the response."""
+    if prompt_tokens + max_tokens > max_model_len:
+        raise DataError(
+            f"a prompt of {prompt_tokens} tokens and a response of up to {max_tokens} exceed the engine's "
+            f"max_model_len = {max_model_len}; raise it, or lower data.max_prompt_length"
+        )
+
+
+def check_published(policy_version: int) -> None:
+    """Raise PublishError before the first publication."""
+    if policy_version == UNPUBLISHED:
+        raise PublishError("an engine was asked before weights were published: its weights are random")
 
 
 class RolloutEngine(Protocol):

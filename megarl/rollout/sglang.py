@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megarl.errors import DataError, PublishError
+from megarl.errors import PublishError
 from megarl.parallel.environment import platform_name
-from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.engine import UNPUBLISHED, check_published, check_room
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import Ask, Done, Take, samplings
 from megarl.types import Rollout, Sampling
@@ -69,14 +69,9 @@ class SglangStream:
 
         Raises DataError for a prompt that leaves no room to answer, PublishError before the first publication.
         """
-        if self.policy_version == UNPUBLISHED:
-            raise PublishError("an engine was asked before weights were published: its weights are random")
+        check_published(self.policy_version)
         prompt = list(ask.request.token_ids)
-        if len(prompt) + ask.sampling.max_tokens > self.spec.max_model_len:
-            raise DataError(
-                f"a prompt of {len(prompt)} tokens and a response of up to {ask.sampling.max_tokens} exceed the "
-                f"engine's context of {self.spec.max_model_len}; lower data.max_prompt_length"
-            )
+        check_room(len(prompt), ask.sampling.max_tokens, self.spec.max_model_len)
         of_each = samplings(ask.sampling)
         for index in ask.indices:
             params = sampling_params(of_each[index], sample_seed(ask.request.seed, index))

@@ -13,9 +13,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megarl.errors import DataError, PublishError
+from megarl.errors import PublishError
 from megarl.parallel.environment import apply_environment, platform_name
-from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.engine import UNPUBLISHED, check_room
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
 from megarl.rollout.vllm_memory import EngineMemory
@@ -174,11 +174,7 @@ class VllmEngine:
     def check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         """Raise DataError for a prompt that leaves no room to answer."""
         longest = max((len(r.token_ids) for r in requests), default=0)
-        if longest + sampling.max_tokens > self._spec.max_model_len:
-            raise DataError(
-                f"a prompt of {longest} tokens and a response of up to {sampling.max_tokens} exceed the engine's "
-                f"max_model_len = {self._spec.max_model_len}; raise it, or lower data.max_prompt_length"
-            )
+        check_room(longest, sampling.max_tokens, self._spec.max_model_len)
 
 
 @contextmanager

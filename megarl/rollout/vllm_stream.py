@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from megarl.errors import PublishError
-from megarl.rollout.engine import UNPUBLISHED
+from megarl.rollout.engine import check_published
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import Ask, Done, Take, samplings
 from megarl.rollout.taking import WeightsTaker
@@ -33,8 +32,7 @@ class VllmStream:
 
         Raises DataError for a prompt that leaves no room to answer, PublishError before the first publication.
         """
-        if self.engine.policy_version == UNPUBLISHED:
-            raise PublishError("an engine was asked before weights were published: its weights are random")
+        check_published(self.engine.policy_version)
         self.engine.check_lengths([ask.request], ask.sampling)
         of_each, prompt = samplings(ask.sampling), {"prompt_token_ids": list(ask.request.token_ids)}
         for index in ask.indices:
