@@ -47,7 +47,7 @@ def write_rollouts_ahead(folder: Path, ahead: RolloutsAhead) -> None:
 
 
 def read_rollouts_ahead(folder: Path) -> RolloutsAhead | None:
-    """Return what ``write_rollouts_ahead`` wrote, None where nothing was. Raises CheckpointError for anything else."""
+    """Return the RolloutsAhead of a checkpoint, None where it has none. Raises CheckpointError for another content."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None

@@ -44,7 +44,7 @@ class RolloutSampler:
         return self.samples(step, self._generated(self.requests(step)))
 
     def requests(self, step: int) -> list[GenerationRequest]:
-        """Return what is asked for a step, with the seed of the run, the step and the place in the batch."""
+        """Return the requests of a step. Their seeds follow from the run's, the step and the place in the batch."""
         prompts = self.prompts_of(step)
         return self._requests(prompts, step, 0, range(len(prompts)))
 
@@ -91,7 +91,7 @@ class RolloutSampler:
     def _requests(
         self, prompts: Sequence[Prompt], step: int, attempt: int, places: Sequence[int]
     ) -> list[GenerationRequest]:
-        """Return what is asked for prompts.
+        """Return the requests of prompts.
 
         places: of the prompts in the batch; a seed follows from them, so a prompt that comes twice is answered twice.
         """

@@ -106,15 +106,6 @@ class ServedEngines:
             complete = [ask for ask in asks if is_complete(ask)]
             return {ask.number: tuple(self._done.pop((ask.number, i)) for i in ask.indices) for ask in complete}
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order."""
-        return self.collect(self.ask(requests, sampling))
-
-    def finish(self) -> None:
-        """Wait until nothing is sampled any more."""
-        with self._changed:
-            self._wait_until(lambda: not self._waiting and not any(seat.asked for seat in self._seats))
-
     def before_writing(self) -> None:
         """Wait until no engine reads the weights that are about to be written over, and let none begin."""
         with self._changed:

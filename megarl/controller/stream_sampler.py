@@ -6,8 +6,10 @@ tokens, and go on. Places are those of the prompts among all that the run trains
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from megarl.algorithm.samples import Samples
 from megarl.checkpoint.rollouts_ahead import RolloutsAhead
@@ -15,6 +17,8 @@ from megarl.controller.engine_servers import Asked, EngineServers
 from megarl.controller.sampler import RolloutSampler
 from megarl.monitor.console import RolloutRow
 from megarl.types import GenerationRequest, Group
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,7 +52,7 @@ class StreamSampler:
         groups = [self._ready.pop(place) for place in places]
         for place in places:
             del self._begun[place]
-        prompts = [self.sampler.prompts_of(place // self._size + 1)[place % self._size] for place in places]
+        prompts = self._at(places, self.sampler.prompts_of)
         return replace(self.sampler.samples(step, groups, prompts), current_version=self._current)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -56,12 +60,12 @@ class StreamSampler:
         return nullcontext()
 
     def state(self) -> RolloutsAhead | None:
-        """Return what is asked for and not trained on, complete or not; None where nothing is."""
+        """Return the RolloutsAhead of what is asked for and not trained on, complete or not; None where nothing is."""
         self._collect(0)
         places = tuple(sorted(self._begun))
         if not places:
             return None
-        requests = tuple(map(self._request, places))
+        requests = tuple(self._at(places, self.sampler.requests))
         groups = tuple(self._ready.get(place, ()) for place in places)
         return RolloutsAhead(self._last_asked, requests, self.sampler.sampling, groups, places)
 
@@ -88,7 +92,7 @@ class StreamSampler:
             self._last_asked = step - 1
         if ahead is None or ahead.sampling != self.sampler.sampling or not ahead.places:
             return
-        if tuple(map(self._request, ahead.places)) != ahead.requests:
+        if tuple(self._at(ahead.places, self.sampler.requests)) != ahead.requests:
             return
         self._last_asked = ahead.step
         for place, request, group in zip(ahead.places, ahead.requests, ahead.groups, strict=True):
@@ -97,8 +101,11 @@ class StreamSampler:
             else:
                 self._ask(place, request)
 
-    def _request(self, place: int) -> GenerationRequest:
-        return self.sampler.requests(place // self._size + 1)[place % self._size]
+    def _at(self, places: Sequence[int], of_step: Callable[[int], list[T]]) -> list[T]:
+        """Return what the places have of what ``of_step`` gives for each step, asked once a step."""
+        steps = {place // self._size + 1 for place in places}
+        found = {step: of_step(step) for step in steps}
+        return [found[place // self._size + 1][place % self._size] for place in places]
 
     def _ask(self, place: int, request: GenerationRequest) -> None:
         self._under_way[place] = self.engine.ask((request,), self.sampler.sampling)
@@ -108,9 +115,10 @@ class StreamSampler:
         """Wait for a step's groups, and return their places, in order."""
         self._collect(0)
         while True:
-            for place in [p for p, group in self._ready.items() if self._age(_oldest(group)) > self.max_staleness]:
+            old = [p for p, group in self._ready.items() if self._age(_oldest(group)) > self.max_staleness]
+            for place, request in zip(old, self._at(old, self.sampler.requests), strict=True):
                 del self._ready[place]  # weights were published more often than steps were taken
-                self._ask(place, self._request(place))
+                self._ask(place, request)
             chosen = self._selection()
             if chosen is not None:
                 return sorted(chosen)

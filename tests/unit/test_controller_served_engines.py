@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -104,11 +104,16 @@ def running(
     assert all(engine.is_killed for engine in started)
 
 
+def generate(engines: ServedEngines, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
+    """Return the rollouts of every request, in order."""
+    return engines.collect(engines.ask(requests, sampling))
+
+
 @pytest.mark.parametrize("num_engines", [1, 2, 3])
 def test_rollouts_come_back_in_the_order_of_their_requests_however_many_engines_share_them(num_engines: int) -> None:
     with running(lambda number, _: Engine(number), num_engines) as (engines, started, told):
-        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
-        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
     asked = Counter(ask.number for engine in started for ask in engine.asked)
     assert sorted(asked.values()) == [1] * (2 * len(REQUESTS))
     shares = [len(engine.asked) for engine in started]
@@ -118,7 +123,7 @@ def test_rollouts_come_back_in_the_order_of_their_requests_however_many_engines_
 
 def test_what_is_asked_together_is_begun_together() -> None:
     with running(lambda number, _: Engine(number)) as (engines, [engine], _):
-        engines.generate(REQUESTS, SAMPLING)
+        generate(engines, REQUESTS, SAMPLING)
     assert [len(order) for order in engine.orders if not isinstance(order, Take)] == [len(REQUESTS)]
 
 
@@ -126,7 +131,7 @@ def test_a_prompt_goes_to_the_engine_with_the_fewest_tokens_to_compute() -> None
     sizes = [100, 1, 1, 1, 1, 50]
     requests = [GenerationRequest((0,) * size, seed=0) for size in sizes]
     with running(lambda number, _: Engine(number), 2) as (engines, started, _):
-        engines.generate(requests, Sampling(n=1, max_tokens=1))
+        generate(engines, requests, Sampling(n=1, max_tokens=1))
     first = [[len(a.request.token_ids) for a in e.asked] for e in sorted(started[:2], key=lambda e: e.number)]
     assert first == [[100], [1, 1, 1, 1, 50]]
 
@@ -140,8 +145,8 @@ def test_the_rollouts_of_an_engine_that_dies_are_sampled_again_and_none_twice(
         return Engine(number, num_answers if number == 0 and before == 0 else None)
 
     with running(make, num_engines) as (engines, started, told):
-        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
-        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
         [note] = told
     begun = sum(len(ask.indices) for ask in started[0].asked)
     num_lost = begun - num_answers
@@ -166,7 +171,7 @@ def test_an_engine_that_dies_in_a_publication_is_replaced_by_one_with_the_new_we
     with running(make, 2) as (engines, started, told):
         engines.before_writing()
         engines.take(Take(1, ()))
-        versions = {r.policy_version for group in engines.generate(REQUESTS, SAMPLING) for r in group}
+        versions = {r.policy_version for group in generate(engines, REQUESTS, SAMPLING) for r in group}
         assert versions == {1}
     assert started[-1].orders[0] == Take(1, ()) and started[-1].number == 1
     assert told == ["engine 1 is lost: killed by the test; it had nothing to do, another takes its place"]
@@ -174,7 +179,7 @@ def test_an_engine_that_dies_in_a_publication_is_replaced_by_one_with_the_new_we
 
 def test_an_engine_that_answers_with_other_weights_than_it_runs_is_replaced() -> None:
     with running(lambda number, before: Engine(number, stamp=7 if before == 0 else None)) as (engines, _, told):
-        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
     assert "it answered with the weights of publication 7, not 0" in told[0]
 
 
@@ -193,7 +198,7 @@ def test_an_engine_that_says_nothing_is_replaced_and_one_that_says_it_is_busy_is
         return Slow(number) if before else Engine(number, is_silent=True)
 
     with running(make, timeout_s=0.1) as (engines, _, told):
-        assert engines.generate(REQUESTS[:1], SAMPLING) == EXPECTED[:1]
+        assert generate(engines, REQUESTS[:1], SAMPLING) == EXPECTED[:1]
     [note] = told
     assert "nothing was heard of it for 0.1 s (trainer.hang_timeout_s)" in note
 
@@ -201,9 +206,9 @@ def test_an_engine_that_says_nothing_is_replaced_and_one_that_says_it_is_busy_is
 def test_no_engine_left_ends_the_run_with_why_each_was_lost() -> None:
     with running(lambda number, _: Engine(number, 0, EngineLost(f"reason {number}")), 2) as (engines, started, told):
         with pytest.raises(WorkerError) as raised:
-            engines.generate(REQUESTS, SAMPLING)
+            generate(engines, REQUESTS, SAMPLING)
         with pytest.raises(WorkerError):
-            engines.generate(REQUESTS, SAMPLING)
+            generate(engines, REQUESTS, SAMPLING)
     assert str(raised.value) == "no engine is left to generate\n--- engine 0: reason 0\n--- engine 1: reason 1"
     assert Counter(engine.number for engine in started) == {0: 3, 1: 3}
     assert sum("it is given up after 3 in a row" in note for note in told) == 2
@@ -211,7 +216,7 @@ def test_no_engine_left_ends_the_run_with_why_each_was_lost() -> None:
 
 def test_rollouts_in_between_forgive_what_was_lost_before() -> None:
     with running(lambda number, before: Engine(number, 4 if before < 6 else None)) as (engines, started, _):
-        assert engines.generate(REQUESTS, SAMPLING) == EXPECTED
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
     assert len(started) == 7
 
 
@@ -221,5 +226,5 @@ def test_an_error_that_another_start_would_not_heal_ends_the_run_as_it_is(error:
         running(lambda number, _: Engine(number, 0, error)) as (engines, started, _),
         pytest.raises(type(error), match=str(error)),
     ):
-        engines.generate(REQUESTS, SAMPLING)
+        generate(engines, REQUESTS, SAMPLING)
     assert len(started) == 1
