@@ -36,9 +36,12 @@ class LiveBytes(TorchDispatchMode):
 
     def now(self, without: Collection[int] = ()) -> int:
         """Return the bytes that are there now. without: addresses of storages that don't count."""
-        self._made = {address: storage for address, storage in self._made.items() if not storage.expired()}
-        return sum(
-            torch.UntypedStorage._new_with_weak_ptr(storage.cdata).nbytes()
-            for address, storage in self._made.items()
-            if address not in without
-        )
+        sizes = {address: _live_bytes(made) for address, made in self._made.items()}
+        self._made = {address: made for address, made in self._made.items() if sizes[address] is not None}
+        return sum(size for address, size in sizes.items() if size is not None and address not in without)
+
+
+def _live_bytes(made: StorageWeakRef) -> int | None:
+    """Return the size of the storage, or None if it is gone: gloo's threads let go of theirs at any time."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(made.cdata)
+    return None if storage is None else storage.nbytes()
