@@ -47,6 +47,7 @@ class GreedyAnswers(Observer):
                 "max_tokens": sampling.max_tokens,
                 "versions": sorted({r.policy_version for replica in told for (r,) in replica}),
                 "answers_by_replica": [[r.token_ids for (r,) in replica] for replica in told],
+                "logprobs_by_replica": [[r.logprobs for (r,) in replica] for replica in told],
             }
         )
 
