@@ -11,7 +11,8 @@ from megarl.batching.divisors import divisors
 from megarl.config.schema import ALL_RANKS, FSDP_STRATEGIES, FsdpConfig, PPOConfig, SFTConfig
 from megarl.errors import Absent, Problem
 from megarl.roles import Role
-from megarl.weights.model_shape import FAMILIES, ModelShape
+from megarl.weights.any_model import head_elsewhere
+from megarl.weights.model_shape import CRITIC, FAMILIES, VALUE_HEAD, ModelShape
 
 _ACTOR = "actor_rollout_ref.actor"
 _SIZE, _ULYSSES = "fsdp_size", "ulysses_sequence_parallel_size"
@@ -77,6 +78,13 @@ def a_model_outside_the_map_is_served(role: Role) -> Iterator[Problem]:
         allowed = f"must be 1: {shape.family} attends in a way of its own, which can't be split over ranks"
         name = f"{role.backend_key}.{_ULYSSES}"
         yield Problem(name, role.backend.ulysses_sequence_parallel_size, allowed, f"{name}=1")
+    if role.name == "critic":
+        known, elsewhere = head_elsewhere(role.model.here(), CRITIC, shape)
+        if elsewhere:
+            allowed = f"{known} isn't {shape.family} with {VALUE_HEAD} on top, but differs at {elsewhere}"
+            yield Problem(
+                f"{key}.path", role.model.path, allowed, "algorithm.adv_estimator=grpo, which needs no critic"
+            )
 
 
 def sequences_can_be_packed(role: Role, key: str, *, asked: bool) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megarl.errors import ModelFolderError
 from megarl.weights.config_fields import Fields, shown
 from megarl.weights.model_shape import (
+    CLASSIFIERS,
     FAMILIES,
     VALUE_HEAD,
     ModelShape,
@@ -24,6 +25,7 @@ from megarl.weights.model_shape import (
     read_config,
     refuse_quantized,
 )
+from megarl.weights.name_map import VALUE_HEAD_BIAS
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +45,10 @@ _TOKENS = 4
 
 
 def read_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
-    """Read the ModelShape of any causal language model that transformers loads. key: what names it, for the error.
+    """Read the ModelShape of any causal language model that transformers loads, or of one of its classifiers.
 
-    Raises ModelFolderError where config.json is absent or broken, transformers can't load what it describes, or its
-    weights can't be trained, moved or saved as they are.
+    key: what names it, for the error. Raises ModelFolderError where config.json is absent or broken, transformers can't
+    load what it describes, or its weights can't be trained, moved or saved as they are.
     """
     path, config = read_config(folder, key)
     fields = Fields(config, str(path))
@@ -54,10 +56,13 @@ def read_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
     if family in FAMILIES or architecture == "(none)":
         return parse_model_shape(config, str(path))
     refuse_quantized(fields)
-    if architecture != family:
-        check_labels(architecture, fields)
-    shape = _shape_of(path.parent, fields, family)
-    return shape.with_value_head() if architecture != family else shape
+    kind = next((kind for kind in CLASSIFIERS if architecture.endswith(kind)), None)
+    if kind is None:
+        return _shape_of(path.parent, fields, architecture)
+    check_labels(architecture, fields)
+    shape = _shape_of(path.parent, fields, architecture, is_classifier=True)
+    _check_classifier(path.parent, fields, architecture, kind, shape)
+    return shape.with_value_head()
 
 
 def empty_model(folder: str | Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -75,14 +80,48 @@ def empty_model(folder: str | Path, dtype: torch.dtype, attention: str | None) -
     return model
 
 
-def _shape_of(folder: Path, fields: Fields, family: str) -> ModelShape:
-    """Return the ModelShape of a language model that the name map doesn't have."""
+def head_elsewhere(folder: str | Path, kind: str, shape: ModelShape) -> tuple[str, str]:
+    """Return what transformers calls the classifier of a language model, and a tensor in which megarl's differs.
+
+    kind: of CLASSIFIERS. Both are empty where transformers has no such classifier, the tensor also where none differs.
+    """
+    import torch
+    import transformers
+
+    auto = getattr(transformers, f"AutoModel{kind}")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, num_labels=1)
+    if type(config) not in auto._model_mapping:
+        return "", ""
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    theirs = {name for name, _ in model.named_parameters()} - {VALUE_HEAD_BIAS}
+    ours = {name for name, _ in shape.with_value_head().tensors}
+    return type(model).__name__, min(theirs - ours or ours - theirs, default="")
+
+
+def _check_classifier(folder: Path, fields: Fields, architecture: str, kind: str, shape: ModelShape) -> None:
+    """Refuse a critic or reward model that isn't a language model with a linear ``score`` in place of its output."""
+    known, elsewhere = head_elsewhere(folder, kind, shape)
+    known = known or shape.critic_architecture  # megarl's own, of which transformers has none
+    if architecture != known:
+        why = f"of such a config transformers makes a {known}"
+    elif elsewhere:
+        why = f"it isn't {shape.family} with {VALUE_HEAD} in place of its output layer, but differs at {elsewhere}"
+    else:
+        return
+    raise ModelFolderError(f"{fields.source}: architecture {shown(architecture)} is not supported: {why}")
+
+
+def _shape_of(folder: Path, fields: Fields, family: str, *, is_classifier: bool = False) -> ModelShape:
+    """Return the ModelShape of a language model that the name map doesn't have, or that a classifier was made of."""
     import torch
     import transformers
 
     version, probe = transformers.__version__, _Probe()
     with _named(f"{fields.source}: transformers {version} can't load architecture {shown(family)}"):
         model = empty_model(folder, torch.float32, None)
+    if is_classifier:
+        family = type(model).__name__
     _refuse_what_cannot_move(model, fields, family)
     if not probe.stands_in(folder):
         with _named(f"{fields.source}: transformers {version} can't run architecture {shown(family)} on tokens alone"):

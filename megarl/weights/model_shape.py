@@ -65,7 +65,8 @@ _MOST_WIDE, _MOST_HEADS, _MOST_TOKENS, _MOST_POSITIONS = 2**22, 2**14, 2**26, 2*
 # What transformers calls a family's language model, and its models with a number a token, as a critic is, or a number
 # for a whole text, as a reward model is.
 VALUE_HEAD = "score.weight"  # as transformers' classification models name it
-_LANGUAGE_MODEL, _CRITIC, _REWARD_MODEL = "ForCausalLM", "ForTokenClassification", "ForSequenceClassification"
+_LANGUAGE_MODEL, CRITIC, REWARD_MODEL = "ForCausalLM", "ForTokenClassification", "ForSequenceClassification"
+CLASSIFIERS = (CRITIC, REWARD_MODEL)
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,16 @@ class ModelShape:
         head = () if self.is_mapped else ((VALUE_HEAD, (1, self.hidden_size)),)
         return self if self.value_head else replace(self, value_head=True, tied=False, tensors=kept + head)
 
+    @property
+    def critic_architecture(self) -> str:
+        """What a critic of this family is called in config.json."""
+        return self.family.removesuffix(_LANGUAGE_MODEL).removesuffix("LMHeadModel") + CRITIC
+
     def critic_fields(self) -> dict[str, Any]:
         """Return the fields of config.json that say of a folder that it has a value head."""
         assert self.value_head
         return {
-            "architectures": [self.family.replace(_LANGUAGE_MODEL, _CRITIC)],
+            "architectures": [self.critic_architecture],
             "id2label": {"0": "value"},
             "label2id": {"value": 0},
             "tie_word_embeddings": False,
@@ -234,14 +240,14 @@ def parse_model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
 def architecture_of(fields: Fields) -> tuple[str, str]:
     """Return the architecture that a config.json names, and that of the language model that it was made from."""
     architecture = (*fields.items("architectures", str, "texts"), "(none)")[0]
-    return architecture, architecture.replace(_CRITIC, _LANGUAGE_MODEL).replace(_REWARD_MODEL, _LANGUAGE_MODEL)
+    return architecture, architecture.replace(CRITIC, _LANGUAGE_MODEL).replace(REWARD_MODEL, _LANGUAGE_MODEL)
 
 
 def check_labels(architecture: str, fields: Fields) -> None:
     """Refuse a classifier of several labels."""
     labels = len(fields.inner("id2label").values) or fields.whole("num_labels", 0, _MOST_TOKENS, 2)
     if labels != 1:  # transformers has two labels unless told
-        role = "critic" if architecture.endswith(_CRITIC) else "reward model"
+        role = "critic" if architecture.endswith(CRITIC) else "reward model"
         raise ModelFolderError(f"{fields.source}: {architecture} must have one label to be a {role}, see id2label")
 
 

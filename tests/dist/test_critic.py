@@ -20,11 +20,12 @@ from megarl.verify.pool import RankPool
 from megarl.verify.reference import random_sequences
 from megarl.verify.roles import TRAINING, role_on
 from megarl.verify.work import backend_on_rank, score, update
-from megarl.weights.model_shape import read_model_shape
+from megarl.weights.any_model import read_shape
 from tests.dist.parity import ask
 from tests.dist.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
 
 MODEL = "qwen3-tied"  # a critic has no output layer, so there is nothing to tie
+OTHER_MODELS = ("gemma3-tied", "phi3-untied", "mistral-untied")
 LENGTHS = (9, 12, 12, 7, 16, 5, 9, 4)
 CLIP_RANGE, STEPS = 0.3, 3
 LOSS = ValueLossSpec(CLIP_RANGE, "token-mean")
@@ -80,8 +81,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model with a value head that isn't zero."""
     path = tmp_path_factory.mktemp("critic")
     save_tiny_model(MODEL, path, num_hidden_layers=4)
+    return _with_value_head(path)
+
+
+def _with_value_head(path: Path) -> Path:
+    """Put a value head that isn't zero among the weights of a folder; return it."""
+    hidden_size = read_shape(path).hidden_size
     tensors = load_file(path / "model.safetensors")
-    tensors["score.weight"] = torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.2
+    tensors["score.weight"] = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(5)) * 0.2
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -89,8 +96,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def batch(folder: Path) -> ValueBatch:
     """Return sequences with old values and returns around the model's own values."""
+    return _batch(folder)
+
+
+def _batch(folder: Path) -> ValueBatch:
     generator = torch.Generator().manual_seed(1)
     rows = random_sequences(LENGTHS, VOCAB_SIZE, generator)
+    rows = replace(rows, tokens_BS=rows.tokens_BS.clamp(min=1))  # 0 may be padding, which transformers doesn't train
     noise_BS = torch.randn(rows.tokens_BS.shape, generator=generator)
     values_BS = _values(_model(folder), rows).detach() + 0.5 * noise_BS * rows.mask_BS
     return ValueBatch(**vars(rows), values_BS=values_BS, returns_BS=(values_BS + noise_BS.flip(0)) * rows.mask_BS)
@@ -99,6 +111,10 @@ def batch(folder: Path) -> ValueBatch:
 @pytest.fixture(scope="module")
 def expected(folder: Path, batch: ValueBatch) -> Expected:
     """Return what three steps of torch's AdamW do to the same model and loss, written out here."""
+    return _expected(folder, batch)
+
+
+def _expected(folder: Path, batch: ValueBatch) -> Expected:
     model = _model(folder)
     first_BS = _values(model, batch).detach()
     adam = torch.optim.AdamW(model.parameters(), lr=LEARNING.lr, betas=LEARNING.betas, eps=LEARNING.eps, weight_decay=0)
@@ -133,14 +149,39 @@ def expected(folder: Path, batch: ValueBatch) -> Expected:
 def test_values_and_three_updates_equal_those_of_torch(
     ranks: RankPool, folder: Path, batch: ValueBatch, expected: Expected, name: str, packed: bool
 ) -> None:
-    layout = LAYOUTS[name]
-    answers = ask(ranks, _judge, role_on(layout, folder, "critic", training=LEARNING, packed=packed), batch, STEPS)
+    role = role_on(LAYOUTS[name], folder, "critic", training=LEARNING, packed=packed)
+    _assert_judged_as(expected, ranks, role, batch)
+
+
+def _assert_judged_as(expected: Expected, ranks: RankPool, role: Role, batch: ValueBatch) -> None:
+    layout, answers = role.layout, ask(ranks, _judge, role, batch, STEPS)
     reports = [answers[rank] for rank in layout.output_ranks()]
     torch.testing.assert_close(_reported(layout, [a.values_BS for a in answers]), expected.values_BS, rtol=0, atol=2e-5)
     losses = [sum(report.metrics[step]["value_loss"] for report in reports) for step in range(STEPS)]
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     assert [m["grad_norm"] for m in reports[0].metrics] == pytest.approx(expected.grad_norms, rel=1e-5)
     assert any(report.metrics[0]["clip_fraction"] > 0 for report in reports), "no token tests the clip"
+
+
+@pytest.mark.parametrize("model", ["gemma2-tied", *(pytest.param(m, marks=pytest.mark.long) for m in OTHER_MODELS)])
+def test_a_critic_of_a_family_outside_the_map_learns_as_in_torch_and_is_exported(
+    ranks: RankPool, tmp_path: Path, model: str
+) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    start, out = tmp_path / "start", tmp_path / "critic"
+    save_tiny_model(model, start)
+    batch = _batch(_with_value_head(start))
+    role = role_on(Layout(4, fsdp=4), start, "critic", training=LEARNING)
+    _assert_judged_as(_expected(start, batch), ranks, role, batch)
+    exported = ask(ranks, _learn_and_export, role, batch, out)
+    assert read_shape(out) == read_shape(start).with_value_head()
+    again = ask(ranks, _judge, role_on(role.layout, out, "critic", training=LEARNING), batch, 0)
+    values_BS = _reported(role.layout, exported)
+    assert _reported(role.layout, [a.values_BS for a in again]).equal(values_BS)
+    if model != "gemma3-tied":  # of which transformers has no such class
+        classifier = AutoModelForTokenClassification.from_pretrained(out, dtype=torch.float32).eval()
+        torch.testing.assert_close(_values_of_classifier(classifier, batch), values_BS, rtol=0, atol=2e-5)
 
 
 def test_a_critic_from_a_language_model_values_every_state_at_zero(
@@ -172,7 +213,7 @@ def test_an_exported_critic_gives_the_same_values_in_transformers_and_where_it_i
     assert not any(found.values()), found  # nothing missing, unexpected or of another shape
     assert model.config.num_labels == 1 and not model.score.bias.any()
     torch.testing.assert_close(_values_of_classifier(model.eval(), batch), values_BS, rtol=0, atol=2e-5)
-    assert read_model_shape(out) == read_model_shape(start).with_value_head()
+    assert read_shape(out) == read_shape(start).with_value_head()
 
 
 def _reported(layout: Layout, answers: list[Tensor | None]) -> Tensor:
@@ -196,7 +237,7 @@ def _model(folder: Path) -> Any:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    model.score = torch.nn.Linear(32, 1, bias=False)
+    model.score = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
     model.score.weight.data = load_file(folder / "model.safetensors")["score.weight"].clone()
     return model
 

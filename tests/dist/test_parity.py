@@ -355,6 +355,7 @@ def test_roles_with_layouts_of_their_own_do_not_disturb_each_other(
         "actor": role_on(LAYOUTS["tp2xpp2"], found.folder, training=TRAINING),
         "tp4": role_on(UNEVEN_LAYOUTS["tp4"], found.folder, "ref"),
         "dp4": role_on(Layout(4), found.folder, "ref"),
+        "fsdp2": role_on(Layout(4, fsdp=2), found.folder, "ref"),
     }
     together = ranks.run(_take_turns, roles, found.rollouts)
     for name in roles:

@@ -86,9 +86,7 @@ def test_greedy_answers_after_every_publish_are_those_of_the_base_and_what_peft_
     for model, validation in zip(_models(done), done.validations, strict=True):
         expected = []
         for prompt in validation["prompts"]:
-            tokens = model.generate(
-                torch.tensor([prompt]), max_new_tokens=validation["max_tokens"], do_sample=False
-            )
+            tokens = model.generate(torch.tensor([prompt]), max_new_tokens=validation["max_tokens"], do_sample=False)
             expected.append(tokens[0, len(prompt) :].tolist())
         assert validation["answers_by_replica"] == [expected]
     answers = [validation["answers_by_replica"] for validation in done.validations]

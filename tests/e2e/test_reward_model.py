@@ -1,9 +1,11 @@
-"""Runs whose rewards are a model's: every rollout's is what transformers gives the same tokens."""
+"""Runs whose rewards are a model's: every rollout's is what transformers gives the same tokens, on either backend."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,32 @@ from tests.tiny_task import NUM_RANKS
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, COEF = 3, 0.5
+JUDGE = "reward.model.path=judge"
 # Axes of its own: the actor is split over tensor-parallel ranks.
-JUDGE = ("reward.model.path=judge", "reward.model.megatron.tensor_model_parallel_size=1")
+ON_MEGATRON = "reward.model.megatron.tensor_model_parallel_size=1"
+# By a budget of tokens; the critic starts from the reward model.
+ALONE = (
+    JUDGE,
+    "reward.model.use_dynamic_bsz=true",
+    "reward.model.forward_max_token_len_per_gpu=64",
+    "reward.path=null",
+    "algorithm.adv_estimator=gae",
+    "critic.model={path: judge, init: pretrained}",
+    "critic.optim.eps=1e-5",
+    "actor_rollout_ref.actor.optim.eps=1e-5",
+)
 RUNS = {
     "function and model": (
-        *JUDGE,
+        JUDGE,
+        ON_MEGATRON,
         f"reward.model.coef={COEF}",
         "reward.model.megatron.pipeline_model_parallel_size=2",
         "reward.model.megatron.param_offload=true",
     ),
-    # On two data-parallel ranks, by a budget of tokens. Its critic starts from the reward model.
-    "model alone": (
-        *JUDGE,
-        "reward.model.use_dynamic_bsz=true",
-        "reward.model.forward_max_token_len_per_gpu=64",
-        "reward.path=null",
-        "algorithm.adv_estimator=gae",
-        "critic.model={path: judge, init: pretrained}",
-    ),
+    # On two data-parallel ranks.
+    "model alone": (*ALONE, ON_MEGATRON),
+    # The actor stays on Megatron.
+    "model and critic on FSDP": (*ALONE, "reward@reward=dp_reward", "critic@critic=dp_critic"),
 }
 
 
@@ -50,21 +60,31 @@ class Done:
 FIRST, *OTHERS = RUNS
 
 
-@pytest.fixture(scope="module", params=[FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """Run the tiny recipe with a reward model."""
+@pytest.fixture(scope="module")
+def done_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Done]:
+    """Return what runs the tiny recipe with a reward model in one of the ways of RUNS, once each."""
     from tests.tiny_task import write_tiny_task
 
-    folder = write_tiny_task(tmp_path_factory.mktemp("judged"))
-    _write_judge(folder)
-    command = ("-m", "tests.e2e.recorded_rewards", "--config-dir=.", "--config-name=rl", *RUNS[request.param])
-    environ = {RECORDED_TO: str(folder / "scored.json")}
-    finished = run(torchrun(NUM_RANKS, *command), folder, python_path=REPOSITORY, environ=environ)
-    assert finished.code == 0, finished.output
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    scored = json.loads((folder / "scored.json").read_text())
-    _add_scores_of_transformers(folder / "judge", scored)
-    return Done([json.loads(line) for line in lines], scored, (folder / "run" / "plan.txt").read_text())
+    @cache
+    def done(name: str) -> Done:
+        folder = write_tiny_task(tmp_path_factory.mktemp("judged"))
+        _write_judge(folder)
+        command = ("-m", "tests.e2e.recorded_rewards", "--config-dir=.", "--config-name=rl", *RUNS[name])
+        environ = {RECORDED_TO: str(folder / "scored.json")}
+        finished = run(torchrun(NUM_RANKS, *command), folder, python_path=REPOSITORY, environ=environ)
+        assert finished.code == 0, finished.output
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        scored = json.loads((folder / "scored.json").read_text())
+        _add_scores_of_transformers(folder / "judge", scored)
+        return Done([json.loads(line) for line in lines], scored, (folder / "run" / "plan.txt").read_text())
+
+    return done
+
+
+@pytest.fixture(scope="module", params=[FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def done(request: pytest.FixtureRequest, done_of: Callable[[str], Done]) -> Done:
+    """Return the run of each way."""
+    return done_of(request.param)
 
 
 def _write_judge(folder: Path) -> None:
@@ -107,7 +127,23 @@ def test_metrics_tell_the_model_s_part_from_the_function_s(done: Done) -> None:
 
 
 def test_the_plan_knows_the_reward_model(done: Done) -> None:
-    assert any(f"reward_model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP"))
+    assert any(f"reward_model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP", "FSDP"))
+
+
+@pytest.mark.long
+def test_a_reward_model_and_a_critic_on_fsdp_beside_an_actor_on_megatron_change_no_number(
+    done_of: Callable[[str], Done],
+) -> None:
+    on_megatron, on_both = (done_of(name) for name in ("model alone", "model and critic on FSDP"))
+    for found, expected in zip(on_both.metrics, on_megatron.metrics, strict=True):
+        assert _without_times(found) == pytest.approx(_without_times(expected), rel=1e-5, abs=1e-5)
+        assert found["step"] == 0 or found["critic/grad_norm"] > 0
+    for of_both, of_megatron in zip(on_both.scored, on_megatron.scored, strict=True):
+        assert of_both["tokens"] == of_megatron["tokens"]
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if not name.startswith(("time_s", "wall_time"))}
 
 
 def _mean(values: list[float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megarl.checks.backends import a_model_outside_the_map_is_served, sequences_can_be_packed
@@ -15,7 +16,7 @@ from megarl.errors import ModelFolderError
 from megarl.parallel.layout import Layout
 from megarl.verify.roles import TRAINING, role_on
 from megarl.weights.any_model import InitialSource, read_shape
-from tests.dist.tiny_models import save_tiny_model
+from tests.dist.tiny_models import save_tiny_classifier, save_tiny_model
 
 WITH_MEGARLS_ATTENTION = ("gemma2", "gemma3", "phi3", "mistral", "gpt2")
 
@@ -86,6 +87,59 @@ def test_quantized_weights_are_refused_of_any_family(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ModelFolderError, match="give the unquantized model"):
         read_shape(folder)
+
+
+def _classifier(tmp_path: Path, model: str, **fields: Any) -> Path:
+    """Write a reward model of a family, and change fields of its config.json."""
+    save_tiny_classifier(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [("gemma2-tied", "Gemma2ForCausalLM"), ("gemma3-tied", "Gemma3ForCausalLM"), ("gpt2-tied", "GPT2LMHeadModel")],
+)
+def test_a_reward_model_is_a_language_model_with_a_score_whatever_its_class_is_called(
+    tmp_path: Path, model: str, family: str
+) -> None:
+    shape = read_shape(_classifier(tmp_path, model))
+    assert (shape.family, shape.value_head, shape.tied) == (family, True, False)
+    assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()} == dict(
+        shape.tensors
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"id2label": {"0": "bad", "1": "good"}}, "must have one label to be a reward model"),
+        ({"architectures": ["PhiForSequenceClassification"]}, "of such a config transformers makes a GPT2ForSeq"),
+        (
+            {"architectures": ["GPT2ForTokenClassification"]},
+            r"isn't GPT2LMHeadModel with score\.weight .* at classifier",
+        ),
+    ],
+    ids=["labels", "another class", "another head"],
+)
+def test_a_classifier_that_is_no_reward_model_or_critic_is_refused(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ModelFolderError, match=said):
+        read_shape(_classifier(tmp_path, "gpt2-tied", **fields))
+
+
+def test_a_critic_is_refused_whose_class_in_transformers_has_another_head(tmp_path: Path) -> None:
+    layout = Layout(2, fsdp=2)
+    for model in ("gemma2-tied", "gemma3-tied", "gpt2-tied"):
+        save_tiny_model(model, tmp_path / model)
+    roles = {path.name: role_on(layout, path, "critic", training=TRAINING) for path in tmp_path.iterdir()}
+    (problem,) = a_model_outside_the_map_is_served(roles["gpt2-tied"])
+    assert problem.key.endswith(".path") and "GPT2ForTokenClassification isn't GPT2LMHeadModel" in problem.allowed
+    assert "classifier.bias" in problem.allowed
+    for model in ("gemma2-tied", "gemma3-tied"):  # of the latter transformers has no such class
+        assert not list(a_model_outside_the_map_is_served(roles[model]))
 
 
 def test_a_rotary_embedding_that_changes_with_the_length_bounds_it(tmp_path: Path) -> None:
