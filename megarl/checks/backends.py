@@ -15,6 +15,7 @@ from megarl.weights.any_model import head_elsewhere
 from megarl.weights.model_shape import CRITIC, FAMILIES, VALUE_HEAD, ModelShape
 
 _ACTOR = "actor_rollout_ref.actor"
+_STRATEGY = f"{_ACTOR}.strategy"
 _SIZE, _ULYSSES = "fsdp_size", "ulysses_sequence_parallel_size"
 
 
@@ -24,12 +25,12 @@ def every_role_has_one_backend(c: PPOConfig) -> Iterator[Problem]:
     wanted, other = ("fsdp_config", "megatron") if actor.strategy in FSDP_STRATEGIES else ("megatron", "fsdp_config")
     main = {"fsdp_config": "ppo_trainer", "megatron": "ppo_megatron_trainer"}
     if getattr(actor, wanted) is None:
-        allowed = f"is missing, which {_ACTOR}.strategy = {actor.strategy} asks for"
+        allowed = f"is missing, which {_STRATEGY} = {actor.strategy} asks for"
         yield Problem(f"{_ACTOR}.{wanted}", Absent(), allowed, f"--config-name={main[wanted]}, whose files have it")
     if getattr(actor, other) is not None:
         allowed = f"{actor.strategy} contradicts {_ACTOR}.{other}, the section of the other backend"
         fix = f"leave {_ACTOR}.{other} out, or --config-name={main[other]} for that backend"
-        yield Problem(f"{_ACTOR}.strategy", actor.strategy, allowed, fix)
+        yield Problem(_STRATEGY, actor.strategy, allowed, fix)
     for key, megatron, fsdp in (
         ("actor_rollout_ref.ref", ref.megatron, ref.fsdp_config),
         ("critic", critic.megatron, critic.fsdp_config),
@@ -45,6 +46,14 @@ def has_fsdp(c: PPOConfig | SFTConfig) -> bool:
         return c.strategy in FSDP_STRATEGIES
     roles = (c.actor_rollout_ref.actor, c.actor_rollout_ref.ref, c.critic, c.reward.model)
     return any(role.fsdp_config is not None for role in roles)
+
+
+def notes_on_backend(c: PPOConfig | SFTConfig) -> tuple[str, ...]:
+    """Return what a person should know of the backend, as a tuple of texts."""
+    key, section = ("strategy", c) if isinstance(c, SFTConfig) else (_STRATEGY, c.actor_rollout_ref.actor)
+    if section.strategy != "fsdp":
+        return ()
+    return (f"{key} = fsdp: sharded by fully_shard, as fsdp2 is; FSDP1 cuts tensors inside of their rows",)
 
 
 def shards_and_sequences_divide_the_ranks(key: str, fsdp: FsdpConfig, ranks: int) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from megarl.checks.backends import notes_on_backend
 from megarl.checks.data_files import check_rewarded
 from megarl.checks.rules import require
 from megarl.checks.run import CheckedRun, schedule_problems
@@ -87,6 +88,7 @@ def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:
     require(schedule_problems(checked, num_steps))  # once more, now that too long prompts are left out
     stops, stop_notes = _stops(config, folder, template)
     notes = (*notes_on(order, train.num_overlong + val.num_overlong, overlong), *template.notes(), *stop_notes)
+    notes += notes_on_backend(config)
     roles = with_total_steps(config, checked.roles, num_steps)
     return PPOInputs(template.tokenizer, train.prompts, val_prompts, order, num_steps, stops, notes, roles)
 
@@ -118,7 +120,7 @@ def read_sft_inputs(checked: CheckedRun[SFTConfig]) -> SFTInputs:
     order = Order(len(train), data.train_batch_size, data.train_shuffle, trainer.seed)
     num_steps = trainer.total_training_steps or trainer.total_epochs * order.batches_per_epoch
     require(schedule_problems(checked, num_steps))
-    notes = (*template.notes(), *_unstopping_ends(train, template, folder, stops))
+    notes = (*template.notes(), *_unstopping_ends(train, template, folder, stops), *notes_on_backend(config))
     return SFTInputs(train, val, order, num_steps, with_total_steps(config, checked.roles, num_steps), notes)
 
 

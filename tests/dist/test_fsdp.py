@@ -24,7 +24,7 @@ from megarl.train.fsdp.attention import NAME, Attending
 from megarl.train.fsdp.backend import FsdpBackend
 from megarl.types import Metrics, PolicyBatch, Sequences
 from megarl.verify.pool import RankPool
-from megarl.verify.reference import TEMPERATURE, Reference, make_reference
+from megarl.verify.reference import TEMPERATURE, Reference, load, make_reference
 from megarl.verify.roles import TRAINING, role_on
 from megarl.verify.work import PPO, backend_on_rank, score, update
 from tests.dist import hf_training
@@ -184,6 +184,24 @@ def test_a_gradient_that_is_not_finite_or_too_large_changes_nothing(ranks: RankP
         for told, is_as_before in ask(ranks, _step_on, role, found.rollouts, factor):
             assert isinstance(told, Skipped) and is_as_before
             assert math.isnan(told.grad_norm) if math.isnan(factor) else told.grad_norm > 1e-6
+
+
+def _buffers(role: Role) -> dict[str, Tensor]:
+    backend = backend_on_rank(role)
+    assert isinstance(backend, FsdpBackend)
+    return dict(backend.model.root.model.named_buffers())
+
+
+@pytest.mark.parametrize("model", ["llama-untied", "gemma3-tied"])
+def test_what_no_checkpoint_has_is_as_transformers_makes_it(ranks: RankPool, tmp_path: Path, model: str) -> None:
+    """A model that is made without memory has frequencies of rotary embeddings, and scales, that hold anything."""
+    save_tiny_model(model, tmp_path)
+    expected = dict(load(tmp_path).named_buffers())
+    assert any("inv_freq" in name for name in expected)
+    for found in ask(ranks, _buffers, role_on(TWO, tmp_path)):
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": torch.ones(1, 24)}, {"use_cache": True}], ids=str)

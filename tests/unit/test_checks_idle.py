@@ -10,6 +10,7 @@ import pytest
 
 from megarl.checks.idle import idle_settings
 from megarl.checks.run import CheckedRun, check_ppo, schedule_problems, without_effect
+from megarl.config.build import build_config
 from megarl.config.router_losses import RouterLosses, router_losses
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
@@ -73,6 +74,16 @@ def test_a_setting_that_does_nothing_is_named_once_with_why(changes: dict[str, o
     found = _idle(changes)
     assert list(found) == [key]
     assert why in found[key]
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_on_fsdp_a_reference_waits_on_the_host_where_there_is_one(with_kl: bool) -> None:
+    offload, grpo = f"{REF}.fsdp_config.param_offload", {"algorithm.adv_estimator": "grpo", f"{ROLLOUT}.n": 4}
+    kl = {f"{ACTOR}.use_kl_loss": with_kl, "algorithm.kl_free": not with_kl}
+    values = composed_values("ppo_trainer", **{"actor_rollout_ref.model.path": "model", offload: True, **grpo, **kl})
+    config = build_config(PPOConfig, values)
+    idle = {problem.key: problem.allowed for problem in idle_settings(config, roles_in(config))}
+    assert idle == ({} if with_kl else {offload: "has no effect: no KL term is on, and no reference is built"})
 
 
 def test_what_follows_the_actors_value_is_not_given() -> None:

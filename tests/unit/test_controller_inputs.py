@@ -126,6 +126,13 @@ def test_sft_says_when_turns_are_trained_to_end_with_what_stops_no_engine(
     assert sft_inputs().notes == ()
 
 
+def test_a_run_says_once_that_fsdp_is_sharded_as_fsdp2(written: Callable[..., PreTrainedTokenizerBase]) -> None:
+    written(eos="<|im_end|>")
+    [note] = sft_inputs(strategy="fsdp").notes
+    assert note.startswith("strategy = fsdp: sharded by fully_shard, as fsdp2 is;")
+    assert sft_inputs(strategy="fsdp2").notes == ()
+
+
 def test_prompts_can_be_cut_instead_and_arguments_reach_the_template(
     written: Callable[..., PreTrainedTokenizerBase],
 ) -> None:

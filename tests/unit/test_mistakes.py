@@ -158,6 +158,16 @@ MISTAKES = {
     "copies of a model that don't divide the ranks": _of_fsdp(
         f"{FSDP}.fsdp_size=3", says="must divide the 2 ranks", axis="fsdp_size"
     ),
+    "moments of a frozen model that wait on the host": Mistake(
+        ("--config-name=ppo_trainer", "+actor_rollout_ref.ref.fsdp_config.optimizer_offload=true"),
+        ("actor_rollout_ref.ref.fsdp_config.optimizer_offload",),
+        "no such key",
+    ),
+    "adapters of modules that don't exist": Mistake(
+        ("--config-name=ppo_trainer", f"{MODEL}.lora_rank=4", f"{MODEL}.target_modules=[q_prj]"),
+        (f"{MODEL}.target_modules",),
+        "is no linear module of",
+    ),
     "nothing to gather, and nothing to free": _of_fsdp(
         *(f"{FSDP}.fsdp_size=1", f"{FSDP}.reshard_after_forward=false"),
         says="has no effect where",
