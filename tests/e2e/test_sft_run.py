@@ -57,7 +57,7 @@ def test_the_last_lines_name_the_loss_and_a_model_that_loads(finished: Finished,
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
 
 
-@pytest.mark.long  # tests/dist trains on demonstrations on every layout each time
+@pytest.mark.long  # tests/dist compares losses and gradients of both backends with Hugging Face each time
 def test_fsdp_computes_the_same_losses_and_weights_as_megatron(finished: Finished, tiny_task: Path) -> None:
     """Every loss of ten steps, and what is saved after them."""
     on_fsdp = ("strategy=fsdp2", "trainer.total_training_steps=10", "trainer.run_dir=runs/fsdp")
