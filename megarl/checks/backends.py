@@ -90,10 +90,9 @@ def a_model_outside_the_map_is_served(role: Role) -> Iterator[Problem]:
     if role.name == "critic":
         known, elsewhere = head_elsewhere(role.model.here(), CRITIC, shape)
         if elsewhere:
-            allowed = f"{known} isn't {shape.family} with {VALUE_HEAD} on top, but differs at {elsewhere}"
-            yield Problem(
-                f"{key}.path", role.model.path, allowed, "algorithm.adv_estimator=grpo, which needs no critic"
-            )
+            allowed = f"its {known} differs at {elsewhere} from {shape.family} with {VALUE_HEAD} on top"
+            fix = "algorithm.adv_estimator=grpo, which needs no critic"
+            yield Problem(f"{key}.path", role.model.path, allowed, fix)
 
 
 def sequences_can_be_packed(role: Role, key: str, *, asked: bool) -> Iterator[Problem]:

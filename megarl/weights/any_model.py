@@ -106,7 +106,7 @@ def _check_classifier(folder: Path, fields: Fields, architecture: str, kind: str
     if architecture != known:
         why = f"of such a config transformers makes a {known}"
     elif elsewhere:
-        why = f"it isn't {shape.family} with {VALUE_HEAD} in place of its output layer, but differs at {elsewhere}"
+        why = f"it differs at {elsewhere} from {shape.family} with {VALUE_HEAD} in place of its output layer"
     else:
         return
     raise ModelFolderError(f"{fields.source}: architecture {shown(architecture)} is not supported: {why}")
