@@ -29,7 +29,7 @@ BACKENDS = {
     ),
 }
 # Far above the rounding errors of gradients, which Adam would blow up where a gradient is next to zero.
-GRPO = ("actor_rollout_ref.actor.optim.eps=1e-5",)
+GRPO = ("actor_rollout_ref.actor.optim.eps=1e-5", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4")
 PPO = (*GRPO, "algorithm.adv_estimator=gae", "critic.optim.eps=1e-5", "critic.optim.lr=1e-3")
 pytestmark = pytest.mark.long  # tests/e2e/test_ppo_run.py compares both backends on two ranks each time
 

@@ -44,7 +44,7 @@ RUNS = {
     # On two data-parallel ranks.
     "model alone": (*ALONE, ON_MEGATRON),
     # The actor stays on Megatron.
-    "model and critic on FSDP": (*ALONE, "reward@reward=dp_reward", "critic@critic=dp_critic"),
+    "model and critic on FSDP": (*ALONE, "reward=dp_reward", "critic=dp_critic"),
 }
 
 
@@ -127,7 +127,7 @@ def test_metrics_tell_the_model_s_part_from_the_function_s(done: Done) -> None:
 
 
 def test_the_plan_knows_the_reward_model(done: Done) -> None:
-    assert any(f"reward_model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP", "FSDP"))
+    assert any(f"reward_model: {axis} 2 on 2 ranks" in done.plan for axis in ("PP", "DP"))
 
 
 @pytest.mark.long

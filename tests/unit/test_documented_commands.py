@@ -148,6 +148,15 @@ def test_a_file_of_the_tutorial_for_a_large_model_is_laid_out_as_it_says(tmp_pat
     assert (checked.actor.layout.tp, checked.actor.layout.pp, len(checked.roles)) == (8, 4, 2)
 
 
+def test_a_critic_and_a_reward_model_are_put_on_fsdp_beside_an_actor_on_megatron() -> None:
+    checked = _checked(MEGATRON, MODEL, "algorithm.adv_estimator=gae", "critic=dp_critic", "reward=dp_reward")
+    assert {role.name: role.layout.is_fsdp for role in checked.roles} == {"actor": False, "critic": True}
+    model = checked.config.reward.model
+    assert model.fsdp_config is not None and model.megatron is None
+    page = (REPOSITORY / "docs" / "fsdp.md").read_text(encoding="utf-8")
+    assert "`reward=dp_reward`" in page and "`critic=dp_critic`" in page
+
+
 def _commands(page: str) -> list[list[str]]:
     """Return the commands of a page's shell blocks as words, without what a comment says."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
