@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megarl.batching.plan import split_rows
 from megarl.controller.observer import Observer
 from megarl.launchers.group import WorkerGroup, everywhere
-from megarl.ranks.work import GenerateWork
+from megarl.ranks.work import GenerateWork, PublishWork
 from megarl.ranks.worker import Worker
 from megarl.types import GenerationRequest, Group, Sampling
 
@@ -36,6 +36,6 @@ class EngineOnRanks:
         """Let the engines give their memory back for training."""
         everywhere(self.group, Worker.rest, None)
 
-    def publish(self, policy_version: int) -> None:
-        """Give the engines the actor's weights, as publication ``policy_version``."""
-        everywhere(self.group, Worker.publish, policy_version)
+    def publish(self, policy_version: int, *, verify: bool) -> None:
+        """Give the engines the actor's weights, as publication ``policy_version``; compare their checksums if asked."""
+        everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))

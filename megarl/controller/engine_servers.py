@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megarl.controller.observer import Observer
 from megarl.controller.served_engines import ServedEngines
 from megarl.launchers.group import WorkerGroup, everywhere
+from megarl.ranks.work import PublishWork
 from megarl.ranks.worker import Worker
 from megarl.rollout.served import Ask, Take
 from megarl.types import GenerationRequest, Group, Sampling
@@ -44,10 +45,10 @@ class EngineServers:
     def rest(self) -> None:
         """Do nothing: what the engines hold is on devices of their own."""
 
-    def publish(self, policy_version: int) -> None:
-        """Have the ranks write the actor's weights, and the engines read them."""
+    def publish(self, policy_version: int, *, verify: bool) -> None:
+        """Have the ranks write the actor's weights, and the engines read them; and compare checksums if asked."""
         self.engines.before_writing()
-        segments = everywhere(self.group, Worker.publish, policy_version)
+        segments = everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))
         self.engines.take(Take(policy_version, tuple(segment for segment in segments if segment is not None)))
 
 

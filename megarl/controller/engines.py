@@ -19,6 +19,9 @@ class Engines(Protocol):
         """Let the engines give memory back that training needs. They take it again by themselves."""
         ...
 
-    def publish(self, policy_version: int) -> None:
-        """Give the engines the actor's weights, as publication ``policy_version``."""
+    def publish(self, policy_version: int, *, verify: bool) -> None:
+        """Give the engines the actor's weights, as publication ``policy_version``.
+
+        verify: raise PublishError where an engine holds other values than were sent.
+        """
         ...

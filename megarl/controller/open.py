@@ -228,7 +228,9 @@ def rollout_run(
         RewardLog(run_dir, tracker.warn),
         reward_components(config),
     )
-    publication = Publication(engine, inputs.train_prompts, data.max_response_length)
+    publication = Publication(
+        engine, inputs.train_prompts, data.max_response_length, config.actor_rollout_ref.rollout.verify_publish
+    )
 
     def restore_kl(state: TrainerState) -> None:
         assert state.kl_controller is not None

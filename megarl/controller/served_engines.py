@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from megarl.errors import WorkerError
+from megarl.errors import PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.rollout.served import Answer, Ask, Done, Order, Ready, Take, Took, samplings
@@ -174,6 +174,10 @@ class ServedEngines:
             except EngineLost as lost:
                 with self._changed:
                     self._note_loss(seat, str(lost))
+            except PublishError as error:
+                with self._changed:
+                    self._failure, seat.is_gone = PublishError(f"engine {seat.number}: {error}"), True
+                    self._changed.notify_all()
             except BaseException as error:  # noqa: BLE001 - it ends the run, in the thread that waits for rollouts
                 with self._changed:
                     self._failure, seat.is_gone = error, True

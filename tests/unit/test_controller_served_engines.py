@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 
 from megarl.controller.served_engines import ServedEngines, served_engines
-from megarl.errors import DataError, WorkerError
+from megarl.errors import DataError, PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.rollout.served import Answer, Ask, Busy, Done, Order, Ready, Take, Took
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
@@ -218,6 +218,15 @@ def test_rollouts_in_between_forgive_what_was_lost_before() -> None:
     with running(lambda number, before: Engine(number, 4 if before < 6 else None)) as (engines, started, _):
         assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
     assert len(started) == 7
+
+
+def test_weights_that_arrived_otherwise_end_the_run_with_the_name_of_the_engine() -> None:
+    with (
+        running(lambda number, _: Engine(number, 0, PublishError("a checksum differs"))) as (engines, started, _),
+        pytest.raises(PublishError, match=r"^engine 0: a checksum differs$"),
+    ):
+        generate(engines, REQUESTS, SAMPLING)
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize("error", [DataError("too long"), ZeroDivisionError("a bug")])
