@@ -492,7 +492,9 @@ class SFTTrainerConfig:
     seed: int = key("of order, sampling and random weights", low=0)
     project_name: str = key("project for trackers")
     experiment_name: str = key("run's name for trackers")
-    logger: tuple[str, ...] = key("sinks of metrics besides metrics.jsonl: console, tensorboard, wandb")
+    logger: tuple[str, ...] = key(
+        "sinks of metrics besides metrics.jsonl: console, tensorboard, wandb, trace (a timeline)"
+    )
     strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)

@@ -131,7 +131,8 @@ def _servers(config: PPOConfig, start: EngineStart, tracker: Tracker) -> Abstrac
         tp = start.spec.tensor_parallel_size
         return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
 
-    return served_engines(start_engine, num_engines(config), config.trainer.hang_timeout_s, tracker.warn)
+    timeout_s = config.trainer.hang_timeout_s
+    return served_engines(start_engine, num_engines(config), timeout_s, tracker.warn, tracker.engine)
 
 
 def _engines(config: PPOConfig, group: WorkerGroup, servers: ServedEngines | None, observer: Observer) -> Engines:
@@ -152,7 +153,7 @@ def open_sft_run(
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
         preemption = preemption_of(trainer, sinks.warn)
         group = ranks.enter_context(worker_group(spec, trainer, preemption))
-        stopwatch = Stopwatch(told=sinks.wait_for)
+        stopwatch = Stopwatch(told=sinks.wait_for, ended=sinks.phase)
         devices = devices_of(config, inputs.roles, group)
         actor = RoleOnRanks(
             inputs.roles[0],
@@ -203,7 +204,7 @@ def rollout_run(
 ) -> Run[Samples]:
     """Return an RL run on ranks that have started."""
     trainer, data = config.trainer, config.data
-    stopwatch, recipe = Stopwatch(told=tracker.wait_for), Recipe(config)
+    stopwatch, recipe = Stopwatch(told=tracker.wait_for, ended=tracker.phase), Recipe(config)
     losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
     devices = devices_of(config, inputs.roles, group)
     roles = {

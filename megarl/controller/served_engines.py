@@ -15,6 +15,7 @@ from itertools import count
 
 from megarl.errors import PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
+from megarl.monitor.trace import GENERATE
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.rollout.served import Answer, Ask, Done, Order, Ready, Take, Took, samplings
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
@@ -44,6 +45,15 @@ class _Seat:
     losses: list[str] = field(default_factory=list)
 
     @property
+    def does(self) -> str:
+        """What it does, in a word; nothing where it waits, or is gone."""
+        if self.is_gone:
+            return ""
+        if not self.is_ready:
+            return "start"
+        return "take weights" if self.is_taking else GENERATE if self.asked else ""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that it may still have to compute."""
         return sum(_num_tokens(ask) for ask in self.asked.values())
@@ -53,13 +63,19 @@ class ServedEngines:
     """The engines of a run.
 
     start: starts the processes of the engine of a number. timeout_s: how long one may say nothing while something is
-    due. tell: tells a person, in the thread that asks for rollouts.
+    due. tell: tells a person, in the thread that asks for rollouts. does: hears what the engine of a number does and
+    with the weights of which publication, in any thread, whenever that changes and again.
     """
 
     def __init__(
-        self, start: Callable[[int], EngineProcesses], num_engines: int, timeout_s: float, tell: Callable[[str], None]
+        self,
+        start: Callable[[int], EngineProcesses],
+        num_engines: int,
+        timeout_s: float,
+        tell: Callable[[str], None],
+        does: Callable[[int, str, int], None] = lambda number, what, policy_version: None,
     ) -> None:
-        self.timeout_s, self.tell = timeout_s, tell
+        self.timeout_s, self.tell, self.does = timeout_s, tell, does
         self._start = start
         self._changed = threading.Condition()
         self._seats = [_Seat(number) for number in range(num_engines)]
@@ -150,13 +166,18 @@ class ServedEngines:
             ask = self._waiting.pop(0)
             seat = min(able, key=lambda seat: seat.num_tokens)
             seat.asked[ask.number] = ask
+            self._say(seat)
             given.setdefault(seat.number, []).append(ask)
         for number, asks in given.items():
             self._order(self._seats[number], tuple(asks))
 
     def _have_taken(self, seat: _Seat, order: Take) -> None:
         seat.is_taking = True
+        self._say(seat)
         self._order(seat, order)
+
+    def _say(self, seat: _Seat) -> None:
+        self.does(seat.number, seat.does, seat.version)
 
     def _order(self, seat: _Seat, order: Order) -> None:
         seat.owes_since_s = time.monotonic()
@@ -190,6 +211,7 @@ class ServedEngines:
         """Take what an engine says until the end. Raises EngineLost where it dies, or says nothing for too long."""
         with self._changed:
             seat.owes_since_s = time.monotonic()
+            self._say(seat)
         while not self._has_ended:
             answer = engine.receive(_POLL_S)
             with self._changed:
@@ -198,6 +220,7 @@ class ServedEngines:
                     continue
                 seat.owes_since_s = time.monotonic()
                 self._heed(seat, answer)
+                self._say(seat)
                 self._changed.notify_all()
 
     def _heed(self, seat: _Seat, answer: Answer) -> None:
@@ -236,6 +259,7 @@ class ServedEngines:
         seat.asked, seat.is_ready, seat.is_taking, seat.version = {}, False, False, UNPUBLISHED
         seat.losses.append(why)
         seat.is_gone = len(seat.losses) >= _MAX_LOSSES
+        self._say(seat)
         what = f"{num_left} rollouts that it had begun are sampled again" if num_left else "it had nothing to do"
         then = f"it is given up after {_MAX_LOSSES} in a row" if seat.is_gone else "another takes its place"
         self._notes.append(f"engine {seat.number} is lost: {why}; {what}, {then}")
@@ -248,10 +272,14 @@ class ServedEngines:
 
 @contextmanager
 def served_engines(
-    start: Callable[[int], EngineProcesses], num_engines: int, timeout_s: float, tell: Callable[[str], None]
+    start: Callable[[int], EngineProcesses],
+    num_engines: int,
+    timeout_s: float,
+    tell: Callable[[str], None],
+    does: Callable[[int, str, int], None] = lambda number, what, policy_version: None,
 ) -> Iterator[ServedEngines]:
     """Start engines, and end them however the block ends."""
-    engines = ServedEngines(start, num_engines, timeout_s, tell)
+    engines = ServedEngines(start, num_engines, timeout_s, tell, does)
     try:
         yield engines
     finally:

@@ -220,6 +220,27 @@ def test_rollouts_in_between_forgive_what_was_lost_before() -> None:
     assert len(started) == 7
 
 
+def test_a_listener_hears_what_each_engine_does_and_with_which_weights() -> None:
+    heard: list[tuple[int, str, int]] = []
+
+    def does(number: int, what: str, policy_version: int) -> None:
+        if what and heard[-1:] != [(number, what, policy_version)]:
+            heard.append((number, what, policy_version))
+
+    def start(number: int) -> EngineProcesses:
+        is_first = not any(what == "generate" for _, what, _ in heard)
+        return cast(EngineProcesses, Engine(number, num_answers=2 if is_first else None))
+
+    with served_engines(start, 1, 60.0, lambda note: None, does) as engines:
+        engines.take(Take(0, ()))
+        generate(engines, REQUESTS, SAMPLING)
+        engines.before_writing()
+        engines.take(Take(1, ()))
+        generate(engines, REQUESTS, SAMPLING)
+    started = [(0, "start", -1), (0, "take weights", -1), (0, "generate", 0)]
+    assert heard == [*started, *started, (0, "take weights", 0), (0, "generate", 1)]
+
+
 def test_weights_that_arrived_otherwise_end_the_run_with_the_name_of_the_engine() -> None:
     with (
         running(lambda number, _: Engine(number, 0, PublishError("a checksum differs"))) as (engines, started, _),
