@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarl.batching.plan import split_rows
+from megarl.controller.engines import Ended, unheard
 from megarl.controller.observer import Observer
 from megarl.launchers.group import WorkerGroup, everywhere
 from megarl.ranks.work import GenerateWork, PublishWork
@@ -21,8 +22,13 @@ class EngineOnRanks:
     tp: int
     observer: Observer
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order. Replicas share the requests evenly."""
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard
+    ) -> list[Group]:
+        """Return the rollouts of every request, in order. Replicas share the requests evenly.
+
+        ended: hears nothing, since a replica tells of all its rollouts at once.
+        """
         num_replicas = self.group.world_size // self.tp
         shares = [tuple(requests[i] for i in rows) for rows in split_rows(len(requests), num_replicas)]
         works = [GenerateWork(share, sampling) for share in shares]

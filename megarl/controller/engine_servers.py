@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megarl.controller.engines import Ended, unheard
 from megarl.controller.observer import Observer
 from megarl.controller.served_engines import ServedEngines
 from megarl.launchers.group import WorkerGroup, everywhere
@@ -22,13 +23,15 @@ class EngineServers:
     engines: ServedEngines
     observer: Observer
 
-    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Asked:
-        """Have the rollouts of every request sampled; don't wait."""
-        return Asked(self, requests, sampling, self.engines.ask(requests, sampling))
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard) -> Asked:
+        """Have the rollouts of every request sampled; don't wait. ended: hears of each, in a thread of its engine."""
+        return Asked(self, requests, sampling, self.engines.ask(requests, sampling, ended))
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order."""
-        return self.ask(requests, sampling).result()
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard
+    ) -> list[Group]:
+        """Return the rollouts of every request, in order. ended: as of ``ask``."""
+        return self.ask(requests, sampling, ended).result()
 
     def collect_complete(self, asked: Sequence[Asked], least: int) -> dict[int, Group]:
         """Wait for the groups of ``least``; return all that are complete by their index in ``asked``, once each.

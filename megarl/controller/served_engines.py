@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
+from megarl.controller.engines import Ended, unheard
 from megarl.errors import PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.monitor.trace import GENERATE
@@ -82,6 +84,7 @@ class ServedEngines:
         self._numbers = count()
         self._waiting: list[Ask] = []
         self._done: dict[tuple[int, int], Rollout] = {}
+        self._hears: dict[int, Callable[[Rollout], None]] = {}
         self._current: Take | None = None
         self._failure: BaseException | None = None
         self._notes: list[str] = []
@@ -95,11 +98,12 @@ class ServedEngines:
         """Number of the last publication, or ``UNPUBLISHED``."""
         return UNPUBLISHED if self._current is None else self._current.policy_version
 
-    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> tuple[Ask, ...]:
-        """Have the rollouts of every request sampled; don't wait."""
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard) -> tuple[Ask, ...]:
+        """Have the rollouts of every request sampled; don't wait. ended: hears of each, in a thread of its engine."""
         indices = tuple(range(len(samplings(sampling))))
         with self._changed:
             asks = tuple(Ask(next(self._numbers), request, sampling, indices) for request in requests)
+            self._hears |= {ask.number: partial(ended, place) for place, ask in enumerate(asks)}
             self._waiting += asks
             self._hand_out()
         return asks
@@ -109,7 +113,7 @@ class ServedEngines:
         keys = [[(ask.number, index) for index in ask.indices] for ask in asks]
         with self._changed:
             self._wait_until(lambda: all(key in self._done for group in keys for key in group))
-            return [tuple(self._done.pop(key) for key in group) for group in keys]
+            return [self._collected(ask) for ask in asks]
 
     def collect_complete(self, asks: Sequence[Ask], least: int) -> dict[int, Group]:
         """Wait for the groups of ``least`` asks; return all that are complete, by number, once each."""
@@ -120,7 +124,7 @@ class ServedEngines:
         with self._changed:
             self._wait_until(lambda: sum(map(is_complete, asks)) >= least)
             complete = [ask for ask in asks if is_complete(ask)]
-            return {ask.number: tuple(self._done.pop((ask.number, i)) for i in ask.indices) for ask in complete}
+            return {ask.number: self._collected(ask) for ask in complete}
 
     def before_writing(self) -> None:
         """Wait until no engine reads the weights that are about to be written over, and let none begin."""
@@ -156,6 +160,11 @@ class ServedEngines:
             if is_so():
                 return
             self._changed.wait(_POLL_S)
+
+    def _collected(self, ask: Ask) -> Group:
+        """Return the rollouts of a complete ask, of which nothing is kept."""
+        del self._hears[ask.number]
+        return tuple(self._done.pop((ask.number, index)) for index in ask.indices)
 
     def _hand_out(self) -> None:
         """Give what waits to the engines that run the current weights, to the one with the least to do first."""
@@ -244,6 +253,7 @@ class ServedEngines:
                 if left:
                     seat.asked[number] = replace(ask, indices=left)
                 self._done[number, index] = rollout
+                self._hears[number](rollout)
                 seat.losses.clear()
 
     def _check_silence(self, seat: _Seat) -> None:

@@ -157,6 +157,20 @@ def test_the_rollouts_of_an_engine_that_dies_are_sampled_again_and_none_twice(
     assert sum(len(a.indices) for e in started for a in e.asked) == 2 * 4 * len(REQUESTS) + num_lost
 
 
+@pytest.mark.parametrize("num_answers", [None, 5])
+def test_who_asked_hears_every_rollout_once_when_it_ends_with_the_place_of_its_request(num_answers: int | None) -> None:
+    heard: list[tuple[int, Rollout]] = []
+
+    def make(number: int, before: int) -> Engine:
+        return Engine(number, num_answers if number == 0 and before == 0 else None)
+
+    with running(make, 2) as (engines, _, _):
+        groups = engines.collect(engines.ask(REQUESTS, SAMPLING, lambda place, rollout: heard.append((place, rollout))))
+    assert Counter(place for place, _ in heard) == dict.fromkeys(range(len(REQUESTS)), 4)
+    assert {id(r) for _, r in heard} == {id(r) for group in groups for r in group}
+    assert all(rollout in groups[place] for place, rollout in heard)
+
+
 def test_an_engine_that_dies_in_a_publication_is_replaced_by_one_with_the_new_weights() -> None:
     class DiesInSecond(Engine):
         def receive(self, timeout_s: float) -> Answer | None:
