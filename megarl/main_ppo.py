@@ -11,6 +11,7 @@ from megarl.config.compose import run_hydra
 from megarl.config.programs import PPO
 from megarl.config.secrets import without_secrets
 from megarl.controller.observer import Observer
+from megarl.launchers.ray_devices import find_gpus_of_ray
 from megarl.launchers.start import check_launch, dismiss_ranks, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
@@ -29,6 +30,7 @@ def main() -> None:
 
 def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Observer | None = None) -> None:
     """Run what resolved config values describe. observer: watches the run."""
+    find_gpus_of_ray()
     apply_environment()
     checked = check_ppo(values)
     config = checked.config

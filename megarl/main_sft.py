@@ -10,6 +10,7 @@ from megarl.checks.run import check_sft, without_effect
 from megarl.config.compose import run_hydra
 from megarl.config.programs import SFT
 from megarl.config.secrets import without_secrets
+from megarl.launchers.ray_devices import find_gpus_of_ray
 from megarl.launchers.start import check_launch, dismiss_ranks, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.console import stage_line
 from megarl.monitor.interrupt import interrupts_told
@@ -28,6 +29,7 @@ def main() -> None:
 
 def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run what resolved config values describe."""
+    find_gpus_of_ray()
     apply_environment()
     checked = check_sft(values)
     config = checked.config

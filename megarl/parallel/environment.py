@@ -22,6 +22,12 @@ ProductsName = Literal["onednn", "torch"]
 OVERRIDE = "MEGARL_PLATFORM"
 PRODUCTS = "MEGARL_CPU_PRODUCTS"
 
+GPU = "MEGARL_GPU"
+"""The first GPU that ranks are to run on, as GPU_QUERY has nvidia-smi name it, where it is on another machine."""
+
+GPU_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+"""Has nvidia-smi print ``name, MiB`` of each GPU."""
+
 LOCAL_PLACE = "MEGARL_LOCAL_RANK"
 """A rank's number on its node, where LOCAL_RANK is that of its device among those that it sees."""
 
@@ -73,8 +79,8 @@ def platform_name(environ: Mapping[str, str] = os.environ) -> PlatformName:
 
 
 def check_platform(environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ResourceError where ``MEGARL_PLATFORM`` asks for cuda on a machine whose driver shows no GPU, or none."""
-    if environ.get(OVERRIDE) == "cuda" and not _driver_shows_gpu():
+    """Raise ResourceError where ``MEGARL_PLATFORM`` asks for cuda and there is no GPU: here, or where ranks will be."""
+    if environ.get(OVERRIDE) == "cuda" and not environ.get(GPU) and not _driver_shows_gpu():
         raise ResourceError(
             f"{OVERRIDE}=cuda, but no NVIDIA driver shows a GPU on this machine (nvidia-smi -L lists none). fix: unset "
             f"{OVERRIDE} or set it to cpu, start the command on a node with a GPU, or install the driver; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarl.errors import ConfigError, Problem, nearest
-from megarl.parallel.environment import platform_name
+from megarl.parallel.environment import GPU, GPU_QUERY, platform_name
 
 CPU = "cpu"
 
@@ -233,15 +233,18 @@ def device(name: str, ranks_per_node: int = 1, key: str = "device") -> Device:
 
 
 def this_device(ranks_per_node: int) -> Device:
-    """Return the device that a rank of this machine runs on: its first GPU, as nvidia-smi names it, or the machine.
+    """Return the device that a rank runs on: the first GPU, as nvidia-smi names it, or a share of this machine.
 
-    A GPU that isn't known has the speeds of the known one with the nearest memory.
+    The GPU is this machine's, or that which MEGARL_GPU names of another, where ranks are to run. One that isn't known
+    has the speeds of the known one with the nearest memory.
     """
     if platform_name() == CPU:
         return cpu_device(ranks_per_node)
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    return device_of_gpu(found)
+    elsewhere = os.environ.get(GPU)
+    if elsewhere is not None:
+        return device_of_gpu(elsewhere)
+    listed = subprocess.run(["nvidia-smi", *GPU_QUERY], capture_output=True, text=True, check=True).stdout
+    return device_of_gpu(listed.splitlines()[0])
 
 
 def device_of_gpu(line: str) -> Device:

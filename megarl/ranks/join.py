@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from megarl.parallel.environment import apply_environment
+from megarl.parallel.importing import heavy_imports
 from megarl.ranks.spec import RankSpec
 from megarl.ranks.watched import START_S
 
@@ -33,12 +34,13 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
     """
     apply_environment()
     faulthandler.enable()  # gloo ends a process whose peer sends another shape from a thread of its own
-    import torch
-    import torch.distributed as dist
+    with heavy_imports():
+        import torch
+        import torch.distributed as dist
 
-    from megarl.parallel.platform import install_platform
+        from megarl.parallel.platform import install_platform
 
-    platform = install_platform()
+        platform = install_platform()
     platform.set_device(int(os.environ["LOCAL_RANK"]))
     if platform.name == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -54,9 +56,10 @@ def join_ranks(listener: socket.socket | None = None) -> Platform:
 
 def start_worker(spec: RankSpec, platform: Platform) -> Worker:
     """Return this rank's Worker, after ``join_ranks``."""
-    import torch
+    with heavy_imports():
+        import torch
 
-    from megarl.ranks.worker import Worker
+        from megarl.ranks.worker import Worker
 
     # NCCL's limit for the world would be ten minutes, which ranks that load from a slow disk may be apart.
     limit_collectives(max(spec.hang_timeout_s, START_S) + _REPORT_S)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megarl.errors import PublishError
 from megarl.parallel.environment import apply_environment, platform_name
+from megarl.parallel.importing import heavy_imports
 from megarl.rollout.engine import UNPUBLISHED, check_room
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
@@ -202,7 +203,11 @@ def common_noise(seeds: Sequence[int]) -> Iterator[None]:
 
 def _start(spec: VllmSpec) -> LLM:
     _set_environment(spec)
-    from vllm import LLM
+    with heavy_imports():
+        from vllm import LLM
+
+        if platform_name() == "cpu":
+            import megarl.rollout.vllm_cpu  # noqa: F401 - which vLLM would import by its name
 
     with without_queue():
         return LLM(

@@ -60,7 +60,8 @@ def _answers(folder: Path, prompts: list[list[int]], max_tokens: int) -> list[li
     ]
 
 
-@pytest.mark.parametrize("family", ["Gemma2", pytest.param("Phi3", marks=pytest.mark.long)])
+@pytest.mark.long  # tests/dist compares the engine of such a family with transformers each time
+@pytest.mark.parametrize("family", ["Gemma2", "Phi3"])
 def test_a_step_of_grpo_reaches_an_engine_that_answers_as_transformers_does(tiny_task: Path, family: str) -> None:
     recorded, run_dir = tiny_task / f"{family}.json", f"runs/{family}"
     command = (

@@ -132,6 +132,7 @@ def runs(tiny_task: Path) -> Runs:
     return Runs(tiny_task)
 
 
+@pytest.mark.long
 def test_a_run_whose_rank_is_killed_between_backward_and_step_goes_on_to_the_bit(runs: Runs) -> None:
     runs.assert_equal(torchrun(NUM_RANKS, *SFT), "quick", Point("1", f"{MEGATRON}._set_learning_rate", NUM_STEPS))
 

@@ -484,11 +484,9 @@ HEAVY = {"torch", "ray", "megatron", "vllm", "transformers"}
 @pytest.mark.parametrize(
     "name",
     [
-        "a mini-batch larger than the rollouts",
-        "a typo in data",
-        "an unsupported architecture",
         "truncated data",
         "an unknown field of megatron's",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("a typo in data", "an unsupported architecture")),
     ],
 )
 def test_a_mistake_ends_the_command_with_code_2_before_anything_heavy_is_loaded(folder: Path, name: str) -> None:

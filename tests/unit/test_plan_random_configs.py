@@ -140,7 +140,7 @@ def _plan_or_error(values: Mapping[str, Any], place: str) -> RunPlan | ConfigErr
         return error
 
 
-@pytest.mark.parametrize("count", [NUM_CONFIGS // 10, pytest.param(NUM_CONFIGS, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [NUM_CONFIGS // 25, pytest.param(NUM_CONFIGS, marks=pytest.mark.long)])
 def test_every_config_ends_in_a_plan_or_in_an_error_of_the_users_own_keys(count: int, record_property: Any) -> None:
     outcomes: dict[str, int] = {}
     slowest: tuple[float, dict[str, Any]] = (0.0, {})
