@@ -20,17 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from page import write_measured
 
 from megarl.parallel.environment import apply_environment, products_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Qwen3Config
 
     from megarl.types import GenerationRequest, Sampling
@@ -103,13 +105,14 @@ def rate_of_rank(connection: Connection) -> None:
 
 def measured_rate() -> float:
     """Return the operations a second of all ranks together."""
-    pipes = [_started(rate_of_rank) for _ in range(NUM_RANKS)]
+    pipes = [started(rate_of_rank) for _ in range(NUM_RANKS)]
     for pipe in pipes:
         pipe.send(None)
     return float(sum(pipe.recv() for pipe in pipes))
 
 
-def _started(function: Callable[..., None], *arguments: object) -> Connection:
+def started(function: Callable[..., None], *arguments: object) -> Connection:
+    """Start a process that runs a function, and return the other end of the connection that it gets first."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     context.Process(target=function, args=(there, *arguments), daemon=True).start()
@@ -135,6 +138,23 @@ def write_task(folder: Path) -> None:
     write_parquet(folder / "train.parquet", rows)
     (folder / "reward.py").write_text(REWARD)
     (folder / "laptop.yaml").write_text(RECIPE)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the model's folder, which are drawn and written there the first time."""
+    from safetensors.torch import load_file, save_file
+
+    from megarl.weights.model_shape import read_model_shape
+    from megarl.weights.name_map import hf_shapes
+    from megarl.weights.sources import RandomSource
+
+    file = folder / "model.safetensors"
+    if not file.exists():
+        shape = read_model_shape(folder)
+        source = RandomSource(shape, 0)
+        drawn = {name: source.read(name, 0, 0, size[0]) for name, size in hf_shapes(shape).items()}
+        save_file(drawn, file, metadata={"format": "pt"})
+    return load_file(file)
 
 
 def _config(tokenizer: Any) -> Qwen3Config:
@@ -180,18 +200,19 @@ def requests() -> tuple[list[GenerationRequest], Sampling]:
 
 def engine_of_megarl(connection: Connection, folder: Path) -> None:
     """Answer each call with the seconds, the CPU seconds and the tokens of the rollouts."""
-    _alone()
+    alone()
     from megarl.rollout.vllm import VllmEngine, VllmSpec
 
     engine = VllmEngine(VllmSpec(model_folder=str(folder), **SPEC))
+    engine.load_weights(weights(folder).items())
     engine.publish_done(1)
     asked, sampling = requests()
-    _serve(connection, lambda: [r.token_ids for group in engine.generate(asked, sampling) for r in group])
+    serve(connection, lambda: [r.token_ids for group in engine.generate(asked, sampling) for r in group])
 
 
 def engine_of_vllm(connection: Connection, folder: Path) -> None:
     """Do as ``engine_of_megarl`` with vLLM as it comes."""
-    _alone()
+    alone()
     from vllm import LLM, SamplingParams
 
     from megarl.rollout.vllm import sample_seed
@@ -199,7 +220,6 @@ def engine_of_vllm(connection: Connection, folder: Path) -> None:
     llm = LLM(
         model=str(folder),
         skip_tokenizer_init=True,
-        load_format="dummy",
         enforce_eager=True,
         logprobs_mode="processed_logprobs",
         **SPEC,
@@ -216,10 +236,11 @@ def engine_of_vllm(connection: Connection, folder: Path) -> None:
         llm.reset_prefix_cache()
         return [tuple(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
 
-    _serve(connection, generate)
+    serve(connection, generate)
 
 
-def _alone() -> None:
+def alone() -> None:
+    """Make this process the only rank of its world, with one thread."""
     apply_environment()
     import torch
 
@@ -229,13 +250,20 @@ def _alone() -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
-def _serve(connection: Connection, generate: Callable[[], list[tuple[int, ...]]]) -> None:
+def serve(connection: Connection, generate: Callable[[], list[tuple[int, ...]]]) -> None:
+    """Generate whenever the connection says so, and send the seconds, the CPU seconds and the tokens."""
     generate()
     connection.send(None)
     while connection.recv():
-        start, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), _cpu_s()
         tokens = generate()
-        connection.send((time.perf_counter() - start, time.process_time() - cpu, tokens))
+        connection.send((time.perf_counter() - start, _cpu_s() - cpu, tokens))
+
+
+def _cpu_s() -> float:
+    """Return the CPU seconds of this process and those that it started."""
+    me = psutil.Process()
+    return float(sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True))))
 
 
 @dataclass(frozen=True)
@@ -251,9 +279,10 @@ class Rollouts:
         return NUM_ROLLOUTS // NUM_RANKS * RESPONSE / self.seconds
 
 
-def rollouts_by_turns(folder: Path, turns: int) -> tuple[Rollouts, Rollouts]:
-    """Return how long megarl's engine and the bare one take."""
-    engines = [_started(engine, folder / "model") for engine in (engine_of_megarl, engine_of_vllm)]
+def rollouts_by_turns(folder: Path, turns: int, makers: Sequence[Callable[..., None]]) -> list[Rollouts]:
+    """Return how long engines take for the same rollouts, in their order. makers: each serves one in its process."""
+    weights(folder / "model")
+    engines = [started(maker, folder / "model") for maker in makers]
     for engine in engines:
         engine.recv()
     told = []
@@ -264,9 +293,9 @@ def rollouts_by_turns(folder: Path, turns: int) -> tuple[Rollouts, Rollouts]:
     for engine in engines:
         engine.send(False)
     if any(tokens != told[0][2] for _, _, tokens in told):
-        raise SystemExit("the two engines gave different tokens")
-    ours, bare = (Rollouts(min(t[0] for t in part), min(t[1] for t in part)) for part in (told[::2], told[1::2]))
-    return ours, bare
+        raise SystemExit("the engines gave different tokens")
+    by_engine = (told[first :: len(makers)] for first in range(len(makers)))
+    return [Rollouts(min(t[0] for t in part), min(t[1] for t in part)) for part in by_engine]
 
 
 def step_table(times: dict[str, float], rate: float) -> str:
@@ -307,7 +336,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder)
-        rollouts = rollouts_table(*rollouts_by_turns(folder, flags.turns))
+        rollouts = rollouts_table(*rollouts_by_turns(folder, flags.turns, (engine_of_megarl, engine_of_vllm)))
         print(rollouts, flush=True)
         step = step_table(run_steps(folder, flags.steps), measured_rate())
         print(step)

@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/publish.py [--cases dense] [--bucket-mib 256] [--repetitions 5] [--write]
 
 starts four ranks for each case, which hold a trainer's shards of a model in bfloat16 and fill those of an engine, with
-the plan and the execution of a real publish; what arrives is checked element by element. --write puts the table into
-docs/performance.md. On CUDA one GPU a rank.
+the plan and the execution of a real publish; what arrives is checked element by element. In the case ``served`` two
+ranks write the trainer's shards to the memory from which two others, of an engine in processes of its own, read them.
+--write puts the tables into docs/performance.md. On CUDA one GPU a rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from page import write_measured
 
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from megarl.parallel.platform import Platform
     from megarl.weights.shard import Shard
 
-RESULT = "RESULT "
+RESULT, SERVED = "RESULT ", "served"
 NUM_RANKS = 4
 
 
@@ -67,6 +69,20 @@ class Measured:
     extra_bytes: int
 
 
+@dataclass(frozen=True)
+class Handed:
+    """Medians in seconds, of the slowest rank, of a publication to engines in processes of their own.
+
+    publish_s: from the first byte that is written to the last that is read. copy_s: of as many bytes as the engine's
+    shard has, within the memory of each of its ranks, all at once.
+    """
+
+    model_bytes: int
+    publish_s: float
+    write_s: float
+    copy_s: float
+
+
 def _shipped(name: str) -> ModelShape:
     config = shipped_config(name)
     assert config is not None
@@ -83,6 +99,12 @@ def cases() -> dict[str, Case]:
             "2 layers of Qwen3-30B-A3B, 32 experts", experts, Layout(NUM_RANKS, tp=2, pp=2, ep=2, etp=1), 2
         ),
     }
+
+
+def served_case() -> Case:
+    """Return what is handed to engines in processes of their own: about 500 MB, from ranks 0 and 1 to 2 and 3."""
+    shape = replace(_shipped("Qwen/Qwen3-0.6B"), num_layers=6)
+    return Case("6 layers of Qwen3-0.6B", shape, Layout(NUM_RANKS // 2, tp=2), NUM_RANKS // 2)
 
 
 class Counted:
@@ -106,7 +128,7 @@ class Counted:
 
 def measure(case: Case, bucket_bytes: int, repetitions: int) -> Measured:
     """Publish on this rank, and return what was measured of all."""
-    from megarl.ranks.spec import join_ranks
+    from megarl.ranks.join import join_ranks
 
     platform = join_ranks()
     import torch
@@ -132,15 +154,7 @@ def measure(case: Case, bucket_bytes: int, repetitions: int) -> Measured:
     resharder = Resharder(plan, dtype=dtype, bucket_bytes=bucket_bytes)
 
     def timed(run: Callable[[], None]) -> float:
-        times = []
-        for _ in range(repetitions):
-            platform.synchronize()
-            dist.barrier()
-            began_s = time.perf_counter()
-            run()
-            platform.synchronize()
-            times.append(_most(time.perf_counter() - began_s, device))
-        return statistics.median(times)
+        return statistics.median(_seconds(run, platform, device) for _ in range(repetitions))
 
     def publish() -> None:
         resharder.run(sources, targets, device)
@@ -169,6 +183,67 @@ def measure(case: Case, bucket_bytes: int, repetitions: int) -> Measured:
         planning_s=_most(planning_s, device),
         extra_bytes=round(_most(extra_bytes, device)),
     )
+
+
+def measure_served(repetitions: int) -> Handed:
+    """Write or read on this rank, and return what was measured of all."""
+    from megarl.ranks.join import join_ranks
+
+    platform = join_ranks()
+    import torch
+    import torch.distributed as dist
+
+    from megarl.weights.name_map import hf_shapes, megatron_shards, vllm_shards
+    from megarl.weights.shared import Segment, SharedReader, SharedWriter
+    from megarl.weights.shared_plan import reader_plan, writer_plan
+    from megarl.weights.sources import fill
+
+    case, rank, dtype, device = served_case(), dist.get_rank(), torch.bfloat16, torch.device("cpu")
+    num_writers, itemsize = case.layout.world_size, dtype.itemsize
+    is_writer, tp_rank = rank < num_writers, rank - num_writers
+    shards = megatron_shards(case.shape, case.layout, rank) if is_writer else vllm_shards(case.shape, 2, tp_rank)
+    held = {shard.name: torch.zeros(shard.shape, dtype=dtype) for shard in shards}
+    segments: list[Segment | None] = [None] * NUM_RANKS
+    if is_writer:
+        fill(held, shards, Counted(case.shape))
+        writer = SharedWriter(writer_plan(case.shape, case.layout, 2, rank, itemsize), dtype)
+        dist.all_gather_object(segments, writer.write(held, 0))
+    else:
+        reader = SharedReader(reader_plan(case.shape, case.layout, 2, tp_rank, itemsize), dtype)
+        dist.all_gather_object(segments, None)
+    written = [segment for segment in segments if segment is not None]
+
+    def write() -> None:
+        if is_writer:
+            writer.write(held, 0)
+
+    def publish() -> None:
+        write()
+        dist.barrier()
+        if not is_writer:
+            reader.read(written, 0, held)
+
+    publish()
+    if not is_writer:
+        _check(case.shape, shards, held)
+    shard_numel = 0 if is_writer else sum(t.numel() for t in held.values())
+    one, other = (torch.ones(shard_numel, dtype=dtype) for _ in range(2))
+    runs = (publish, write, lambda: one.copy_(other))
+    turns = [[_seconds(run, platform, device) for run in runs] for _ in range(repetitions)]
+    numel = sum(torch.Size(size).numel() for size in hf_shapes(case.shape).values())
+    return Handed(itemsize * numel, *(statistics.median(times) for times in zip(*turns, strict=True)))
+
+
+def _seconds(run: Callable[[], object], platform: Platform, device: torch.device) -> float:
+    """Return the seconds of the slowest rank, all of which begin together."""
+    import torch.distributed as dist
+
+    platform.synchronize()
+    dist.barrier()
+    began_s = time.perf_counter()
+    run()
+    platform.synchronize()
+    return _most(time.perf_counter() - began_s, device)
 
 
 def _most(value: float, device: torch.device) -> float:
@@ -231,14 +306,15 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def run_case(name: str, bucket_mib: int, repetitions: int) -> Measured:
-    """Start the ranks of a case and return what rank 0 says."""
+def run_case(name: str, bucket_mib: int, repetitions: int) -> dict[str, Any]:
+    """Start the ranks of a case and return what rank 0 says, by field."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
     command += [__file__, "--rank-of", name, "--bucket-mib", str(bucket_mib), "--repetitions", str(repetitions)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
-    return Measured(**json.loads(line.removeprefix(RESULT)))
+    found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+    return found
 
 
 def table(results: Mapping[str, Measured], bucket_mib: int, repetitions: int) -> str:
@@ -264,17 +340,35 @@ def table(results: Mapping[str, Measured], bucket_mib: int, repetitions: int) ->
     return "\n".join(lines)
 
 
+def served_table(handed: Handed, repetitions: int) -> str:
+    """Return the part of docs/performance.md that is measured of engines in processes of their own."""
+    lines = [
+        f"Two ranks of a trainer and two of an engine on {os.cpu_count()} cores, bfloat16, medians of {repetitions}:",
+        "",
+        "| model | trainer -> engine | MB | publish | of which writing | copy alone | publish / copy |",
+        "|---|---|---|---|---|---|---|",
+        f"| {served_case().model} | TP2 -> TP2 | {handed.model_bytes / 1e6:,.0f} | {handed.publish_s:.2f} s "
+        f"| {handed.write_s:.2f} s | {handed.copy_s:.2f} s | {handed.publish_s / handed.copy_s:.1f} |",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(cases()), choices=cases())
+    names = [*cases(), SERVED]
+    parser.add_argument("--cases", nargs="+", default=names, choices=names)
     parser.add_argument("--bucket-mib", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
-    parser.add_argument("--rank-of", choices=cases(), help=argparse.SUPPRESS)
+    parser.add_argument("--rank-of", choices=names, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
-        measured = measure(cases()[options.rank_of], options.bucket_mib << 20, options.repetitions)
+        measured = (
+            measure_served(options.repetitions)
+            if options.rank_of == SERVED
+            else measure(cases()[options.rank_of], options.bucket_mib << 20, options.repetitions)
+        )
         if os.environ["RANK"] == "0":
             print(RESULT + json.dumps(asdict(measured)), flush=True)
         from megarl.parallel.world import leave_world
@@ -282,10 +376,16 @@ def main() -> None:
         leave_world()
         return
     results = {name: run_case(name, options.bucket_mib, options.repetitions) for name in options.cases}
-    text = table(results, options.bucket_mib, options.repetitions)
-    print(text)
-    if options.write:
-        write_measured("publish", text)
+    handed, texts = results.pop(SERVED, None), {}
+    if results:
+        measured_of = {name: Measured(**result) for name, result in results.items()}
+        texts["publish"] = table(measured_of, options.bucket_mib, options.repetitions)
+    if handed is not None:
+        texts["publish to servers"] = served_table(Handed(**handed), options.repetitions)
+    for name, text in texts.items():
+        print(text)
+        if options.write:
+            write_measured(name, text)
 
 
 if __name__ == "__main__":

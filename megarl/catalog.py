@@ -100,4 +100,4 @@ CORRECTION_PRESETS: Mapping[str, str | None] = {
     "k3_sequence_tis": "sequence",
 }
 
-SINKS = ("console", "tensorboard", "jsonl", "wandb")
+SINKS = ("console", "tensorboard", "jsonl", "wandb", "trace")

@@ -283,6 +283,14 @@ def is_served(c: PPOConfig) -> bool:
     return rollout.placement == SERVER or rollout.name == SGLANG
 
 
+def in_the_trainers_ranks(c: PPOConfig) -> str:
+    """Return the overrides that put engines in processes of their own into the trainer's ranks."""
+    rollout = c.actor_rollout_ref.rollout
+    of_engine = ["actor_rollout_ref.rollout.name=vllm"] if rollout.name == SGLANG else []
+    of_place = ["actor_rollout_ref.rollout.placement=colocated"] if rollout.placement == SERVER else []
+    return " and ".join([*of_engine, *of_place])
+
+
 def num_engine_ranks(c: PPOConfig) -> int:
     """Return the number of ranks that engines have, in the trainer's ranks or beside them."""
     rollout = c.actor_rollout_ref.rollout

@@ -33,7 +33,7 @@ from megarl.config.defaults import default_of
 from megarl.config.schema import SGLANG, FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
-from megarl.roles import Role, is_served, num_engine_ranks
+from megarl.roles import Role, in_the_trainers_ranks, is_served, num_engine_ranks
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.split import VLLM_VOCAB_MULTIPLE
 
@@ -165,7 +165,7 @@ def engines_are_on_the_trainers_node(c: PPOConfig) -> Problems:
     sizes = {"trainer.nnodes": c.trainer.nnodes, "actor_rollout_ref.rollout.nnodes": c.actor_rollout_ref.rollout.nnodes}
     for key, nodes in sizes.items() if is_served(c) else ():
         if nodes > 1:
-            fix = f"{key}=1, or actor_rollout_ref.rollout.placement=colocated"
+            fix = f"{key}=1, or {in_the_trainers_ranks(c)}"
             yield Problem(key, nodes, f"must be 1: {why}", fix)
 
 

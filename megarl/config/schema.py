@@ -29,6 +29,7 @@ def key(doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, ab
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 ALL_RANKS = -1  # in fsdp_size, as verl has it
 COLOCATED, SERVER = PLACEMENTS = ("colocated", "server")
+FIRST, ALWAYS, NEVER = VERIFIED = ("first", "always", "never")
 VLLM, SGLANG = ENGINES = ("vllm", "sglang")
 SYNC, ONE_STEP_OFF, ASYNC = MODES = ("sync", "one_step_off", "async")
 OVERLONG = ("filter", "error", "left", "right", "middle")
@@ -305,6 +306,11 @@ class RolloutConfig:
         "a sample depends on its prompt, its seed and its number alone, whatever is generated beside it; null: on CPU. "
         "false lets the engine use its fast sampler, its second model runner and asynchronous scheduling"
     )
+    verify_publish: str = key(
+        "publications after which checksums of what the ranks sent and what an engine holds are compared; after the "
+        "first of them its log-probs with the trainer's, too",
+        choices=VERIFIED,
+    )
     val_kwargs: ValSamplingConfig = key("sampling of validation")
 
 
@@ -486,7 +492,9 @@ class SFTTrainerConfig:
     seed: int = key("of order, sampling and random weights", low=0)
     project_name: str = key("project for trackers")
     experiment_name: str = key("run's name for trackers")
-    logger: tuple[str, ...] = key("sinks of metrics besides metrics.jsonl: console, tensorboard, wandb")
+    logger: tuple[str, ...] = key(
+        "sinks of metrics besides metrics.jsonl: console, tensorboard, wandb, trace (a timeline)"
+    )
     strict: bool = key("settings without effect are errors; false: they are listed where a plan or a run starts")
     run_dir: str = key("folder of this run")
     save_freq: int | None = key("steps between saves; null: at the end alone", low=1)

@@ -65,7 +65,8 @@ class AheadSampler:
     def _begin(self, step: int) -> None:
         """Have the rollouts of a step sampled, unless they are or were."""
         if self._asked is None and self.ahead is None:
-            self._asked = self.engine.ask(tuple(self.sampler.requests(step)), self.sampler.sampling)
+            ended = self.sampler.scoring_of(self.sampler.prompts_of(step))
+            self._asked = self.engine.ask(tuple(self.sampler.requests(step)), self.sampler.sampling, ended)
             self._asked_for = step
 
     def _finished(self) -> RolloutsAhead | None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarl.batching.plan import split_rows
+from megarl.controller.engines import Ended, unheard
 from megarl.controller.observer import Observer
 from megarl.launchers.group import WorkerGroup, everywhere
-from megarl.ranks.work import GenerateWork
+from megarl.ranks.work import GenerateWork, PublishWork
 from megarl.ranks.worker import Worker
 from megarl.types import GenerationRequest, Group, Sampling
 
@@ -21,8 +22,13 @@ class EngineOnRanks:
     tp: int
     observer: Observer
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order. Replicas share the requests evenly."""
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard
+    ) -> list[Group]:
+        """Return the rollouts of every request, in order. Replicas share the requests evenly.
+
+        ended: hears nothing, since a replica tells of all its rollouts at once.
+        """
         num_replicas = self.group.world_size // self.tp
         shares = [tuple(requests[i] for i in rows) for rows in split_rows(len(requests), num_replicas)]
         works = [GenerateWork(share, sampling) for share in shares]
@@ -36,6 +42,6 @@ class EngineOnRanks:
         """Let the engines give their memory back for training."""
         everywhere(self.group, Worker.rest, None)
 
-    def publish(self, policy_version: int) -> None:
-        """Give the engines the actor's weights, as publication ``policy_version``."""
-        everywhere(self.group, Worker.publish, policy_version)
+    def publish(self, policy_version: int, *, verify: bool) -> None:
+        """Give the engines the actor's weights, as publication ``policy_version``; compare their checksums if asked."""
+        everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megarl.controller.engines import Ended, unheard
 from megarl.controller.observer import Observer
 from megarl.controller.served_engines import ServedEngines
 from megarl.launchers.group import WorkerGroup, everywhere
+from megarl.ranks.work import PublishWork
 from megarl.ranks.worker import Worker
 from megarl.rollout.served import Ask, Take
 from megarl.types import GenerationRequest, Group, Sampling
@@ -21,13 +23,15 @@ class EngineServers:
     engines: ServedEngines
     observer: Observer
 
-    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Asked:
-        """Have the rollouts of every request sampled; don't wait."""
-        return Asked(self, requests, sampling, self.engines.ask(requests, sampling))
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard) -> Asked:
+        """Have the rollouts of every request sampled; don't wait. ended: hears of each, in a thread of its engine."""
+        return Asked(self, requests, sampling, self.engines.ask(requests, sampling, ended))
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
-        """Return the rollouts of every request, in order."""
-        return self.ask(requests, sampling).result()
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard
+    ) -> list[Group]:
+        """Return the rollouts of every request, in order. ended: as of ``ask``."""
+        return self.ask(requests, sampling, ended).result()
 
     def collect_complete(self, asked: Sequence[Asked], least: int) -> dict[int, Group]:
         """Wait for the groups of ``least``; return all that are complete by their index in ``asked``, once each.
@@ -44,10 +48,10 @@ class EngineServers:
     def rest(self) -> None:
         """Do nothing: what the engines hold is on devices of their own."""
 
-    def publish(self, policy_version: int) -> None:
-        """Have the ranks write the actor's weights, and the engines read them."""
+    def publish(self, policy_version: int, *, verify: bool) -> None:
+        """Have the ranks write the actor's weights, and the engines read them; and compare checksums if asked."""
         self.engines.before_writing()
-        segments = everywhere(self.group, Worker.publish, policy_version)
+        segments = everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))
         self.engines.take(Take(policy_version, tuple(segment for segment in segments if segment is not None)))
 
 

@@ -22,6 +22,7 @@ from megarl.controller.demonstrations import (
     Demonstrations,
     DemonstrationSampler,
 )
+from megarl.controller.early_scores import EarlyScores, early_scores
 from megarl.controller.engine_on_ranks import EngineOnRanks
 from megarl.controller.engine_servers import EngineServers
 from megarl.controller.engine_spec import engine_spec, train_sampling, val_sampling
@@ -110,11 +111,12 @@ def open_run(
         with (
             _servers(config, EngineStart(engine, inputs.roles[0]), sinks) as servers,
             worker_group(spec, config.trainer, preemption) as group,
+            early_scores(rewards if is_served(config) else None, config.reward.num_workers) as early,
         ):
             observer.opened(group)
             engines = _engines(config, group, servers, observer)
             run = rollout_run(
-                config, inputs, group, engines, rewards, sinks, run_dir, values, resumption, observer, preemption
+                config, inputs, group, engines, rewards, sinks, run_dir, values, resumption, observer, preemption, early
             )
             group.watchdog.place = run.place
             yield run
@@ -131,7 +133,8 @@ def _servers(config: PPOConfig, start: EngineStart, tracker: Tracker) -> Abstrac
         tp = start.spec.tensor_parallel_size
         return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
 
-    return served_engines(start_engine, num_engines(config), config.trainer.hang_timeout_s, tracker.warn)
+    timeout_s = config.trainer.hang_timeout_s
+    return served_engines(start_engine, num_engines(config), timeout_s, tracker.warn, tracker.engine)
 
 
 def _engines(config: PPOConfig, group: WorkerGroup, servers: ServedEngines | None, observer: Observer) -> Engines:
@@ -152,7 +155,7 @@ def open_sft_run(
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
         preemption = preemption_of(trainer, sinks.warn)
         group = ranks.enter_context(worker_group(spec, trainer, preemption))
-        stopwatch = Stopwatch(told=sinks.wait_for)
+        stopwatch = Stopwatch(told=sinks.wait_for, ended=sinks.phase)
         devices = devices_of(config, inputs.roles, group)
         actor = RoleOnRanks(
             inputs.roles[0],
@@ -200,10 +203,11 @@ def rollout_run(
     resumption: Resumption | None,
     observer: Observer,
     preemption: Preemption,
+    early: EarlyScores | None = None,
 ) -> Run[Samples]:
-    """Return an RL run on ranks that have started."""
+    """Return an RL run on ranks that have started. early: scores what has ended before its batch."""
     trainer, data = config.trainer, config.data
-    stopwatch, recipe = Stopwatch(told=tracker.wait_for), Recipe(config)
+    stopwatch, recipe = Stopwatch(told=tracker.wait_for, ended=tracker.phase), Recipe(config)
     losses: dict[str, LossSpec] = {"actor": recipe.policy_loss, "critic": recipe.value_loss}
     devices = devices_of(config, inputs.roles, group)
     roles = {
@@ -227,8 +231,11 @@ def rollout_run(
         observer,
         RewardLog(run_dir, tracker.warn),
         reward_components(config),
+        early,
     )
-    publication = Publication(engine, inputs.train_prompts, data.max_response_length)
+    publication = Publication(
+        engine, inputs.train_prompts, data.max_response_length, config.actor_rollout_ref.rollout.verify_publish
+    )
 
     def restore_kl(state: TrainerState) -> None:
         assert state.kl_controller is not None

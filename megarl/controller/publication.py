@@ -1,4 +1,9 @@
-"""Publishing the actor's weights to the engine, and the check after the first time that they have arrived."""
+"""Publishing the actor's weights to the engine, and verifying that the engine runs them.
+
+Two things may go wrong. Values change on their way, at any publication: checksums of what was sent and of what has
+arrived tell. Or they arrive in the wrong place, or an engine computes another function of them, at every publication
+alike: its log-probs tell, after the first.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from collections.abc import Sequence
 
 from megarl.algorithm.metrics import logprob_difference
 from megarl.batching.pack import rollouts_to_batch
+from megarl.config.schema import ALWAYS, NEVER
 from megarl.controller.engines import Engines
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.errors import PublishError
@@ -20,21 +26,23 @@ _NUM_CHECKED_PROMPTS, _NUM_CHECKED_TOKENS = 8, 16
 class Publication:
     """Counts and makes the publications of a run. policy_version: number of the last one, -1 before the first."""
 
-    def __init__(self, engine: Engines, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        self.engine, self.policy_version = engine, -1
+    def __init__(self, engine: Engines, prompts: Sequence[Prompt], max_tokens: int, verify: str) -> None:
+        """Publish nothing yet. max_tokens: of a response. verify: first, always or never."""
+        self.engine, self.policy_version, self.verify = engine, -1, verify
         self._prompts = list(prompts[:_NUM_CHECKED_PROMPTS])
         self._sampling = Sampling(temperature=0.0, max_tokens=min(_NUM_CHECKED_TOKENS, max_tokens))
-        self._is_checked = False
+        self._is_verified = False
 
     def publish(self, actor: RoleOnRanks) -> None:
-        """Publish the actor's weights; the first time, raise PublishError where the engine doesn't run them."""
+        """Publish the actor's weights. Raises PublishError where that is verified and the engine doesn't run them."""
         self.policy_version += 1
-        self.engine.publish(self.policy_version)
-        if not self._is_checked:
-            self._check(actor)
-            self._is_checked = True
+        is_first = not self._is_verified and self.verify != NEVER
+        self.engine.publish(self.policy_version, verify=is_first or self.verify == ALWAYS)
+        if is_first:
+            self._compare_logprobs(actor)
+            self._is_verified = True
 
-    def _check(self, actor: RoleOnRanks) -> None:
+    def _compare_logprobs(self, actor: RoleOnRanks) -> None:
         """Compare the log-probs of the engine's greedy tokens with those that the trainer gives them."""
         groups = self.engine.generate([GenerationRequest(p.token_ids, 0) for p in self._prompts], self._sampling)
         self.engine.rest()

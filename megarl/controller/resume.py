@@ -30,6 +30,7 @@ _MAY_DIFFER = (
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.disable_log_stats",
     "actor_rollout_ref.rollout.placement",
+    "actor_rollout_ref.rollout.verify_publish",
     "actor_rollout_ref.rollout.nnodes",
     "actor_rollout_ref.rollout.n_gpus_per_node",
     "reward.num_workers",

@@ -11,7 +11,7 @@ import torch
 from megarl.algorithm.samples import Rewards, Samples
 from megarl.algorithm.seeds import seed_of
 from megarl.batching.pack import rollouts_to_batch
-from megarl.controller.engines import Engines
+from megarl.controller.engines import Ended, Engines
 from megarl.controller.scoring import Scorer
 from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
@@ -41,12 +41,16 @@ class RolloutSampler:
 
     def take(self, step: int) -> Samples:
         """Return the rollouts of a step, counted from 1, with their rewards."""
-        return self.samples(step, self._generated(self.requests(step)))
+        return self.samples(step, self._generated(self.requests(step), self.prompts_of(step)))
 
     def requests(self, step: int) -> list[GenerationRequest]:
         """Return the requests of a step. Their seeds follow from the run's, the step and the place in the batch."""
         prompts = self.prompts_of(step)
         return self._requests(prompts, step, 0, range(len(prompts)))
+
+    def scoring_of(self, prompts: Sequence[Prompt]) -> Ended:
+        """Return what takes the rollouts of prompts when they end, which a function then may score."""
+        return lambda place, rollout: self.scorer.begin(prompts[place], rollout)
 
     def samples(self, step: int, groups: Sequence[Group], prompts: Sequence[Prompt] | None = None) -> Samples:
         """Return the rollouts of what was asked for a step with their rewards, after dynamic sampling.
@@ -100,9 +104,9 @@ class RolloutSampler:
             for prompt, place in zip(prompts, places, strict=True)
         ]
 
-    def _generated(self, requests: Sequence[GenerationRequest]) -> list[Group]:
+    def _generated(self, requests: Sequence[GenerationRequest], prompts: Sequence[Prompt]) -> list[Group]:
         with self.stopwatch.timed("generate"):
-            groups = self.engine.generate(requests, self.sampling)
+            groups = self.engine.generate(requests, self.sampling, self.scoring_of(prompts))
             self.engine.rest()
         return groups
 
@@ -127,7 +131,7 @@ class RolloutSampler:
                 break
             order = replace(self.order, shuffle=True, seed=seed_of(self.seed, "resample", attempt))
             fresh = [self.prompts[i] for i in order.batch(step - 1)[: len(dull)]]
-            fresh_groups, _ = self._apart(self._generated(self._requests(fresh, step, attempt, dull)))
+            fresh_groups, _ = self._apart(self._generated(self._requests(fresh, step, attempt, dull), fresh))
             fresh_rewards = self.scorer.score(fresh, fresh_groups, is_part=True)
             for place, prompt, group in zip(dull, fresh, fresh_groups, strict=True):
                 prompts[place], groups[place] = prompt, group

@@ -12,13 +12,14 @@ from megarl.algorithm.filters import overlong_penalty
 from megarl.algorithm.samples import Rewards
 from megarl.batching.pack import rollouts_to_batch
 from megarl.config.schema import RewardConfig
+from megarl.controller.early_scores import EarlyScores
 from megarl.controller.observer import Observer
 from megarl.controller.reward_log import RewardLog
 from megarl.controller.role_on_ranks import RoleOnRanks
 from megarl.errors import RewardError
 from megarl.monitor.console import RolloutRow
 from megarl.reward.pool import RewardPool
-from megarl.types import Group, Prompt, RewardRequest, RewardResult
+from megarl.types import Group, Prompt, RewardRequest, RewardResult, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ class Scorer:
     """Scores rollouts. pool: None where only a model scores. model: None where only a function does.
 
     max_response_tokens: of the longest response that can be. log: takes what went wrong with the function.
-    component_names: of the parts of the function's reward that the estimator reads.
+    component_names: of the parts of the function's reward that the estimator reads. early: scores by the function what
+    has ended before a whole batch has.
     """
 
     config: RewardConfig
@@ -40,6 +42,12 @@ class Scorer:
     observer: Observer
     log: RewardLog
     component_names: tuple[str, ...] = ()
+    early: EarlyScores | None = None
+
+    def begin(self, prompt: Prompt, rollout: Rollout) -> None:
+        """Have the function score a rollout of a batch that isn't complete, where rollouts are scored early."""
+        if self.early is not None:
+            self.early.begin(rollout, lambda: self._requests([prompt], [(rollout,)])[0])
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Group], is_part: bool = False) -> Rewards:
         """Return the rewards of all rollouts, in order, with the penalty of overlong ones where configured.
@@ -82,7 +90,12 @@ class Scorer:
     ) -> tuple[RewardResult, ...]:
         """Return the function's results, and log what failed."""
         origins = [p.origin for p, group in zip(prompts, groups, strict=True) for _ in group]
-        results = tuple(pool.score(self._requests(prompts, groups), self.log.tell))
+        requests = self._requests(prompts, groups)
+        if self.early is None:
+            results = tuple(pool.score(requests, self.log.tell))
+        else:
+            rollouts = [rollout for group in groups for rollout in group]
+            results = tuple(self.early.score(rollouts, requests, self.log.tell))
         self.log.note(origins, results, pool.take_printed())
         have_all_failed = bool(results) and all(result.outcome != "ok" for result in results)
         if have_all_failed and not is_part and self.config.on_all_failed == "stop":

@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
-from megarl.errors import WorkerError
+from megarl.controller.engines import Ended, unheard
+from megarl.errors import PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
+from megarl.monitor.trace import GENERATE
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.rollout.served import Answer, Ask, Done, Order, Ready, Take, Took, samplings
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
@@ -44,6 +47,15 @@ class _Seat:
     losses: list[str] = field(default_factory=list)
 
     @property
+    def does(self) -> str:
+        """What it does, in a word; nothing where it waits, or is gone."""
+        if self.is_gone:
+            return ""
+        if not self.is_ready:
+            return "start"
+        return "take weights" if self.is_taking else GENERATE if self.asked else ""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that it may still have to compute."""
         return sum(_num_tokens(ask) for ask in self.asked.values())
@@ -53,19 +65,26 @@ class ServedEngines:
     """The engines of a run.
 
     start: starts the processes of the engine of a number. timeout_s: how long one may say nothing while something is
-    due. tell: tells a person, in the thread that asks for rollouts.
+    due. tell: tells a person, in the thread that asks for rollouts. does: hears what the engine of a number does and
+    with the weights of which publication, in any thread, whenever that changes and again.
     """
 
     def __init__(
-        self, start: Callable[[int], EngineProcesses], num_engines: int, timeout_s: float, tell: Callable[[str], None]
+        self,
+        start: Callable[[int], EngineProcesses],
+        num_engines: int,
+        timeout_s: float,
+        tell: Callable[[str], None],
+        does: Callable[[int, str, int], None] = lambda number, what, policy_version: None,
     ) -> None:
-        self.timeout_s, self.tell = timeout_s, tell
+        self.timeout_s, self.tell, self.does = timeout_s, tell, does
         self._start = start
         self._changed = threading.Condition()
         self._seats = [_Seat(number) for number in range(num_engines)]
         self._numbers = count()
         self._waiting: list[Ask] = []
         self._done: dict[tuple[int, int], Rollout] = {}
+        self._hears: dict[int, Callable[[Rollout], None]] = {}
         self._current: Take | None = None
         self._failure: BaseException | None = None
         self._notes: list[str] = []
@@ -79,11 +98,12 @@ class ServedEngines:
         """Number of the last publication, or ``UNPUBLISHED``."""
         return UNPUBLISHED if self._current is None else self._current.policy_version
 
-    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> tuple[Ask, ...]:
-        """Have the rollouts of every request sampled; don't wait."""
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard) -> tuple[Ask, ...]:
+        """Have the rollouts of every request sampled; don't wait. ended: hears of each, in a thread of its engine."""
         indices = tuple(range(len(samplings(sampling))))
         with self._changed:
             asks = tuple(Ask(next(self._numbers), request, sampling, indices) for request in requests)
+            self._hears |= {ask.number: partial(ended, place) for place, ask in enumerate(asks)}
             self._waiting += asks
             self._hand_out()
         return asks
@@ -93,7 +113,7 @@ class ServedEngines:
         keys = [[(ask.number, index) for index in ask.indices] for ask in asks]
         with self._changed:
             self._wait_until(lambda: all(key in self._done for group in keys for key in group))
-            return [tuple(self._done.pop(key) for key in group) for group in keys]
+            return [self._collected(ask) for ask in asks]
 
     def collect_complete(self, asks: Sequence[Ask], least: int) -> dict[int, Group]:
         """Wait for the groups of ``least`` asks; return all that are complete, by number, once each."""
@@ -104,7 +124,7 @@ class ServedEngines:
         with self._changed:
             self._wait_until(lambda: sum(map(is_complete, asks)) >= least)
             complete = [ask for ask in asks if is_complete(ask)]
-            return {ask.number: tuple(self._done.pop((ask.number, i)) for i in ask.indices) for ask in complete}
+            return {ask.number: self._collected(ask) for ask in complete}
 
     def before_writing(self) -> None:
         """Wait until no engine reads the weights that are about to be written over, and let none begin."""
@@ -141,6 +161,11 @@ class ServedEngines:
                 return
             self._changed.wait(_POLL_S)
 
+    def _collected(self, ask: Ask) -> Group:
+        """Return the rollouts of a complete ask, of which nothing is kept."""
+        del self._hears[ask.number]
+        return tuple(self._done.pop((ask.number, index)) for index in ask.indices)
+
     def _hand_out(self) -> None:
         """Give what waits to the engines that run the current weights, to the one with the least to do first."""
         current = None if self._current is None else self._current.policy_version
@@ -150,13 +175,18 @@ class ServedEngines:
             ask = self._waiting.pop(0)
             seat = min(able, key=lambda seat: seat.num_tokens)
             seat.asked[ask.number] = ask
+            self._say(seat)
             given.setdefault(seat.number, []).append(ask)
         for number, asks in given.items():
             self._order(self._seats[number], tuple(asks))
 
     def _have_taken(self, seat: _Seat, order: Take) -> None:
         seat.is_taking = True
+        self._say(seat)
         self._order(seat, order)
+
+    def _say(self, seat: _Seat) -> None:
+        self.does(seat.number, seat.does, seat.version)
 
     def _order(self, seat: _Seat, order: Order) -> None:
         seat.owes_since_s = time.monotonic()
@@ -174,6 +204,10 @@ class ServedEngines:
             except EngineLost as lost:
                 with self._changed:
                     self._note_loss(seat, str(lost))
+            except PublishError as error:
+                with self._changed:
+                    self._failure, seat.is_gone = PublishError(f"engine {seat.number}: {error}"), True
+                    self._changed.notify_all()
             except BaseException as error:  # noqa: BLE001 - it ends the run, in the thread that waits for rollouts
                 with self._changed:
                     self._failure, seat.is_gone = error, True
@@ -186,6 +220,7 @@ class ServedEngines:
         """Take what an engine says until the end. Raises EngineLost where it dies, or says nothing for too long."""
         with self._changed:
             seat.owes_since_s = time.monotonic()
+            self._say(seat)
         while not self._has_ended:
             answer = engine.receive(_POLL_S)
             with self._changed:
@@ -194,6 +229,7 @@ class ServedEngines:
                     continue
                 seat.owes_since_s = time.monotonic()
                 self._heed(seat, answer)
+                self._say(seat)
                 self._changed.notify_all()
 
     def _heed(self, seat: _Seat, answer: Answer) -> None:
@@ -217,6 +253,7 @@ class ServedEngines:
                 if left:
                     seat.asked[number] = replace(ask, indices=left)
                 self._done[number, index] = rollout
+                self._hears[number](rollout)
                 seat.losses.clear()
 
     def _check_silence(self, seat: _Seat) -> None:
@@ -232,6 +269,7 @@ class ServedEngines:
         seat.asked, seat.is_ready, seat.is_taking, seat.version = {}, False, False, UNPUBLISHED
         seat.losses.append(why)
         seat.is_gone = len(seat.losses) >= _MAX_LOSSES
+        self._say(seat)
         what = f"{num_left} rollouts that it had begun are sampled again" if num_left else "it had nothing to do"
         then = f"it is given up after {_MAX_LOSSES} in a row" if seat.is_gone else "another takes its place"
         self._notes.append(f"engine {seat.number} is lost: {why}; {what}, {then}")
@@ -244,10 +282,14 @@ class ServedEngines:
 
 @contextmanager
 def served_engines(
-    start: Callable[[int], EngineProcesses], num_engines: int, timeout_s: float, tell: Callable[[str], None]
+    start: Callable[[int], EngineProcesses],
+    num_engines: int,
+    timeout_s: float,
+    tell: Callable[[str], None],
+    does: Callable[[int, str, int], None] = lambda number, what, policy_version: None,
 ) -> Iterator[ServedEngines]:
     """Start engines, and end them however the block ends."""
-    engines = ServedEngines(start, num_engines, timeout_s, tell)
+    engines = ServedEngines(start, num_engines, timeout_s, tell, does)
     try:
         yield engines
     finally:

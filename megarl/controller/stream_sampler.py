@@ -16,7 +16,7 @@ from megarl.checkpoint.rollouts_ahead import RolloutsAhead
 from megarl.controller.engine_servers import Asked, EngineServers
 from megarl.controller.sampler import RolloutSampler
 from megarl.monitor.console import RolloutRow
-from megarl.types import GenerationRequest, Group
+from megarl.types import Group
 
 T = TypeVar("T")
 
@@ -44,8 +44,7 @@ class StreamSampler:
         self._go_on(step)
         for asked in range(self._last_asked + 1, min(step + self.max_staleness, self.last_step) + 1):
             first = (asked - 1) * self._size
-            for place, request in enumerate(self.sampler.requests(asked), first):
-                self._ask(place, request)
+            self._ask(range(first, first + self._size))
             self._last_asked = asked
         with self.sampler.stopwatch.timed("generate"):
             places = self._chosen()
@@ -95,11 +94,10 @@ class StreamSampler:
         if tuple(self._at(ahead.places, self.sampler.requests)) != ahead.requests:
             return
         self._last_asked = ahead.step
-        for place, request, group in zip(ahead.places, ahead.requests, ahead.groups, strict=True):
+        for place, group in zip(ahead.places, ahead.groups, strict=True):
             if group:
                 self._ready[place], self._begun[place] = group, _oldest(group)
-            else:
-                self._ask(place, request)
+        self._ask([place for place, group in zip(ahead.places, ahead.groups, strict=True) if not group])
 
     def _at(self, places: Sequence[int], of_step: Callable[[int], list[T]]) -> list[T]:
         """Return what the places have of what ``of_step`` gives for each step, asked once a step."""
@@ -107,18 +105,22 @@ class StreamSampler:
         found = {step: of_step(step) for step in steps}
         return [found[place // self._size + 1][place % self._size] for place in places]
 
-    def _ask(self, place: int, request: GenerationRequest) -> None:
-        self._under_way[place] = self.engine.ask((request,), self.sampler.sampling)
-        self._begun[place] = self._current
+    def _ask(self, places: Sequence[int]) -> None:
+        """Have the groups of places sampled, each asked for by itself."""
+        requests, prompts = (self._at(places, of_step) for of_step in (self.sampler.requests, self.sampler.prompts_of))
+        for place, request, prompt in zip(places, requests, prompts, strict=True):
+            ended = self.sampler.scoring_of([prompt])
+            self._under_way[place] = self.engine.ask((request,), self.sampler.sampling, ended)
+            self._begun[place] = self._current
 
     def _chosen(self) -> list[int]:
         """Wait for a step's groups, and return their places, in order."""
         self._collect(0)
         while True:
             old = [p for p, group in self._ready.items() if self._age(_oldest(group)) > self.max_staleness]
-            for place, request in zip(old, self._at(old, self.sampler.requests), strict=True):
+            for place in old:
                 del self._ready[place]  # weights were published more often than steps were taken
-                self._ask(place, request)
+            self._ask(old)
             chosen = self._selection()
             if chosen is not None:
                 return sorted(chosen)

@@ -33,7 +33,7 @@ from megarl.parallel.environment import (
     visible_devices,
 )
 from megarl.ranks.spec import RankSpec
-from megarl.roles import is_served, num_engine_ranks, num_ranks
+from megarl.roles import in_the_trainers_ranks, is_served, num_engine_ranks, num_ranks
 
 _END_S = 5.0  # from the last save to the end of the process
 
@@ -143,7 +143,7 @@ def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
         raise ResourceError(
             f"training and engines need {needed} devices of this node (trainer.n_gpus_per_node = {first}, "
             f"actor_rollout_ref.rollout.n_gpus_per_node = {num_engine_ranks(config)}), which shows {len(there)}. fix: "
-            "lower them, or actor_rollout_ref.rollout.placement=colocated"
+            f"lower them, or {in_the_trainers_ranks(config)}"
         )
     return there[first:needed]
 

@@ -46,7 +46,7 @@ _LOCK, _EARLIER, _REPORT = ".lock", "earlier_starts", "report.txt"
 _WRITTEN = frozenset(
     {
         *("config.yaml", "overrides.yaml", "environment.txt", "plan.txt", _REPORT, "console.log"),
-        *("metrics.jsonl", "tensorboard", "wandb", "rollouts", "checkpoints"),
+        *("metrics.jsonl", "tensorboard", "wandb", "trace.json", "rollouts", "checkpoints"),
         *("reward_failures.txt", "reward_printed.txt"),
     }
 )

@@ -1,4 +1,4 @@
-"""Where metrics go: console, jsonl, TensorBoard, Weights & Biases."""
+"""Where metrics go: console, jsonl, TensorBoard, Weights & Biases, a timeline."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megarl.catalog import SINKS
 from megarl.errors import ConfigError, Problem, ResourceError, nearest
 from megarl.monitor.console import Progress, stage_line
 from megarl.monitor.disk import LineFile, refusals_named
+from megarl.monitor.trace import TraceSink
 
 NON_FINITE = "monitor/non_finite"
 
@@ -114,6 +115,18 @@ class Tracker:
             if isinstance(sink, Progress):
                 sink.wait_for(what.replace("_", " "))
 
+    def phase(self, name: str, start_s: float, end_s: float) -> None:
+        """Give a phase that has ended to the timeline, if there is one. Seconds are of time.perf_counter."""
+        for sink in self._sinks:
+            if isinstance(sink, TraceSink):
+                sink.phase(name, start_s, end_s)
+
+    def engine(self, number: int, does: str, policy_version: int) -> None:
+        """Give what an engine does from now on to the timeline, if there is one."""
+        for sink in self._sinks:
+            if isinstance(sink, TraceSink):
+                sink.engine(number, does, policy_version)
+
     def stage(self, number: int, total: int, what: str) -> None:
         """Say which stage of a start begins, and in the bar that it goes on."""
         self.show(stage_line(number, total, what))
@@ -178,6 +191,7 @@ _OPEN: Mapping[str, Callable[[_Run], Sink]] = {
     "console": lambda run: Progress(run.total_steps, log_file=run.folder / "console.log"),
     "jsonl": lambda run: JsonlSink(run.folder / "metrics.jsonl"),
     "tensorboard": lambda run: TensorboardSink(run.folder / "tensorboard"),
+    "trace": lambda run: TraceSink(run.folder / "trace.json"),
     "wandb": lambda run: WandbSink(run.folder, run.project, run.experiment, run.config),
 }
 

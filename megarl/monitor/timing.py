@@ -14,10 +14,17 @@ class Stopwatch:
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, told: Callable[[str], None] = lambda name: None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        told: Callable[[str], None] = lambda name: None,
+        ended: Callable[[str, float, float], None] = lambda name, start_s, end_s: None,
     ) -> None:
-        """Start from zero. told: hears the innermost name that time is spent in, whenever it changes; empty outside."""
-        self._clock, self._told = clock, told
+        """Start from zero.
+
+        told: hears the innermost name that time is spent in, whenever it changes; empty outside. ended: hears every
+        name with the start and the end of its block, by the clock.
+        """
+        self._clock, self._told, self._ended = clock, told, ended
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
 
@@ -32,7 +39,9 @@ class Stopwatch:
         finally:
             self._open.pop()
             self._told(self.innermost)
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+            end = self._clock()
+            self._seconds[name] = self._seconds.get(name, 0.0) + end - start
+            self._ended(name, start, end)
 
     @property
     def innermost(self) -> str:

@@ -25,7 +25,7 @@ from megarl.plan.of_run import known_models, plan_of, planned
 from megarl.plan.report import advice_json, advice_text, no_effect_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.verdict import verdict_on
-from megarl.roles import is_served, processes_per_node
+from megarl.roles import in_the_trainers_ranks, is_served, processes_per_node
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
@@ -96,7 +96,7 @@ def main() -> None:
                 why = (
                     "a Ray cluster may place the ranks on another node than the engines, which start beside the command"
                 )
-                fix = "actor_rollout_ref.rollout.placement=colocated"
+                fix = in_the_trainers_ranks(checked.config)
                 raise ConfigError([Problem("--kuberay", flags.kuberay, why, fix)])
             _kuberay(checked, place, PPO, rest, flags.kuberay)
         elif flags.advise:

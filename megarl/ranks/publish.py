@@ -31,10 +31,11 @@ from megarl.weights.shared_plan import writer_plan
 class Publisher(Protocol):
     """Moves the weights of a backend into an engine. Making it and its method are collective over all ranks."""
 
-    def publish(self, policy_version: int) -> Segment | None:
+    def publish(self, policy_version: int, *, verify: bool = False) -> Segment | None:
         """Copy the weights, and stamp later rollouts with ``policy_version``.
 
-        Return where they wait for an engine in processes of its own, None where they have arrived.
+        verify: compare checksums of what was sent and what has arrived; raises PublishError where they differ. Return
+        where they wait for an engine in processes of its own, None where they have arrived.
         """
         ...
 
@@ -62,10 +63,13 @@ class PlannedPublisher:
         dtype = next(iter(parameters.values())).dtype
         self.resharder = Resharder(plan_reshard(sources, targets, rank), dtype=dtype)
 
-    def publish(self, policy_version: int) -> None:
-        """Copy the weights, and stamp later rollouts with ``policy_version``."""
+    def publish(self, policy_version: int, *, verify: bool = False) -> None:
+        """Copy the weights, and stamp later rollouts with ``policy_version``. verify: see Publisher."""
         with self.backend.resident():
-            self.resharder.run(self.backend.parameters(), self.engine.parameters(), self.backend.device)
+            ends = self.backend.parameters(), self.engine.parameters(), self.backend.device
+            self.resharder.run(*ends)
+            if verify:
+                self.resharder.verify(*ends)
         self.engine.publish_done(policy_version)
 
 
@@ -80,10 +84,10 @@ class SharedPublisher:
         plan = writer_plan(role.shape, role.layout, tp, dist.get_rank(), dtype.itemsize, whole=whole)
         self.writer = SharedWriter(plan, dtype)
 
-    def publish(self, policy_version: int) -> Segment:
-        """Write the weights as publication ``policy_version``."""
+    def publish(self, policy_version: int, *, verify: bool = False) -> Segment:
+        """Write the weights as publication ``policy_version``. verify: with checksums, which engines compare."""
         with self.backend.resident():
-            return self.writer.write(self.backend.parameters(), policy_version)
+            return self.writer.write(self.backend.parameters(), policy_version, verify=verify)
 
 
 class WholePublisher:
@@ -105,10 +109,13 @@ class WholePublisher:
             plan = plan_reshard(sources, targets, dist.get_rank())
             self._buckets.append((names, Resharder(plan, dtype=self.dtype, bucket_bytes=bucket_bytes)))
 
-    def publish(self, policy_version: int) -> None:
-        """Copy the weights, and stamp later rollouts with ``policy_version``."""
+    def publish(self, policy_version: int, *, verify: bool = False) -> None:
+        """Copy the weights, and stamp later rollouts with ``policy_version``.
+
+        verify: see Publisher; of the whole tensors that the engine is given.
+        """
         with self.backend.resident():
-            filled = self.engine.load_weights(self._tensors())
+            filled = self.engine.load_weights(self._tensors(verify))
         missing = sorted(set(self.engine.parameters()) - filled)
         if missing:
             raise PublishError(
@@ -116,10 +123,12 @@ class WholePublisher:
             )
         self.engine.publish_done(policy_version)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, verify: bool) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor, whole. Ranks go on together from one bucket to the next."""
         parameters, device = self.backend.parameters(), self.backend.device
         for names, resharder in self._buckets:
             tensors = {name: torch.empty(self._shapes[name], dtype=self.dtype, device=device) for name in names}
             resharder.run(parameters, tensors, device)
+            if verify:
+                resharder.verify(parameters, tensors, device)
             yield from tensors.items()

@@ -16,6 +16,14 @@ class GenerateWork:
 
 
 @dataclass(frozen=True)
+class PublishWork:
+    """The number of a publication, and whether checksums of what is sent and what arrives are compared."""
+
+    policy_version: int
+    verify: bool = False
+
+
+@dataclass(frozen=True)
 class SaveWork:
     """What to write into ``folder``, which is there: models as Hugging Face folders, and what a run goes on from.
 

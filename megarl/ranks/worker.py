@@ -19,7 +19,7 @@ from megarl.errors import ResourceError
 from megarl.parallel.memory import DeviceMemory, MemoryByPhase
 from megarl.ranks.publish import Publisher, SharedPublisher, publisher_of
 from megarl.ranks.spec import RankSpec, Resumed
-from megarl.ranks.work import GenerateWork, SaveWork
+from megarl.ranks.work import GenerateWork, PublishWork, SaveWork
 from megarl.roles import Role
 from megarl.rollout.engine import RolloutEngine
 from megarl.rollout.vllm import VllmEngine, VllmSpec
@@ -92,19 +92,19 @@ class Worker:
             updated = role.update(work)
         return updated if role.backend.place.reports else None
 
-    def publish(self, policy_version: int) -> Segment | None:
+    def publish(self, work: PublishWork) -> Segment | None:
         """Move the actor's weights into the engine, or return where one in processes of its own finds them."""
         assert self.publisher is not None
         if self.engine is not None:
             self.engine.wake_weights()
         with self.memory.phase("publish"):
-            return self.publisher.publish(policy_version)
+            return self.publisher.publish(work.policy_version, verify=work.verify)
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""
         assert self.engine is not None
         if self.engine.has_lost_weights:  # nothing has been published since: the actor's are still those
-            self.publish(self.engine.policy_version)
+            self.publish(PublishWork(self.engine.policy_version))
         self.engine.wake_up()
         with self.memory.phase("generate"):
             rollouts = tuple(self.engine.generate(work.requests, work.sampling))

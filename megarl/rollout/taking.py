@@ -39,11 +39,13 @@ class WeightsTaker:
     def take(self, order: Take) -> None:
         """Copy the weights, and stamp later tokens with their number.
 
-        Raises PublishError where they aren't all of that publication, before the first is copied or after the last.
+        Raises PublishError where they aren't all of that publication, before the first is copied or after the last, or
+        where it brings checksums that aren't theirs.
         """
         self.reader.check(order.segments, order.policy_version)
         if self.whole is None:
             self.reader.read(order.segments, 0, self.engine.parameters())
+            self.reader.verify(order.segments, 0, self.engine.parameters())
         else:
             filled = self.engine.load_weights(t for bucket in self.whole.buckets(order) for t in bucket.items())
             missing = sorted(set(self.engine.parameters()) - filled)
@@ -71,4 +73,5 @@ class WholeTensors:
         for index, names in enumerate(self.reader.plan.names):
             tensors = {name: torch.empty(self.shapes[name], dtype=self.dtype) for name in names}
             self.reader.read(order.segments, index, tensors)
+            self.reader.verify(order.segments, index, tensors)
             yield tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megarl.parallel.environment import LOCAL_PLACE
 from megarl.weights.cells import Window
+from megarl.weights.checksums import check_arrived, checksums
 from megarl.weights.flow import Rows, Stream
 from megarl.weights.reshard_plan import BUCKET_BYTES, RankPlan
 
@@ -41,6 +42,35 @@ class Resharder:
         send, receive = (torch.empty(n, dtype=self.dtype, device=device) for n in self._buffer_numels)
         for index in range(self.num_exchanges):
             self._exchange(index, sources, targets, send, receive)
+
+    @torch.no_grad()
+    def verify(self, sources: Tensors, targets: Tensors, device: torch.device) -> None:
+        """Raise PublishError where ``targets`` don't hold what was sent. Every rank must call this together."""
+        me = self.plan.rank
+
+        def sent(rows: Rows) -> Tensor:
+            return source_of(rows, sources).to(self.dtype)
+
+        def found(rows: Rows) -> Tensor:
+            return target_of(rows, targets)
+
+        arrived = self._exchanged_checksums(sent, device) if self.num_exchanges else {}
+        kept = [rows for flow in self.plan.kept for rows in flow.rows(0, flow.numel)]
+        check_arrived(checksums(kept, sent), checksums(kept, found), kept, me, f"the engine on rank {me}")
+        for sender, stream in self.plan.receives.items():
+            rows = list(stream.rows(0, stream.numel))
+            check_arrived(arrived[sender], checksums(rows, found), rows, sender, f"the engine on rank {me}")
+
+    def _exchanged_checksums(self, sent: Callable[[Rows], Tensor], device: torch.device) -> dict[int, list[int]]:
+        """Return the checksums of what each rank sends this one."""
+        outgoing = {to: checksums(stream.rows(0, stream.numel), sent) for to, stream in self.plan.sends.items()}
+        counts = {sender: sum(1 for _ in s.rows(0, s.numel)) for sender, s in self.plan.receives.items()}
+        world = range(dist.get_world_size())
+        send = torch.tensor([n for rank in world for n in outgoing.get(rank, ())], dtype=torch.int64, device=device)
+        receive = torch.empty(sum(counts.values()), dtype=torch.int64, device=device)
+        receive_sizes = [counts.get(rank, 0) for rank in world]
+        dist.all_to_all_single(receive, send, receive_sizes, [len(outgoing.get(rank, ())) for rank in world])
+        return {rank: part.tolist() for rank, part in zip(world, receive.split(receive_sizes), strict=True)}
 
     def _most_numel(self, streams: Mapping[int, Stream]) -> int:
         """Return the elements that an exchange has at most of all streams, as an int."""

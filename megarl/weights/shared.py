@@ -10,12 +10,14 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megarl.errors import PublishError
+from megarl.weights.checksums import check_arrived, checksums
+from megarl.weights.flow import Rows
 from megarl.weights.reshard import Tensors, source_of, target_of
 from megarl.weights.shared_plan import SharedPlan
 
@@ -27,13 +29,15 @@ _ALIGNED_BYTES = 64
 class Segment:
     """A rank's memory, as others open it: ``fd`` of process ``pid``.
 
-    offsets: for each plan, the byte at which the stream to each rank begins.
+    offsets: for each plan, the byte at which the stream to each rank begins. checksums: likewise, of the rows of the
+    stream as they were sent; none of a publication that isn't verified.
     """
 
     pid: int
     fd: int
     num_bytes: int
     offsets: tuple[Mapping[int, int], ...]
+    checksums: tuple[Mapping[int, tuple[int, ...]], ...] = ()
 
 
 class SharedWriter:
@@ -56,8 +60,8 @@ class SharedWriter:
         self._versions.fill_(-1)
 
     @torch.no_grad()
-    def write(self, parameters: Tensors, policy_version: int) -> Segment:
-        """Write a publication's weights, and return where they are."""
+    def write(self, parameters: Tensors, policy_version: int, *, verify: bool = False) -> Segment:
+        """Write a publication's weights, and return where they are. verify: with their checksums."""
         self._versions[0] = policy_version
         for plan, offsets in zip(self.plan.plans, self.segment.offsets, strict=True):
             for receiver, stream in plan.sends.items():
@@ -67,7 +71,18 @@ class SharedWriter:
                     elements[at : at + rows.numel].view(rows.sizes).copy_(source_of(rows, parameters))
                     at += rows.numel
         self._versions[1] = policy_version
-        return self.segment
+        return replace(self.segment, checksums=self._checksums(parameters)) if verify else self.segment
+
+    def _checksums(self, parameters: Tensors) -> tuple[dict[int, tuple[int, ...]], ...]:
+        """Return those of what is sent to each rank, by plan: of the parameters, and not of the memory."""
+
+        def sent(rows: Rows) -> Tensor:
+            return source_of(rows, parameters).to(self.dtype)
+
+        return tuple(
+            {receiver: checksums(stream.rows(0, stream.numel), sent) for receiver, stream in plan.sends.items()}
+            for plan in self.plan.plans
+        )
 
 
 class SharedReader:
@@ -100,6 +115,17 @@ class SharedReader:
             for rows in stream.rows(0, stream.numel):
                 target_of(rows, targets).copy_(elements[at : at + rows.numel].view(rows.sizes))
                 at += rows.numel
+
+    @torch.no_grad()
+    def verify(self, segments: Sequence[Segment], index: int, targets: Tensors) -> None:
+        """Raise PublishError where ``targets`` don't hold what was sent, by the checksums that a publication brings."""
+        plan = self.plan.plans[index]
+        receiver = f"rank {plan.rank - len(segments)} of the engine"
+        for sender, stream in plan.receives.items():
+            if segments[sender].checksums:
+                sent = segments[sender].checksums[index][plan.rank]
+                found = checksums(stream.rows(0, stream.numel), lambda rows: target_of(rows, targets))
+                check_arrived(sent, found, stream.rows(0, stream.numel), sender, receiver)
 
     def _memory(self, segment: Segment) -> mmap.mmap:
         key = segment.pid, segment.fd

@@ -42,7 +42,7 @@ TRAINING_TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-2
 
 TELLING = ("qwen2-tied", "qwen3-untied")
-"""The models that take every layout each time: between them they have all that families differ in but Llama's RoPE."""
+"""The models of each time: between them they have all that families differ in but Llama's RoPE."""
 
 # Takes a step that leaves gradients and weights as they are.
 LOOKING = replace(TRAINING, lr=0.0, clip_grad=1e9)

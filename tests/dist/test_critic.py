@@ -42,6 +42,8 @@ LAYOUTS = {
     "fsdp2": Layout(2, fsdp=2),
     "fsdp4_ulysses2": Layout(4, cp=2, fsdp=4),
 }
+EACH_TIME = ("one_rank", "tp2_pp2+sp", "pp2_vpp2", "tp2_cp2+sp", "fsdp2", "fsdp4_ulysses2")
+QUICK = (*((name, True) for name in EACH_TIME), ("one_rank", False), ("fsdp2", False))
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _expected(folder: Path, batch: ValueBatch) -> Expected:
             name,
             is_packed,
             id=f"{name}-{'packed' if is_packed else 'padded'}",
-            marks=() if is_packed or name in ("one_rank", "fsdp2") else pytest.mark.long,
+            marks=() if (name, is_packed) in QUICK else pytest.mark.long,
         )
         for name in LAYOUTS
         for is_packed in (True, False)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.errors import PublishError
 from megarl.parallel.layout import Layout
 from megarl.verify.pool import RankPool
 from megarl.weights.cells import cells_of
@@ -65,8 +66,26 @@ def _reshard(
     resharder = Resharder(plan, dtype=torch.bfloat16, bucket_bytes=bucket_bytes)
     for _ in range(2):
         resharder.run(_filled(held[rank], counted), targets, CPU)
+    resharder.verify(_filled(held[rank], counted), targets, CPU)
     expected = _stacked(expected)
     return resharder.num_exchanges, [name for name, tensor in expected.items() if not tensor.equal(targets[name])]
+
+
+def _verified_with_a_wrong_bit(layout: Layout, wrong_rank: int, name: str) -> str:
+    """Publish to two engines of two ranks, of which one then holds another bit; return what this rank says to it."""
+    rank, counted = dist.get_rank(), Counted(DENSE)
+    sources = _filled(megatron_shards(DENSE, layout, rank), counted)
+    targets = {shard.name: torch.zeros(shard.shape) for shard in vllm_shards(DENSE, 2, rank % 2)}
+    cells = cells_of(megatron_peers(DENSE, layout), 2)
+    resharder = Resharder(plan_reshard(cells, vllm_peers(DENSE, 2, (0, 1, 2, 3)), rank), dtype=torch.float32)
+    resharder.run(sources, targets, CPU)
+    if rank == wrong_rank:
+        targets[name].view(torch.uint8)[0, 0] ^= 1
+    try:
+        resharder.verify(sources, targets, CPU)
+    except PublishError as error:
+        return str(error)
+    return ""
 
 
 def _stacked(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +128,19 @@ def test_a_trainers_weights_arrive(
     assert [wrong for _, wrong in answers] == [[]] * 4
     (num_exchanges,) = {count for count, _ in answers}
     assert (num_exchanges > 1) == (bucket_bytes < 1000)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sender"), [(0, 0), (3, 2)], ids=["of the rank itself", "of a rank of another stage"]
+)
+def test_a_rank_that_holds_another_bit_than_was_sent_says_of_which_parameter(
+    ranks: RankPool, layer: int, sender: int
+) -> None:
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    answers = ranks.run(_verified_with_a_wrong_bit, Layout(4, tp=2, pp=2), 0, name)
+    says = f"the engine on rank 0 doesn't hold what rank {sender} of the trainer sent: 1 of "
+    assert says in answers[0] and f" checksums differ, of {name}[0:" in answers[0]
+    assert answers[1:] == ["", "", ""]
 
 
 def test_rows_of_every_tensor_arrive_where_engines_split_columns(ranks: RankPool) -> None:

@@ -67,7 +67,7 @@ def test_the_engine_gives_the_trainers_logprobs_after_each_publish(folder: Path)
     command = python(
         *("-m", "megarl.main_ppo", "--config-name=ppo_megatron_trainer", "experiment=smollm2_count"),
         *("trainer.run_dir=run", "trainer.logger=[jsonl]", "trainer.n_gpus_per_node=3"),
-        *("trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.test_freq=-1"),
+        *("trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.test_freq=null"),
         *("data.train_batch_size=4", "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=8"),
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
         "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=3",

@@ -93,8 +93,15 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().size() for t in tensors if t.numel()}.values())
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "own_optimizer"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "distributed"),
+    [
+        pytest.param("bfloat16", True, id="bfloat16-distributed_optimizer"),
+        pytest.param("float32", False, id="float32-own_optimizer"),
+        pytest.param("bfloat16", False, id="bfloat16-own_optimizer", marks=pytest.mark.long),
+        pytest.param("float32", True, id="float32-distributed_optimizer", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize(
     ("model", "layout"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megarl.monitor.trace import overlap_share, read_spans, update_s
 from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS, NUM_TEST
 
@@ -23,6 +25,7 @@ COMMAND = ("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "train
 SERVED = (
     "actor_rollout_ref.rollout.placement=server",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+    "trainer.logger=[console,tensorboard,trace]",
 )
 KILLS = Path(__file__).parents[1] / "fault" / "kills"
 # Of seven tokens and one more step a generation, in that of the second training step.
@@ -106,6 +109,16 @@ def test_an_engine_in_a_process_of_its_own_gives_the_same_rollouts_though_it_is_
     for name in ("step_1", "step_2", "step_3"):
         served, colocated = (runs[r].folder / "rollouts" / f"{name}.jsonl" for r in ("served", "ray"))
         assert served.read_text() == colocated.read_text()
+
+
+def test_the_timeline_of_a_synchronous_run_has_no_overlap_and_the_engine_in_the_dead_ones_place(
+    runs: dict[str, Done],
+) -> None:
+    spans = read_spans(runs["served"].folder / "trace.json")
+    count = Counter((span.row, span.name) for span in spans)
+    assert count["controller", "step"] == count["trainer", "update_actor"] == NUM_STEPS
+    assert count["engine 0", "start"] == 2 and count["engine 0", "generate"] > NUM_STEPS
+    assert overlap_share(spans) == 0 and update_s(spans) > 0
 
 
 def test_nothing_is_left_of_a_run_with_engines_of_its_own(runs: dict[str, Done]) -> None:

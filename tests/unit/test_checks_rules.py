@@ -345,6 +345,22 @@ def test_a_broken_rule_is_one_problem_with_its_key_and_what_is_allowed(
     assert said in problems[0].allowed
 
 
+@pytest.mark.parametrize(
+    ("name", "placement", "expected"),
+    [
+        ("vllm", "server", f"{ROLLOUT}.placement=colocated"),
+        ("sglang", "colocated", f"{ROLLOUT}.name=vllm"),
+        ("sglang", "server", f"{ROLLOUT}.name=vllm and {ROLLOUT}.placement=colocated"),
+    ],
+)
+def test_engines_that_need_the_trainers_node_can_be_put_into_its_ranks_sglang_by_another_engine(
+    name: str, placement: str, expected: str
+) -> None:
+    changes = {f"{ROLLOUT}.name": name, f"{ROLLOUT}.placement": placement, "trainer.nnodes": 2}
+    [problem] = _problems(lambda: require(problems_without_files(ppo_config(**changes))))
+    assert problem.fix == f"trainer.nnodes=1, or {expected}"
+
+
 @pytest.mark.parametrize("changes", SOUND)
 def test_a_config_that_breaks_no_rule_passes(changes: Changes) -> None:
     require(problems_without_files(ppo_config(**changes)))

@@ -13,9 +13,10 @@ from megarl.batching.pack import rollouts_to_batch
 from megarl.checkpoint.rollouts_ahead import RolloutsAhead
 from megarl.controller.ahead_sampler import AheadSampler
 from megarl.controller.engine_servers import EngineServers
+from megarl.controller.engines import Ended
 from megarl.controller.sampler import RolloutSampler
 from megarl.monitor.timing import Stopwatch
-from megarl.types import GenerationRequest, Group, Rollout, Sampling
+from megarl.types import GenerationRequest, Group, Prompt, Rollout, Sampling
 
 
 @dataclass
@@ -24,9 +25,16 @@ class Steps:
 
     sampling: Sampling = field(default_factory=Sampling)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    begun: list[tuple[str, int]] = field(default_factory=list)
 
     def requests(self, step: int) -> list[GenerationRequest]:
         return [GenerationRequest((place,), step) for place in range(2)]
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        return [Prompt(f"{step}:{place}", (place,), "", "", "", {}, "") for place in range(2)]
+
+    def scoring_of(self, prompts: Sequence[Prompt]) -> Ended:
+        return lambda place, rollout: self.begun.append((prompts[place].uid, rollout.token_ids[0]))
 
     def samples(self, step: int, groups: Sequence[Group]) -> Samples:
         batch = rollouts_to_batch([(1,)] * len(groups), groups)
@@ -44,7 +52,7 @@ class Engines:
     def engines(self) -> Engines:
         return self
 
-    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Any:
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended) -> Any:
         self.log.append(f"ask {requests[0].seed}")
         engines, version = self, self.policy_version
 
@@ -54,7 +62,10 @@ class Engines:
 
             def result(self) -> list[Group]:
                 engines.log.append(f"wait {requests[0].seed}")
-                return [(Rollout((r.seed,), (-1.0,), "stop", version),) for r in requests]
+                groups: list[Group] = [(Rollout((r.seed,), (-1.0,), "stop", version),) for r in requests]
+                for place, (rollout,) in enumerate(groups):
+                    ended(place, rollout)
+                return groups
 
         return Asked()
 
@@ -75,6 +86,8 @@ def test_the_next_step_is_asked_for_before_a_step_is_trained_and_ends_before_wei
             engines.policy_version += 1
         found.append(([g[0].token_ids[0] for g in samples.groups], samples.groups[0][0].policy_version))
         assert samples.current_version == step - 1
+    steps = cast(Steps, sampler.sampler)
+    assert steps.begun == [(f"{step}:{place}", step) for step in (1, 2, 3) for place in range(2)]
     assert engines.log == [
         *("ask 1", "wait 1", "ask 2", "train 1", "wait 2"),
         *("ask 3", "train 2", "wait 3", "train 3"),

@@ -19,7 +19,7 @@ from tests.unit.stand_ins import PlainRanks
 ENGINES = -0.5
 
 
-def _published(trainers: float, times: int) -> tuple[Publication, PlainRanks]:
+def _published(trainers: float, times: int, verify: str = "first") -> tuple[Publication, PlainRanks]:
     """Publish to an engine whose every log-prob is ENGINES the weights of an actor whose every one is ``trainers``."""
 
     def answer(rank: int, verb: str, work: Any) -> Any:
@@ -33,7 +33,7 @@ def _published(trainers: float, times: int) -> tuple[Publication, PlainRanks]:
     ranks = PlainRanks(1, answer)
     actor = RoleOnRanks(role_on(Layout(1)), ranks, 0, Stopwatch(), temperature=0.7)
     prompts = [Prompt(f"f:{row}", (3, 4), "", "", "", {}, "") for row in range(20)]
-    publication = Publication(EngineOnRanks(ranks, 1, Observer()), prompts, max_tokens=2)
+    publication = Publication(EngineOnRanks(ranks, 1, Observer()), prompts, 2, verify)
     for _ in range(times):
         publication.publish(actor)
     return publication, ranks
@@ -43,7 +43,25 @@ def test_publications_are_counted_and_the_first_is_checked() -> None:
     publication, ranks = _published(ENGINES, times=3)
     assert publication.policy_version == 2
     assert ranks.verbs() == ["publish", "generate", "rest", "score", "publish", "publish"]
-    assert [arguments for verb, arguments in ranks.calls if verb == "publish"] == [[0], [1], [2]]
+    assert _works(ranks) == [(0, True), (1, False), (2, False)]
+
+
+def test_always_compares_the_checksums_of_every_publication_and_the_log_probs_of_the_first() -> None:
+    _, ranks = _published(ENGINES, times=3, verify="always")
+    assert ranks.verbs() == ["publish", "generate", "rest", "score", "publish", "publish"]
+    assert _works(ranks) == [(0, True), (1, True), (2, True)]
+
+
+def test_never_does_nothing_but_publish() -> None:
+    _, ranks = _published(ENGINES + 3, times=2, verify="never")
+    assert ranks.verbs() == ["publish", "publish"]
+    assert _works(ranks) == [(0, False), (1, False)]
+
+
+def _works(ranks: PlainRanks) -> list[tuple[int, bool]]:
+    """Return the number of each publication, and whether checksums were asked for."""
+    works = [work for verb, arguments in ranks.calls if verb == "publish" for work in arguments]
+    return [(work.policy_version, work.verify) for work in works]
 
 
 @pytest.mark.parametrize("trainers", [ENGINES - 0.6, ENGINES + 0.6])

@@ -10,6 +10,7 @@ import pytest
 
 from megarl.checks.data_files import check_rewarded
 from megarl.config.schema import RewardConfig
+from megarl.controller.early_scores import early_scores
 from megarl.controller.inputs import PPOInputs, SFTInputs
 from megarl.controller.observer import Observer
 from megarl.controller.open import open_sft_run, try_rewards
@@ -53,17 +54,26 @@ class Scored:
 
 
 def score(
-    spec: RewardSpec, folder: Path, *steps: Sequence[str], is_part: bool = False, config: RewardConfig | None = None
+    spec: RewardSpec,
+    folder: Path,
+    *steps: Sequence[str],
+    is_part: bool = False,
+    config: RewardConfig | None = None,
+    num_early: int = 0,
 ) -> Scored:
-    """Score the rollouts of some steps, one for each ground truth."""
+    """Score the rollouts of some steps, one for each ground truth. num_early: of each step that end before the rest."""
     told: list[str] = []
     config = config or ppo_config().reward
-    group: Group = (Rollout((5,), (-0.1,), "stop", 0),)
     scores: list[float] = []
-    with RewardPool(1, 30.0, spec, config.score_on_failure) as pool:
-        scorer = Scorer(config, verbs_tokenizer(), 8, pool, None, Observer(), RewardLog(folder, told.append))
+    with RewardPool(1, 30.0, spec, config.score_on_failure) as pool, early_scores(pool, 1) as early:
+        log = RewardLog(folder, told.append)
+        scorer = Scorer(config, verbs_tokenizer(), 8, pool, None, Observer(), log, early=early if num_early else None)
         for truths in steps:
-            rewards = scorer.score([prompt(t) for t in truths], [group] * len(truths), is_part)
+            prompts = [prompt(truth) for truth in truths]
+            groups: list[Group] = [(Rollout((5,), (-0.1,), "stop", 0),) for _ in truths]
+            for i in reversed(range(min(num_early, len(truths)))):
+                scorer.begin(prompts[i], groups[i][0])
+            rewards = scorer.score(prompts, groups, is_part)
             scores += rewards.scores_B.tolist()
     return Scored(scores, told)
 
@@ -81,6 +91,21 @@ def test_the_first_traceback_of_each_kind_and_the_counts_are_shown_and_kept(spec
     assert "raised: 3 rollouts" in kept and "invalid: 1 rollout." in kept
     assert kept.count("Traceback") == 1
     assert (tmp_path / "reward_printed.txt").read_text().splitlines()[:2] == ["scoring 1", "scoring raise a"]
+
+
+@pytest.mark.parametrize("num_early", [1, 3, 4])
+def test_rollouts_that_are_scored_early_have_the_same_rewards_and_failures_in_the_same_order(
+    spec: RewardSpec, tmp_path: Path, num_early: int
+) -> None:
+    steps = ["1", "raise a", "nan", "0.1"], ["raise b", "2"]
+    found = []
+    for name, early in (("all at once", 0), ("early", num_early)):
+        (tmp_path / name).mkdir()
+        done = score(spec, tmp_path / name, *steps, num_early=early)
+        told = [line.replace(name, "") for line in done.told]
+        printed = sorted((tmp_path / name / "reward_printed.txt").read_text().splitlines())
+        found.append((done.scores, told, (tmp_path / name / "reward_failures.txt").read_text(), printed))
+    assert found[1] == found[0]
 
 
 def test_a_step_whose_rewards_all_fail_ends_the_run_with_the_traceback(spec: RewardSpec, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 
 from megarl.controller.served_engines import ServedEngines, served_engines
-from megarl.errors import DataError, WorkerError
+from megarl.errors import DataError, PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.rollout.served import Answer, Ask, Busy, Done, Order, Ready, Take, Took
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
@@ -157,6 +157,20 @@ def test_the_rollouts_of_an_engine_that_dies_are_sampled_again_and_none_twice(
     assert sum(len(a.indices) for e in started for a in e.asked) == 2 * 4 * len(REQUESTS) + num_lost
 
 
+@pytest.mark.parametrize("num_answers", [None, 5])
+def test_who_asked_hears_every_rollout_once_when_it_ends_with_the_place_of_its_request(num_answers: int | None) -> None:
+    heard: list[tuple[int, Rollout]] = []
+
+    def make(number: int, before: int) -> Engine:
+        return Engine(number, num_answers if number == 0 and before == 0 else None)
+
+    with running(make, 2) as (engines, _, _):
+        groups = engines.collect(engines.ask(REQUESTS, SAMPLING, lambda place, rollout: heard.append((place, rollout))))
+    assert Counter(place for place, _ in heard) == dict.fromkeys(range(len(REQUESTS)), 4)
+    assert {id(r) for _, r in heard} == {id(r) for group in groups for r in group}
+    assert all(rollout in groups[place] for place, rollout in heard)
+
+
 def test_an_engine_that_dies_in_a_publication_is_replaced_by_one_with_the_new_weights() -> None:
     class DiesInSecond(Engine):
         def receive(self, timeout_s: float) -> Answer | None:
@@ -218,6 +232,36 @@ def test_rollouts_in_between_forgive_what_was_lost_before() -> None:
     with running(lambda number, before: Engine(number, 4 if before < 6 else None)) as (engines, started, _):
         assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
     assert len(started) == 7
+
+
+def test_a_listener_hears_what_each_engine_does_and_with_which_weights() -> None:
+    heard: list[tuple[int, str, int]] = []
+
+    def does(number: int, what: str, policy_version: int) -> None:
+        if what and heard[-1:] != [(number, what, policy_version)]:
+            heard.append((number, what, policy_version))
+
+    def start(number: int) -> EngineProcesses:
+        is_first = not any(what == "generate" for _, what, _ in heard)
+        return cast(EngineProcesses, Engine(number, num_answers=2 if is_first else None))
+
+    with served_engines(start, 1, 60.0, lambda note: None, does) as engines:
+        engines.take(Take(0, ()))
+        generate(engines, REQUESTS, SAMPLING)
+        engines.before_writing()
+        engines.take(Take(1, ()))
+        generate(engines, REQUESTS, SAMPLING)
+    started = [(0, "start", -1), (0, "take weights", -1), (0, "generate", 0)]
+    assert heard == [*started, *started, (0, "take weights", 0), (0, "generate", 1)]
+
+
+def test_weights_that_arrived_otherwise_end_the_run_with_the_name_of_the_engine() -> None:
+    with (
+        running(lambda number, _: Engine(number, 0, PublishError("a checksum differs"))) as (engines, started, _),
+        pytest.raises(PublishError, match=r"^engine 0: a checksum differs$"),
+    ):
+        generate(engines, REQUESTS, SAMPLING)
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize("error", [DataError("too long"), ZeroDivisionError("a bug")])

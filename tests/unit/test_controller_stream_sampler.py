@@ -14,6 +14,7 @@ from megarl.algorithm.samples import Rewards, Samples
 from megarl.batching.pack import rollouts_to_batch
 from megarl.checkpoint.rollouts_ahead import RolloutsAhead
 from megarl.controller.engine_servers import Asked, EngineServers
+from megarl.controller.engines import Ended
 from megarl.controller.sampler import RolloutSampler
 from megarl.controller.stream_sampler import StreamSampler
 from megarl.monitor.timing import Stopwatch
@@ -33,6 +34,12 @@ class Steps:
         first = (step - 1) * SIZE
         return [Prompt(str(place), (place,), "", "", "", {}, "") for place in range(first, first + SIZE)]
 
+    def scoring_of(self, prompts: Sequence[Prompt]) -> Ended:
+        def ended(place: int, rollout: Rollout) -> None:
+            assert prompts[place].token_ids[0] == rollout.token_ids[0]
+
+        return ended
+
     def requests(self, step: int) -> list[GenerationRequest]:
         return [GenerationRequest(prompt.token_ids, seed=step) for prompt in self.prompts_of(step)]
 
@@ -49,12 +56,14 @@ class Engines:
     is_lazy: bool = False
     policy_version: int = 0
     asked: list[int] = field(default_factory=list)
+    ended: dict[int, Ended] = field(default_factory=dict)
 
     @property
     def engines(self) -> Engines:
         return self
 
-    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Asked:
+    def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended) -> Asked:
+        self.ended[requests[0].token_ids[0]] = ended
         self.asked += [request.token_ids[0] for request in requests]
         return Asked(cast(EngineServers, self.policy_version), requests, sampling, ())
 
@@ -67,7 +76,10 @@ class Engines:
     def _group(self, one: Asked) -> Group:
         begun = cast(int, one.servers)
         switches = ((1, self.policy_version),) if self.policy_version > begun else ()
-        return (Rollout((one.requests[0].token_ids[0], 0), (-1.0, -1.0), "stop", begun, switches),)
+        place = one.requests[0].token_ids[0]
+        rollout = Rollout((place, 0), (-1.0, -1.0), "stop", begun, switches)
+        self.ended[place](0, rollout)
+        return (rollout,)
 
 
 def sampler_of(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megarl.ranks.spec import RankSpec
-from megarl.ranks.work import GenerateWork
+from megarl.ranks.work import GenerateWork, PublishWork
 from megarl.ranks.worker import Worker
 from megarl.types import GenerationRequest, Rollout, Sampling
 
@@ -56,8 +56,8 @@ class RecordedPublisher:
     def __init__(self, engine: Recorded) -> None:
         self.engine = engine
 
-    def publish(self, policy_version: int) -> None:
-        self.engine.calls.append(f"publish {policy_version}")
+    def publish(self, policy_version: int, *, verify: bool = False) -> None:
+        self.engine.calls.append(f"publish {policy_version}" + " and verify" * verify)
         self.engine.publish_done(policy_version)
 
 
@@ -78,22 +78,22 @@ def calls(worker: Worker) -> list[str]:
 
 
 def test_only_the_weights_wake_to_be_published_and_the_rest_to_generate(worker: Worker) -> None:
-    worker.publish(0)
+    worker.publish(PublishWork(0))
     worker.generate(WORK)
     assert calls(worker) == ["wake weights", "publish 0", "wake up", "generate with 0"]
 
 
 def test_weights_that_were_given_up_are_published_again_under_their_number(worker: Worker) -> None:
-    worker.publish(3)
+    worker.publish(PublishWork(3, verify=True))
     worker.rest(None)
     worker.generate(WORK)
     again = ["sleep", "wake weights", "publish 3", "wake up", "generate with 3"]
-    assert calls(worker) == ["wake weights", "publish 3", *again]
+    assert calls(worker) == ["wake weights", "publish 3 and verify", *again]
 
 
 def test_after_a_publication_nothing_is_published_twice(worker: Worker) -> None:
-    worker.publish(0)
+    worker.publish(PublishWork(0))
     worker.rest(None)
-    worker.publish(1)
+    worker.publish(PublishWork(1))
     worker.generate(WORK)
     assert [call for call in calls(worker) if call.startswith("publish")] == ["publish 0", "publish 1"]

@@ -67,10 +67,13 @@ class Trainer:
         ranks, itemsize = range(self.layout.world_size), self.dtype.itemsize
         return [SharedWriter(writer_plan(self.shape, self.layout, self.tp, r, itemsize), self.dtype) for r in ranks]
 
-    def write(self, writers: Sequence[SharedWriter], full: Tensors, policy_version: int) -> list[Segment]:
+    def write(
+        self, writers: Sequence[SharedWriter], full: Tensors, policy_version: int, *, verify: bool = True
+    ) -> list[Segment]:
         """Have every rank write its part of whole tensors."""
         shards = fsdp_shards if self.layout.is_fsdp else megatron_shards
-        return [w.write(held(shards(self.shape, self.layout, r), full), policy_version) for r, w in enumerate(writers)]
+        parts = [held(shards(self.shape, self.layout, r), full) for r in range(len(writers))]
+        return [w.write(part, policy_version, verify=verify) for w, part in zip(writers, parts, strict=True)]
 
     def reader(self, tp_rank: int) -> SharedReader:
         """Return the reader of a rank of an engine."""
@@ -95,6 +98,7 @@ def test_every_rank_of_every_engine_reads_what_it_needs_and_each_element_is_writ
             reader.check(segments, version)
             reader.read(segments, 0, targets)
             assert all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
+            reader.verify(segments, 0, targets)
     needed = sum(seg.length * s.shape[1 - s.dim] if len(s.shape) > 1 else seg.length
                  for r in range(tp) for s in vllm_shards(shape, tp, r) for seg in s.segments if seg.tensor)  # fmt: skip
     written = sum(stream.numel for w in writers for plan in w.plan.plans for stream in plan.sends.values())
@@ -111,7 +115,9 @@ def test_shards_of_fsdp_reach_an_engine_in_its_own_dtype() -> None:
     for tp_rank in range(2):
         expected = held(vllm_shards(trainer.shape, 2, tp_rank), full)
         targets = {name: torch.full_like(t, PADDING, dtype=torch.bfloat16) for name, t in expected.items()}
-        trainer.reader(tp_rank).read(segments, 0, targets)
+        reader = trainer.reader(tp_rank)
+        reader.read(segments, 0, targets)
+        reader.verify(segments, 0, targets)
         assert all(torch.equal(targets[name], tensor.bfloat16()) for name, tensor in expected.items())
 
 
@@ -126,7 +132,40 @@ def test_of_a_family_outside_the_map_all_ranks_of_an_engine_read_whole_tensors()
         for index, names in enumerate(reader.plan.names):
             targets = {name: torch.full_like(full[name], PADDING) for name in names}
             reader.read(segments, index, targets)
+            reader.verify(segments, index, targets)
             assert all(torch.equal(targets[name], full[name]) for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_bit_that_an_engine_holds_otherwise_is_named_with_its_parameter_and_who_sent_it(dtype: torch.dtype) -> None:
+    trainer = Trainer(model_shape(), Layout(4, tp=2, pp=2), 2, dtype)
+    segments = trainer.write(trainer.writers(), contents(trainer.shape), 0)
+    reader, targets = _read(trainer, segments)
+    reader.verify(segments, 0, targets)
+    name = f"model.layers.{trainer.shape.num_layers - 1}.self_attn.qkv_proj.weight"
+    targets[name].view(torch.uint8)[-1, -1] ^= 1
+    rows = targets[name].shape[0]
+    says = rf"^rank 1 of the engine doesn't hold what rank [23] of the trainer sent: 1 of .* of {name}\[\d+:{rows}\]$"
+    with pytest.raises(PublishError, match=says):
+        reader.verify(segments, 0, targets)
+
+
+def test_a_publication_that_is_not_verified_brings_no_checksums_and_compares_none() -> None:
+    trainer = Trainer(model_shape(), Layout(1), 2)
+    segments = trainer.write(trainer.writers(), contents(trainer.shape), 0, verify=False)
+    assert all(segment.checksums == () for segment in segments)
+    reader, targets = _read(trainer, segments)
+    for target in targets.values():
+        target.zero_()
+    reader.verify(segments, 0, targets)
+
+
+def _read(trainer: Trainer, segments: Sequence[Segment]) -> tuple[SharedReader, Tensors]:
+    """Return the reader of an engine's rank 1, and what it has read."""
+    reader, shards = trainer.reader(1), vllm_shards(trainer.shape, trainer.tp, 1)
+    targets = {shard.name: torch.zeros(shard.shape, dtype=trainer.dtype) for shard in shards}
+    reader.read(segments, 0, targets)
+    return reader, targets
 
 
 def test_weights_of_another_publication_or_that_are_half_written_are_refused() -> None:
