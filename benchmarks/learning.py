@@ -47,14 +47,19 @@ def run_seed(seed: int, work: Path, warm_starts: Path | None, overrides: list[st
     start = time.perf_counter()
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
-    wall_s = time.perf_counter() - start
+    return read_result(seed, folder, time.perf_counter() - start)
+
+
+def read_result(seed: int, folder: Path, wall_s: float) -> Result:
+    """Return what a finished run left in a seed's folder."""
     [run] = [p for p in (folder / "outputs").iterdir() if not p.name.endswith("_sft")]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracy = {s["step"]: s["val/reward_mean"] for s in steps if "val/reward_mean" in s}
     report = (folder / "log.txt").read_text()
     accuracy[0] = float(re.findall(r"before training: ([\d.]+)", report)[-1])
     accuracy[steps[-1]["step"]] = float(re.findall(r"after \d+ steps: ([\d.]+)", report)[-1])
-    return Result(seed, dict(sorted(accuracy.items())), {s["step"]: s["reward/mean"] for s in steps}, wall_s)
+    rewards = {s["step"]: s["reward/mean"] for s in steps if "reward/mean" in s}  # none before training
+    return Result(seed, dict(sorted(accuracy.items())), rewards, wall_s)
 
 
 def table(results: list[Result]) -> str:
