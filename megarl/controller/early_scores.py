@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ from megarl.reward.pool import RewardPool
 from megarl.types import RewardRequest, RewardResult, Rollout
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Begun:
     """A rollout that has ended, whose reward is wanted. rollout: is held, so that no other one gets its identity."""
 
     rollout: Rollout
     request: Callable[[], RewardRequest]
-    result: RewardResult | None = None
 
 
 class EarlyScores:
@@ -32,7 +32,7 @@ class EarlyScores:
         self._changed = threading.Condition()
         self._waiting: dict[int, _Begun] = {}
         self._at_work: dict[int, _Begun] = {}
-        self._scored: dict[int, _Begun] = {}
+        self._scored: dict[int, RewardResult] = {}  # of rollouts that somebody still holds
         self._has_hung, self._has_ended = False, False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="early scores", daemon=True)
@@ -55,14 +55,14 @@ class EarlyScores:
             self._changed.wait_for(lambda: self._failure or not any(name in self._at_work for name in names))
             if self._failure is not None:
                 raise self._failure
-            found = {name: self._scored.pop(name).result for name in names if name in self._scored}
+            found = {name: self._scored.pop(name) for name in names if name in self._scored}
         left = [i for i, name in enumerate(names) if name not in found]
         results = self._pool.score([requests[i] for i in left], tell)
         with self._changed:
             self._has_hung = False
             self._changed.notify_all()
         of_left = dict(zip(left, results, strict=True))
-        return [of_left[i] if i in of_left else _known(found[name]) for i, name in enumerate(names)]
+        return [of_left[i] if i in of_left else found[name] for i, name in enumerate(names)]
 
     def close(self) -> None:
         """Score no more; wait for what is at work."""
@@ -76,9 +76,9 @@ class EarlyScores:
             while batch := self._next():
                 results = self._pool.score([begun.request() for begun in batch.values()])
                 with self._changed:
-                    for begun, result in zip(batch.values(), results, strict=True):
-                        begun.result = result
-                    self._scored |= batch
+                    for (name, begun), result in zip(batch.items(), results, strict=True):
+                        self._scored[name] = result
+                        weakref.finalize(begun.rollout, self._scored.pop, name, None)
                     self._has_hung = any(result.outcome == "timeout" for result in results)
                     self._at_work = {}
                     self._changed.notify_all()
@@ -108,8 +108,3 @@ def early_scores(pool: RewardPool | None, num_workers: int) -> Iterator[EarlySco
         yield scores
     finally:
         scores.close()
-
-
-def _known(result: RewardResult | None) -> RewardResult:
-    assert result is not None
-    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,6 +114,15 @@ def test_after_one_that_hung_none_is_begun_before_the_rest_is_asked_for_in_one_b
         results = early.score(ended, [request(str(truth)) for truth in (-1, 2, 3, 4)], print)
     assert pool.batches == [[-1], [2, 3, 4]]
     assert [r.outcome for r in results] == ["timeout", "ok", "ok", "ok"]
+
+
+def test_a_rollout_that_is_dropped_without_being_asked_for_is_held_by_nobody() -> None:
+    with begun([1, 2, 3, 4, 5]) as (_, pool, ended):
+        pool.may_go_on.set()
+        eventually(lambda: len(pool.batches) == 3)
+        first = weakref.ref(ended[0])
+        ended.clear()
+        eventually(lambda: first() is None)
 
 
 def test_an_error_of_the_pool_reaches_who_asks_for_the_scores() -> None:
