@@ -26,6 +26,7 @@ PROGRAMS = {
     "plan": Program("megarl.plan", "what a run would do, hold and move, and whether it fits, before it is launched"),
     "prepare": Program("megarl.data.prepare", "write a data set as the parquet files that a run reads"),
     "checkpoints": Program("megarl.checkpoints", "the checkpoints of a run: list, verify, keep the best"),
+    "trace": Program("megarl.trace", "what overlapped in a run, from its timeline"),
     "export": Program("megarl.export", "a Hugging Face folder of a checkpoint"),
     "from_verl": Program("megarl.from_verl", "a script or overrides of verl's as a run of megarl's"),
     "doctor": Program("megarl.doctor", "is this machine fit to run?"),

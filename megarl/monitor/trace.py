@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from megarl.monitor.disk import LineFile
 
 GENERATE = "generate"
 _CONTROLLER, _TRAINER, _FIRST_ENGINE = 0, 1, 2
+_ENGINE = "engine "
 _UPDATE, _SCORE = "update_", "score_"
 
 
@@ -94,13 +94,19 @@ class TraceSink:
 
 
 def read_spans(path: Path) -> list[Span]:
-    """Return the spans of a timeline, in the order in which they ended."""
-    events = [json.loads(line.removesuffix(",")) for line in path.read_text().splitlines()[1:]]
+    """Return the spans of a timeline, in the order in which they ended. A last line that was cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    events = [json.loads(line.removesuffix(",")) for line in lines if line.endswith("},")]
     return [
         Span(_row_name(e["tid"]), e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
         for e in events
         if e["ph"] == "X"
     ]
+
+
+def engines_in(spans: Sequence[Span]) -> int:
+    """Return the number of engines that have a row."""
+    return len({span.row for span in spans if span.row.startswith(_ENGINE)})
 
 
 def update_s(spans: Sequence[Span]) -> float:
@@ -117,7 +123,7 @@ def overlap_share(spans: Sequence[Span], engine: int | None = None) -> float:
     generating = [
         (span.start_s, span.end_s)
         for span in spans
-        if span.name == GENERATE and span.row.startswith("engine ") and rows in (None, span.row)
+        if span.name == GENERATE and span.row.startswith(_ENGINE) and rows in (None, span.row)
     ]
     updates = _updates(spans)
     both = [
@@ -150,16 +156,4 @@ def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
 
 def _row_name(row: int) -> str:
     named = {_CONTROLLER: "controller", _TRAINER: "trainer"}
-    return named.get(row, f"engine {row - _FIRST_ENGINE}")
-
-
-def main(path: Path) -> None:
-    """Print how long a run's updates took, and in what share of that time engines generated."""
-    spans = read_spans(path)
-    print(f"updates took {update_s(spans):.1f} s; rollouts were generated in {overlap_share(spans):.0%} of that time")
-    for number in range(len({span.row for span in spans if span.row.startswith("engine ")})):
-        print(f"  engine {number}: {overlap_share(spans, number):.0%}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return named.get(row, f"{_ENGINE}{row - _FIRST_ENGINE}")

@@ -10,6 +10,7 @@ import pytest
 from megarl.monitor.sinks import open_tracker
 from megarl.monitor.timing import Stopwatch
 from megarl.monitor.trace import Span, TraceSink, overlap_share, read_spans, update_s
+from megarl.trace import main
 
 
 class Clock:
@@ -124,3 +125,31 @@ def test_the_overlap_is_the_share_of_update_time_in_which_engines_generate(
 
 def test_updates_count_once_where_they_overlap() -> None:
     assert update_s([update(0, 10), update(5, 12), update(20, 21)]) == pytest.approx(13)
+
+
+def test_a_line_that_a_killed_run_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline(path, Clock())
+    spans = read_spans(path)
+    with path.open("a") as file:
+        file.write('{"name": "update_actor", "pid": 0, "tid": 1, "ph": "X", "args": {}')
+    assert read_spans(path) == spans
+
+
+def test_the_program_says_what_overlapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timeline(tmp_path / "trace.json", Clock())
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "updates took 10.0 s; rollouts were generated in 50% of that time",
+        "  engine 0: 50%",
+        "  engine 1: 0%",
+    ]
+
+
+def test_a_run_without_a_timeline_is_an_error_that_says_how_to_have_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2
+    assert "fix: name a run whose trainer.logger has trace" in capsys.readouterr().err
