@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not path.is_file():
             raise DataError(f"{path} is not there. fix: name a run whose trainer.logger has trace")
         spans = read_spans(path)
-        print(f"updates took {update_s(spans):.1f} s; rollouts were generated in {overlap_share(spans):.0%} of that time")
+        print(
+            f"updates took {update_s(spans):.1f} s; rollouts were generated in {overlap_share(spans):.0%} of that time"
+        )
         for number in range(engines_in(spans)):
             print(f"  engine {number}: {overlap_share(spans, number):.0%}")
 

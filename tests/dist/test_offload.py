@@ -202,7 +202,6 @@ def _work(roles: dict[str, Role], out: Path, batch: PolicyBatch) -> dict[str, li
         worker = Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu"))
         actor: Any = worker.roles["actor"]
         told[name] = [_step(actor, batch) for _ in range(3)]
-        (out / name).mkdir(exist_ok=True)
         worker.save(SaveWork(str(out / name), models=True, state=False, in_background=False))
         assert (_held(actor.backend) == NOTHING) == (name == "offloaded")
         assert _keeps_logits(actor.backend, batch) == (name != "fused")

@@ -18,6 +18,8 @@ import pytest
 from megarl.parallel.environment import GPU, OVERRIDE
 from megarl.plan.devices import DEVICES, this_device
 
+pytestmark = pytest.mark.long  # a cluster each
+
 # As megarl's own: on loopback, with a token.
 OF_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 COMMAND = f"""
@@ -100,7 +102,6 @@ def test_a_command_without_gpus_plans_and_starts_ranks_on_those_of_the_cluster(
     assert device.bf16_flops_per_s == DEVICES["H100"].bf16_flops_per_s
 
 
-@pytest.mark.long
 def test_gpus_that_their_node_does_not_name_are_an_error(tmp_path: Path) -> None:
     with node(1, nvidia_smi(tmp_path, LINES["names none"])) as address:
         said = found_by_a_command(address)
@@ -108,7 +109,6 @@ def test_gpus_that_their_node_does_not_name_are_an_error(tmp_path: Path) -> None
     assert "fix: look at nvidia-smi there" in said
 
 
-@pytest.mark.long
 def test_a_cluster_without_gpus_leaves_the_platform_alone(tmp_path: Path) -> None:
     with node(0, tmp_path) as address:
         assert found_by_a_command(address) == "None|None"

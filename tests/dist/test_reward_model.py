@@ -85,7 +85,7 @@ def test_a_rollout_s_score_is_what_transformers_makes_of_it_alone(
 ) -> None:
     save_tiny_classifier(model, tmp_path, num_hidden_layers=4 if model in MODELS else 2)
     expected_B, layout = _scores(tmp_path, batch), LAYOUTS[name]
-    assert float(expected_B.std()) > 0.1, "the scores differ too little to be told apart"
+    assert float(expected_B.std()) > 0.05, "the scores differ too little to be told apart"
     answers = ask(ranks, _score, _role(layout, tmp_path), batch)
     assert (True in answers[0]) == (model != "bloom-tied")
     for packed in answers[0]:
