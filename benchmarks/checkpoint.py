@@ -48,9 +48,9 @@ def measure(folder: Path, repetitions: int) -> dict[str, list[float]]:
 
     size = replace(SIZES["small"], rollouts=64)
     role = role_on(Layout(dist.get_world_size()), size.shape, training=TRAINING, micro_batch_size=8)
-    backend, batch = backend_on_rank(role), make_batch(size)
+    backend, batch, loss = backend_on_rank(role), make_batch(size), replace(PPO, kl_coef=None)
     actor, rank, found = Actor(backend), dist.get_rank(), dict[str, list[float]]()
-    update(actor, batch, PPO)
+    update(actor, batch, loss)
 
     def timed(name: str, work: Callable[[], T]) -> T:
         dist.barrier()
@@ -79,9 +79,9 @@ def measure(folder: Path, repetitions: int) -> dict[str, list[float]]:
         timed("verify", lambda: rank == 0 and verify(folder, read_manifest(folder)))
         timed("load", lambda: backend.load(SavedRole(folder, "actor"), backend.counts()))
         timed("raw_read", lambda: _read_raw(raw))
-        timed("step", lambda: update(actor, batch, PPO))
+        timed("step", lambda: update(actor, batch, loss))
         writing = save(in_background=True)
-        timed("step_meanwhile", lambda: update(actor, batch, PPO))
+        timed("step_meanwhile", lambda: update(actor, batch, loss))
         writing.result()
         found.setdefault("bytes", []).append(float(num_bytes))
 
