@@ -30,6 +30,12 @@ BACKENDS = {
 }
 # Far above the rounding errors of gradients, which Adam would blow up where a gradient is next to zero.
 SETTINGS = ("actor_rollout_ref.actor.optim.eps=1e-5", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4")
+# With a critic, and without what PPO doesn't take.
+PPO = (
+    *("algorithm.adv_estimator=gae", "critic.enable=true", "critic.model.path=model", "critic.model.init=random"),
+    *("critic.optim.eps=1e-5", "actor_rollout_ref.actor.use_kl_loss=false", "actor_rollout_ref.rollout.n=2"),
+)
+ALGORITHMS: dict[str, tuple[str, ...]] = {"grpo": (), "ppo": PPO}
 pytestmark = pytest.mark.long  # tests/e2e/test_ppo_run.py compares both backends on two ranks each time
 
 
@@ -43,13 +49,14 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done_of(tiny_task: Path) -> Callable[[str], Done]:
-    """Return what runs GRPO on a backend of BACKENDS, once each."""
+def done_of(tiny_task: Path) -> Callable[[str, str], Done]:
+    """Return what runs one of ALGORITHMS on one of BACKENDS, once each."""
 
     @cache
-    def done(backend: str) -> Done:
+    def done(backend: str, algorithm: str) -> Done:
         recipe, *overrides = BACKENDS[backend]
-        folder = tiny_task / f"run_{backend}".replace(" ", "_").replace(",", "")
+        overrides += ALGORITHMS[algorithm]
+        folder = tiny_task / f"{algorithm}_{backend}".replace(" ", "_").replace(",", "")
         command = (
             *("-m", "megarl.main_ppo", "--config-dir=.", f"--config-name={recipe}", *overrides, *SETTINGS),
             *(f"trainer.run_dir={folder}", f"trainer.n_gpus_per_node={NUM_RANKS}", "trainer.seed=1"),
@@ -64,11 +71,16 @@ def done_of(tiny_task: Path) -> Callable[[str], Done]:
     return done
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != MEGATRON])
-def test_three_steps_give_the_numbers_and_the_weights_of_megatron(done_of: Callable[[str], Done], backend: str) -> None:
-    found, expected = done_of(backend), done_of(MEGATRON)
+@pytest.mark.parametrize(
+    ("backend", "algorithm"), [*((name, "grpo") for name in BACKENDS if name != MEGATRON), ("fsdp2", "ppo")]
+)
+def test_three_steps_give_the_numbers_and_the_weights_of_megatron(
+    done_of: Callable[[str, str], Done], backend: str, algorithm: str
+) -> None:
+    found, expected = done_of(backend, algorithm), done_of(MEGATRON, algorithm)
     assert [line["step"] for line in found.metrics] == list(range(NUM_STEPS + 1))
     assert all(line["actor/grad_norm"] > 0 for line in found.metrics[1:])
+    assert all((line.get("critic/grad_norm", 0) > 0) == (algorithm == "ppo") for line in found.metrics[1:])
     for line, expected_line in zip(found.metrics, expected.metrics, strict=True):
         assert line == pytest.approx(expected_line, rel=1e-5, abs=1e-5)
     assert found.weights.keys() == expected.weights.keys()
