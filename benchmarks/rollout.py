@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def engine_of_server(connection: Connection, folder: Path) -> None:
     alone()
     import torch
 
-    from megarl.controller.served_engines import served_engines
+    from megarl.controller.served_engines import ServedEngines
     from megarl.launchers.engine_processes import EngineProcesses
     from megarl.parallel.layout import Layout
     from megarl.ranks.spec import EngineStart
@@ -54,7 +55,7 @@ def engine_of_server(connection: Connection, folder: Path) -> None:
     start = EngineStart(VllmSpec(model_folder=str(folder), **SPEC), actor)
     writer = SharedWriter(writer_plan(actor.shape, actor.layout, 1, 0, torch.float32.itemsize), torch.float32)
     asked, sampling = requests()
-    with served_engines(lambda number: EngineProcesses(start, None), 1, 600.0, sys.stderr.write) as engines:
+    with closing(ServedEngines(lambda number: EngineProcesses(start, None), 1, 600.0, sys.stderr.write)) as engines:
 
         def generate() -> list[tuple[int, ...]]:
             groups = engines.collect(engines.ask(asked, sampling))

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from megarl.config.compose import errors_reported
 from megarl.errors import DataError
-from megarl.monitor.trace import engines_in, overlap_share, read_spans, update_s
-
-TIMELINE = "trace.json"
+from megarl.monitor.trace import TIMELINE, engines_in, overlap_share, read_spans, update_s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

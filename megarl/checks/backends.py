@@ -49,7 +49,7 @@ def has_fsdp(c: PPOConfig | SFTConfig) -> bool:
 
 
 def notes_on_backend(c: PPOConfig | SFTConfig) -> tuple[str, ...]:
-    """Return what a person should know of the backend, as a tuple of texts."""
+    """Return the lines on the backend that a run's start shows, as a tuple of texts."""
     key, section = ("strategy", c) if isinstance(c, SFTConfig) else (_STRATEGY, c.actor_rollout_ref.actor)
     if section.strategy != "fsdp":
         return ()

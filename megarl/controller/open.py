@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from megarl.controller.run import Run, Sampler, Schedule
 from megarl.controller.sampler import RolloutSampler
 from megarl.controller.saving import Saver, SaveSettings
 from megarl.controller.scoring import Scorer
-from megarl.controller.served_engines import ServedEngines, served_engines
+from megarl.controller.served_engines import ServedEngines
 from megarl.controller.stream_sampler import StreamSampler
 from megarl.controller.validation import Validation
 from megarl.launchers.engine_processes import EngineProcesses
@@ -134,7 +134,7 @@ def _servers(config: PPOConfig, start: EngineStart, tracker: Tracker) -> Abstrac
         return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
 
     timeout_s = config.trainer.hang_timeout_s
-    return served_engines(start_engine, num_engines(config), timeout_s, tracker.warn, tracker.engine)
+    return closing(ServedEngines(start_engine, num_engines(config), timeout_s, tracker.warn, tracker.engine))
 
 
 def _engines(config: PPOConfig, group: WorkerGroup, servers: ServedEngines | None, observer: Observer) -> Engines:

@@ -49,7 +49,7 @@ class RolloutSampler:
         return self._requests(prompts, step, 0, range(len(prompts)))
 
     def scoring_of(self, prompts: Sequence[Prompt]) -> Ended:
-        """Return what takes the rollouts of prompts when they end, which a function then may score."""
+        """Return the Ended that begins the scoring of each rollout of prompts."""
         return lambda place, rollout: self.scorer.begin(prompts[place], rollout)
 
     def samples(self, step: int, groups: Sequence[Group], prompts: Sequence[Prompt] | None = None) -> Samples:

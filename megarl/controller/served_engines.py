@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -278,22 +278,6 @@ class ServedEngines:
             self._failure = WorkerError(f"no engine is left to generate\n{reasons}")
         self._hand_out()
         self._changed.notify_all()
-
-
-@contextmanager
-def served_engines(
-    start: Callable[[int], EngineProcesses],
-    num_engines: int,
-    timeout_s: float,
-    tell: Callable[[str], None],
-    does: Callable[[int, str, int], None] = lambda number, what, policy_version: None,
-) -> Iterator[ServedEngines]:
-    """Start engines, and end them however the block ends."""
-    engines = ServedEngines(start, num_engines, timeout_s, tell, does)
-    try:
-        yield engines
-    finally:
-        engines.close()
 
 
 def _num_tokens(ask: Ask) -> int:

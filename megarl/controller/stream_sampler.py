@@ -100,7 +100,7 @@ class StreamSampler:
         self._ask([place for place, group in zip(ahead.places, ahead.groups, strict=True) if not group])
 
     def _at(self, places: Sequence[int], of_step: Callable[[int], list[T]]) -> list[T]:
-        """Return what the places have of what ``of_step`` gives for each step, asked once a step."""
+        """Return the item of each place, as a list. of_step: gives the items of a step; it is asked once a step."""
         steps = {place // self._size + 1 for place in places}
         found = {step: of_step(step) for step in steps}
         return [found[place // self._size + 1][place % self._size] for place in places]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import subprocess
 
 from megarl.errors import ResourceError
 from megarl.launchers.ray_address import RAY_ADDRESS, check_ray_address, named_cluster, unreachable
 from megarl.launchers.starter import placed_rank
-from megarl.parallel.environment import GPU, GPU_QUERY, OVERRIDE, platform_name
+from megarl.parallel.environment import GPU, OVERRIDE, list_gpus, platform_name
 
 _ANSWER_S = 60.0  # for a node to start a process of Ray's
 
@@ -56,9 +54,3 @@ def _gpu_of(address: str) -> str | None:
         ) from error
     finally:
         ray.shutdown()
-
-
-def list_gpus() -> str:
-    """Return a line ``name, MiB`` of each GPU of this machine; nothing where no tool tells."""
-    tool = shutil.which("nvidia-smi")
-    return "" if tool is None else subprocess.run([tool, *GPU_QUERY], capture_output=True, text=True, check=True).stdout

@@ -16,7 +16,7 @@ from megarl.catalog import SINKS
 from megarl.errors import ConfigError, Problem, ResourceError, nearest
 from megarl.monitor.console import Progress, stage_line
 from megarl.monitor.disk import LineFile, refusals_named
-from megarl.monitor.trace import TraceSink
+from megarl.monitor.trace import TIMELINE, TraceSink
 
 NON_FINITE = "monitor/non_finite"
 
@@ -191,7 +191,7 @@ _OPEN: Mapping[str, Callable[[_Run], Sink]] = {
     "console": lambda run: Progress(run.total_steps, log_file=run.folder / "console.log"),
     "jsonl": lambda run: JsonlSink(run.folder / "metrics.jsonl"),
     "tensorboard": lambda run: TensorboardSink(run.folder / "tensorboard"),
-    "trace": lambda run: TraceSink(run.folder / "trace.json"),
+    "trace": lambda run: TraceSink(run.folder / TIMELINE),
     "wandb": lambda run: WandbSink(run.folder, run.project, run.experiment, run.config),
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from megarl.monitor.disk import LineFile
 
+TIMELINE = "trace.json"
 GENERATE = "generate"
 _CONTROLLER, _TRAINER, _FIRST_ENGINE = 0, 1, 2
 _ENGINE = "engine "

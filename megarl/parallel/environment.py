@@ -23,10 +23,7 @@ OVERRIDE = "MEGARL_PLATFORM"
 PRODUCTS = "MEGARL_CPU_PRODUCTS"
 
 GPU = "MEGARL_GPU"
-"""The first GPU that ranks are to run on, as GPU_QUERY has nvidia-smi name it, where it is on another machine."""
-
-GPU_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-"""Has nvidia-smi print ``name, MiB`` of each GPU."""
+"""The first GPU that ranks are to run on, as ``list_gpus`` names it, where it is on another machine."""
 
 LOCAL_PLACE = "MEGARL_LOCAL_RANK"
 """A rank's number on its node, where LOCAL_RANK is that of its device among those that it sees."""
@@ -92,11 +89,12 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Return the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them; none without any."""
     if names := environ.get("CUDA_VISIBLE_DEVICES"):
         return tuple(names.split(","))
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout
-    return tuple(map(str, range(sum(line.startswith("GPU ") for line in listing.splitlines()))))
+    return tuple(map(str, range(sum(line.startswith("GPU ") for line in _nvidia_smi("-L").splitlines()))))
+
+
+def list_gpus() -> str:
+    """Return a line ``name, MiB`` of each GPU of this machine, as text; empty where no tool tells."""
+    return _nvidia_smi("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
 
 def products_name(environ: Mapping[str, str] = os.environ) -> ProductsName:
@@ -167,8 +165,13 @@ def _driver_shows_gpu() -> bool:
     if gpus.is_dir():
         return any(gpus.iterdir())
     # Under WSL the driver has no /proc entry, only the tool.
+    return "GPU" in _nvidia_smi("-L")
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """Return what the driver's tool prints; nothing where there is none, or it fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return False
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    return listing.returncode == 0 and "GPU" in listing.stdout
+        return ""
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""

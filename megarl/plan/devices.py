@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarl.errors import ConfigError, Problem, nearest
-from megarl.parallel.environment import GPU, GPU_QUERY, platform_name
+from megarl.parallel.environment import GPU, list_gpus, platform_name
 
 CPU = "cpu"
 
@@ -240,11 +239,7 @@ def this_device(ranks_per_node: int) -> Device:
     """
     if platform_name() == CPU:
         return cpu_device(ranks_per_node)
-    elsewhere = os.environ.get(GPU)
-    if elsewhere is not None:
-        return device_of_gpu(elsewhere)
-    listed = subprocess.run(["nvidia-smi", *GPU_QUERY], capture_output=True, text=True, check=True).stdout
-    return device_of_gpu(listed.splitlines()[0])
+    return device_of_gpu(os.environ.get(GPU) or list_gpus().splitlines()[0])
 
 
 def device_of_gpu(line: str) -> Device:

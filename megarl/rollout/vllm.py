@@ -206,9 +206,6 @@ def _start(spec: VllmSpec) -> LLM:
     with heavy_imports():
         from vllm import LLM
 
-        if platform_name() == "cpu":
-            import megarl.rollout.vllm_cpu  # noqa: F401 - which vLLM would import by its name
-
     with without_queue():
         return LLM(
             model=spec.model_folder,

@@ -81,7 +81,7 @@ def empty_model(folder: str | Path, dtype: torch.dtype, attention: str | None) -
 
 
 def head_elsewhere(folder: str | Path, kind: str, shape: ModelShape) -> tuple[str, str]:
-    """Return what transformers calls the classifier of a language model, and a tensor in which megarl's differs.
+    """Return the class name of transformers' classifier of a language model, and the name of a tensor only one has.
 
     kind: of CLASSIFIERS. Both are empty where transformers has no such classifier, the tensor also where none differs.
     """

@@ -6,13 +6,13 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
 
-from megarl.controller.served_engines import ServedEngines, served_engines
+from megarl.controller.served_engines import ServedEngines
 from megarl.errors import DataError, PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.rollout.served import Answer, Ask, Busy, Done, Order, Ready, Take, Took
@@ -98,7 +98,7 @@ def running(
         before[number] += 1
         return cast(EngineProcesses, started[-1])
 
-    with served_engines(start, num_engines, timeout_s, told.append) as engines:
+    with closing(ServedEngines(start, num_engines, timeout_s, told.append)) as engines:
         engines.take(Take(0, ()))
         yield engines, started, told
     assert all(engine.is_killed for engine in started)
@@ -245,7 +245,7 @@ def test_a_listener_hears_what_each_engine_does_and_with_which_weights() -> None
         is_first = not any(what == "generate" for _, what, _ in heard)
         return cast(EngineProcesses, Engine(number, num_answers=2 if is_first else None))
 
-    with served_engines(start, 1, 60.0, lambda note: None, does) as engines:
+    with closing(ServedEngines(start, 1, 60.0, lambda note: None, does)) as engines:
         engines.take(Take(0, ()))
         generate(engines, REQUESTS, SAMPLING)
         engines.before_writing()
