@@ -44,7 +44,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     from megarl.controller.loop import train
     from megarl.controller.open import open_rewards, open_run, try_rewards
     from megarl.controller.report import final_report
-    from megarl.controller.resume import AUTO, find_resumption, is_finished
+    from megarl.controller.resume import NEVER, find_resumption, is_finished
     from megarl.monitor.disk import write_file
     from megarl.monitor.rundir import run_folder
 
@@ -55,7 +55,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     with open_rewards(config) as rewards:
         try_rewards(rewards, config, inputs)
         path = Path(config.trainer.run_dir).expanduser().absolute()
-        may_go_on, model_key = config.trainer.resume == AUTO, "actor_rollout_ref.model.path"
+        may_go_on, model_key = config.trainer.resume != NEVER, "actor_rollout_ref.model.path"
         with run_folder(path, values, overrides, model_key, may_go_on=may_go_on) as run_dir:
             plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan
             write_file(run_dir / "plan.txt", plan + "\n")

@@ -41,13 +41,13 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.loop import train
     from megarl.controller.open import open_sft_run
     from megarl.controller.report import final_report
-    from megarl.controller.resume import AUTO, find_resumption, is_finished
+    from megarl.controller.resume import NEVER, find_resumption, is_finished
     from megarl.monitor.disk import write_file
     from megarl.monitor.rundir import run_folder
 
     inputs = read_sft_inputs(checked)
     plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan_here(checked)
-    path, may_go_on = Path(config.trainer.run_dir).expanduser().absolute(), config.trainer.resume == AUTO
+    path, may_go_on = Path(config.trainer.run_dir).expanduser().absolute(), config.trainer.resume != NEVER
     with run_folder(path, values, overrides, "model.path", may_go_on=may_go_on) as run_dir:
         write_file(run_dir / "plan.txt", plan + "\n")
         print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)

@@ -17,7 +17,7 @@ from megarl.train.held_state import UpdateCounts
 from megarl.types import Metrics
 
 FILE_NAME = "trainer_state.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class TrainerState:
 
     kl_controller: None where no rollouts are made. updates: of each role that is trained. config: of the run, resolved.
     metrics: of the step. before: the value of the validation before training, None where there was none. ahead: the
-    rollouts of the next step, in a file of their own; what is read has none.
+    rollouts of the next step, in a file of their own; what is read has none. skipped_in_a_row: steps up to this one
+    that skipped an optimizer step.
     """
 
     step: int
@@ -37,6 +38,7 @@ class TrainerState:
     metrics: Metrics = field(default_factory=dict)
     before: float | None = None
     ahead: RolloutsAhead | None = None
+    skipped_in_a_row: int = 0
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:
@@ -53,6 +55,7 @@ def write_trainer_state(folder: Path, state: TrainerState) -> None:
         "config": state.config,
         "metrics": {name: value for name, value in state.metrics.items() if math.isfinite(value)},
         "before": state.before,
+        "skipped_in_a_row": state.skipped_in_a_row,
     }
     partial = folder / f"{FILE_NAME}.partial"
     with partial.open("w") as file:
@@ -82,6 +85,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
         fields.get("config") or {},
         fields.get("metrics") or {},
         fields.get("before"),
+        skipped_in_a_row=_count(path, fields, "skipped_in_a_row"),
     )
 
 

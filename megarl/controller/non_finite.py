@@ -27,6 +27,8 @@ class NonFinite:
     """Ends a run, or takes it back to its last checkpoint, after ``most`` steps in a row that skipped an update.
 
     policy: ``stop`` (at the first), ``skip`` (then stop) or ``rollback``. restore: takes up the controller's state.
+    end_save: waits for a save that is under way, which is the last checkpoint then. in_a_row: until now; of a run that
+    goes on, those before.
     """
 
     policy: str
@@ -35,6 +37,7 @@ class NonFinite:
     checkpoints: CheckpointFolder
     restore: Callable[[TrainerState], None]
     warn: Callable[[str], None]
+    end_save: Callable[[], None]
     in_a_row: int = 0
 
     def after(self, step: int, metrics: Metrics) -> bool:
@@ -51,6 +54,7 @@ class NonFinite:
             "above optim.skip_grad_norm, and the optimizer step was not taken"
         )
         if self.policy == STOP or self.in_a_row >= self.most:
+            self.end_save()
             if self.policy != ROLLBACK or not self.checkpoints.steps():
                 row = f", as in the {self.in_a_row - 1} steps before" if self.in_a_row > 1 else ""
                 raise WorkerError(

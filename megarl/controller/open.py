@@ -176,7 +176,7 @@ def open_sft_run(
             evaluate=DemonstrationLoss(inputs.val_examples, actor, recipe),
             state=lambda step: TrainerState(step, 0, None, config=values),
             saver=saver,
-            non_finite=_non_finite(trainer, saver, lambda state: None),
+            non_finite=_non_finite(trainer, saver, lambda state: None, resumption),
             schedule=Schedule(inputs.num_steps, _first_step(resumption), save_freq=trainer.save_freq),
             tracker=sinks,
             run_dir=run_dir,
@@ -277,7 +277,7 @@ def rollout_run(
             step, publication.policy_version, recipe.kl_controller, config=values, ahead=ahead()
         ),
         saver=saver,
-        non_finite=_non_finite(trainer, saver, restore_kl),
+        non_finite=_non_finite(trainer, saver, restore_kl, resumption),
         schedule=Schedule(
             inputs.num_steps,
             _first_step(resumption),
@@ -322,9 +322,19 @@ def _saver(trainer: SFTTrainerConfig, group: WorkerGroup, run_dir: Path, tracker
     return Saver(group, CheckpointFolder(run_dir / "checkpoints"), settings, tracker.warn)
 
 
-def _non_finite(trainer: SFTTrainerConfig, saver: Saver, restore: Callable[[TrainerState], None]) -> NonFinite:
-    policy, most = trainer.on_non_finite, trainer.max_non_finite_steps
-    return NonFinite(policy, most, saver.group, saver.folder, restore, saver.warn)
+def _non_finite(
+    trainer: SFTTrainerConfig, saver: Saver, restore: Callable[[TrainerState], None], resumption: Resumption | None
+) -> NonFinite:
+    return NonFinite(
+        trainer.on_non_finite,
+        trainer.max_non_finite_steps,
+        saver.group,
+        saver.folder,
+        restore,
+        saver.warn,
+        saver.finish,
+        0 if resumption is None else resumption.state.skipped_in_a_row,
+    )
 
 
 def _first_step(resumption: Resumption | None) -> int:

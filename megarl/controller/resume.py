@@ -77,12 +77,11 @@ def find_resumption(
     if trainer.resume == NEVER:
         return None
     checkpoints = CheckpointFolder(run_dir / "checkpoints")
-    if trainer.resume == AUTO:
-        checkpoints.remove_leftovers()
-        found = _newest(checkpoints, trainer.resume_from_older)
-    else:
+    checkpoints.remove_leftovers()
+    found = _newest(checkpoints, trainer.resume_from_older)
+    if trainer.resume != AUTO:
         path = checkpoint_at(trainer.resume)
-        found = Resumption(path, verified_state(path))
+        found = Resumption(path, verified_state(path)) if found is None else _begun_at(found, trainer.resume)
     if found is None:
         return None
     if not found.state.updates:
@@ -138,6 +137,16 @@ def _newest(checkpoints: CheckpointFolder, may_be_older: bool) -> Resumption | N
         found = "\n  ".join(map(str, damaged.values()))
         raise CheckpointError(f"no checkpoint of {checkpoints.path} is whole; start in another folder\n  {found}")
     return None
+
+
+def _begun_at(own: Resumption, resume: str) -> Resumption:
+    """Return the newest checkpoint of the run's own folder, if the run in it began at the checkpoint that is named."""
+    began = own.state.config.get("trainer", {}).get("resume")
+    if began == resume:
+        return own
+    allowed = f"the folder has the checkpoints of a run with trainer.resume = {began!r}"
+    fix = f"trainer.resume={AUTO} to go on after step {own.state.step}, or another trainer.run_dir"
+    raise ConfigError([Problem("trainer.resume", resume, allowed, fix)])
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:

@@ -188,7 +188,10 @@ class Run(Generic[S]):
     def _save(self, step: int, metrics: Metrics, *, is_last: bool = False) -> None:
         """Save the run after ``step`` with the step's metrics."""
         before = next((evaluation.value for evaluation in self.evaluations if evaluation.step == 0), None)
-        self.saver.save(replace(self.state(step), metrics=dict(metrics), before=before), is_last=is_last)
+        state = replace(
+            self.state(step), metrics=dict(metrics), before=before, skipped_in_a_row=self.non_finite.in_a_row
+        )
+        self.saver.save(state, is_last=is_last)
 
     def _evaluate(self, step: int) -> None:
         evaluation = self.evaluate(step)

@@ -24,6 +24,7 @@ STATE = TrainerState(
     config={"data": {"train_files": ["a.parquet"]}},
     metrics={"val/reward_mean": 1 / 3},
     before=0.1,
+    skipped_in_a_row=2,
 )
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -111,13 +112,14 @@ ADAPTIVE = CONTROLLER.state()
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"format": 1}, "has format 1, this version reads 2"),
+        ({"format": 1}, "has format 1, this version reads 3"),
         ({"updates": None}, "updates = None must be an object of objects"),
         ({"updates": {"actor": 3}}, "must be an object of objects"),
         ({"updates": {"actor": {"scheduled": 3}}}, "adam = None must be an integer"),
         ({"step": -1}, "step = -1 must be an integer of at least 0"),
         ({"step": 1.5}, r"step = 1\.5 must be an integer"),
         ({"policy_version": None}, "policy_version = None must be"),
+        ({"skipped_in_a_row": -2}, "skipped_in_a_row = -2 must be"),
         ({"kl_controller": 7}, "kl_controller = 7 must be an object"),
         ({"kl_controller": {"type": "adaptve"}}, "has type 'adaptve', must be one of fixed, adaptive"),
         ({"kl_controller": {"type": ["fixed"]}}, "must be one of fixed, adaptive"),

@@ -26,10 +26,17 @@ class Watched:
     def __init__(self, folder: Path, policy: str, most: int = 2) -> None:
         self.ranks, self.told, self.restored = PlainRanks(2), list[str](), list[int]()
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
-        self.non_finite = NonFinite(policy, most, self.ranks, self.checkpoints, self._restore, self.told.append)
+        self.under_way: int | None = None
+        self.non_finite = NonFinite(
+            policy, most, self.ranks, self.checkpoints, self._restore, self.told.append, self._end_save
+        )
 
     def _restore(self, state: TrainerState) -> None:
         self.restored.append(state.step)
+
+    def _end_save(self) -> None:
+        if self.under_way is not None:
+            self.save(self.under_way)
 
     def save(self, step: int) -> None:
         """Make a checkpoint."""
@@ -73,6 +80,23 @@ def test_a_run_that_rolls_back_takes_up_its_last_checkpoint_and_counts_anew(tmp_
     assert watched.calls() == [("load", [resumed, resumed])] * 2
     assert watched.restored == [5, 5]
     assert "going on from the weights and the optimizer of step 5" in watched.told[1]
+
+
+def test_a_save_that_is_under_way_is_the_last_checkpoint_and_not_lost_where_the_run_ends(tmp_path: Path) -> None:
+    back, stopped = Watched(tmp_path / "back", "rollback", most=1), Watched(tmp_path / "stopped", "stop")
+    back.save(2)
+    back.under_way = stopped.under_way = 5
+    assert back.non_finite.after(6, BAD) and back.restored == [5]
+    with pytest.raises(WorkerError):
+        stopped.non_finite.after(6, BAD)
+    assert stopped.checkpoints.steps() == [5]
+
+
+def test_a_run_that_goes_on_counts_the_steps_in_a_row_that_the_checkpoint_had(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, "skip", most=3)
+    watched.non_finite.in_a_row = 2
+    with pytest.raises(WorkerError, match="as in the 2 steps before"):
+        watched.non_finite.after(6, BAD)
 
 
 def test_a_run_without_a_checkpoint_can_only_stop(tmp_path: Path) -> None:

@@ -49,12 +49,12 @@ def trainer() -> SFTTrainerConfig:
     return sft_config().trainer
 
 
-def save(run_dir: Path, step: int, *, updates: Mapping[str, UpdateCounts] | None = None) -> Path:
-    """Make a checkpoint of a run."""
+def save(run_dir: Path, step: int, *, updates: Mapping[str, UpdateCounts] | None = None, resume: str = "auto") -> Path:
+    """Make a checkpoint of a run. resume: where the run began."""
     folder = CheckpointFolder(run_dir / "checkpoints")
     partial = folder.begin(step)
     counts = {"actor": UpdateCounts(step, step)} if updates is None else updates
-    write_trainer_state(partial, TrainerState(step, step, None, counts, CONFIG))
+    write_trainer_state(partial, TrainerState(step, step, None, counts, changed("trainer.resume", resume)))
     return folder.commit(partial, step, [hashed(partial, FILE_NAME)], is_last=False)
 
 
@@ -92,6 +92,26 @@ def test_a_run_goes_on_from_the_checkpoint_or_the_latest_of_the_run_that_is_name
         save(tmp_path / "other", step)
     found = found_in(tmp_path / "mine", trainer, resume=str(tmp_path / "other" / named))
     assert found is not None and found.folder == tmp_path / "other" / "checkpoints" / "step_2"
+
+
+def test_a_run_that_began_at_another_goes_on_from_its_own_checkpoints(
+    tmp_path: Path, trainer: SFTTrainerConfig
+) -> None:
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    save(other, 8)
+    save(mine, 12, resume=str(other))
+    found = found_in(mine, trainer, resume=str(other))
+    assert found is not None and found.folder == mine / "checkpoints" / "step_12"
+
+
+def test_a_run_in_whose_folder_another_has_saved_does_not_begin_at_a_checkpoint(
+    tmp_path: Path, trainer: SFTTrainerConfig
+) -> None:
+    for step in (2, 4):
+        save(tmp_path, step)
+    earlier = str(tmp_path / "checkpoints" / "step_2")
+    with pytest.raises(ConfigError, match=r"trainer\.resume = 'auto'\n +fix: trainer\.resume=auto .* after step 4"):
+        found_in(tmp_path, trainer, resume=earlier)
 
 
 def test_metrics_of_steps_that_are_taken_again_are_forgotten(tmp_path: Path, trainer: SFTTrainerConfig) -> None:

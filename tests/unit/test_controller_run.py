@@ -122,8 +122,10 @@ class Opened:
             publication=None,
             evaluate=self.evaluate,
             state=lambda step: TrainerState(step, step, kl_controllers.get("fixed")(KLControlSettings(0.1))),
-            saver=Saver(self.ranks, self.checkpoints, SaveSettings(), self.events.append),
-            non_finite=NonFinite("skip", 2, self.ranks, self.checkpoints, self.restore, self.events.append),
+            saver=(saver := Saver(self.ranks, self.checkpoints, SaveSettings(), self.events.append)),
+            non_finite=NonFinite(
+                "skip", 2, self.ranks, self.checkpoints, self.restore, self.events.append, saver.finish
+            ),
             schedule=schedule,
             tracker=Tracker([self.sink]),
             run_dir=folder,
