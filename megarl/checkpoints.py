@@ -36,9 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{given.run} has a run that is going on; trainer.keep_checkpoints prunes it meanwhile"
             )
         if given.keep is not None:
+            _refuse_to_lose(folder, given.best_by)
             for step in folder.prune(Kept(given.keep, given.best_by)):
                 print(f"step {step:>6}  removed")
         return max([_show(folder, step, given.verify) for step in folder.steps()])
+
+
+def _refuse_to_lose(folder: CheckpointFolder, best_by: str | None) -> None:
+    """Raise CheckpointError where the newest, which stays, isn't whole, or where no checkpoint has the metric."""
+    verified(folder.of(folder.steps()[-1]))
+    if best_by is not None and folder.best(best_by) is None:
+        known = ", ".join(sorted({name for step in folder.steps() for name in folder.metrics(step)})) or "no metric"
+        raise CheckpointError(f"no checkpoint of {folder.path} has the metric {best_by!r}; they have {known}")
 
 
 def _show(folder: CheckpointFolder, step: int, must_verify: bool) -> int:

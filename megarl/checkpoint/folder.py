@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,11 +93,19 @@ class CheckpointFolder:
         if kept.last is None:
             return []
         steps = self.steps()
-        gone = sorted(set(steps) - set(steps[-kept.last :]) - set(self._best(steps, kept.best_by)))
+        best = None if kept.best_by is None else self.best(kept.best_by)
+        gone = sorted(set(steps) - set(steps[-kept.last :]) - {best})
         for step in gone:
             self.of(step).rename(self.path / f".step_{step}{_PARTIAL}")  # first, so that none is half there
         self.remove_leftovers()
         return gone
+
+    def best(self, best_by: str) -> int | None:
+        """Return the step whose checkpoint a metric, named as in Kept, says is best; None where none has the metric."""
+        name, sign = best_by.removeprefix("-"), -1 if best_by.startswith("-") else 1
+        values = {step: self.metrics(step).get(name) for step in self.steps()}
+        known = {step: sign * value for step, value in values.items() if value is not None}
+        return max(known, key=lambda step: (known[step], step), default=None)
 
     def remove_leftovers(self) -> None:
         """Remove what saves that were broken off have left, and link the newest checkpoint if they hadn't yet."""
@@ -140,15 +148,7 @@ class CheckpointFolder:
         os.replace(new, self.path / name)
         synced(self.path)
 
-    def _best(self, steps: Sequence[int], best_by: str | None) -> list[int]:
-        if best_by is None:
-            return []
-        name, sign = best_by.removeprefix("-"), -1 if best_by.startswith("-") else 1
-        values = {step: self._metrics(step).get(name) for step in steps}
-        known = {step: sign * value for step, value in values.items() if value is not None}
-        return [max(known, key=lambda step: (known[step], step))] if known else []
-
-    def _metrics(self, step: int) -> Mapping[str, float]:
+    def metrics(self, step: int) -> Mapping[str, float]:
         """Return the metrics of a step; none where its checkpoint is damaged, which then isn't the best."""
         try:
             return read_trainer_state(self.of(step)).metrics

@@ -529,7 +529,10 @@ class SFTTrainerConfig:
         above=0.0,
         high=LONGEST_S,
     )
-    resume: str = key("auto: go on from the newest checkpoint of run_dir; never; or the folder of a checkpoint")
+    resume: str = key(
+        "auto: go on from the newest checkpoint of run_dir; never; or the folder of the checkpoint, or run, to begin "
+        "with where run_dir has none yet"
+    )
     resume_from_older: bool = key("where the newest checkpoint is damaged, set it aside and take the one before it")
     ray_dashboard: bool = key("start Ray's dashboard")
     pass_environment: tuple[str, ...] = key(

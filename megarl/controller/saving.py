@@ -58,6 +58,7 @@ class Saver:
         self.group, self.folder, self.settings, self.warn, self.clock = group, folder, settings, warn, clock
         self._last_s = clock()
         self._under_way: _UnderWay | None = None
+        self._has_told = False
 
     def is_due(self) -> bool:
         """Whether there was no save for as long as the settings allow, nor the run's start."""
@@ -107,7 +108,18 @@ class Saver:
                     write_rollouts_ahead(save.partial, save.state.ahead)
                     files.append(hashed(save.partial, AHEAD_FILE_NAME))
                 self.folder.commit(save.partial, save.state.step, files, is_last=save.is_last)
-                self.folder.prune(self.settings.kept)
+                self._prune()
+
+    def _prune(self) -> None:
+        """Remove the checkpoints that don't stay; tell, once, where nothing says which of them was the best."""
+        kept = self.settings.kept
+        gone = self.folder.prune(kept)
+        if gone and kept.best_by is not None and not self._has_told and self.folder.best(kept.best_by) is None:
+            self._has_told = True
+            self.warn(
+                f"step {gone[-1]} is removed: no checkpoint has the metric {kept.best_by!r} of trainer.keep_best_by; "
+                "one has the metrics of its step, with those of a validation in it"
+            )
 
     @contextmanager
     def _failures_told(self, step: int) -> Iterator[None]:

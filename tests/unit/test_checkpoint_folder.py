@@ -133,3 +133,27 @@ def test_checkpoints_of_a_run_that_is_going_on_are_not_pruned_under_it(
         assert folder.steps() == [1, 2] and (folder.path / ".step_3.partial").is_dir()
     assert main([str(run_dir), "--keep", "1"]) == 0
     assert folder.steps() == [2] and not list(folder.path.glob(".*"))
+
+
+@pytest.mark.parametrize("best_by", ["val/reward_meen", "-val/reward_meen"])
+def test_nothing_is_pruned_by_a_metric_that_no_checkpoint_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], best_by: str
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2):
+        save(folder, step, **{"val/reward_mean": 0.5})
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--keep", "1", f"--best-by={best_by}"])
+    assert f"has the metric '{best_by}'; they have val/reward_mean" in capsys.readouterr().err
+    assert folder.steps() == [1, 2]
+
+
+def test_nothing_is_pruned_where_the_newest_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2):
+        save(folder, step)
+    (folder.of(2) / FILE_NAME).write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--keep", "1"])
+    assert "step_2 isn't as it was saved" in capsys.readouterr().err
+    assert folder.steps() == [1, 2]

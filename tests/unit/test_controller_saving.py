@@ -100,6 +100,14 @@ def test_checkpoints_that_do_not_stay_are_removed_after_a_save(tmp_path: Path) -
     assert saving.folder.steps() == [3, 4]
 
 
+def test_where_no_checkpoint_has_the_metric_of_the_best_that_is_told_once(tmp_path: Path) -> None:
+    saving = Saving(tmp_path, kept=Kept(last=1, best_by="val/reward_meen"))
+    for step in range(1, 5):
+        saving.save(step)
+    (told,) = saving.told
+    assert told.startswith("step 1 is removed: no checkpoint has the metric 'val/reward_meen' of trainer.keep_best_by")
+
+
 @pytest.mark.parametrize("must_succeed", [True, False])
 def test_a_save_that_fails_ends_the_run_or_is_told_and_leaves_the_one_before(
     tmp_path: Path, must_succeed: bool
