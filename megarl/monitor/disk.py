@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megarl.errors import ResourceError
 
+PARTIAL = ".partial"  # the end of the name of a file that isn't all there yet
 _REFUSALS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -39,6 +40,17 @@ def write_file(path: Path, text: str) -> None:
     """Write a whole file. Raises ResourceError where the disk refuses it."""
     with refusals_named(path):
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Have a file hold a text, all of it or what it held before. Raises ResourceError where the disk refuses it."""
+    anew = path.with_name(f"{path.name}{PARTIAL}")
+    with refusals_named(path):
+        with anew.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        anew.replace(path)
 
 
 class LineFile:

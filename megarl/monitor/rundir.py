@@ -23,7 +23,7 @@ import yaml
 from megarl.config.compose import as_yaml
 from megarl.config.secrets import without_secrets
 from megarl.errors import ConfigError, Problem
-from megarl.monitor.disk import refusals_named, write_file
+from megarl.monitor.disk import PARTIAL, refusals_named, replace_file, write_file
 from megarl.parallel.environment import platform_name, products_name
 
 PACKAGES = (
@@ -46,7 +46,7 @@ _LOCK, _EARLIER, _REPORT = ".lock", "earlier_starts", "report.txt"
 _WRITTEN = frozenset(
     {
         *("config.yaml", "overrides.yaml", "environment.txt", "plan.txt", _REPORT, "console.log"),
-        *("metrics.jsonl", "tensorboard", "wandb", "trace.json", "rollouts", "checkpoints"),
+        *("metrics.jsonl", f"metrics.jsonl{PARTIAL}", "tensorboard", "wandb", "trace.json", "rollouts", "checkpoints"),
         *("reward_failures.txt", "reward_printed.txt"),
     }
 )
@@ -122,7 +122,9 @@ def forget_later_steps(path: Path, step: int) -> None:
     if file.is_file():
         text = file.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        write_file(file, "".join(line for line in lines if int(json.loads(line)["step"]) <= step))
+        kept = "".join(line for line in lines if int(json.loads(line)["step"]) <= step)
+        if kept != text:
+            replace_file(file, kept)
     if curves.is_dir() and find_spec("tensorboard") is not None:
         for events in sorted(curves.glob("events.out.tfevents.*")):
             _forget_later_points(events, step)

@@ -31,17 +31,21 @@ PPO = (
 
 @dataclass(frozen=True)
 class Point:
-    """Where a process is killed, as kills/sitecustomize.py reads it. rank: ``-``, Ray's controller, is none."""
+    """Where a process is killed, as kills/sitecustomize.py reads it. rank: ``-``, Ray's controller, is none.
+
+    victim: the name of the process that is killed instead.
+    """
 
     rank: str
     function: str
     call: int
     when: str = "before"
+    victim: str = ""
 
     @property
     def environ(self) -> dict[str, str]:
         """The variable that says so."""
-        return {"MEGARL_TEST_KILL": f"{self.rank}:{self.function}:{self.call}:{self.when}"}
+        return {"MEGARL_TEST_KILL": f"{self.rank}:{self.function}:{self.call}:{self.when}:{self.victim}"}
 
 
 MEGATRON, ADAM = "megarl.train.megatron.optimizer:Optimizer", "torch.optim.adam:adam"
@@ -55,22 +59,46 @@ IN_A_STEP = {
     "a rank in generation": Point("1", f"{VLLM}.generate", 3),
     "the controller's rank after generation": Point("0", f"{VLLM}.generate", 3, "after"),
 }
+
+
+@dataclass(frozen=True)
+class SavePoint:
+    """Where a process is killed in a save. call: of the function, from the save's first. each: its calls a save.
+
+    is_named: whether the checkpoint has its name by then.
+    """
+
+    rank: str
+    function: str
+    call: int = 1
+    when: str = "before"
+    each: int = 1
+    is_named: bool = False
+
+    def after(self, num_saves: int) -> Point:
+        """Return the Point in the save after so many others of the same start."""
+        return Point(self.rank, self.function, self.each * num_saves + self.call, self.when)
+
+
 FOLDER, WRITE = "megarl.checkpoint.folder:CheckpointFolder", "megarl.checkpoint.tensor_file:write_tensors"
-# Of the third save, where a rank writes actor, critic and random states each time.
+INDEX = "megarl.weights.hf_export:_write_index"
+STATE = "megarl.checkpoint.trainer_state:write_trainer_state"
+MANIFEST = "megarl.checkpoint.manifest:write_manifest"
+# A rank writes actor, critic and random states each time, the controller's the indices of two models.
 IN_A_SAVE = {
-    "before the folder is made": Point("0", f"{FOLDER}.begin", 3),
-    "once the folder is made": Point("0", f"{FOLDER}.begin", 3, "after"),
-    "a rank before the models are exported": Point("1", "megarl.ranks.worker:Worker.save", 3),
-    "between the models": Point("0", "megarl.weights.hf_export:_write_index", 5),
-    "a rank before its first state": Point("1", WRITE, 7),
-    "a rank after its first state": Point("1", WRITE, 7, "after"),
-    "a rank after its last state": Point("1", WRITE, 9, "after"),
-    "before the controller's state": Point("0", "megarl.checkpoint.trainer_state:write_trainer_state", 3),
-    "before the manifest": Point("0", "megarl.checkpoint.manifest:write_manifest", 3),
-    "after the manifest, before the name": Point("0", "megarl.checkpoint.manifest:write_manifest", 3, "after"),
-    "after the name, before the link": Point("0", f"{FOLDER}._link", 3),
-    "before what doesn't stay is removed": Point("0", f"{FOLDER}.prune", 3),
-    "after what doesn't stay is removed": Point("0", f"{FOLDER}.prune", 3, "after"),
+    "before the folder is made": SavePoint("0", f"{FOLDER}.begin"),
+    "once the folder is made": SavePoint("0", f"{FOLDER}.begin", when="after"),
+    "a rank before the models are exported": SavePoint("1", "megarl.ranks.worker:Worker.save"),
+    "between the models": SavePoint("0", INDEX, 1, "after", each=2),
+    "a rank before its first state": SavePoint("1", WRITE, 1, each=3),
+    "a rank after its first state": SavePoint("1", WRITE, 1, "after", each=3),
+    "a rank after its last state": SavePoint("1", WRITE, 3, "after", each=3),
+    "before the controller's state": SavePoint("0", STATE),
+    "before the manifest": SavePoint("0", MANIFEST),
+    "after the manifest, before the name": SavePoint("0", MANIFEST, when="after"),
+    "after the name, before the link": SavePoint("0", f"{FOLDER}._link", is_named=True),
+    "before what doesn't stay is removed": SavePoint("0", f"{FOLDER}.prune", is_named=True),
+    "after what doesn't stay is removed": SavePoint("0", f"{FOLDER}.prune", when="after", is_named=True),
 }
 NUM_SEEDS = 3
 
@@ -98,26 +126,35 @@ class Runs:
             self._clean[key] = self.folder / "runs" / name
         return self._clean[key]
 
-    def killed_and_resumed(self, command: list[str], name: str, point: Point) -> Path:
-        """Return the folder of a run that was killed, and went on to its end."""
-        struck = self.folder / f"struck.{name}"
-        before = shared_memory()
+    def killed(self, command: list[str], name: str, point: Point) -> Path:
+        """Return the folder of a run that was killed, all of whose checkpoints are whole, and nothing else left."""
+        folder = self.folder / "runs" / name
+        struck, before = self.folder / f"struck.{name}", shared_memory()
+        struck.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir="/tmp") as temp:  # short, for Ray's sockets
             environ = point.environ | {"MEGARL_TEST_STRUCK": str(struck), "TMPDIR": temp}
             killed = self.go(command, name, environ)
         assert struck.is_file() and killed.code != 0, killed.output
         assert killed.processes == () and shared_memory() == before
-        folder = self.folder / "runs" / name
         for step in (checkpoints := CheckpointFolder(folder / "checkpoints")).steps():
-            verified_state(checkpoints.of(step))  # whole, or not there
+            verified_state(checkpoints.of(step))
+        return folder
+
+    def resumed(self, command: list[str], name: str) -> Path:
+        """Return the folder of a run that was killed, and went on to its end."""
         resumed = self.go(command, name)
         assert resumed.code == 0, resumed.output
         assert "going on after step" in resumed.stdout
-        return folder
+        return self.folder / "runs" / name
 
     def assert_equal(self, command: list[str], name: str, point: Point) -> None:
         """Compare a run that was killed and went on with one that never was, to the bit."""
-        whole, folder = self.clean(command), self.killed_and_resumed(command, name, point)
+        self.killed(command, name, point)
+        self.assert_ends_like_clean(command, name)
+
+    def assert_ends_like_clean(self, command: list[str], name: str) -> None:
+        """Have a run that was killed go on, and compare it with one that never was, to the bit."""
+        whole, folder = self.clean(command), self.resumed(command, name)
         assert [line["step"] for line in lines_of(folder)] == list(range(1, NUM_STEPS + 1))
         assert lines_of(folder) == lines_of(whole)
         left, expected = ({path.name for path in (f / "checkpoints").iterdir()} for f in (folder, whole))
@@ -149,10 +186,17 @@ def test_a_process_killed_in_a_step_costs_the_steps_since_the_last_save_alone(ru
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("number", "where"), list(enumerate(IN_A_SAVE)), ids=IN_A_SAVE)
-def test_a_process_killed_in_a_save_leaves_whole_checkpoints_alone(runs: Runs, number: int, where: str) -> None:
-    seed = f"trainer.seed={number % NUM_SEEDS}"
-    runs.assert_equal(torchrun(NUM_RANKS, *PPO, seed), name_of(where), IN_A_SAVE[where])
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_a_run_whose_save_is_killed_at_one_point_after_the_other_has_whole_checkpoints_alone(
+    runs: Runs, seed: int
+) -> None:
+    command, name = torchrun(NUM_RANKS, *PPO, f"trainer.seed={seed}"), f"saves_{seed}"
+    saved = 1  # step, by the first start, which is killed while it saves the next one
+    for number, (where, point) in enumerate(list(IN_A_SAVE.items())[seed::NUM_SEEDS]):
+        folder = runs.killed(command, name, point.after(saved if number == 0 else 0))
+        saved += point.is_named
+        assert CheckpointFolder(folder / "checkpoints").steps()[-1] == saved, where
+    runs.assert_ends_like_clean(command, name)
 
 
 SERVED = (*PPO, "actor_rollout_ref.rollout.placement=server")
@@ -172,16 +216,23 @@ def test_a_run_with_engines_of_its_own_goes_on_to_the_bit_with_what_was_sampled_
 def test_a_run_that_samples_all_the_time_goes_on_with_what_it_had_under_way(runs: Runs) -> None:
     command = torchrun(NUM_RANKS, *AHEAD, "trainer.mode=async", "trainer.max_staleness=2")
     point = Point("0", "megarl.controller.served_engines:ServedEngines.take", 4, "after")
-    folder = runs.killed_and_resumed(command, "stream", point)
+    runs.killed(command, "stream", point)
+    folder = runs.resumed(command, "stream")
     lines = lines_of(folder)
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     assert all(0 <= float.fromhex(line["rollout/staleness_max"]) <= 2 for line in lines)
 
 
+IN_AN_UPDATE = "megarl.ranks.worker:Worker.update"
+ON_RAY = {
+    "a rank": Point("1", IN_AN_UPDATE, NUM_STEPS),
+    "the controller": Point("-", "megarl.controller.role_on_ranks:RoleOnRanks.update", NUM_STEPS),
+    "Ray's own process on the node": Point("1", IN_AN_UPDATE, NUM_STEPS, victim="raylet"),
+    "Ray's own process of the cluster": Point("1", IN_AN_UPDATE, NUM_STEPS, victim="gcs_server"),
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("rank", ["1", "-"], ids=["a rank", "the controller"])
-def test_on_ray_a_process_that_is_killed_costs_as_little(runs: Runs, rank: str) -> None:
-    function = (
-        "megarl.ranks.worker:Worker.update" if rank == "1" else "megarl.controller.role_on_ranks:RoleOnRanks.update"
-    )
-    runs.assert_equal(python(*SFT), f"ray_{rank}", Point(rank, function, NUM_STEPS))
+@pytest.mark.parametrize("which", ON_RAY)
+def test_on_ray_a_process_that_is_killed_costs_as_little(runs: Runs, which: str) -> None:
+    runs.assert_equal(python(*SFT), name_of(which), ON_RAY[which])

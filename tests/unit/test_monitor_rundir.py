@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from megarl.errors import ConfigError, ResourceError
-from megarl.monitor.rundir import describe_environment, git_commit, run_folder
+from megarl.monitor.rundir import describe_environment, forget_later_steps, git_commit, run_folder
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -198,6 +199,22 @@ def test_an_interrupt_says_what_is_saved_and_how_to_go_on(tmp_path: Path) -> Non
         f"interrupted before a step was finished; the same command starts again. run folder: {tmp_path / 'd'}"
     )
     assert start(tmp_path / "d") == tmp_path / "d"
+
+
+def test_metrics_of_later_steps_are_forgotten_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    finish_step(tmp_path, step=5)
+    metrics, before = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = metrics.read_text(encoding="utf-8")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"metrics\.jsonl can't be written: File too large"):
+            forget_later_steps(tmp_path, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert metrics.read_text(encoding="utf-8") == whole
+    forget_later_steps(tmp_path, 3)
+    assert metrics.read_text(encoding="utf-8") == "".join(whole.splitlines(keepends=True)[:4])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_environment_names_python_packages_and_machine() -> None:
