@@ -112,6 +112,12 @@ def _minus_one_is_null(value: Any, run: Settings, key: str) -> Any:
     return None if value in (-1, 0) else value
 
 
+def _resume_mode(value: Any, run: Settings, key: str) -> Any:
+    if value == "resume_path":
+        return Noted(run("trainer.resume_from_path"), "a checkpoint of megarl's: those of verl are not read")
+    return "never" if value == "disable" else value
+
+
 def _overlong_prompts(value: Any, run: Settings, key: str) -> Any:
     if run("data.filter_overlong_prompts"):
         return "filter"
@@ -315,6 +321,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "old_rollout_is": _old_rollout_is,
     "overlong_prompts": _overlong_prompts,
     "rejections": _rejections,
+    "resume_mode": _resume_mode,
     "reward_model": _reward_model,
     "same_response_length": _same_response_length,
     "sinks": _sinks,

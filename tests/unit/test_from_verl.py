@@ -178,7 +178,7 @@ def test_values_become_ours(texts: tuple[str, ...], ours: dict[str, Any]) -> Non
         ),
         ((f"{ROLLOUT}.multi_turn.enable=True",), "multi-turn rollouts"),
         ((f"{ACTOR}.megatron.override_transformer_config.num_layers_in_last_pipeline_stage=11",), "stages of other"),
-        (("trainer.resume_mode=auto",), "resuming"),
+        (("trainer.default_hdfs_dir=hdfs://saves",), "saves to HDFS"),
         ((f"{CORRECTION}.rollout_rs=seq_max_k2", f"{CORRECTION}.rollout_rs_threshold=1"), "rejection by seq_max_k2"),
         (("no.such.key=1",), "isn't known"),
     ],
@@ -193,7 +193,7 @@ def test_what_is_not_there_is_named(texts: tuple[str, ...], what: str) -> None:
         "actor_rollout_ref.model.lora.rank=0",
         f"{ROLLOUT}.multi_turn.enable=False",
         f"{ROLLOUT}.expert_parallel_size=1",
-        "trainer.resume_mode=disable",
+        "trainer.max_critic_ckpt_to_keep=3",
         "reward_model.enable=False",
         "reward_model.reward_manager=naive",
         "trainer.balance_batch=True",
@@ -210,6 +210,18 @@ def test_what_asks_for_nothing_is_no_override(text: str) -> None:
     assert not found.ours
     assert not found.missing
     assert any(line.startswith(text.partition("=")[0]) for line in found.unused)
+
+
+@pytest.mark.parametrize(
+    ("texts", "resume"),
+    [
+        (("trainer.resume_mode=auto",), "auto"),
+        (("trainer.resume_mode=disable",), "never"),
+        (("trainer.resume_mode=resume_path", "trainer.resume_from_path=old/global_step_5"), "old/global_step_5"),
+    ],
+)
+def test_where_a_run_goes_on_from_is_said_by_one_key(texts: tuple[str, ...], resume: str) -> None:
+    assert of(*texts).ours["trainer.resume"] == resume
 
 
 def test_grpo_without_kl_is_said_by_name() -> None:
@@ -246,7 +258,7 @@ def test_a_dense_run_passes_the_checks() -> None:
 def test_a_run_with_experts_passes_the_checks_and_names_what_is_missing_and_open() -> None:
     found = script("experts_dapo.sh")
     assert problems(found) == []
-    assert set(found.missing) == {"trainer.resume_mode"}
+    assert set(found.missing) == {"trainer.default_hdfs_dir"}
     assert found.opened == ["trainer.experiment_name=run_$(date +%Y%m%d)"]
     expected = {
         f"{ACTOR}.ppo_max_token_len_per_gpu": 20480,

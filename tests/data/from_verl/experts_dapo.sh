@@ -82,5 +82,6 @@ fi
     trainer.nnodes="${NNODES}" \
     trainer.experiment_name=run_$(date +%Y%m%d) \
     trainer.resume_mode=auto \
+    trainer.default_hdfs_dir=hdfs://saves \
     "${EXTRA[@]}" \
     "$@" 2>&1 | tee run.log
