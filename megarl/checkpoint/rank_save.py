@@ -88,7 +88,7 @@ class RankSave:
     def _add(self, write: Callable[[], FileRecord]) -> None:
         """Add a file, or the first reason why the disk refuses one: all ranks come to the end of a save."""
         try:
-            with refusals_named(self.folder):
+            with refusals_named(self.folder / FOLDER):
                 self._files.append(write())
         except ResourceError as error:
             self._failure = self._failure or str(error)

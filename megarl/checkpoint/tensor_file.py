@@ -29,7 +29,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Fil
     text += b" " * (-len(text) % _ALIGNMENT)
     digest, num_bytes = hashlib.sha256(), 0
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # alone: on a node that doesn't see the folder above, it would be another one
     with path.open("xb") as file:
         for content in _contents(text, tensors.values()):
             digest.update(content)

@@ -29,7 +29,7 @@ def refusals_named(path: Path) -> Iterator[None]:
         was_removed = error.errno == errno.ENOENT and not path.parent.exists()
         if error.errno not in _REFUSALS and not was_removed:
             raise
-        why = "its folder was removed" if was_removed else os.strerror(error.errno or 0)
+        why = "its folder was removed, or this node doesn't see it" if was_removed else os.strerror(error.errno or 0)
         raise ResourceError(
             f"{path} can't be written: {why}; {_room(path)}. "
             "fix: make room, or point trainer.run_dir at a disk that can be written"

@@ -83,22 +83,24 @@ def run_folder(
         write_file(path / "environment.txt", describe_environment())
         yield path
     except KeyboardInterrupt as interrupt:  # a Preempted as well
-        interrupt.add_note(after_interrupt(path, model_key))
+        interrupt.add_note(_after_interrupt(path, model_key, may_go_on))
         raise
     finally:
         os.close(lock)
 
 
-def after_interrupt(path: Path, model_key: str) -> str:
+def _after_interrupt(path: Path, model_key: str, may_go_on: bool) -> str:
     """Return a line on what an interrupted run has saved, and how to go on."""
     step, saved = last_step(path), _last_checkpoint(path)
     if step < 1 and saved is None:
         return f"interrupted before a step was finished; the same command starts again. run folder: {path}"
     text = f"interrupted after step {step}; its metrics are in {path}"
     if saved is None:
-        return f"{text}; nothing was saved (trainer.save_freq says when it is): the same command starts again"
+        again = "starts again" if may_go_on else "starts again with another trainer.run_dir"
+        return f"{text}; nothing was saved (trainer.save_freq says when it is): the same command {again}"
     if (saved / "state").is_dir():
-        return f"{text}; {saved.name} is saved: the same command with trainer.run_dir={path} goes on after it"
+        resume = "" if may_go_on else " trainer.resume=auto"
+        return f"{text}; {saved.name} is saved: the same command with trainer.run_dir={path}{resume} goes on after it"
     critic = f" critic.model.path={saved / 'critic'}" if (saved / "critic").is_dir() else ""
     return f"{text}; weights of {saved.name} are saved: go on from them with {model_key}={saved}{critic}"
 

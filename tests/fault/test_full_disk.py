@@ -38,8 +38,12 @@ SFT = ("-m", "megarl.main_sft", "--config-dir=.", "--config-name=sft", "trainer.
 TOO_SMALL = 100_000  # bytes: less than the weights, and than the state of a rank
 
 
-def save(role: Role, folder: Path, models: bool, refused: tuple[int, ...]) -> SavedPart:
-    """Save on ranks of which some may not write files as large as what they have to. Collective."""
+def save(role: Role, folder: Path, models: bool, refused: tuple[int, ...], blind: tuple[int, ...] = ()) -> SavedPart:
+    """Save on ranks of which some may not write files as large as what they have to. Collective.
+
+    blind: ranks of nodes that have another disk where the others see the folder.
+    """
+    folder = folder / "elsewhere" if dist.get_rank() in blind else folder
     worker = Worker(RankSpec((role,), seed=0, hang_timeout_s=60.0), torch.device("cpu"))
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() in refused:
@@ -81,6 +85,17 @@ def test_every_rank_comes_to_the_end_of_a_save_that_the_disk_refuses_some(
         assert said is not None and "model.safetensors can't be written" in said and "bytes free" in said
     else:
         assert parts[0].failure is None and parts[1].failure is not None
+
+
+def test_a_rank_that_does_not_see_the_folder_makes_no_other_one(
+    tiny_task: Path, tmp_path: Path, pool: RankPool
+) -> None:
+    write_weights(tiny_task / "model")
+    role = role_on(Layout(2, tp=2), tiny_task / "model", training=TRAINING)
+    there, blind = pool.run(save, role, tmp_path, False, (), (1,), world_size=2)
+    assert there.failure is None
+    assert blind.failure is not None and "this node doesn't see it" in blind.failure
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_rollouts_that_the_disk_refuses_are_named_with_path_and_bytes(tmp_path: Path) -> None:

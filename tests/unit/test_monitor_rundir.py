@@ -167,10 +167,10 @@ def test_a_folder_that_can_not_be_written_is_named_in_one_line_with_its_room() -
     assert "\n" not in str(e.value)
 
 
-def interrupted(path: Path, *left: str) -> str:
+def interrupted(path: Path, *left: str, may_go_on: bool = True) -> str:
     """Interrupt a run that has left some folders and two finished steps; return what is said."""
     try:
-        with run_folder(path, {}, [], "model.path") as folder:
+        with run_folder(path, {}, [], "model.path", may_go_on=may_go_on) as folder:
             for name in left:
                 (folder / "checkpoints" / name).mkdir(parents=True)
                 finish_step(folder, step=2)
@@ -194,7 +194,11 @@ def test_an_interrupt_says_what_is_saved_and_how_to_go_on(tmp_path: Path) -> Non
     assert interrupted(tmp_path / "e", "step_2/state").endswith(
         f"; step_2 is saved: the same command with trainer.run_dir={tmp_path / 'e'} goes on after it"
     )
+    assert interrupted(tmp_path / "never", "step_2/state", may_go_on=False).endswith(
+        f"trainer.run_dir={tmp_path / 'never'} trainer.resume=auto goes on after it"
+    )
     assert "nothing was saved (trainer.save_freq" in interrupted(tmp_path / "c", "step_2.partial")
+    assert interrupted(tmp_path / "f", "step_2.partial", may_go_on=False).endswith("with another trainer.run_dir")
     assert interrupted(tmp_path / "d") == (
         f"interrupted before a step was finished; the same command starts again. run folder: {tmp_path / 'd'}"
     )
