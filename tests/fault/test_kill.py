@@ -199,6 +199,13 @@ def test_a_run_whose_save_is_killed_at_one_point_after_the_other_has_whole_check
     runs.assert_ends_like_clean(command, name)
 
 
+@pytest.mark.long
+def test_a_run_that_is_killed_while_it_saves_in_the_background_goes_on_to_the_bit(runs: Runs) -> None:
+    command = torchrun(NUM_RANKS, *SFT, "trainer.save_freq=1", "trainer.async_save=true")
+    # A rank writes its actor and random states: this is the first file of the third save.
+    runs.assert_equal(command, "background", Point("1", WRITE, 5, "after"))
+
+
 SERVED = (*PPO, "actor_rollout_ref.rollout.placement=server")
 AHEAD = (*SERVED, "trainer.mode=one_step_off", "algorithm.rollout_correction.preset=token_tis")
 
