@@ -239,3 +239,15 @@ def test_transformer_engines_adam_keeps_half_a_main_parameter_and_moments_of_the
         checked = check_ppo(values, files_may_be_missing=True)
         kept.append(static_of(planned(checked, device("h100", 8)).roles[0], 0).optimizer)
     assert [size * 12 / kept[0] for size in kept] == [3 * FP32, BF16 + BF16 + FP32, 3 * BF16]
+
+
+def test_buckets_that_are_reduced_early_hold_so_many_parameters_or_one_more() -> None:
+    section = {f"{ACTOR}.overlap_grad_reduce": True, f"{ACTOR}.overlap_param_gather": True}
+    split = planned(composed_values(**section | {f"{ACTOR}.ddp_bucket_size": 1}))
+    (line,) = [line for line in plan_text(split).splitlines() if "during the backward pass" in line]
+    actor = split.roles[0]
+    numel = sum(len(chunk) for chunk in chunk_parameters(actor.shape, actor.layout, 0))
+    assert f"{numel} buckets of the first stage" in line and "gathered during the next forward pass" in line
+    whole = planned(composed_values(**section))
+    assert "1 bucket of the first stage" in plan_text(whole), "the tiny model has fewer parameters than a bucket holds"
+    assert "during the backward pass" not in plan_text(planned(composed_values()))
