@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megarl.checkpoint.manifest import files_of
@@ -83,6 +84,25 @@ def load(
     state, found = state_of(backend), backend.counts()
     (metrics,) = update(Actor(backend), batch, SFT).metrics
     return state, found, metrics
+
+
+def go_back(role: Role, batch: PolicyBatch, folder: Path) -> tuple[bool, UpdateCounts, list[Metrics]]:
+    """Save, train on, and take up again what was saved.
+
+    Return whether the state is that of the save, its counts, and the metrics of the step after the save, both times.
+    """
+    backend = backend_on_rank(role)
+    actor = Actor(backend)
+    update(actor, batch, SFT, STEPS)
+    state, counts = state_of(backend), backend.counts()
+    RankSave(folder, {"actor": backend}, backend.device, in_background=False)
+    dist.barrier()  # what one rank reads others have written
+    after = [update(actor, batch, SFT, STEPS).metrics[0]]
+    backend.load(SavedRole(folder, "actor"), counts)
+    found = state_of(backend)
+    is_as_saved = found.keys() == state.keys() and all(found[name].equal(state[name]) for name in state)
+    counts = backend.counts()
+    return is_as_saved, counts, [*after, *update(actor, batch, SFT).metrics]
 
 
 def gathered(role: Role, ranks: list[Rectangles]) -> Rectangles:
@@ -169,6 +189,18 @@ def test_a_state_moves_between_layouts_and_optimizers_to_the_bit(
     (other,) = summed([[metrics] for _, _, metrics in loaded], after.layout)
     assert (other["loss"], other["grad_norm"]) == pytest.approx((one["loss"], one["grad_norm"]), rel=1e-6)
     assert other["lr"] == one["lr"]
+
+
+@pytest.mark.parametrize("optimizer", ["distributed", "replicated"])
+@pytest.mark.parametrize("layout", ["dp2", "tp4", "fsdp2"])
+def test_ranks_that_have_gone_on_take_up_what_they_saved_and_step_as_they_did(
+    ranks: RankPool, reference: Callable[..., Reference], tmp_path: Path, layout: str, optimizer: str
+) -> None:
+    found = reference("qwen2-tied")
+    role = _role(LAYOUTS[layout], found.folder, optimizer)
+    for is_as_saved, counts, (first, again) in ask(ranks, go_back, role, found.rollouts, tmp_path):
+        assert is_as_saved and counts == UpdateCounts(STEPS, STEPS)
+        assert again == first
 
 
 def test_every_element_is_written_by_one_rank_and_ranks_share_the_writing(
