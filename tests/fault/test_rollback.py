@@ -1,4 +1,4 @@
-"""Losses of a step are NaN in the middle of a run: it goes back to its last checkpoint, and on with the next prompts."""
+"""The losses of a step are NaN: a run goes back to its last checkpoint, and on with the next prompts."""
 
 from __future__ import annotations
 
