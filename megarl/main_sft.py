@@ -52,7 +52,7 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
         write_file(run_dir / "plan.txt", plan + "\n")
         print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
         shown = without_secrets(values, overrides)
-        resumption = find_resumption(config.trainer, run_dir, shown, overrides)
+        resumption = find_resumption(config.trainer, run_dir, shown, overrides, inputs.data)
         if is_finished(resumption, inputs.num_steps, run_dir):
             dismiss_ranks()
             return

@@ -27,7 +27,7 @@ class TrainerState:
     kl_controller: None where no rollouts are made. updates: of each role that is trained. config: of the run, resolved.
     metrics: of the step. before: the value of the validation before training, None where there was none. ahead: the
     rollouts of the next step, in a file of their own; what is read has none. skipped_in_a_row: steps up to this one
-    that skipped an optimizer step.
+    that skipped an optimizer step. data: the fingerprint of what is trained on.
     """
 
     step: int
@@ -39,6 +39,7 @@ class TrainerState:
     before: float | None = None
     ahead: RolloutsAhead | None = None
     skipped_in_a_row: int = 0
+    data: str = ""
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:
@@ -56,6 +57,7 @@ def write_trainer_state(folder: Path, state: TrainerState) -> None:
         "metrics": {name: value for name, value in state.metrics.items() if math.isfinite(value)},
         "before": state.before,
         "skipped_in_a_row": state.skipped_in_a_row,
+        "data": state.data,
     }
     partial = folder / f"{FILE_NAME}.partial"
     with partial.open("w") as file:
@@ -86,6 +88,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
         fields.get("metrics") or {},
         fields.get("before"),
         skipped_in_a_row=_count(path, fields, "skipped_in_a_row"),
+        data=str(fields.get("data")),
     )
 
 

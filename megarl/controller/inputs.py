@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, cast
 
 from megarl.checks.backends import notes_on_backend
@@ -11,6 +13,7 @@ from megarl.checks.data_files import check_rewarded
 from megarl.checks.rules import require
 from megarl.checks.run import CheckedRun, schedule_problems
 from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.data.fingerprint import fingerprint
 from megarl.data.mixing import MixedOrder
 from megarl.data.order import Order
 from megarl.data.prompts import Overlong, load_prompts
@@ -44,6 +47,14 @@ class PPOInputs:
     notes: tuple[str, ...]
     roles: tuple[Role, ...]
 
+    @cached_property
+    def data(self) -> str:
+        """The prompts and what their rewards need, as a fingerprint."""
+        return fingerprint(
+            (p.token_ids, json.dumps([p.data_source, p.ground_truth, p.extra_info], default=repr))
+            for p in self.train_prompts
+        )
+
 
 @dataclass(frozen=True)
 class SFTInputs:
@@ -55,6 +66,13 @@ class SFTInputs:
     num_steps: int
     roles: tuple[Role, ...]
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def data(self) -> str:
+        """The examples, as a fingerprint."""
+        return fingerprint(
+            (e.token_ids, "".join("01"[is_trained] for is_trained in e.loss_mask)) for e in self.examples
+        )
 
 
 def read_ppo_inputs(checked: CheckedRun[PPOConfig]) -> PPOInputs:

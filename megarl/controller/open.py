@@ -174,7 +174,7 @@ def open_sft_run(
             critic=None,
             publication=None,
             evaluate=DemonstrationLoss(inputs.val_examples, actor, recipe),
-            state=lambda step: TrainerState(step, 0, None, config=values),
+            state=lambda step: TrainerState(step, 0, None, config=values, data=inputs.data),
             saver=saver,
             non_finite=_non_finite(trainer, saver, lambda state: None, resumption),
             schedule=Schedule(inputs.num_steps, _first_step(resumption), save_freq=trainer.save_freq),
@@ -274,7 +274,7 @@ def rollout_run(
             trainer.num_sampled_rollouts,
         ),
         state=lambda step: TrainerState(
-            step, publication.policy_version, recipe.kl_controller, config=values, ahead=ahead()
+            step, publication.policy_version, recipe.kl_controller, config=values, ahead=ahead(), data=inputs.data
         ),
         saver=saver,
         non_finite=_non_finite(trainer, saver, restore_kl, resumption),

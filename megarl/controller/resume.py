@@ -66,7 +66,7 @@ class Resumption:
 
 
 def find_resumption(
-    trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], overrides: Sequence[str]
+    trainer: SFTTrainerConfig, run_dir: Path, values: Mapping[str, Any], overrides: Sequence[str], data: str
 ) -> Resumption | None:
     """Return the Resumption of a run, None where it starts anew. Every byte of the checkpoint is verified first.
 
@@ -86,7 +86,9 @@ def find_resumption(
         return None
     if not found.state.updates:
         raise CheckpointError(f"{found.folder} has no state to go on from: it was saved without; start from its model")
-    changes = list(_changes(found.state.config, values))
+    changes = [*_changes(found.state.config, values)]
+    if not any(_decides_on_rows(change.key) for change in changes):
+        changes += _changed_rows(found.state, values, data)
     unseen = [change for change in changes if not _is_typed(change.key, overrides)]
     if unseen:
         raise ConfigError(unseen)
@@ -157,6 +159,19 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Probl
             was = f"was {before.get(key)!r} in the run that was saved"
             fix = "give the earlier value, type the new one as an override if it is meant, or trainer.resume=never"
             yield Problem(key, after.get(key), was, fix)
+
+
+def _decides_on_rows(key: str) -> bool:
+    """Whether another value of a key may be why other rows are trained on, or other tokens of them."""
+    return key.startswith(("data.", "model.")) or ".model." in key
+
+
+def _changed_rows(state: TrainerState, values: Mapping[str, Any], data: str) -> Iterator[Problem]:
+    """Yield a problem where files have other rows than when the run was saved."""
+    if state.data != data:
+        was = f"has {data}, and had {state.data} in the run that was saved"
+        fix = "give the earlier files, type data.train_files as an override if it is meant, or trainer.resume=never"
+        yield Problem("data.train_files", values["data"]["train_files"], was, fix)
 
 
 def _may_differ(key: str) -> bool:

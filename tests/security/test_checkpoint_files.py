@@ -166,7 +166,7 @@ def test_a_pipe_is_refused_and_waited_for_by_nobody(newest: Path) -> None:
 
 def _resume(run_dir: Path, trainer: SFTTrainerConfig, **fields: object) -> object:
     section = type(trainer)(**{**vars(trainer), **fields})
-    return find_resumption(section, run_dir, CONFIG, [])
+    return find_resumption(section, run_dir, CONFIG, [], "")
 
 
 @pytest.mark.parametrize("resume", ["auto", "run", "checkpoint"])
@@ -174,10 +174,11 @@ def test_a_run_does_not_go_on_from_a_harmed_checkpoint(
     run_dir: Path, newest: Path, trainer: SFTTrainerConfig, resume: str
 ) -> None:
     from_where = {"auto": "auto", "run": str(run_dir), "checkpoint": str(newest)}[resume]
-    assert _resume(run_dir, trainer, resume=from_where) is not None
+    in_folder = run_dir if resume == "auto" else run_dir.with_name("another")
+    assert _resume(in_folder, trainer, resume=from_where) is not None
     flip(newest / STATE[0], 0.5)
     with pytest.raises(CheckpointError, match=STATE[0]):
-        _resume(run_dir, trainer, resume=from_where)
+        _resume(in_folder, trainer, resume=from_where)
 
 
 @pytest.mark.parametrize("name", FILES)

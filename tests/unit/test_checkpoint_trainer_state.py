@@ -25,6 +25,7 @@ STATE = TrainerState(
     metrics={"val/reward_mean": 1 / 3},
     before=0.1,
     skipped_in_a_row=2,
+    data="24 rows",
 )
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -18,6 +18,7 @@ from megarl.errors import CheckpointError, ConfigError
 from megarl.train.held_state import UpdateCounts
 from tests.unit.composed_configs import sft_config
 
+DATA = "24 rows with SHA-256 0123"
 CONFIG: dict[str, Any] = {
     "data": {"train_files": ["a.parquet"], "val_files": ["b.parquet"], "train_batch_size": 8},
     "actor_rollout_ref": {
@@ -54,7 +55,7 @@ def save(run_dir: Path, step: int, *, updates: Mapping[str, UpdateCounts] | None
     folder = CheckpointFolder(run_dir / "checkpoints")
     partial = folder.begin(step)
     counts = {"actor": UpdateCounts(step, step)} if updates is None else updates
-    write_trainer_state(partial, TrainerState(step, step, None, counts, changed("trainer.resume", resume)))
+    write_trainer_state(partial, TrainerState(step, step, None, counts, changed("trainer.resume", resume), data=DATA))
     return folder.commit(partial, step, [hashed(partial, FILE_NAME)], is_last=False)
 
 
@@ -65,7 +66,7 @@ def with_fields(trainer: SFTTrainerConfig, **fields: object) -> SFTTrainerConfig
 
 def found_in(run_dir: Path, trainer: SFTTrainerConfig, **fields: object) -> Resumption | None:
     """Return what a run of the same configuration goes on from."""
-    return find_resumption(with_fields(trainer, **fields), run_dir, CONFIG, [])
+    return find_resumption(with_fields(trainer, **fields), run_dir, CONFIG, [], DATA)
 
 
 def test_a_run_without_checkpoints_starts_anew(tmp_path: Path, trainer: SFTTrainerConfig) -> None:
@@ -165,7 +166,7 @@ def test_what_does_not_change_the_run_may_differ(
     tmp_path: Path, trainer: SFTTrainerConfig, key: str, value: object
 ) -> None:
     save(tmp_path, 2)
-    assert find_resumption(trainer, tmp_path, changed(key, value), []) is not None
+    assert find_resumption(trainer, tmp_path, changed(key, value), [], DATA) is not None
 
 
 @pytest.mark.parametrize(
@@ -184,10 +185,23 @@ def test_what_changes_the_run_unseen_is_an_error_and_told_where_it_was_typed(
 ) -> None:
     save(tmp_path, 2)
     with pytest.raises(ConfigError) as error:
-        find_resumption(trainer, tmp_path, changed(key, value), ["trainer.total_epochs=9"])
+        find_resumption(trainer, tmp_path, changed(key, value), ["trainer.total_epochs=9"], DATA)
     assert key in str(error.value) and "in the run that was saved" in str(error.value)
-    assert find_resumption(trainer, tmp_path, changed(key, value), [f"{key}={value}"]) is not None
+    assert find_resumption(trainer, tmp_path, changed(key, value), [f"{key}={value}"], DATA) is not None
     assert f"  {key}" in capsys.readouterr().out
+
+
+def test_files_with_other_rows_change_the_run_unseen(
+    tmp_path: Path, trainer: SFTTrainerConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 2)
+    other = DATA.replace("24", "25")
+    with pytest.raises(ConfigError, match=r"data\.train_files = .*: has 25 rows with .*, and had 24 rows with"):
+        find_resumption(trainer, tmp_path, CONFIG, [], other)
+    assert find_resumption(trainer, tmp_path, CONFIG, ["data.train_files=[a.parquet]"], other) is not None
+    assert "  data.train_files" in capsys.readouterr().out
+    batch_size = changed("data.train_batch_size", 16), ["data.train_batch_size=16"]
+    assert find_resumption(trainer, tmp_path, *batch_size, other) is not None
 
 
 def test_a_run_that_has_all_its_steps_is_finished(
