@@ -138,9 +138,10 @@ class Run(Generic[S]):
         self._metrics |= metrics
 
     def steps(self) -> Iterator[int]:
-        """Yield every step, counted from 1; validate, save and log around them.
+        """Yield every step, counted from 1; validate, log and save after them.
 
-        Where the machine is wanted back, the step is the last one: it is saved at once, a validation is left out.
+        The time of a save is told with the next step. Where the machine is wanted back, the step is the last one: it
+        is saved at once, a validation is left out.
         """
         schedule, timed = self.schedule, self.stopwatch.timed
         if schedule.val_before_train and schedule.first == 1:
@@ -162,11 +163,11 @@ class Run(Generic[S]):
             if is_last or (schedule.is_due(schedule.test_freq, step) and not self._is_preempted):
                 with timed("validate"):
                     self._evaluate(step)
+            metrics = self._log(step)  # before the save: who goes on from it does not take the step again
             is_save_due = schedule.is_due(schedule.save_freq, step) or self.saver.is_due()
             if self._is_preempted or (is_save_due and not is_last):
                 with timed("save"):
-                    self._save(step, self._metrics)
-            metrics = self._log(step)
+                    self._save(step, metrics)
             self.saver.poll()
             if self._is_preempted:
                 self.saver.finish()

@@ -127,7 +127,7 @@ def test_a_save_that_the_disk_has_no_room_for_leaves_the_one_before_whole(
     assert str(checkpoints.path) in finished.stderr and "bytes free" in finished.stderr, finished.output
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if on_save_failure == "stop":
-        assert finished.code == 1 and "ResourceError: " in finished.stderr and steps == [1]
+        assert finished.code == 1 and "ResourceError: " in finished.stderr and steps == [1, 2]
     else:
         assert finished.code == 0 and "step 2 is not saved: " in finished.stderr and steps == [1, 2, 3]
 

@@ -171,13 +171,13 @@ class Opened:
         return [step for step, metrics in self.sink.logged.items() if metric in metrics]
 
 
-def test_a_step_is_validated_and_saved_before_it_is_logged(tmp_path: Path) -> None:
+def test_a_step_is_validated_and_logged_before_it_is_saved(tmp_path: Path) -> None:
     opened = Opened(tmp_path, Schedule(3, test_freq=2, save_freq=2, val_before_train=True))
     opened.go()
     assert opened.events == [
         *("evaluate 0", "log 0"),
         *("step 1", "log 1"),
-        *("step 2", "evaluate 2", "save step_2", "log 2"),
+        *("step 2", "evaluate 2", "log 2", "save step_2"),
         *("step 3", "evaluate 3", "log 3", "save step_3"),
     ]
 
@@ -239,7 +239,7 @@ def test_a_run_that_is_asked_to_end_saves_that_step_without_validating_and_takes
         if step == 2:
             opened.preemption.ask("a signal")
     told = "a signal: the run saves at the end of this step, and ends; a second signal ends it at once"
-    assert opened.events == ["step 1", "evaluate 1", "log 1", "step 2", told, "save step_2", "log 2"]
+    assert opened.events == ["step 1", "evaluate 1", "log 1", "step 2", told, "log 2", "save step_2"]
     assert opened.checkpoints.steps() == [2]
     assert not (tmp_path / "checkpoints" / "final").exists()
     with pytest.raises(Preempted):
@@ -267,7 +267,7 @@ def test_every_step_is_logged_with_what_it_was_told_and_not_with_what_another_wa
     assert {step: metrics.get("told") for step, metrics in opened.sink.logged.items()} == {0: None, 1: 1, 2: 2, 3: 3}
     assert opened.steps_with("time_s/step") == [1, 2, 3]
     assert opened.steps_with("time_s/validate") == [2, 3]
-    assert opened.steps_with("time_s/save") == [2]
+    assert opened.steps_with("time_s/save") == [3]  # of the step before
 
 
 def test_a_step_that_fails_is_neither_logged_nor_saved(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_step_that_fails_is_neither_logged_nor_saved(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="lost"):
         lose_step_2()
-    assert opened.events == ["evaluate 1", "save step_1", "log 1"]
+    assert opened.events == ["evaluate 1", "log 1", "save step_1"]
 
 
 def test_sampled_rollouts_are_written_in_every_step_that_has_some(tmp_path: Path) -> None:
