@@ -46,7 +46,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     from megarl.controller.report import final_report
     from megarl.controller.resume import NEVER, find_resumption, is_finished
     from megarl.monitor.disk import write_file
-    from megarl.monitor.rundir import run_folder
+    from megarl.monitor.rundir import run_folder, write_description
 
     algorithm_file = load_algorithm_file(config)
     inputs = read_ppo_inputs(checked)
@@ -58,13 +58,15 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
         may_go_on, model_key = config.trainer.resume != NEVER, "actor_rollout_ref.model.path"
         with run_folder(path, values, overrides, model_key, may_go_on=may_go_on) as run_dir:
             plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan
-            write_file(run_dir / "plan.txt", plan + "\n")
             print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
             shown = without_secrets(values, overrides)
             resumption = find_resumption(config.trainer, run_dir, shown, overrides, inputs.data)
             if is_finished(resumption, inputs.num_steps, run_dir):
                 dismiss_ranks()
                 return
+            if resumption is not None:
+                write_description(run_dir, values, overrides)
+            write_file(run_dir / "plan.txt", plan + "\n")
             observer = observer or Observer()
             with open_run(config, inputs, algorithm_file, rewards, run_dir, shown, resumption, observer) as run:
                 train(run)

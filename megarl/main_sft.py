@@ -43,19 +43,21 @@ def run_sft(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     from megarl.controller.report import final_report
     from megarl.controller.resume import NEVER, find_resumption, is_finished
     from megarl.monitor.disk import write_file
-    from megarl.monitor.rundir import run_folder
+    from megarl.monitor.rundir import run_folder, write_description
 
     inputs = read_sft_inputs(checked)
     plan = no_effect_text(without_effect(checked, inputs.num_steps)) + plan_here(checked)
     path, may_go_on = Path(config.trainer.run_dir).expanduser().absolute(), config.trainer.resume != NEVER
     with run_folder(path, values, overrides, "model.path", may_go_on=may_go_on) as run_dir:
-        write_file(run_dir / "plan.txt", plan + "\n")
         print("\n".join((f"run folder: {run_dir}", plan, *inputs.notes)), flush=True)
         shown = without_secrets(values, overrides)
         resumption = find_resumption(config.trainer, run_dir, shown, overrides, inputs.data)
         if is_finished(resumption, inputs.num_steps, run_dir):
             dismiss_ranks()
             return
+        if resumption is not None:
+            write_description(run_dir, values, overrides)
+        write_file(run_dir / "plan.txt", plan + "\n")
         with open_sft_run(config, inputs, run_dir, shown, resumption) as run:
             train(run)
         report = final_report(run.evaluations, run_dir)

@@ -61,14 +61,15 @@ def run_folder(
     *,
     may_go_on: bool = False,
 ) -> Iterator[Path]:
-    """Yield the folder of a new run, with config.yaml, overrides.yaml and environment.txt in it.
+    """Yield the folder of a new run, with its description in it, or that of a run to go on.
 
     It belongs to this run until the end of the block; no other takes it meanwhile. One with megarl's own name
     (``run_<time>``) that is taken gets a number. In one that the user named, what a start left that finished no step
     is moved to earlier_starts/, and, where a run may go on, what one left that ended early and saved nothing. config:
     resolved, of plain dicts, lists and scalars. overrides: as typed on the command
     line. model_key: of the model that another run would start from; an interrupt gets a note that names it. may_go_on:
-    whether a folder with checkpoints is taken as it is, for the run in it to go on.
+    whether a folder with checkpoints is taken as it is, for the run in it to go on; its description is that of the
+    last start until ``write_description``, so that one which is refused leaves it.
 
     Raises: ConfigError where the path can't be a folder, has files of something else or of a run that finished a step,
     or is another run's; ResourceError where the disk refuses it.
@@ -78,15 +79,20 @@ def run_folder(
     try:
         if not (may_go_on and _last_checkpoint(path)):
             _move_earlier_start(path, may_go_on)
-        write_file(path / "config.yaml", as_yaml(config, overrides))
-        write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
-        write_file(path / "environment.txt", describe_environment())
+            write_description(path, config, overrides)
         yield path
     except KeyboardInterrupt as interrupt:  # a Preempted as well
         interrupt.add_note(_after_interrupt(path, model_key, may_go_on))
         raise
     finally:
         os.close(lock)
+
+
+def write_description(path: Path, config: Mapping[str, object], overrides: Sequence[str]) -> None:
+    """Write what is run in a folder: config.yaml, overrides.yaml and environment.txt. Arguments as of run_folder."""
+    write_file(path / "config.yaml", as_yaml(config, overrides))
+    write_file(path / "overrides.yaml", yaml.safe_dump(without_secrets(list(overrides), overrides)))
+    write_file(path / "environment.txt", describe_environment())
 
 
 def _after_interrupt(path: Path, model_key: str, may_go_on: bool) -> str:

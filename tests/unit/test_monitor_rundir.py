@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megarl.errors import ConfigError, ResourceError
-from megarl.monitor.rundir import describe_environment, forget_later_steps, git_commit, run_folder
+from megarl.monitor.rundir import describe_environment, forget_later_steps, git_commit, run_folder, write_description
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -39,6 +39,15 @@ def test_a_new_folder_holds_config_overrides_and_environment(tmp_path: Path) -> 
         assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == config
         assert yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8")) == ["actor.lr=1e-6"]
         assert (folder / "environment.txt").read_text(encoding="utf-8").startswith("python: ")
+
+
+def test_a_folder_says_what_its_run_was_until_another_start_goes_on(tmp_path: Path) -> None:
+    folder, config = start(tmp_path / "run"), tmp_path / "run" / "config.yaml"
+    (folder / "checkpoints" / "step_3").mkdir(parents=True)
+    with run_folder(folder, {"seed": 2}, [], may_go_on=True):
+        assert yaml.safe_load(config.read_text(encoding="utf-8")) == {"seed": 1}
+        write_description(folder, {"seed": 2}, [])
+    assert yaml.safe_load(config.read_text(encoding="utf-8")) == {"seed": 2}
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
