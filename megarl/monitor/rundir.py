@@ -43,6 +43,7 @@ PACKAGES = (
 _OWN_NAME = re.compile(r"(run_\d{4}(?:_\d\d){5})(?:_\d+)?")
 _CHECKPOINT = re.compile(r"step_(\d+)")
 _LOCK, _EARLIER, _REPORT = ".lock", "earlier_starts", "report.txt"
+_REWRITTEN = ".rewritten"  # no name that TensorBoard reads
 _WRITTEN = frozenset(
     {
         *("config.yaml", "overrides.yaml", "environment.txt", "plan.txt", _REPORT, "console.log"),
@@ -127,6 +128,8 @@ def forget_later_steps(path: Path, step: int) -> None:
     A run goes on after that step, so that it has each one once.
     """
     file, curves = path / "metrics.jsonl", path / "tensorboard"
+    for leftover in (path / f"metrics.jsonl{PARTIAL}", curves / _REWRITTEN):  # of a start that was killed in here
+        leftover.unlink(missing_ok=True)
     if file.is_file():
         text = file.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
@@ -151,7 +154,7 @@ def _forget_later_points(events: Path, step: int) -> None:
     kept = [record for record in records if Event.FromString(record).step <= step]
     if len(kept) == len(records):
         return
-    anew = events.with_name(".rewritten")  # no name that TensorBoard reads
+    anew = events.with_name(_REWRITTEN)
     with refusals_named(anew):
         writer = RecordWriter(anew.open("wb"))
         for record in kept:

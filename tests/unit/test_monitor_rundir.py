@@ -225,6 +225,7 @@ def test_metrics_of_later_steps_are_forgotten_as_a_whole_or_not_at_all(tmp_path:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert metrics.read_text(encoding="utf-8") == whole
+    assert (tmp_path / "metrics.jsonl.partial").exists()
     forget_later_steps(tmp_path, 3)
     assert metrics.read_text(encoding="utf-8") == "".join(whole.splitlines(keepends=True)[:4])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
