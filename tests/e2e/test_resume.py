@@ -64,3 +64,17 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_task: Path, whole: Path) -> 
     assert finished.code == 0, finished.output
     assert f"all {NUM_STEPS} steps are done" in finished.stdout
     assert lines_of(whole) == before
+
+
+@pytest.mark.long
+def test_a_run_that_begins_at_a_checkpoint_of_another_equals_it_from_there_and_goes_on_with_its_own(
+    tiny_task: Path, whole: Path
+) -> None:
+    folder, begin = whole.with_name("begun"), f"trainer.resume={whole / 'checkpoints' / f'step_{SAVED}'}"
+    finished = go(tiny_task, folder, begin)
+    assert finished.code == 0, finished.output
+    assert lines_of(folder) == lines_of(whole)[SAVED:]
+    first, second = (hashes(run_dir / "checkpoints" / f"step_{NUM_STEPS}") for run_dir in (whole, folder))
+    assert first == second and len(first) > 2
+    again = go(tiny_task, folder, begin)
+    assert again.code == 0 and f"all {NUM_STEPS} steps are done" in again.stdout
