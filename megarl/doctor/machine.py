@@ -19,7 +19,7 @@ from megarl.doctor.accelerator import GPU_QUERY, Build, build_of
 from megarl.doctor.limits import Memory
 from megarl.doctor.packages import Package
 
-_SEGMENT = re.compile(r".*-cpushm_\d+|psm_\w+")
+_SEGMENT = re.compile(r".*-cpushm_\d+|psm_\w+|sgl_shm_mq_\w+")
 _SMI_S = 20.0  # a driver that is stuck hangs its tool
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -135,7 +135,7 @@ def read_cores(membership: str) -> tuple[int, float | None]:
 
 
 def read_segments(folder: Path) -> dict[str, int]:
-    """Return the bytes of memory behind each segment that vLLM, or Python's shared memory for it, made in a folder."""
+    """Return the bytes of memory behind each segment in a folder that an engine made, or Python's shared memory for it."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {path.name: path.stat().st_blocks * 512 for path in paths if _SEGMENT.fullmatch(path.name)}
 
