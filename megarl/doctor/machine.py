@@ -135,7 +135,7 @@ def read_cores(membership: str) -> tuple[int, float | None]:
 
 
 def read_segments(folder: Path) -> dict[str, int]:
-    """Return the bytes of memory behind each segment in a folder that an engine made, or Python's shared memory for it."""
+    """Return the bytes of memory behind each segment in a folder that an engine, or Python for one, made."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {path.name: path.stat().st_blocks * 512 for path in paths if _SEGMENT.fullmatch(path.name)}
 
