@@ -294,9 +294,13 @@ def in_the_trainers_ranks(c: PPOConfig) -> str:
 def num_engine_ranks(c: PPOConfig) -> int:
     """Return the number of ranks that engines have, in the trainer's ranks or beside them."""
     rollout = c.actor_rollout_ref.rollout
-    if not is_served(c):
-        return num_ranks(c)
-    return rollout.nnodes * (rollout.n_gpus_per_node or rollout.tensor_model_parallel_size)
+    return rollout.nnodes * engine_ranks_per_node(c) if is_served(c) else num_ranks(c)
+
+
+def engine_ranks_per_node(c: PPOConfig) -> int:
+    """Return the number of ranks on each node of engines in processes of their own."""
+    rollout = c.actor_rollout_ref.rollout
+    return rollout.n_gpus_per_node or rollout.tensor_model_parallel_size
 
 
 def num_engines(c: PPOConfig) -> int:
@@ -304,9 +308,18 @@ def num_engines(c: PPOConfig) -> int:
     return num_engine_ranks(c) // c.actor_rollout_ref.rollout.tensor_model_parallel_size
 
 
+def other_engine_nodes(c: PPOConfig) -> int:
+    """Return the number of nodes of engines in processes of their own, 0 where trainer and engines take one node each.
+
+    They may be the same one: who starts them decides.
+    """
+    nodes = c.actor_rollout_ref.rollout.nnodes
+    return nodes if is_served(c) and max(nodes, c.trainer.nnodes) > 1 else 0
+
+
 def processes_per_node(c: PPOConfig | SFTConfig) -> int:
     """Return the number of ranks on a node, with those of engines beside the trainer's."""
-    beside = num_engine_ranks(c) if isinstance(c, PPOConfig) and is_served(c) else 0
+    beside = engine_ranks_per_node(c) if isinstance(c, PPOConfig) and is_served(c) else 0
     return c.trainer.n_gpus_per_node + beside
 
 

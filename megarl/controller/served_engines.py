@@ -16,7 +16,7 @@ from itertools import count
 
 from megarl.controller.engines import Ended, unheard
 from megarl.errors import PublishError, WorkerError
-from megarl.launchers.engine_processes import EngineLost, EngineProcesses
+from megarl.launchers.engine_processes import EngineLost, RunningEngine
 from megarl.monitor.trace import GENERATE
 from megarl.rollout.engine import UNPUBLISHED
 from megarl.rollout.served import Answer, Ask, Done, Order, Ready, Take, Took, samplings
@@ -37,7 +37,7 @@ class _Seat:
     """
 
     number: int
-    engine: EngineProcesses | None = None
+    engine: RunningEngine | None = None
     is_ready: bool = False
     is_taking: bool = False
     is_gone: bool = False
@@ -71,7 +71,7 @@ class ServedEngines:
 
     def __init__(
         self,
-        start: Callable[[int], EngineProcesses],
+        start: Callable[[int], RunningEngine],
         num_engines: int,
         timeout_s: float,
         tell: Callable[[str], None],
@@ -216,7 +216,7 @@ class ServedEngines:
                 if seat.engine is not None:
                     seat.engine.kill()
 
-    def _hear(self, seat: _Seat, engine: EngineProcesses) -> None:
+    def _hear(self, seat: _Seat, engine: RunningEngine) -> None:
         """Take what an engine says until the end. Raises EngineLost where it dies, or says nothing for too long."""
         with self._changed:
             seat.owes_since_s = time.monotonic()

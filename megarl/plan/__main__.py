@@ -93,9 +93,7 @@ def main() -> None:
         place = _place(checked.config, None if flags.here else name, flags.gpu_memory)
         if flags.kuberay is not None:
             if is_served(checked.config):
-                why = (
-                    "a Ray cluster may place the ranks on another node than the engines, which start beside the command"
-                )
+                why = "the manifest has nodes for ranks alone, and none for engines in processes of their own"
                 fix = in_the_trainers_ranks(checked.config)
                 raise ConfigError([Problem("--kuberay", flags.kuberay, why, fix)])
             _kuberay(checked, place, PPO, rest, flags.kuberay)

@@ -11,7 +11,7 @@ from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
 from megarl.plan.memory import GIB, Phase
-from megarl.plan.publish import PlanningCost, planning_cost
+from megarl.plan.publish import PlanningCost, Traffic, planning_cost
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.step_time import StepTime
 from megarl.plan.topology import Axis, Topology
@@ -117,10 +117,11 @@ def _engine_lines(plan: RunPlan) -> list[str]:
     """Return the line on engines in processes of their own."""
     if not plan.is_served:
         return []
-    ranks, tp = plan.num_engines * plan.engine_tp, plan.engine_tp
+    ranks, tp, nodes = plan.num_engines * plan.engine_tp, plan.engine_tp, plan.engine_nodes
+    where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if nodes else ""
     return [
-        f"engines: {plan.num_engines} of TP {tp}, in {ranks} process{'es' if ranks > 1 else ''} and on as many devices "
-        f"beside the ranks; counted from rank {plan.num_ranks}"
+        f"engines: {plan.num_engines} of TP {tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on as many "
+        f"devices beside the ranks; counted from rank {plan.num_ranks}"
     ]
 
 
@@ -176,6 +177,16 @@ def _items_words(phase: Phase) -> str:
     return ", ".join(f"{item.name} {item.device_bytes / GIB:.1f}" for item in items if item.device_bytes >= 0.05 * GIB)
 
 
+def _crossing_lines(plan: RunPlan, traffic: Traffic) -> list[str]:
+    """Return the line on what crosses to the nodes of engines."""
+    if not plan.engine_nodes:
+        return []
+    return [
+        f"  {traffic.received_across / _GB:.2f} GB cross to each node of engines where the ranks are on others, "
+        f"{traffic.sent_across / _GB:.2f} of them from one rank, over TCP; a fast network is far from full with that"
+    ]
+
+
 def _publish_lines(plan: RunPlan) -> list[str]:
     traffic, shape = plan.traffic, plan.roles[0].shape
     if plan.engine is None:
@@ -186,7 +197,9 @@ def _publish_lines(plan: RunPlan) -> list[str]:
         return [
             f"publish, in GB at most: a rank writes {traffic.sent_within / _GB:.2f} to the host's memory, once for all "
             f"engines; a rank of an engine reads {traffic.received_within / _GB:.2f}",
-            f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host",
+            *_crossing_lines(plan, traffic),
+            f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host"
+            + (f" and {plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes" if plan.engine_nodes else ""),
         ]
     outside = f"{shape.family} is outside of the name map: every rank is given whole tensors, a few at a time"
     return [

@@ -19,7 +19,7 @@ from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, is_served, num_engines, num_ranks
+from megarl.roles import Role, batch_plan, is_served, num_engines, num_ranks, other_engine_nodes
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -43,7 +43,8 @@ class RunPlan:
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
-    their own, whose ranks are counted after the trainer's. num_steps: None where it follows from data files that aren't
+    their own, whose ranks are counted after the trainer's. engine_nodes: those of engines that aren't on the trainer's
+    one node. num_steps: None where it follows from data files that aren't
     here. time: of a step, None in supervised fine-tuning.
     """
 
@@ -61,6 +62,7 @@ class RunPlan:
     engine_tp: int
     num_engines: int
     is_served: bool
+    engine_nodes: int
     phases: tuple[Phase, ...]
     traffic: Traffic | None
     checkpoint: Checkpoint
@@ -90,8 +92,12 @@ class RunPlan:
     @property
     def host_bytes_per_node(self) -> int:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
-        beside = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
-        return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node + beside
+        of_ranks = max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
+        of_engines = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
+        if not self.engine_nodes:
+            return of_ranks + of_engines
+        weights_bytes = self.traffic.received_across if self.traffic else 0
+        return max(of_ranks, of_engines // self.engine_nodes + weights_bytes)
 
 
 def plan_run(
@@ -114,10 +120,11 @@ def plan_run(
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
     engine, engine_tp, traffic, served = None, 1, None, isinstance(c, PPOConfig) and is_served(c)
+    engine_nodes = other_engine_nodes(c) if isinstance(c, PPOConfig) else 0
     if isinstance(c, PPOConfig):
         engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
         if with_traffic and served:
-            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device)
+            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device, engine_nodes)
         elif with_traffic:
             traffic = publish_traffic(actor.shape, actor.layout, engine_tp, b, per_node, device)
     examined = examined_ranks(roles, ranks)
@@ -142,6 +149,7 @@ def plan_run(
         engine_tp=engine_tp,
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
         is_served=served,
+        engine_nodes=engine_nodes,
         phases=phases,
         traffic=traffic,
         checkpoint=_checkpoint(actor.shape, b, sum(_state_bytes(role) for role in roles if role.is_trained)),

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from megarl.errors import MegarlError
-from megarl.ranks.join import join_ranks
+from megarl.ranks.join import join_ranks, tcp_store
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Busy, Failed, Order, Ready, StreamingEngine, Take, Took
 from megarl.rollout.sglang import SglangSpec
@@ -66,7 +66,8 @@ def _hear(connection: Connection, orders: queue.SimpleQueue[Order]) -> None:
 def _serve(
     connection: Connection, orders: queue.SimpleQueue[Order], start: EngineStart, listener: socket.socket | None
 ) -> None:
-    engine, control = _started_sglang(start) if isinstance(start.spec, SglangSpec) else _started(start, listener)
+    is_sglang = isinstance(start.spec, SglangSpec)
+    engine, control = _started_sglang(start, listener) if is_sglang else _started(start, listener)
     is_first = os.environ["RANK"] == "0"
     connection.send(Ready())
     told_s = time.monotonic()
@@ -105,8 +106,8 @@ def _started(start: EngineStart, listener: socket.socket | None) -> tuple[Stream
     return VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, tp, dist.get_rank())), control
 
 
-def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
-    """Return the engine of this process, which starts its ranks itself."""
+def _started_sglang(start: EngineStart, listener: socket.socket | None) -> tuple[StreamingEngine, None]:
+    """Return the engine of this process, which starts its ranks itself and has the store that they meet at."""
     import torch
 
     from megarl.rollout.sglang import SglangStream
@@ -114,7 +115,8 @@ def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
 
     assert isinstance(start.spec, SglangSpec)
     tp, dtype, actor = start.spec.tensor_parallel_size, getattr(torch, start.spec.dtype), start.actor
-    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, tp, dtype)), None
+    store = tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), listener)
+    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, tp, dtype), store), None
 
 
 def _waiting(orders: queue.SimpleQueue[Order], is_busy: bool) -> Iterator[Order]:

@@ -29,10 +29,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+def same(found: list[dict[str, Any]], expected: list[dict[str, Any]], within: float = 1e-6) -> None:
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+        assert one == pytest.approx(other, rel=within, abs=within)
 
 
 def folder_of(cluster: Cluster, name: str) -> Path:
@@ -115,6 +115,18 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_in_another_attempt(
     assert "SIGUSR1: the run saves at the end of this step, and ends" in job.output
     assert f"job {number} is queued again" in job.output and "going on after step" in job.output
     same(metrics(folder / "run"), clean)
+    assert cluster.slurm.processes() == []
+
+
+def test_engines_on_nodes_of_their_own_give_the_same(cluster: Cluster, clean: list[dict[str, Any]]) -> None:
+    """Ranks on two nodes, an engine on each of two others, which see none of the ranks' processes."""
+    folder, rollout = write_tiny_task(folder_of(cluster, "engines")), "actor_rollout_ref.rollout"
+    placed = (f"{rollout}.placement=server", f"{rollout}.nnodes=2", f"{rollout}.tensor_model_parallel_size=1")
+    checked = (*placed, "trainer.nnodes=2", f"{rollout}.verify_publish=always")
+    job = cluster.run(folder, TINY, "--nodes=4", *STEPS, *checked, MEGARL_RUN="run", timeout_s=RUN_S)
+    assert job.state == "COMPLETED", job.output
+    assert "engines: 2 of TP 1, on 2 nodes" in job.output
+    same(metrics(folder / "run"), clean, 1e-5)
     assert cluster.slurm.processes() == []
 
 

@@ -193,8 +193,6 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         "compares with a greedy one",
     ),
     (ASYNC | {"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "takes what is complete"),
-    (SERVED | {f"{ROLLOUT}.nnodes": 2}, [f"{ROLLOUT}.nnodes"], "through the memory of one node"),
-    (SERVED | {"trainer.nnodes": 2}, ["trainer.nnodes"], "through the memory of one node"),
     (
         SERVED | {f"{ROLLOUT}.n_gpus_per_node": 3, f"{ROLLOUT}.{TP}": 2},
         [f"{ROLLOUT}.{TP}"],
@@ -343,22 +341,6 @@ def test_a_broken_rule_is_one_problem_with_its_key_and_what_is_allowed(
     problems = _problems(lambda: require(problems_without_files(ppo_config(**changes))))
     assert [p.key for p in problems] == keys
     assert said in problems[0].allowed
-
-
-@pytest.mark.parametrize(
-    ("name", "placement", "expected"),
-    [
-        ("vllm", "server", f"{ROLLOUT}.placement=colocated"),
-        ("sglang", "colocated", f"{ROLLOUT}.name=vllm"),
-        ("sglang", "server", f"{ROLLOUT}.name=vllm and {ROLLOUT}.placement=colocated"),
-    ],
-)
-def test_engines_that_need_the_trainers_node_can_be_put_into_its_ranks_sglang_by_another_engine(
-    name: str, placement: str, expected: str
-) -> None:
-    changes = {f"{ROLLOUT}.name": name, f"{ROLLOUT}.placement": placement, "trainer.nnodes": 2}
-    [problem] = _problems(lambda: require(problems_without_files(ppo_config(**changes))))
-    assert problem.fix == f"trainer.nnodes=1, or {expected}"
 
 
 @pytest.mark.parametrize("changes", SOUND)
