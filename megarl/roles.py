@@ -297,9 +297,16 @@ def num_engine_ranks(c: PPOConfig) -> int:
     return rollout.nnodes * engine_ranks_per_node(c) if is_served(c) else num_ranks(c)
 
 
+def engines_share_devices(c: PPOConfig) -> bool:
+    """Return whether engines are on the trainer's devices: in its ranks, or beside them in processes of their own."""
+    return not is_served(c) or c.actor_rollout_ref.rollout.n_gpus_per_node == 0
+
+
 def engine_ranks_per_node(c: PPOConfig) -> int:
     """Return the number of ranks on each node of engines in processes of their own."""
     rollout = c.actor_rollout_ref.rollout
+    if rollout.n_gpus_per_node == 0:
+        return c.trainer.n_gpus_per_node
     return rollout.n_gpus_per_node or rollout.tensor_model_parallel_size
 
 

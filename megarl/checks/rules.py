@@ -24,6 +24,7 @@ from megarl.checks.backends import (
     ulysses_splits_the_heads,
 )
 from megarl.checks.modes import (
+    engines_on_the_trainers_devices_rest,
     groups_of_several_versions_are_comparable,
     rollouts_ahead_are_sampled_beside_training,
     rollouts_of_older_weights_are_corrected,
@@ -200,6 +201,7 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     an_engine_replica_divides_the_ranks,
     an_engine_step_holds_its_sequences,
     the_placement_of_engines_is_said_once,
+    engines_on_the_trainers_devices_rest,
     rollouts_ahead_are_sampled_beside_training,
     rollouts_of_older_weights_are_corrected,
     groups_of_several_versions_are_comparable,

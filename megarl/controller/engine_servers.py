@@ -51,7 +51,8 @@ class EngineServers:
         return groups
 
     def rest(self) -> None:
-        """Do nothing: what the engines hold is on devices of their own."""
+        """Have the engines give their memory back, where it is on the trainer's devices."""
+        self.engines.rest()
 
     def publish(self, policy_version: int, *, verify: bool) -> None:
         """Have the ranks write the actor's weights, and the engines read them; and compare checksums if asked."""

@@ -52,7 +52,7 @@ from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
-from megarl.roles import is_served, num_engines, num_ranks
+from megarl.roles import engines_share_devices, is_served, num_engines, num_ranks
 from megarl.types import RewardRequest
 
 
@@ -107,7 +107,8 @@ def open_run(
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
         sinks.stage(3, 3, f"starting {num_ranks(config)} ranks and {num_engines(config)} engines, loading weights")
         preemption = preemption_of(config.trainer, sinks.warn)
-        starter = engine_starter(config, EngineStart(engine, inputs.roles[0])) if is_served(config) else None
+        start = EngineStart(engine, inputs.roles[0], engines_share_devices(config))
+        starter = engine_starter(config, start) if is_served(config) else None
         with (
             _servers(config, starter, sinks) as servers,
             worker_group(spec, config.trainer, preemption) as group,
@@ -124,14 +125,21 @@ def open_run(
         run.raise_if_preempted()
 
 
-def _servers(
-    config: PPOConfig, starter: EngineStarter | None, tracker: Tracker
-) -> AbstractContextManager[ServedEngines | None]:
-    """Start the engines that are in processes of their own, if they are; they load while the ranks do."""
+@contextmanager
+def _servers(config: PPOConfig, starter: EngineStarter | None, tracker: Tracker) -> Iterator[ServedEngines | None]:
+    """Start the engines that are in processes of their own, if they are; they load while the ranks do.
+
+    Those that share the ranks' devices measure what they may take of these, and rest, before there are ranks.
+    """
     if starter is None:
-        return nullcontext()
-    timeout_s = config.trainer.hang_timeout_s
-    return closing(ServedEngines(starter.start, num_engines(config), timeout_s, tracker.warn, tracker.engine))
+        yield None
+        return
+    number, timeout_s, shared = num_engines(config), config.trainer.hang_timeout_s, engines_share_devices(config)
+    engines = ServedEngines(starter.start, number, timeout_s, tracker.warn, tracker.engine, shares_devices=shared)
+    with closing(engines):
+        if shared:
+            engines.wait_until_ready()
+        yield engines
 
 
 def _engines(

@@ -35,7 +35,14 @@ from megarl.parallel.environment import (
     visible_devices,
 )
 from megarl.ranks.spec import EngineStart, RankSpec
-from megarl.roles import engine_ranks_per_node, in_the_trainers_ranks, is_served, num_engine_ranks, num_ranks
+from megarl.roles import (
+    engine_ranks_per_node,
+    engines_share_devices,
+    in_the_trainers_ranks,
+    is_served,
+    num_engine_ranks,
+    num_ranks,
+)
 
 _END_S = 5.0  # from the last save to the end of the process
 
@@ -169,13 +176,17 @@ def _are_placed_by_ray() -> bool:
 
 
 def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
-    """Return the names of the devices of engines in processes of their own, those after the trainer's; None on CPU.
+    """Return the names of the devices of engines in processes of their own; None on CPU.
+
+    They are those after the trainer's, or the trainer's where these are shared.
 
     Raises ResourceError where the node has fewer.
     """
     if platform_name() == "cpu":
         return None
     there, first = visible_devices(), config.trainer.n_gpus_per_node
+    if engines_share_devices(config):
+        first = 0
     needed = first + num_engine_ranks(config)
     if len(there) < needed:
         raise ResourceError(
@@ -198,6 +209,12 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
             engine_devices(config)
         if config.actor_rollout_ref.rollout.name == SGLANG:
             check_sglang(config)
+        if _are_placed_by_ray() and engines_share_devices(config):
+            key, why = (
+                "actor_rollout_ref.rollout.n_gpus_per_node",
+                "a device of a cluster is given to one process alone",
+            )
+            raise ConfigError([Problem(key, 0, f"must be at least 1 with {RAY_ADDRESS}: {why}", f"{key}=null")])
     if placed_rank() is None:
         check_ray_address()
         return

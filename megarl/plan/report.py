@@ -118,10 +118,11 @@ def _engine_lines(plan: RunPlan) -> list[str]:
     if not plan.is_served:
         return []
     ranks, tp, nodes = plan.num_engines * plan.engine_tp, plan.engine_tp, plan.engine_nodes
+    beside = f"as many devices beside the ranks; counted from rank {plan.num_ranks}"
     where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if nodes else ""
     return [
-        f"engines: {plan.num_engines} of TP {tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on as many "
-        f"devices beside the ranks; counted from rank {plan.num_ranks}"
+        f"engines: {plan.num_engines} of TP {tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on "
+        + ("the ranks' devices, where they rest while these train" if plan.shares_devices else beside)
     ]
 
 

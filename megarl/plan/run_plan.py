@@ -12,14 +12,14 @@ from megarl.batching.plan import BatchPlan
 from megarl.config.schema import SYNC, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.algorithm import algorithm_lines
-from megarl.plan.devices import Device
+from megarl.plan.devices import CPU, Device
 from megarl.plan.memory import Engine, Phase, engine_of, engine_phase, phases_of
 from megarl.plan.publish import Traffic, handed_traffic, publish_traffic
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, is_served, num_engines, num_ranks, other_engine_nodes
+from megarl.roles import Role, batch_plan, engines_share_devices, is_served, num_engines, num_ranks, other_engine_nodes
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -44,8 +44,8 @@ class RunPlan:
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
     their own, whose ranks are counted after the trainer's. engine_nodes: those of engines that aren't on the trainer's
-    one node. num_steps: None where it follows from data files that aren't
-    here. time: of a step, None in supervised fine-tuning.
+    one node. shares_devices: whether engines are on the ranks' devices. num_steps: None where it follows from data
+    files that aren't here. time: of a step, None in supervised fine-tuning.
     """
 
     device: Device
@@ -63,6 +63,7 @@ class RunPlan:
     num_engines: int
     is_served: bool
     engine_nodes: int
+    shares_devices: bool
     phases: tuple[Phase, ...]
     traffic: Traffic | None
     checkpoint: Checkpoint
@@ -93,7 +94,8 @@ class RunPlan:
     def host_bytes_per_node(self) -> int:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
         of_ranks = max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
-        of_engines = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
+        apart = self.is_served and not self.shares_devices
+        of_engines = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if apart else 0
         if not self.engine_nodes:
             return of_ranks + of_engines
         weights_bytes = self.traffic.received_across if self.traffic else 0
@@ -121,6 +123,8 @@ def plan_run(
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
     engine, engine_tp, traffic, served = None, 1, None, isinstance(c, PPOConfig) and is_served(c)
     engine_nodes = other_engine_nodes(c) if isinstance(c, PPOConfig) else 0
+    # On CPU nothing is given back, and every process has a share of its own of the machine.
+    shares_devices = isinstance(c, PPOConfig) and engines_share_devices(c) and not (served and device.name == CPU)
     if isinstance(c, PPOConfig):
         engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
         if with_traffic and served:
@@ -130,8 +134,9 @@ def plan_run(
     examined = examined_ranks(roles, ranks)
     if engine and served:
         handed_bytes = -(-engine.weights_bytes * engine_tp // ranks)
-        phases = phases_of(roles, batches, None, device, examined, handed_bytes)
-        phases += (engine_phase(engine, device, rank=ranks),)
+        phases = phases_of(roles, batches, engine if shares_devices else None, device, examined, handed_bytes)
+        if not shares_devices:
+            phases += (engine_phase(engine, device, rank=ranks),)
     else:
         phases = phases_of(roles, batches, engine, device, examined)
     return RunPlan(
@@ -150,6 +155,7 @@ def plan_run(
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
         is_served=served,
         engine_nodes=engine_nodes,
+        shares_devices=shares_devices,
         phases=phases,
         traffic=traffic,
         checkpoint=_checkpoint(actor.shape, b, sum(_state_bytes(role) for role in roles if role.is_trained)),

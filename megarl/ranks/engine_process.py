@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from megarl.errors import MegarlError
 from megarl.ranks.join import join_ranks, tcp_store
 from megarl.ranks.spec import EngineStart
-from megarl.rollout.served import Busy, Failed, Order, Ready, StreamingEngine, Take, Took
+from megarl.rollout.served import Busy, Failed, Order, Ready, Rest, Rested, StreamingEngine, Take, Took
 from megarl.rollout.sglang import SglangSpec
 
 if TYPE_CHECKING:
@@ -73,13 +73,9 @@ def _serve(
     told_s = time.monotonic()
     while True:
         for order in _agreed(control, list(_waiting(orders, engine.is_busy)) if is_first else []):
-            if not isinstance(order, Take):
-                for ask in order:
-                    engine.add(ask)
-                continue
-            engine.take(order)
-            if is_first:
-                connection.send(Took(order.policy_version))
+            answer = _obeyed(engine, order)
+            if is_first and answer is not None:
+                connection.send(answer)
         ended = engine.step() if engine.is_busy else []
         if is_first and (ended or time.monotonic() - told_s > _SILENCE_S):
             told_s = time.monotonic()
@@ -87,6 +83,21 @@ def _serve(
                 connection.send(done)
             if not ended:
                 connection.send(Busy())
+
+
+def _obeyed(engine: StreamingEngine, order: Order) -> Took | Rested | None:
+    """Have the engine do what it is told, and return what is answered to that."""
+    match order:
+        case Take():
+            engine.take(order)
+            return Took(order.policy_version)
+        case Rest():
+            engine.rest()
+            return Rested()
+        case asks:
+            for ask in asks:
+                engine.add(ask)
+            return None
 
 
 def _started(start: EngineStart, listener: socket.socket | None) -> tuple[StreamingEngine, ProcessGroup | None]:
@@ -103,7 +114,10 @@ def _started(start: EngineStart, listener: socket.socket | None) -> tuple[Stream
     control = dist.new_group(backend="gloo", timeout=_FOREVER) if tp > 1 else None
     engine = VllmEngine(start.spec)
     actor = start.actor
-    return VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, tp, dist.get_rank())), control
+    stream = VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, tp, dist.get_rank()))
+    if start.shares_devices:
+        stream.rest()
+    return stream, control
 
 
 def _started_sglang(start: EngineStart, listener: socket.socket | None) -> tuple[StreamingEngine, None]:

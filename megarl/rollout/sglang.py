@@ -105,6 +105,9 @@ class SglangStream:
         self._run(self._go_on(order.policy_version))
         self.policy_version = order.policy_version
 
+    def rest(self) -> None:
+        """Do nothing: it is on devices of its own, which the checks see to."""
+
     async def _pause(self) -> None:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 

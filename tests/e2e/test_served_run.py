@@ -64,7 +64,12 @@ def test_an_engine_of_two_ranks_gives_to_the_bit_what_it_gives_in_the_trainers_r
 
 @pytest.mark.parametrize(
     ("name", "overrides", "launcher"),
-    [("tp1_on_ray", (TP1,), "ray"), ("tp2_on_ray", (), "ray"), ("two_engines", (TP1, TWO), "torchrun")],
+    [
+        ("tp1_on_ray", (TP1,), "ray"),
+        ("tp2_on_ray", (), "ray"),
+        ("two_engines", (TP1, TWO), "torchrun"),
+        ("on_the_trainers_devices", (TP1, "actor_rollout_ref.rollout.n_gpus_per_node=0"), "ray"),
+    ],
 )
 def test_engines_of_any_number_and_size_give_the_same(
     runs: Runs, name: str, overrides: tuple[str, ...], launcher: str

@@ -39,6 +39,8 @@ BYPASSED_GPG: Changes = {
 
 SERVED: Changes = {f"{ROLLOUT}.placement": "server"}
 
+SHARED: Changes = SERVED | {f"{ROLLOUT}.n_gpus_per_node": 0}
+
 AHEAD: Changes = SERVED | {"trainer.mode": "one_step_off", f"{CORRECTION}.preset": "token_tis"}
 
 ASYNC: Changes = AHEAD | {"trainer.mode": "async"}
@@ -193,6 +195,10 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         "compares with a greedy one",
     ),
     (ASYNC | {"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "takes what is complete"),
+    (SHARED | {"trainer.nnodes": 2}, ["trainer.nnodes"], "must be 1 where"),
+    (SHARED | {f"{ROLLOUT}.nnodes": 2}, [f"{ROLLOUT}.nnodes"], "must be 1 where"),
+    (SHARED | {f"{ROLLOUT}.name": "sglang"}, [f"{ROLLOUT}.name"], "must be vllm where"),
+    (ASYNC | SHARED, ["trainer.mode"], "rest while it trains"),
     (
         SERVED | {f"{ROLLOUT}.n_gpus_per_node": 3, f"{ROLLOUT}.{TP}": 2},
         [f"{ROLLOUT}.{TP}"],

@@ -10,6 +10,7 @@ from megarl.checks.rules import an_engine_replica_divides_the_ranks
 from megarl.errors import ConfigError, ResourceError
 from megarl.launchers.engine_processes import engine_environment
 from megarl.launchers.start import check_launch, engine_devices
+from megarl.roles import num_engines
 from tests.unit.composed_configs import ppo_config
 
 SERVED: dict[str, object] = {"actor_rollout_ref.rollout.placement": "server"}
@@ -49,6 +50,17 @@ def test_engines_get_the_devices_after_the_trainers(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2,3,4,5,6,7,8,9,10,11")
     config = ppo_config(**(SERVED | {"actor_rollout_ref.rollout.n_gpus_per_node": num_devices}))
     assert engine_devices(config) == named
+
+
+def test_engines_without_devices_of_their_own_get_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2,3,4,5,6,7,8")
+    config = ppo_config(**(SERVED | {"actor_rollout_ref.rollout.n_gpus_per_node": 0}))
+    assert engine_devices(config) == tuple("12345678") and num_engines(config) == 8
+    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError, match="must be at least 1 with RAY_ADDRESS"):
+        check_launch(config)
 
 
 def test_devices_that_the_node_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

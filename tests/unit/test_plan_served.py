@@ -64,6 +64,22 @@ def test_no_rank_holds_an_engine_and_no_engine_a_trained_model(place: Device) ->
     assert all("weights for engines" in names for phase, names in found.items() if phase != "load")
 
 
+def test_engines_on_the_ranks_devices_are_counted_there_asleep_while_these_train() -> None:
+    plan = plan_of(**(SERVED | {f"{ROLLOUT}.n_gpus_per_node": 0}))
+    found, colocated = phases(plan), {phase.name: phase.device_bytes for phase in plan_of().phases}
+    assert (plan.num_engines, plan.shares_devices, "engine" in found) == (8, True, False)
+    assert {"engine weights", "engine KV cache and work", "engine process"} < found["generate"]
+    assert {"sleeping engine", "engine process"} < found["actor update"] & found["publish"]
+    assert not {"engine weights", "engine KV cache and work"} & (found["actor update"] | found["publish"])
+    [process] = [item for item in plan.phases[-2].items if item.name == "engine process"]
+    for phase in plan.phases:
+        if phase.name not in ("load", "publish"):  # into an engine in the ranks weights go from device to device
+            assert phase.device_bytes == colocated[phase.name] + process.device_bytes
+    assert "on the ranks' devices, where they rest while these train" in plan_text(plan)
+    on_cpu = plan_of(CPU, **(SERVED | {f"{ROLLOUT}.n_gpus_per_node": 0}))
+    assert not on_cpu.shares_devices and "engine" in phases(on_cpu)
+
+
 def test_the_weights_that_engines_read_are_in_host_memory_once() -> None:
     plan = plan_of(**SERVED)
     [item] = [item for item in plan.phases[1].items if item.name == "weights for engines"]
