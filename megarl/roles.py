@@ -315,15 +315,6 @@ def num_engines(c: PPOConfig) -> int:
     return num_engine_ranks(c) // c.actor_rollout_ref.rollout.tensor_model_parallel_size
 
 
-def other_engine_nodes(c: PPOConfig) -> int:
-    """Return the number of nodes of engines in processes of their own, 0 where trainer and engines take one node each.
-
-    They may be the same one: who starts them decides.
-    """
-    nodes = c.actor_rollout_ref.rollout.nnodes
-    return nodes if is_served(c) and max(nodes, c.trainer.nnodes) > 1 else 0
-
-
 def processes_per_node(c: PPOConfig | SFTConfig) -> int:
     """Return the number of ranks on a node, with those of engines beside the trainer's."""
     beside = engine_ranks_per_node(c) if isinstance(c, PPOConfig) and is_served(c) else 0

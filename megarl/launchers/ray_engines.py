@@ -10,7 +10,7 @@ from typing import Any
 
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.launchers.group import WorkerGroup, everywhere
-from megarl.launchers.ray_group import bundles_in_order, join_cluster, placed
+from megarl.launchers.ray_group import bundles_in_order, join_cluster, placed, placed_ranks
 from megarl.parallel.environment import platform_environment, platform_name
 from megarl.ranks.across import Meeting, Mirror
 from megarl.ranks.spec import EngineStart
@@ -83,15 +83,27 @@ class RayEngines:
     """The nodes of a run's engines."""
 
     def __init__(
-        self, start: EngineStart, nnodes: int, ranks_per_node: int, passed: Mapping[str, str], timeout_s: float
+        self,
+        start: EngineStart,
+        nnodes: int,
+        ranks_per_node: int,
+        trainer: tuple[int, int],
+        passed: Mapping[str, str],
+        timeout_s: float,
     ) -> None:
-        """Reserve the nodes. start: of every engine. passed: variables. timeout_s: how long a publication may take."""
+        """Reserve the nodes, of what the trainer's leave.
+
+        start: of every engine. trainer: its nodes, and ranks of each. passed: variables. timeout_s: how long a
+        publication may take.
+        """
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         join_cluster()
         keys = "actor_rollout_ref.rollout.nnodes, actor_rollout_ref.rollout.n_gpus_per_node"
-        placement = placed(nnodes, ranks_per_node, "the engines need", keys)
+        of_trainer = placed_ranks(*trainer)
+        placement = placed(nnodes, ranks_per_node, "beside the trainer's ranks engines need", keys)
+        ray.util.remove_placement_group(of_trainer)  # for the ranks, which start later
         self._start, self._engines_per_node = start, ranks_per_node // start.spec.tensor_parallel_size
         remote = ray.remote(concurrency_groups={_ORDERS: 1})(EngineHost)
         self._hosts = [

@@ -99,8 +99,7 @@ class RayGroup:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        keys = "trainer.nnodes, trainer.n_gpus_per_node"
-        placement = placed(nnodes, ranks_per_node, "the run needs", keys)
+        placement = placed_ranks(nnodes, ranks_per_node)
         bundles = bundles_in_order(placement)
         remote = ray.remote(RankActor)
         self.actors = [
@@ -206,6 +205,11 @@ def device_index(assigned: str, visible: str | None) -> int:
     Ray shows a process its own device alone, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set.
     """
     return int(assigned) if not visible else visible.split(",").index(assigned)
+
+
+def placed_ranks(nnodes: int, ranks_per_node: int) -> Any:
+    """Return the placement group of the trainer's ranks. Raises ResourceError where the cluster lacks room."""
+    return placed(nnodes, ranks_per_node, "the run needs", "trainer.nnodes, trainer.n_gpus_per_node")
 
 
 def placed(nnodes: int, ranks_per_node: int, need: str, keys: str) -> Any:

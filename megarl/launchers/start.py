@@ -160,7 +160,8 @@ def engine_starter(config: PPOConfig, start: EngineStart) -> EngineStarter:
 
         trainer, nodes = config.trainer, config.actor_rollout_ref.rollout.nnodes
         passed = passed_environment(trainer.pass_environment)
-        engines = RayEngines(start, nodes, engine_ranks_per_node(config), passed, trainer.hang_timeout_s)
+        ranks, per_node = (trainer.nnodes, trainer.n_gpus_per_node), engine_ranks_per_node(config)
+        engines = RayEngines(start, nodes, per_node, ranks, passed, trainer.hang_timeout_s)
         return EngineStarter(engines.start, engines.receiving)
     devices, tp = engine_devices(config), start.spec.tensor_parallel_size
 

@@ -119,7 +119,7 @@ def _engine_lines(plan: RunPlan) -> list[str]:
         return []
     ranks, tp, nodes = plan.num_engines * plan.engine_tp, plan.engine_tp, plan.engine_nodes
     beside = f"as many devices beside the ranks; counted from rank {plan.num_ranks}"
-    where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if nodes else ""
+    where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if plan.are_engines_elsewhere else ""
     return [
         f"engines: {plan.num_engines} of TP {tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on "
         + ("the ranks' devices, where they rest while these train" if plan.shares_devices else beside)
@@ -180,7 +180,7 @@ def _items_words(phase: Phase) -> str:
 
 def _crossing_lines(plan: RunPlan, traffic: Traffic) -> list[str]:
     """Return the line on what crosses to the nodes of engines."""
-    if not plan.engine_nodes:
+    if not plan.are_engines_elsewhere:
         return []
     return [
         f"  {traffic.received_across / _GB:.2f} GB cross to each node of engines where the ranks are on others, "
@@ -200,7 +200,11 @@ def _publish_lines(plan: RunPlan) -> list[str]:
             f"engines; a rank of an engine reads {traffic.received_within / _GB:.2f}",
             *_crossing_lines(plan, traffic),
             f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host"
-            + (f" and {plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes" if plan.engine_nodes else ""),
+            + (
+                f" and {plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes"
+                if plan.are_engines_elsewhere
+                else ""
+            ),
         ]
     outside = f"{shape.family} is outside of the name map: every rank is given whole tensors, a few at a time"
     return [

@@ -19,7 +19,7 @@ from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, engines_share_devices, is_served, num_engines, num_ranks, other_engine_nodes
+from megarl.roles import Role, batch_plan, engines_share_devices, is_served, num_engines, num_ranks
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -43,8 +43,8 @@ class RunPlan:
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
-    their own, whose ranks are counted after the trainer's. engine_nodes: those of engines that aren't on the trainer's
-    one node. shares_devices: whether engines are on the ranks' devices. num_steps: None where it follows from data
+    their own, whose ranks are counted after the trainer's. engine_nodes: of engines in processes of their own.
+    shares_devices: whether engines are on the ranks' devices. num_steps: None where it follows from data
     files that aren't here. time: of a step, None in supervised fine-tuning.
     """
 
@@ -91,12 +91,17 @@ class RunPlan:
         return self.room_bytes >= 0 and not self.cache_shortage_tokens
 
     @property
+    def are_engines_elsewhere(self) -> bool:
+        """Whether engines are on other nodes; with one node of ranks and of engines these may be the same."""
+        return self.is_served and max(self.engine_nodes, self.num_ranks // self.ranks_per_node) > 1
+
+    @property
     def host_bytes_per_node(self) -> int:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
         of_ranks = max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
         apart = self.is_served and not self.shares_devices
         of_engines = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if apart else 0
-        if not self.engine_nodes:
+        if not self.are_engines_elsewhere:
             return of_ranks + of_engines
         weights_bytes = self.traffic.received_across if self.traffic else 0
         return max(of_ranks, of_engines // self.engine_nodes + weights_bytes)
@@ -122,13 +127,14 @@ def plan_run(
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
     engine, engine_tp, traffic, served = None, 1, None, isinstance(c, PPOConfig) and is_served(c)
-    engine_nodes = other_engine_nodes(c) if isinstance(c, PPOConfig) else 0
+    engine_nodes = c.actor_rollout_ref.rollout.nnodes if isinstance(c, PPOConfig) and served else 0
+    other_nodes = engine_nodes if max(engine_nodes, ranks // per_node) > 1 else 0
     # On CPU nothing is given back, and every process has a share of its own of the machine.
     shares_devices = isinstance(c, PPOConfig) and engines_share_devices(c) and not (served and device.name == CPU)
     if isinstance(c, PPOConfig):
         engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
         if with_traffic and served:
-            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device, engine_nodes)
+            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device, other_nodes)
         elif with_traffic:
             traffic = publish_traffic(actor.shape, actor.layout, engine_tp, b, per_node, device)
     examined = examined_ranks(roles, ranks)

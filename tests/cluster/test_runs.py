@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Cluster
+from tests.cluster.conftest import REPOSITORY, Cluster
 from tests.tiny_task import write_tiny_task
 
 pytestmark = pytest.mark.long
@@ -126,6 +126,25 @@ def test_engines_on_nodes_of_their_own_give_the_same(cluster: Cluster, clean: li
     job = cluster.run(folder, TINY, "--nodes=4", *STEPS, *checked, MEGARL_RUN="run", timeout_s=RUN_S)
     assert job.state == "COMPLETED", job.output
     assert "engines: 2 of TP 1, on 2 nodes" in job.output
+    same(metrics(folder / "run"), clean, 1e-5)
+    assert cluster.slurm.processes() == []
+
+
+def test_an_engine_on_another_node_that_is_killed_is_replaced_there(
+    cluster: Cluster, clean: list[dict[str, Any]]
+) -> None:
+    """It takes the weights that are on its node, and samples again what it hadn't finished."""
+    folder, rollout = write_tiny_task(folder_of(cluster, "killed_engine")), "actor_rollout_ref.rollout"
+    placed = (f"{rollout}.placement=server", "trainer.nnodes=1", "trainer.n_gpus_per_node=2")
+    kill = {
+        "PYTHONPATH": str(REPOSITORY / "tests" / "fault" / "kills"),
+        "MEGARL_TEST_KILL": "1:megarl.rollout.vllm_stream:VllmStream.step:12:before",
+        "MEGARL_TEST_STRUCK": str(folder / "struck"),
+        "MEGARL_DEVICES": "2",
+    }
+    job = cluster.run(folder, TINY, "--nodes=2", *STEPS, *placed, MEGARL_RUN="run", timeout_s=RUN_S, **kill)
+    assert job.state == "COMPLETED", job.output
+    assert (folder / "struck").is_file() and "died of signal 9" in job.output
     same(metrics(folder / "run"), clean, 1e-5)
     assert cluster.slurm.processes() == []
 

@@ -107,9 +107,9 @@ def test_the_plan_says_where_engines_are() -> None:
 def test_what_crosses_to_nodes_of_engines_does_so_once_for_each() -> None:
     beside, on_two = (plan_of(**(SERVED | {f"{ROLLOUT}.nnodes": nodes})) for nodes in (1, 2))
     numel = sum(a * (b[0] if b else 1) for a, *b in hf_shapes(SHAPE).values())
-    for plan, nodes in ((beside, 0), (on_two, 2)):
-        assert plan.traffic is not None and plan.engine_nodes == nodes
-        assert plan.traffic.sent_across == nodes * plan.traffic.sent_within
+    for plan, crossings in ((beside, 0), (on_two, 2)):
+        assert plan.traffic is not None and plan.are_engines_elsewhere == bool(crossings)
+        assert plan.traffic.sent_across == crossings * plan.traffic.sent_within
     assert on_two.traffic is not None and on_two.traffic.received_across == 2 * numel
     assert on_two.num_engines == 2 and on_two.host_bytes_per_node <= beside.host_bytes_per_node
     text = plan_text(on_two)
