@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
@@ -49,7 +50,7 @@ class EngineHost:
         self.mirror.receive()
 
     def start(self, number: int, place: int, start: EngineStart) -> None:
-        """Start the engine of a number, on the devices of its ``place`` among the engines here."""
+        """Start an engine on the devices of its ``place`` among those here. number: of its own, never used again."""
         import ray
 
         devices = None
@@ -116,14 +117,15 @@ class RayEngines:
             ).remote(passed, start.spec.tensor_parallel_size, timeout_s)
             for bundle in bundles_in_order(placement)
         ]
+        self._numbers = count()
         self._reached: list[Any] | None = None
 
     def start(self, number: int) -> EngineOnHost:
-        """Start the engine of a number, and return it."""
+        """Start the engine of a number, and return it; another of that number has ended."""
         node, place = divmod(number, self._engines_per_node)
-        host = self._hosts[node]
-        _answer(host.start.remote(number, place, self._start))
-        return EngineOnHost(host, number)
+        host, own = self._hosts[node], next(self._numbers)  # an order for the one before must not reach this one
+        _answer(host.start.remote(own, place, self._start))
+        return EngineOnHost(host, own)
 
     @contextmanager
     def receiving(self, group: WorkerGroup) -> Iterator[None]:
