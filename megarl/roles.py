@@ -30,7 +30,7 @@ from megarl.config.schema import (
     TrainedMegatronConfig,
 )
 from megarl.errors import Absent, ConfigError, Problem
-from megarl.parallel.layout import Layout, layout_of, without_experts
+from megarl.parallel.layout import EngineLayout, Layout, layout_of, without_experts
 from megarl.weights.adapters import Lora
 from megarl.weights.model_shape import ModelShape
 
@@ -308,6 +308,12 @@ def engine_ranks_per_node(c: PPOConfig) -> int:
     if rollout.n_gpus_per_node == 0:
         return c.trainer.n_gpus_per_node
     return rollout.n_gpus_per_node or rollout.tensor_model_parallel_size
+
+
+def engine_layout(c: PPOConfig) -> EngineLayout:
+    """Return how engines split the actor's model."""
+    rollout = c.actor_rollout_ref.rollout
+    return EngineLayout(rollout.tensor_model_parallel_size, rollout.expert_parallel_size)
 
 
 def num_engines(c: PPOConfig) -> int:

@@ -19,6 +19,7 @@ from megarl.algorithm.needs import (
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.checks.adapters import adapters_are_asked_for
 from megarl.checks.axes import (
+    buckets_are_reduced_early,
     chunks_take_turns_on_a_pipeline,
     moments_of_16_bits_are_those_of_an_optimizer_that_has_them,
     recomputation_has_layers_to_pick,
@@ -42,6 +43,8 @@ def idle_settings(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Probl
     problems = [p for rule in _PPO_RULES for p in rule(c)] if isinstance(c, PPOConfig) else []
     model = c.actor_rollout_ref.model if isinstance(c, PPOConfig) else c.model
     problems += adapters_are_asked_for(roles[0].model.key, model)
+    if isinstance(c, PPOConfig):
+        problems += an_engine_has_experts_to_spread(c, roles[0])
     for role in roles:
         key = f"{roles[0].model.key}.use_remove_padding"
         problems += sequences_can_be_packed(role, key, asked=model.use_remove_padding)
@@ -120,6 +123,14 @@ def the_last_learning_rate_is_that_of_a_schedule(role: Role) -> Problems:
         yield Problem(role.at("optim.min_lr"), training.min_lr, allowed, f"{shape}=cosine")
 
 
+def an_engine_has_experts_to_spread(c: PPOConfig, actor: Role) -> Problems:
+    """An engine's ranks have whole experts of a model that has experts."""
+    size, shape = c.actor_rollout_ref.rollout.expert_parallel_size, actor.model.known_shape
+    if size > 1 and shape is not None and shape.is_mapped and not shape.num_experts:
+        key = "actor_rollout_ref.rollout.expert_parallel_size"
+        yield Problem(key, size, "has no effect: the model has no experts", f"{key}=1")
+
+
 def axes_have_something_to_split(role: Role) -> Problems:
     """Axes, recomputation and fields of the backend's act on the role's model."""
     key, backend = role.backend_key, role.backend
@@ -133,6 +144,7 @@ def axes_have_something_to_split(role: Role) -> Problems:
     if isinstance(backend, TrainedMegatronConfig):
         yield from recomputation_has_layers_to_pick(key, backend.recompute)
         yield from moments_of_16_bits_are_those_of_an_optimizer_that_has_them(key, backend)
+        yield from buckets_are_reduced_early(key, backend)
 
 
 _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (

@@ -157,6 +157,14 @@ class TrainedMegatronConfig(MegatronConfig):
     """Axes of a model that is trained."""
 
     use_distributed_optimizer: bool = key("split optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = key("reduce gradients bucket by bucket while the backward pass computes")
+    overlap_param_gather: bool = key(
+        "gather stepped parameters bucket by bucket while the next forward pass computes; the distributed optimizer's"
+    )
+    ddp_bucket_size: int | None = key(
+        "parameters of such a bucket; null: megatron's 40 million, or a million for each data-parallel rank if more",
+        low=1,
+    )
     grad_offload: bool = key("free the gradient buffers between updates")
     optimizer_offload: bool = key("keep optimizer state in host memory between updates")
     optimizer_on_host: bool = key("Adam steps on the host, where main parameters and moments stay")
@@ -303,6 +311,11 @@ class RolloutConfig:
     ignore_eos: bool = key("go on past the end-of-sequence token")
     gpu_memory_utilization: float = key("share of a device's memory for the engine", above=0.0, high=1.0)
     tensor_model_parallel_size: int = key("ranks of one engine replica", low=1)
+    expert_parallel_size: int = key(
+        "ranks of a replica that a layer's experts are spread over, whole: all of them, or 1, where each has a part of "
+        "every expert",
+        low=1,
+    )
     max_num_batched_tokens: int | None = key("tokens of one engine step; null: the engine's choice", low=1)
     max_num_seqs: int = key("responses generated at once by a replica", low=1, high=MOST_ROWS)
     enforce_eager: bool = key("no CUDA graphs (always so on CPU)")

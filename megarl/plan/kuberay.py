@@ -44,7 +44,7 @@ def kuberay_manifest(plan: RunPlan, program: str, arguments: Sequence[str], imag
     head["rayStartParams"]["include-dashboard"] = "true"
     workers = [("nodes", nodes - 1, plan.ranks_per_node)]
     if plan.is_served:
-        workers.append(("engines", plan.engine_nodes, plan.num_engines * plan.engine_tp // plan.engine_nodes))
+        workers.append(("engines", plan.engine_nodes, plan.num_engines * plan.engine_layout.tp // plan.engine_nodes))
     groups = [
         {
             "groupName": name,

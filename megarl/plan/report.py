@@ -7,12 +7,14 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
+from megarl.config.schema import TrainedMegatronConfig
 from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
 from megarl.plan.memory import GIB, Phase
 from megarl.plan.publish import PlanningCost, Traffic, planning_cost
 from megarl.plan.run_plan import RunPlan
+from megarl.plan.static import num_buckets
 from megarl.plan.step_time import StepTime
 from megarl.plan.topology import Axis, Topology
 from megarl.plan.verdict import Verdict
@@ -93,7 +95,13 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
     lines = [f"{topology.role}: {sizes} on {plan.num_ranks} ranks, {plan.ranks_per_node} a node"]
     if axes:
         lines.append("  " + "; ".join(_axis_words(a) for a in axes))
-    layout = next(role.layout for role in plan.roles if role.name == topology.role)
+    role = next(role for role in plan.roles if role.name == topology.role)
+    layout, backend = role.layout, role.backend
+    if isinstance(backend, TrainedMegatronConfig) and backend.overlap_grad_reduce:
+        buckets = num_buckets(role)
+        early = f"{buckets} bucket{'s' if buckets > 1 else ''} of the first stage, reduced during the backward pass"
+        late = "; parameters are gathered during the next forward pass" if backend.overlap_param_gather else ""
+        lines.append(f"  gradients: {early}{late}")
     if layout.is_fsdp:
         copies = plan.num_ranks // layout.fsdp
         lines.append(
@@ -114,15 +122,20 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
 
 
 def _engine_lines(plan: RunPlan) -> list[str]:
-    """Return the line on engines in processes of their own."""
+    """Return lines on engines that spread experts, and on those in processes of their own."""
+    split, shape = plan.engine_layout, plan.roles[0].shape
+    ranks = plan.num_engines * split.tp
+    spread = []
+    if plan.engine and shape.num_experts and split.ep > 1:
+        spread = [f"engines: {shape.num_experts // split.ep} experts of a layer on each of {split.ep} ranks, whole"]
     if not plan.is_served:
-        return []
-    ranks, tp, nodes = plan.num_engines * plan.engine_tp, plan.engine_tp, plan.engine_nodes
-    beside = f"as many devices beside the ranks; counted from rank {plan.num_ranks}"
+        return spread
+    nodes, beside = plan.engine_nodes, f"as many devices beside the ranks; counted from rank {plan.num_ranks}"
     where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if plan.are_engines_elsewhere else ""
     return [
-        f"engines: {plan.num_engines} of TP {tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on "
-        + ("the ranks' devices, where they rest while these train" if plan.shares_devices else beside)
+        *spread,
+        f"engines: {plan.num_engines} of TP {split.tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on "
+        + ("the ranks' devices, where they rest while these train" if plan.shares_devices else beside),
     ]
 
 
@@ -163,10 +176,10 @@ def _memory_lines(plan: RunPlan) -> list[str]:
             f"  {phase.rank:<5} {_items_words(phase)}"
         )
     if plan.engine:
-        cached = plan.engine.num_cached_tokens
+        cached, tp = plan.engine.num_cached_tokens, plan.engine_layout.tp
         lines.append(
             f"KV cache: {max(0, plan.engine.cache_bytes) / GIB:.1f} GiB a rank, {cached:,} tokens a replica of "
-            f"{plan.engine_tp} rank{'s' if plan.engine_tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
+            f"{tp} rank{'s' if tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
             "sequences at once"
         )
     lines.append(f"host memory a node: {plan.host_bytes_per_node / GIB:.0f} GiB")
@@ -220,7 +233,7 @@ def _publish_lines(plan: RunPlan) -> list[str]:
 
 def _planning_cost(plan: RunPlan) -> PlanningCost:
     actor = plan.roles[0]
-    return planning_cost(actor.shape, actor.layout, plan.engine_tp, plan.ranks_per_node)
+    return planning_cost(actor.shape, actor.layout, plan.engine_layout, plan.ranks_per_node)
 
 
 def _checkpoint_lines(plan: RunPlan) -> list[str]:

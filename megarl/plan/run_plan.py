@@ -11,6 +11,7 @@ from megarl.algorithm.needs import reuses_update
 from megarl.batching.plan import BatchPlan
 from megarl.config.schema import SYNC, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
+from megarl.parallel.layout import EngineLayout
 from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import CPU, Device
 from megarl.plan.memory import Engine, Phase, engine_of, engine_phase, phases_of
@@ -19,7 +20,7 @@ from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, engines_share_devices, is_served, num_engines, num_ranks
+from megarl.roles import Role, batch_plan, engine_layout, engines_share_devices, is_served, num_engines, num_ranks
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -59,7 +60,7 @@ class RunPlan:
     roles: tuple[Role, ...]
     topologies: tuple[Topology, ...]
     engine: Engine | None
-    engine_tp: int
+    engine_layout: EngineLayout
     num_engines: int
     is_served: bool
     engine_nodes: int
@@ -100,7 +101,7 @@ class RunPlan:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
         of_ranks = max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
         apart = self.is_served and not self.shares_devices
-        of_engines = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if apart else 0
+        of_engines = self.engine_layout.tp * self.num_engines * self.phases[-1].most_host_bytes if apart else 0
         if not self.are_engines_elsewhere:
             return of_ranks + of_engines
         weights_bytes = self.traffic.received_across if self.traffic else 0
@@ -126,20 +127,20 @@ def plan_run(
     batches = {role.name: batch_plan(c, role) for role in roles if role.is_trained}
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
-    engine, engine_tp, traffic, served = None, 1, None, isinstance(c, PPOConfig) and is_served(c)
+    engine, split, traffic, served = None, EngineLayout(), None, isinstance(c, PPOConfig) and is_served(c)
     engine_nodes = c.actor_rollout_ref.rollout.nnodes if isinstance(c, PPOConfig) and served else 0
     other_nodes = engine_nodes if max(engine_nodes, ranks // per_node) > 1 else 0
     # On CPU nothing is given back, and every process has a share of its own of the machine.
     shares_devices = isinstance(c, PPOConfig) and engines_share_devices(c) and not (served and device.name == CPU)
     if isinstance(c, PPOConfig):
-        engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
+        engine, split = engine_of(c, actor.shape, device), engine_layout(c)
         if with_traffic and served:
-            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device, other_nodes)
+            traffic = handed_traffic(actor.shape, actor.layout, split, b, device, other_nodes)
         elif with_traffic:
-            traffic = publish_traffic(actor.shape, actor.layout, engine_tp, b, per_node, device)
+            traffic = publish_traffic(actor.shape, actor.layout, split, b, per_node, device)
     examined = examined_ranks(roles, ranks)
     if engine and served:
-        handed_bytes = -(-engine.weights_bytes * engine_tp // ranks)
+        handed_bytes = -(-engine.weights_bytes * split.tp // ranks)
         phases = phases_of(roles, batches, engine if shares_devices else None, device, examined, handed_bytes)
         if not shares_devices:
             phases += (engine_phase(engine, device, rank=ranks),)
@@ -157,7 +158,7 @@ def plan_run(
         roles=roles,
         topologies=tuple(topology_of(role, per_node, micro_batches.get(role.name, 1)) for role in roles),
         engine=engine,
-        engine_tp=engine_tp,
+        engine_layout=split,
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
         is_served=served,
         engine_nodes=engine_nodes,

@@ -110,11 +110,11 @@ def _started(start: EngineStart, listener: socket.socket | None) -> tuple[Stream
     from megarl.rollout.vllm_stream import VllmStream
 
     assert isinstance(start.spec, VllmSpec)
-    tp = start.spec.tensor_parallel_size
-    control = dist.new_group(backend="gloo", timeout=_FOREVER) if tp > 1 else None
+    split = start.spec.layout
+    control = dist.new_group(backend="gloo", timeout=_FOREVER) if split.tp > 1 else None
     engine = VllmEngine(start.spec)
     actor = start.actor
-    stream = VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, tp, dist.get_rank()))
+    stream = VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, split, dist.get_rank()))
     if start.shares_devices:
         stream.rest()
     return stream, control
@@ -128,9 +128,10 @@ def _started_sglang(start: EngineStart, listener: socket.socket | None) -> tuple
     from megarl.rollout.taking import WholeTensors
 
     assert isinstance(start.spec, SglangSpec)
-    tp, dtype, actor = start.spec.tensor_parallel_size, getattr(torch, start.spec.dtype), start.actor
+    dtype, actor = getattr(torch, start.spec.dtype), start.actor
     store = tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), listener)
-    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, tp, dtype), store), None
+    weights = WholeTensors(actor.shape, actor.layout, start.spec.layout, dtype)
+    return SglangStream(start.spec, weights, store), None
 
 
 def _waiting(orders: queue.SimpleQueue[Order], is_busy: bool) -> Iterator[Order]:
