@@ -32,9 +32,8 @@ class _Seat:
     """The place of an engine, which another takes where one dies.
 
     version: of the weights that it runs. is_taking: whether it is told to take others. is_resting: whether it is told
-    to give its memory back. asked: what it hasn't finished,
-    by number. owes_since_s: since when nothing was heard of it though something is due. losses: why engines died here,
-    one after another.
+    to give its memory back. asked: what it hasn't finished, by number. owes_since_s: since when nothing was heard of it
+    though something is due. losses: why engines died here, one after another.
     """
 
     number: int

@@ -131,30 +131,17 @@ class RayEngines:
     def receiving(self, group: WorkerGroup) -> Iterator[None]:
         """Have all nodes take in what the ranks publish in the block; a node that doesn't is lost, with its engines."""
         reached = self._met(group) if self._reached is None else self._reached
-        calls = [host.receive_weights.remote() for host in reached]
+        calls = [(host, host.receive_weights.remote()) for host in reached]
         yield
-        self._reached = self._that_answer(reached, calls)
+        self._reached = [host for host, _ in _that_answer(calls)]
 
     def _met(self, group: WorkerGroup) -> list[Any]:
         """Return the nodes that the ranks have met."""
         segments = tuple(everywhere(group, Worker.segment, None))
-        meetings = [_answer(host.meeting.remote()) for host in self._hosts]
-        calls = [host.meet.remote(segments) for host in self._hosts]
-        everywhere(group, Worker.meet_hosts, tuple(meetings))
-        return self._that_answer(self._hosts, calls)
-
-    def _that_answer(self, hosts: Sequence[Any], calls: Sequence[Any]) -> list[Any]:
-        """Return the nodes whose call went well; end the others, whose engines are then lost for what ended them."""
-        import ray
-
-        found = []
-        for host, call in zip(hosts, calls, strict=True):
-            try:
-                ray.get(call)
-                found.append(host)
-            except ray.exceptions.RayError:
-                ray.kill(host)
-        return found
+        there = _that_answer([(host, host.meeting.remote()) for host in self._hosts])
+        calls = [(host, host.meet.remote(segments)) for host, _ in there]
+        everywhere(group, Worker.meet_hosts, tuple(meeting for _, meeting in there))
+        return [host for host, _ in _that_answer(calls)]
 
 
 @dataclass
@@ -182,6 +169,19 @@ class EngineOnHost:
         if ray.is_initialized():
             with suppress(EngineLost):
                 _answer(self.host.kill.remote(self.number))
+
+
+def _that_answer(calls: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Return the nodes whose call went well, with what they answer; end the others, whose engines are lost by that."""
+    import ray
+
+    found = []
+    for host, call in calls:
+        try:
+            found.append((host, ray.get(call)))
+        except ray.exceptions.RayError:
+            ray.kill(host)
+    return found
 
 
 def _answer(call: Any) -> Any:
