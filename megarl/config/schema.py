@@ -543,6 +543,10 @@ class SFTTrainerConfig:
         above=0.0,
         high=LONGEST_S,
     )
+    numa_binding: bool = key(
+        "on CUDA, have each rank run on those of its cores that are near its device; what rank 0 starts under torchrun "
+        "runs there too"
+    )
     preempt_save_s: float = key(
         "seconds after SIGTERM or SIGUSR1 in which the step must be done and saved; then the run ends without",
         above=0.0,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,15 +93,25 @@ def slept(folder: Path) -> Slept:
     return Slept(awake, asleep, with_weights, weights_bytes, _KV_CACHE_BYTES, alike)
 
 
-def speeds(
-    folder: Path, batch: PolicyBatch, layout: Layout, *, fused_head: bool, reproducible: bool, enforce_eager: bool
-) -> Speeds:
+@dataclass(frozen=True)
+class Way:
+    """How to compute. section: what differs from the defaults of Megatron's section. num_ranks: data-parallel ones."""
+
+    fused_head: bool = False
+    reproducible: bool = False
+    enforce_eager: bool = False
+    section: Mapping[str, Any] = field(default_factory=dict)
+    num_ranks: int = 1
+
+
+def speeds(folder: Path, batch: PolicyBatch, way: Way) -> Speeds:
     """Return what an update, a generation and a publication take, medians of three after one to warm up."""
     dtype = "bfloat16" if platform_name() == "cuda" else "float32"
-    role = role_on(layout, folder, dtype=dtype, training=TRAINING, fused_head=fused_head)
+    layout = Layout(way.num_ranks)
+    role = role_on(layout, folder, dtype=dtype, training=TRAINING, fused_head=way.fused_head, **way.section)
     actor = Actor(backend_on_rank(role))
     update_s = _median_s(lambda: update(actor, batch, PPO))
-    engine = _engine(folder, 1, dtype=dtype, reproducible=reproducible, enforce_eager=enforce_eager)
+    engine = _engine(folder, 1, dtype=dtype, reproducible=way.reproducible, enforce_eager=way.enforce_eager)
     publisher = publisher_of(actor.backend, engine, EngineLayout(1))
     publish_s = _median_s(lambda: publisher.publish(1))
     sampling = Sampling(n=8, temperature=1.0, max_tokens=32, ignore_eos=True)

@@ -99,7 +99,9 @@ def test_with_engines_in_processes_of_their_own_the_line_is_all_and_nothing_stay
     interrupted: Callable[[str], Interrupted], placed: str
 ) -> None:
     done = interrupted(placed)
-    assert (done.finished.code, done.finished.stderr) == (130, _says(done))
+    # A process that Ray keeps in reserve now and then aborts as its node ends.
+    said = [line for line in done.finished.stderr.splitlines(keepends=True) if "(pid=" not in line]
+    assert (done.finished.code, "".join(said)) == (130, _says(done))
     assert (done.finished.processes, done.left) == ((), set())
 
 
