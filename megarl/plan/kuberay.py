@@ -54,7 +54,8 @@ def kuberay_manifest(plan: RunPlan, program: str, arguments: Sequence[str], imag
         "kind": "RayJob",
         "metadata": {"name": "megarl"},
         "spec": {
-            "entrypoint": f"cd {_VOLUME} && python -m megarl.{program} {shlex.join(arguments)}",
+            # One command: KubeRay has a shell read the line, which would run what follows an && itself.
+            "entrypoint": f"python -m megarl.{program} {shlex.join(arguments)}",
             "shutdownAfterJobFinishes": True,
             "backoffLimit": 3,
             "rayClusterSpec": cluster,
@@ -71,6 +72,7 @@ def _pod(plan: RunPlan, image: str, environment: dict[str, str]) -> dict[str, An
     container = {
         "name": "ray",
         "image": image,
+        "workingDir": _VOLUME,
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "resources": {"limits": limits, "requests": limits},
         "volumeMounts": mounts,

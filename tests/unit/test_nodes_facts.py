@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ FIRST = NodeFacts(
     num_devices=8,
     files={"data": "2 files, 10 bytes, abcdef"},
     sees_run_folder=True,
+    own_folder="",
 )
 SECOND = replace(FIRST, node_rank=1, name="node2", address="10.0.0.2")
 
@@ -36,6 +38,7 @@ def test_equal_nodes_differ_in_nothing_and_a_driver_may_differ() -> None:
     ("changes", "said"),
     [
         ({"sees_run_folder": False}, "node2 doesn't see what node1 writes in outputs"),
+        ({"own_folder": "/tmp/megarl_1 can't be written: No space left on device"}, "/tmp/megarl_1 can't be written: No"),
         ({"num_devices": 7}, "node2 has 7 GPUs, and 8 are wanted"),
         ({"platform": "cpu", "num_devices": None}, "node2 is a cpu machine, node1 a cuda machine"),
         ({"versions": {**FIRST.versions, "torch": "2.8.0"}}, "torch is 2.8.0 on node2 and 2.9.0 on node1"),
@@ -65,7 +68,7 @@ def test_files_are_told_apart_by_number_size_and_names(tmp_path: Path) -> None:
     probe.touch()
 
     def files(path: Path) -> str:
-        return read_facts(0, "", [path], probe).files[str(path)]
+        return read_facts(0, "", [path], probe, tmp_path / "own").files[str(path)]
 
     folder = tmp_path / "model"
     assert files(folder) == "not there"
@@ -75,6 +78,21 @@ def test_files_are_told_apart_by_number_size_and_names(tmp_path: Path) -> None:
     assert first.startswith("1 files, 3 bytes, ") and files(folder / "a") == "3 bytes"
     (folder / "a").rename(folder / "b")
     assert files(folder) != first
+
+
+def test_a_folder_of_its_own_that_a_node_cannot_use_is_said(tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    probe.touch()
+
+    def own_folder(folder: Path) -> str:
+        return read_facts(0, "", [], probe, folder).own_folder
+
+    assert own_folder(tmp_path / "own") == "" and (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "own").iterdir()) == []
+    assert own_folder(probe) == f"{probe} can't be written: File exists"
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "own", 12345, -1)
+        assert own_folder(tmp_path / "own") == f"{tmp_path / 'own'} is another user's"
 
 
 def test_one_changed_source_file_changes_the_digest(tmp_path: Path) -> None:
