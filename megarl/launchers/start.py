@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
@@ -35,6 +36,7 @@ from megarl.parallel.environment import (
 from megarl.ranks.spec import RankSpec
 from megarl.roles import in_the_trainers_ranks, is_served, num_engine_ranks, num_ranks
 
+_OF_THE_DASHBOARD = ("aiohttp_cors", "opencensus")  # some of requirements/ray_jobs.txt
 _END_S = 5.0  # from the last save to the end of the process
 
 
@@ -148,6 +150,15 @@ def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
     return there[first:needed]
 
 
+def _check_dashboard() -> None:
+    """Raise ConfigError where Ray's dashboard can't start, of which Ray itself says so in a traceback."""
+    missing = [name for name in _OF_THE_DASHBOARD if find_spec(name) is None]
+    if missing:
+        why = f"Ray's dashboard needs packages that aren't installed ({', '.join(missing)}, ...)"
+        fix = "pip install --no-deps -r requirements/ray_jobs.txt, or trainer.ray_dashboard=false"
+        raise ConfigError([Problem("trainer.ray_dashboard", True, why, fix)])
+
+
 def check_launch(config: PPOConfig | SFTConfig) -> None:
     """Raise where ranks can't be had, at no import of Ray or torch.
 
@@ -164,6 +175,8 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
             raise ConfigError([Problem(RAY_ADDRESS, address, why, fix)])
     if placed_rank() is None:
         check_ray_address()
+        if config.trainer.ray_dashboard and named_cluster() is None:
+            _check_dashboard()
         return
     started, named = int(os.environ["WORLD_SIZE"]), num_ranks(config)
     if started != named:
