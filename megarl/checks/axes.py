@@ -78,6 +78,27 @@ def an_optimizer_on_the_host_is_split_and_stays(key: str, megatron: TrainedMegat
         yield Problem(name, True, allowed, f"{name}=false")
 
 
+def late_parameters_are_those_of_buckets(key: str, megatron: TrainedMegatronConfig) -> Problems:
+    """Parameters are gathered late where each rank has stepped a share of them, in the buckets of early gradients."""
+    name, reduces = f"{key}.overlap_param_gather", f"{key}.overlap_grad_reduce"
+    if not megatron.overlap_param_gather:
+        return
+    if not megatron.use_distributed_optimizer:
+        allowed = f"must be true where {name} is true: otherwise every rank steps all parameters, and none is gathered"
+        yield Problem(f"{key}.use_distributed_optimizer", False, allowed, f"{key}.use_distributed_optimizer=true")
+    if not megatron.overlap_grad_reduce:
+        yield Problem(
+            reduces, False, f"must be true where {name} is true, which goes by its buckets", f"{reduces}=true"
+        )
+
+
+def buckets_are_reduced_early(key: str, megatron: TrainedMegatronConfig) -> Problems:
+    """A size of buckets says when the next ones are reduced."""
+    if megatron.ddp_bucket_size is not None and not megatron.overlap_grad_reduce:
+        allowed = f"has an effect only where {key}.overlap_grad_reduce is true"
+        yield Problem(f"{key}.ddp_bucket_size", megatron.ddp_bucket_size, allowed, f"{key}.overlap_grad_reduce=true")
+
+
 def a_precision_aware_optimizer_has_its_place(key: str, megatron: TrainedMegatronConfig, dtype: str) -> Problems:
     """Transformer Engine's Adam steps a share of bfloat16 parameters on the device. dtype: of the model."""
     name = f"{key}.use_precision_aware_optimizer"

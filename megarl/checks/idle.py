@@ -19,6 +19,7 @@ from megarl.algorithm.needs import (
 from megarl.catalog import ESTIMATORS, POLICY_LOSSES
 from megarl.checks.adapters import adapters_are_asked_for
 from megarl.checks.axes import (
+    buckets_are_reduced_early,
     chunks_take_turns_on_a_pipeline,
     moments_of_16_bits_are_those_of_an_optimizer_that_has_them,
     recomputation_has_layers_to_pick,
@@ -133,6 +134,7 @@ def axes_have_something_to_split(role: Role) -> Problems:
     if isinstance(backend, TrainedMegatronConfig):
         yield from recomputation_has_layers_to_pick(key, backend.recompute)
         yield from moments_of_16_bits_are_those_of_an_optimizer_that_has_them(key, backend)
+        yield from buckets_are_reduced_early(key, backend)
 
 
 _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (

@@ -14,6 +14,7 @@ from megarl.checks.axes import (
     a_tensor_split_fits,
     an_optimizer_on_the_host_is_split_and_stays,
     axes_divide_the_ranks,
+    late_parameters_are_those_of_buckets,
     overridden_fields_exist_and_are_free,
     recomputation_is_complete,
     the_model_fits_its_axes,
@@ -231,6 +232,7 @@ def axes_make_sense(role: Role) -> Problems:
         yield from recomputation_is_complete(key, backend.recompute)
         yield from an_optimizer_on_the_host_is_split_and_stays(key, backend)
         yield from a_precision_aware_optimizer_has_its_place(key, backend, role.dtype)
+        yield from late_parameters_are_those_of_buckets(key, backend)
 
 
 def run_problems(

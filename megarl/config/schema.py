@@ -157,6 +157,14 @@ class TrainedMegatronConfig(MegatronConfig):
     """Axes of a model that is trained."""
 
     use_distributed_optimizer: bool = key("split optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = key("reduce gradients bucket by bucket while the backward pass computes")
+    overlap_param_gather: bool = key(
+        "gather stepped parameters bucket by bucket while the next forward pass computes; the distributed optimizer's"
+    )
+    ddp_bucket_size: int | None = key(
+        "parameters of such a bucket; null: megatron's 40 million, or a million for each data-parallel rank if more",
+        low=1,
+    )
     grad_offload: bool = key("free the gradient buffers between updates")
     optimizer_offload: bool = key("keep optimizer state in host memory between updates")
     optimizer_on_host: bool = key("Adam steps on the host, where main parameters and moments stay")

@@ -7,12 +7,14 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
+from megarl.config.schema import TrainedMegatronConfig
 from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
 from megarl.plan.memory import GIB, Phase
 from megarl.plan.publish import PlanningCost, planning_cost
 from megarl.plan.run_plan import RunPlan
+from megarl.plan.static import num_buckets
 from megarl.plan.step_time import StepTime
 from megarl.plan.topology import Axis, Topology
 from megarl.plan.verdict import Verdict
@@ -93,7 +95,13 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
     lines = [f"{topology.role}: {sizes} on {plan.num_ranks} ranks, {plan.ranks_per_node} a node"]
     if axes:
         lines.append("  " + "; ".join(_axis_words(a) for a in axes))
-    layout = next(role.layout for role in plan.roles if role.name == topology.role)
+    role = next(role for role in plan.roles if role.name == topology.role)
+    layout, backend = role.layout, role.backend
+    if isinstance(backend, TrainedMegatronConfig) and backend.overlap_grad_reduce:
+        buckets = num_buckets(role)
+        early = f"{buckets} bucket{'s' if buckets > 1 else ''} of the first stage, reduced during the backward pass"
+        late = "; parameters are gathered during the next forward pass" if backend.overlap_param_gather else ""
+        lines.append(f"  gradients: {early}{late}")
     if layout.is_fsdp:
         copies = plan.num_ranks // layout.fsdp
         lines.append(

@@ -36,6 +36,8 @@ _IN_A_LAYER = (
 )
 # The distributed optimizer starts each parameter and each bucket at such multiples, in elements.
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
+# Parameters of a bucket that megatron.core's DDP reduces at once, where nothing else is set.
+_LEAST_BUCKET, _BUCKET_OF_A_REPLICA = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,20 @@ def static_bytes(
     distributed_optimizer: bool = False,
     optimizer_on_host: bool = False,
     adam_bytes: int | None = None,
+    bucket_numel: int | None = None,
 ) -> StaticBytes:
     """Return the bytes that ``rank`` holds of a role.
 
     dtype_bytes: of a parameter; below 4, and on the host, Adam steps float32 copies. adam_bytes: that Adam keeps of one
-    parameter, where it isn't all float32. Adam's step counters, 4 bytes a
+    parameter, where it isn't all float32. bucket_numel: see Stored. Adam's step counters, 4 bytes a
     parameter where torch's own AdamW is used, are left out.
     """
     stage = layout.coordinates(rank).pp
     if not trained:
         return StaticBytes(sum(p.numel for c in chunk_parameters(shape, layout, stage) for p in c) * dtype_bytes)
-    dense, experts = (_buffer(shape, layout, stage, is_expert, distributed_optimizer) for is_expert in (False, True))
+    dense, experts = (
+        _buffer(shape, layout, stage, is_expert, distributed_optimizer, bucket_numel) for is_expert in (False, True)
+    )
     stepped = dense.stepped_numel[_dense_replica(layout, rank)]
     stepped += experts.stepped_numel[layout.expert_coordinates(rank).edp]
     has_copies = dtype_bytes < FP32_BYTES or optimizer_on_host
@@ -128,7 +133,11 @@ def static_bytes(
 
 @dataclass(frozen=True)
 class Stored:
-    """What decides the bytes that ranks hold of a role from start to end; see ``static_bytes``."""
+    """What decides the bytes that ranks hold of a role from start to end; see ``static_bytes``.
+
+    bucket_numel: parameters after which gradients that are reduced while the backward pass computes have another
+    bucket; None: they are reduced afterwards, from one.
+    """
 
     shape: ModelShape
     layout: Layout
@@ -137,6 +146,7 @@ class Stored:
     distributed_optimizer: bool
     optimizer_on_host: bool
     adam_bytes: int | None
+    bucket_numel: int | None = None
     lora: Lora | None = None
 
     def on(self, rank: int) -> StaticBytes:
@@ -154,6 +164,7 @@ class Stored:
             distributed_optimizer=self.distributed_optimizer,
             optimizer_on_host=self.optimizer_on_host,
             adam_bytes=self.adam_bytes,
+            bucket_numel=self.bucket_numel,
         )
 
 
@@ -168,8 +179,24 @@ def stored_of(role: Role) -> Stored:
         isinstance(backend, TrainedMegatronConfig) and backend.use_distributed_optimizer,
         role.residency.optimizer_on_host,
         _adam_bytes(backend),
+        bucket_numel_of(role),
         role.lora,
     )
+
+
+def bucket_numel_of(role: Role) -> int | None:
+    """Return after how many parameters a role's gradients have another bucket; None: they are reduced in one."""
+    backend = role.backend
+    if not isinstance(backend, TrainedMegatronConfig) or not backend.overlap_grad_reduce:
+        return None
+    return backend.ddp_bucket_size or max(_LEAST_BUCKET, _BUCKET_OF_A_REPLICA * role.layout.dp)
+
+
+def num_buckets(role: Role) -> int:
+    """Return how many buckets a rank of a trained role's first stage reduces its gradients in."""
+    stored = stored_of(role)
+    facts = stored.distributed_optimizer, stored.bucket_numel
+    return sum(len(_stage_buckets(role.shape, role.layout, 0, is_expert, *facts)) for is_expert in (False, True))
 
 
 def static_of(role: Role, rank: int) -> StaticBytes:
@@ -200,38 +227,56 @@ class _Buffer:
 
 
 @cache
-def _buffer(shape: ModelShape, layout: Layout, stage: int, is_expert: bool, distributed: bool) -> _Buffer:
+def _buffer(
+    shape: ModelShape, layout: Layout, stage: int, is_expert: bool, distributed: bool, bucket_numel: int | None
+) -> _Buffer:
     """Return the buffers of a stage's experts, or of all the rest: one for each chunk, taken together."""
     replicas = layout.edp if is_expert else layout.dp * layout.cp
-    chunks = [[p for p in chunk if p.is_expert == is_expert] for chunk in chunk_parameters(shape, layout, stage)]
-    if not distributed:
-        numel = sum(p.numel for chunk in chunks for p in chunk)
-        return _Buffer(numel, (numel,) * replicas)
     numel, stepped = 0, [0] * replicas
-    for bucket in (bucket for chunk in chunks for bucket in _buckets(chunk)):
-        ranges, end = [], 0
-        for parameter in bucket:
-            start = _round_up(end, _PARAMETER_ALIGNMENT)
-            end = start + parameter.numel
-            ranges.append((start, end))
-        size = _round_up(end, math.lcm(replicas, _BUCKET_ALIGNMENT))
+    for bucket in _stage_buckets(shape, layout, stage, is_expert, distributed, bucket_numel):
+        end = bucket[-1][1]
+        size = _round_up(end, math.lcm(replicas, _BUCKET_ALIGNMENT)) if distributed else end
+        numel += size
         share = size // replicas
-        for start, stop in ranges:
+        for start, stop in bucket if distributed else ():
             for replica in range(start // share, -(-stop // share)):
                 stepped[replica] += min(share * (replica + 1), stop) - max(share * replica, start)
-        numel += size
-    return _Buffer(numel, tuple(stepped))
+    return _Buffer(numel, tuple(stepped) if distributed else (numel,) * replicas)
 
 
-def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """Cut the parameters into buckets, in the order of the backward pass: one, but for shared parameters."""
-    buckets: list[list[Parameter]] = []
+def _stage_buckets(
+    shape: ModelShape, layout: Layout, stage: int, is_expert: bool, distributed: bool, bucket_numel: int | None
+) -> list[list[tuple[int, int]]]:
+    """Return the buckets of all chunks of a stage: the first chunk's of the first stage are split, whose come last."""
+    chunks = chunk_parameters(shape, layout, stage)
+    return [
+        bucket
+        for i, chunk in enumerate(chunks)
+        for bucket in _buckets(
+            [p for p in chunk if p.is_expert == is_expert], distributed, bucket_numel if stage == i == 0 else None
+        )
+    ]
+
+
+def _buckets(
+    parameters: Sequence[Parameter], distributed: bool, bucket_numel: int | None
+) -> list[list[tuple[int, int]]]:
+    """Cut parameters into buckets, in the order of the backward pass: from where to where each stands in its bucket.
+
+    The distributed optimizer aligns them, and has shared parameters in a bucket of their own. bucket_numel: after which
+    the next parameter opens another one.
+    """
+    buckets: list[list[tuple[int, int]]] = []
     is_open = False
     for parameter in reversed(parameters):
-        if not is_open or parameter.own_bucket:
+        is_alone = distributed and parameter.own_bucket
+        if not is_open or is_alone:
             buckets.append([])
-        buckets[-1].append(parameter)
-        is_open = not parameter.own_bucket
+        start = buckets[-1][-1][1] if buckets[-1] else 0
+        start = _round_up(start, _PARAMETER_ALIGNMENT if distributed else 1)
+        stop = start + parameter.numel
+        buckets[-1].append((start, stop))
+        is_open = not is_alone and (bucket_numel is None or stop < bucket_numel)
     return buckets
 
 

@@ -19,7 +19,7 @@ from megarl.train.actor import Actor
 from megarl.train.megatron.backend import MegatronBackend
 from megarl.types import Sequences
 from megarl.verify.pool import RankPool
-from megarl.verify.roles import TRAINING, role_on
+from megarl.verify.roles import TRAINING, role_on, with_section
 from megarl.verify.work import backend_on_rank, update
 from tests.dist.parity import SFT, ask
 from tests.dist.tiny_models import MOE_MODELS, save_tiny_model
@@ -91,6 +91,25 @@ def _optimizer_tensors(backend: MegatronBackend, parameters: Iterable[Tensor]) -
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the size of all storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().size() for t in tensors if t.numel()}.values())
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "own_optimizer"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("qwen2-tied", Layout(4, pp=2)), ("qwen2-tied", Layout(4, pp=2, vpp=2)), ("qwen3_moe-untied", Layout(4, ep=2))],
+    ids=["pp2_dp2", "pp2_vpp2_dp2", "dp2_ep2"],
+)
+def test_buckets_that_are_reduced_early_are_padded_as_planned(
+    ranks: RankPool, tmp_path: Path, model: str, layout: Layout, distributed: bool
+) -> None:
+    save_tiny_model(model, tmp_path, num_hidden_layers=2 * layout.pp)
+    batch = sequences_to_batch([[5, 6, 7, 8], [9, 1, 2, 3]] * layout.dp, [[False, True, True, True]] * 2 * layout.dp)
+    section = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": True, "ddp_bucket_size": 700}
+    role = role_on(layout, tmp_path, dtype="bfloat16", training=TRAINING, **section)
+    told = ask(ranks, _held_and_planned, role, batch)
+    assert all(held == planned for held, planned in told)
+    in_one = static_of(with_section(role, overlap_grad_reduce=False), 0)
+    assert (told[0][0] == in_one) == (not distributed), "padding of several buckets isn't that of one"
 
 
 @pytest.mark.parametrize(

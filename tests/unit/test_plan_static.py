@@ -14,6 +14,7 @@ from megarl.checks.run import check_ppo
 from megarl.parallel.layout import Layout
 from megarl.plan.devices import device
 from megarl.plan.of_run import planned
+from megarl.plan.report import plan_text
 from megarl.plan.sizes import StaticBytes
 from megarl.plan.static import Parameter, chunk_parameters, static_bytes, static_of
 from megarl.weights.model_facts.shipped import shipped_config
@@ -239,3 +240,24 @@ def test_transformer_engines_adam_keeps_half_a_main_parameter_and_moments_of_the
         checked = check_ppo(values, files_may_be_missing=True)
         kept.append(static_of(planned(checked, device("h100", 8)).roles[0], 0).optimizer)
     assert [size * 12 / kept[0] for size in kept] == [3 * FP32, BF16 + BF16 + FP32, 3 * BF16]
+
+
+def test_the_plan_says_how_many_buckets_are_reduced_early() -> None:
+    def lines(**changes: object) -> list[str]:
+        values = composed_values("ppo_megatron_trainer", "experiment=qwen3_235b_4x8", **changes)
+        plan = planned(check_ppo(values, files_may_be_missing=True), device("h100", 8))
+        return [line for line in plan_text(plan).splitlines() if "during the backward pass" in line]
+
+    section = "actor_rollout_ref.actor.megatron"
+    early = {f"{section}.overlap_grad_reduce": True, f"{section}.overlap_param_gather": True}
+    assert lines() == []
+    (one_each,) = lines(**early, **{f"{section}.ddp_bucket_size": 1})
+    values = composed_values("ppo_megatron_trainer", "experiment=qwen3_235b_4x8")
+    actor = planned(check_ppo(values, files_may_be_missing=True), device("h100", 8)).roles[0]
+    (chunk,) = chunk_parameters(actor.shape, actor.layout, 0)
+    assert f"gradients: {len(chunk)} buckets of the first stage" in one_each
+    assert one_each.endswith("parameters are gathered during the next forward pass")
+    numel = sum(parameter.numel for parameter in chunk)
+    (few,) = lines(**{f"{section}.overlap_grad_reduce": True, f"{section}.ddp_bucket_size": 10 * numel})
+    assert "gradients: 2 buckets of the first stage" in few, "one of experts, and one of all else"
+    assert "gathered" not in few

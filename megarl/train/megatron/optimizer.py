@@ -41,6 +41,7 @@ class Optimizer:
         stay, config = role.residency, role.backend
         self._gradients = Offload(self._gradient_tensors, enabled=stay.grad_offload, keep_values=False)
         self._state = Offload(self._state_tensors, enabled=stay.optimizer_offload)
+        self._gathers_late, self._num_users = config.overlap_param_gather, 0
         with self.resident(), model.groups.active():
             self.chunks = model.chunks = _wrap(model, config)
             with adam_on_host() if stay.optimizer_on_host else nullcontext():
@@ -56,9 +57,19 @@ class Optimizer:
 
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """Have parameters, gradients and optimizer state on the device for the duration; gradients are undefined."""
+        """Have parameters, gradients and optimizer state on the device for the duration; gradients are undefined.
+
+        Uses may overlap. After the last of them, parameters are whole for whoever reads them.
+        """
         with self.model.resident(), self._gradients.resident(), self._state.resident():
-            yield
+            self._num_users += 1
+            try:
+                yield
+            finally:
+                self._num_users -= 1
+            if self._num_users == 0 and self._gathers_late:
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
 
     def _gradient_tensors(self) -> Iterator[Tensor]:
         """Yield views into every gradient buffer."""
@@ -121,7 +132,11 @@ def _wrap(model: MegatronModel, backend: TrainedMegatronConfig) -> list[Distribu
     """Wrap each chunk in Megatron's DDP; gradients are kept and reduced in float32, and summed, not averaged."""
     config: Any = model.chunks[0].config  # which all share
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=backend.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=backend.use_distributed_optimizer,
+        overlap_grad_reduce=backend.overlap_grad_reduce,
+        overlap_param_gather=backend.overlap_param_gather,
+        bucket_size=backend.ddp_bucket_size,
     )
     # Only the first chunk's gradients come last, where nothing is left to compute meanwhile.
     wrapped = [
@@ -147,6 +162,7 @@ def _optimizer_config(model: MegatronModel, training: Training, backend: Trained
         bf16=model.dtype == torch.bfloat16,
         params_dtype=model.dtype,
         use_distributed_optimizer=backend.use_distributed_optimizer,
+        overlap_param_gather=backend.overlap_param_gather,
         optimizer_cpu_offload=backend.optimizer_on_host,
         **_precision_fields(backend),
     )

@@ -47,6 +47,11 @@ CASES = {
     "fused head": Case(TP2, (0, 1), settings={"fused_head": True}),
     "replicated optimizer": Case(Layout(4, tp=2), (0, 1, 2, 3), settings={"use_distributed_optimizer": False}),
     "adam on the host": Case(Layout(2), (0, 1), settings={"optimizer_on_host": True}),
+    "buckets that overlap": Case(
+        Layout(4, tp=2, sequence_parallel=True),
+        (0, 1, 2, 3),
+        settings={"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 500},
+    ),
     "tp2xcp2xdp2": Case(Layout(8, tp=2, cp=2, sequence_parallel=True), (0, 1, 2, 4, 5)),
     "1,024 ranks": Case(Layout(1024, tp=2, cp=2, sequence_parallel=True), (0, 1, 2, 4, 1023), copies=32),
 }
