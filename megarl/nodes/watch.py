@@ -198,10 +198,9 @@ class FirstNode(Watch):
             if not silent:
                 break
         if self.programs.service:
-            for event in self._events(start_s + _NEWS_S):
-                if ended := ended or self._part_that_ended(event):
-                    _say(ended)
-                    break
+            news = map(self._part_that_ended, self._events(start_s + _NEWS_S))
+            if ended := ended or next(filter(None, news), ""):
+                _say(ended)
         return code
 
     def _after(self, cause: str, code: int) -> int:
