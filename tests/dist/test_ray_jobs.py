@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch import Finished, python, run
@@ -58,7 +58,8 @@ def cluster(tiny_task: Path) -> Iterator[str]:
             _wait_for(f"http://127.0.0.1:{dashboard}", process, log)
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            for started in (*psutil.Process(process.pid).children(recursive=True), process):
+                started.kill()  # asked to end, it would wait for half a minute
             process.wait()
 
 

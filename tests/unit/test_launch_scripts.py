@@ -69,6 +69,7 @@ def test_a_dry_run_prints_what_is_submitted_and_what_each_node_starts(launcher: 
         assert len(runs) == text.count("start --head") == 1 and text.count("start --address=node0:") == 3
         assert text.count("RAY_AUTH_TOKEN=...") == 6  # two programs more on the first node
         assert "--include-dashboard=false" in text
+        assert "--no-monitor" in text and "--ray-client-server-port=20009" in text  # else at ports of all jobs
 
 
 def test_sizes_come_from_the_environment() -> None:
