@@ -194,6 +194,7 @@ def publication(backend: Backend) -> Callable[[], tuple[float, float]]:
     import torch
     import torch.distributed as dist
 
+    from megarl.parallel.layout import EngineLayout
     from megarl.weights.cells import cells_of
     from megarl.weights.name_map import vllm_peers, vllm_shards
     from megarl.weights.reshard import Resharder, node_size
@@ -202,11 +203,12 @@ def publication(backend: Backend) -> Callable[[], tuple[float, float]]:
     shape, rank, ranks = backend.role.shape, dist.get_rank(), dist.get_world_size()
     tp = min(ENGINE_TP, ranks)
     dtype: torch.dtype = getattr(torch, backend.role.dtype)
+    engine = EngineLayout(tp)
     targets = {
-        s.name: torch.zeros(s.shape, dtype=dtype, device=backend.device) for s in vllm_shards(shape, tp, rank % tp)
+        s.name: torch.zeros(s.shape, dtype=dtype, device=backend.device) for s in vllm_shards(shape, engine, rank % tp)
     }
     sources = cells_of(backend.peers(), node_size(backend.device))
-    resharder = Resharder(plan_reshard(sources, vllm_peers(shape, tp, range(ranks)), rank), dtype=dtype)
+    resharder = Resharder(plan_reshard(sources, vllm_peers(shape, engine, range(ranks)), rank), dtype=dtype)
 
     def publish() -> tuple[float, float]:
         with backend.resident():

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from page import write_measured
 
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.model_facts.shipped import shipped_config
 from megarl.weights.model_shape import ModelShape, parse_model_shape
 
@@ -142,14 +142,14 @@ def measure(case: Case, bucket_bytes: int, repetitions: int) -> Measured:
 
     rank, device, dtype = dist.get_rank(), platform.device(int(os.environ["LOCAL_RANK"])), torch.bfloat16
     held = megatron_shards(case.shape, case.layout, rank)
-    needed = vllm_shards(case.shape, case.engine_tp, rank % case.engine_tp)
+    needed = vllm_shards(case.shape, EngineLayout(case.engine_tp), rank % case.engine_tp)
     sources, targets = ({s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in e} for e in (held, needed))
     for target in targets.values():
         target.zero_()  # memory counts from here on
     fill(sources, held, Counted(case.shape))
     started_s = time.process_time()
     cells = cells_of(megatron_peers(case.shape, case.layout), node_size(device))
-    plan = plan_reshard(cells, vllm_peers(case.shape, case.engine_tp, range(NUM_RANKS)), rank)
+    plan = plan_reshard(cells, vllm_peers(case.shape, EngineLayout(case.engine_tp), range(NUM_RANKS)), rank)
     planning_s = time.process_time() - started_s
     resharder = Resharder(plan, dtype=dtype, bucket_bytes=bucket_bytes)
 
@@ -201,15 +201,16 @@ def measure_served(repetitions: int) -> Handed:
     case, rank, dtype, device = served_case(), dist.get_rank(), torch.bfloat16, torch.device("cpu")
     num_writers, itemsize = case.layout.world_size, dtype.itemsize
     is_writer, tp_rank = rank < num_writers, rank - num_writers
-    shards = megatron_shards(case.shape, case.layout, rank) if is_writer else vllm_shards(case.shape, 2, tp_rank)
+    engine = EngineLayout(2)
+    shards = megatron_shards(case.shape, case.layout, rank) if is_writer else vllm_shards(case.shape, engine, tp_rank)
     held = {shard.name: torch.zeros(shard.shape, dtype=dtype) for shard in shards}
     segments: list[Segment | None] = [None] * NUM_RANKS
     if is_writer:
         fill(held, shards, Counted(case.shape))
-        writer = SharedWriter(writer_plan(case.shape, case.layout, 2, rank, itemsize), dtype)
+        writer = SharedWriter(writer_plan(case.shape, case.layout, engine, rank, itemsize), dtype)
         dist.all_gather_object(segments, writer.write(held, 0))
     else:
-        reader = SharedReader(reader_plan(case.shape, case.layout, 2, tp_rank, itemsize), dtype)
+        reader = SharedReader(reader_plan(case.shape, case.layout, engine, tp_rank, itemsize), dtype)
         dist.all_gather_object(segments, None)
     written = [segment for segment in segments if segment is not None]
 

@@ -43,7 +43,7 @@ def engine_of_server(connection: Connection, folder: Path) -> None:
 
     from megarl.controller.served_engines import ServedEngines
     from megarl.launchers.engine_processes import EngineProcesses
-    from megarl.parallel.layout import Layout
+    from megarl.parallel.layout import EngineLayout, Layout
     from megarl.ranks.spec import EngineStart
     from megarl.rollout.served import Take
     from megarl.rollout.vllm import VllmSpec
@@ -53,7 +53,9 @@ def engine_of_server(connection: Connection, folder: Path) -> None:
 
     actor = role_on(Layout(1, fsdp=1), folder)
     start = EngineStart(VllmSpec(model_folder=str(folder), **SPEC), actor)
-    writer = SharedWriter(writer_plan(actor.shape, actor.layout, 1, 0, torch.float32.itemsize), torch.float32)
+    writer = SharedWriter(
+        writer_plan(actor.shape, actor.layout, EngineLayout(1), 0, torch.float32.itemsize), torch.float32
+    )
     asked, sampling = requests()
     with closing(ServedEngines(lambda number: EngineProcesses(start, None), 1, 600.0, sys.stderr.write)) as engines:
 

@@ -30,7 +30,7 @@ from megarl.config.schema import (
     TrainedMegatronConfig,
 )
 from megarl.errors import Absent, ConfigError, Problem
-from megarl.parallel.layout import Layout, layout_of, without_experts
+from megarl.parallel.layout import EngineLayout, Layout, layout_of, without_experts
 from megarl.weights.adapters import Lora
 from megarl.weights.model_shape import ModelShape
 
@@ -297,6 +297,12 @@ def num_engine_ranks(c: PPOConfig) -> int:
     if not is_served(c):
         return num_ranks(c)
     return rollout.nnodes * (rollout.n_gpus_per_node or rollout.tensor_model_parallel_size)
+
+
+def engine_layout(c: PPOConfig) -> EngineLayout:
+    """Return how engines split the actor's model."""
+    rollout = c.actor_rollout_ref.rollout
+    return EngineLayout(rollout.tensor_model_parallel_size, rollout.expert_parallel_size)
 
 
 def num_engines(c: PPOConfig) -> int:

@@ -43,6 +43,8 @@ def idle_settings(c: PPOConfig | SFTConfig, roles: Sequence[Role]) -> list[Probl
     problems = [p for rule in _PPO_RULES for p in rule(c)] if isinstance(c, PPOConfig) else []
     model = c.actor_rollout_ref.model if isinstance(c, PPOConfig) else c.model
     problems += adapters_are_asked_for(roles[0].model.key, model)
+    if isinstance(c, PPOConfig):
+        problems += an_engine_has_experts_to_spread(c, roles[0])
     for role in roles:
         key = f"{roles[0].model.key}.use_remove_padding"
         problems += sequences_can_be_packed(role, key, asked=model.use_remove_padding)
@@ -119,6 +121,14 @@ def the_last_learning_rate_is_that_of_a_schedule(role: Role) -> Problems:
     if training and training.schedule == "constant" and training.min_lr > 0:
         allowed = f"has no effect where {shape} is constant"
         yield Problem(role.at("optim.min_lr"), training.min_lr, allowed, f"{shape}=cosine")
+
+
+def an_engine_has_experts_to_spread(c: PPOConfig, actor: Role) -> Problems:
+    """An engine's ranks have whole experts of a model that has experts."""
+    size, shape = c.actor_rollout_ref.rollout.expert_parallel_size, actor.model.known_shape
+    if size > 1 and shape is not None and shape.is_mapped and not shape.num_experts:
+        key = "actor_rollout_ref.rollout.expert_parallel_size"
+        yield Problem(key, size, "has no effect: the model has no experts", f"{key}=1")
 
 
 def axes_have_something_to_split(role: Role) -> Problems:

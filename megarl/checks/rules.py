@@ -34,7 +34,8 @@ from megarl.config.defaults import default_of
 from megarl.config.schema import SGLANG, FsdpConfig, MegatronConfig, PPOConfig, SFTConfig, TrainedMegatronConfig
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
-from megarl.roles import Role, in_the_trainers_ranks, is_served, num_engine_ranks
+from megarl.parallel.layout import EngineLayout
+from megarl.roles import Role, engine_layout, in_the_trainers_ranks, is_served, num_engine_ranks
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.split import VLLM_VOCAB_MULTIPLE
 
@@ -124,6 +125,14 @@ def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:
         yield Problem(key, tp, f"must divide the {ranks} {whose}")
 
 
+def experts_are_spread_by_vllm(c: PPOConfig) -> Problems:
+    """Of the engines, vLLM spreads experts over its ranks."""
+    rollout = c.actor_rollout_ref.rollout
+    if rollout.name == SGLANG and rollout.expert_parallel_size > 1:
+        key = "actor_rollout_ref.rollout.expert_parallel_size"
+        yield Problem(key, rollout.expert_parallel_size, "must be 1 where rollout.name is sglang", f"{key}=1")
+
+
 def sglang_tells_what_it_sampled_from(c: PPOConfig) -> Problems:
     """Training samples from the whole distribution on SGLang, whose log-probs are of that."""
     rollout = c.actor_rollout_ref.rollout
@@ -207,6 +216,7 @@ def one_reward_is_chosen(c: PPOConfig) -> Problems:
 
 _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     sglang_tells_what_it_sampled_from,
+    experts_are_spread_by_vllm,
     an_engine_replica_divides_the_ranks,
     an_engine_step_holds_its_sequences,
     the_placement_of_engines_is_said_once,
@@ -290,16 +300,23 @@ def _engine_problems(c: PPOConfig, actor: Role, platform: PlatformName | None) -
     """Yield the problems between the engine and the model that it runs."""
     shape, rollout = actor.shape, c.actor_rollout_ref.rollout
     yield from stop_tokens_are_in_the_vocabulary(rollout.stop_token_ids, shape)
-    key, tp = "actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size
-    yield from the_engine_splits_the_model(key, shape, tp)
+    yield from the_engine_splits_the_model("actor_rollout_ref.rollout", shape, engine_layout(c))
     yield from the_engine_serves_the_heads(actor, platform)
 
 
-def the_engine_splits_the_model(key: str, shape: ModelShape, tp: int) -> Problems:
-    """All that vLLM splits divides by the ranks of a replica. key: of the number of those."""
+def the_engine_splits_the_model(section: str, shape: ModelShape, engine: EngineLayout) -> Problems:
+    """All that vLLM splits divides by the ranks of a replica. section: of the rollout."""
+    key, tp = f"{section}.tensor_model_parallel_size", engine.tp
     yield from a_tensor_split_fits(key, shape, tp)
-    if shape.num_experts and shape.expert_ffn_size % tp:
-        yield Problem(key, tp, f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size")
+    spread = f"{section}.expert_parallel_size"
+    if engine.ep not in (1, tp):
+        yield Problem(spread, engine.ep, f"must be 1 or {key}, {tp}: vLLM spreads experts over all ranks or over none")
+    elif shape.num_experts % engine.ep:
+        yield Problem(spread, engine.ep, f"must divide the model's {shape.num_experts} experts", f"{spread}=1")
+    elif shape.num_experts and shape.expert_ffn_size % engine.expert_tp:
+        allowed = f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size"
+        whole = "" if shape.num_experts % tp else f"{spread}={tp}, which keeps experts whole"
+        yield Problem(key, tp, allowed, whole)
     if shape.shared_expert_ffn_size % tp:
         size = shape.shared_expert_ffn_size
         yield Problem(key, tp, f"must divide the shared expert's feed-forward size of {size}")

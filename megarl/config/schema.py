@@ -305,6 +305,11 @@ class RolloutConfig:
     ignore_eos: bool = key("go on past the end-of-sequence token")
     gpu_memory_utilization: float = key("share of a device's memory for the engine", above=0.0, high=1.0)
     tensor_model_parallel_size: int = key("ranks of one engine replica", low=1)
+    expert_parallel_size: int = key(
+        "ranks of a replica that a layer's experts are spread over, whole: all of them, or 1, where each has a part of "
+        "every expert",
+        low=1,
+    )
     max_num_batched_tokens: int | None = key("tokens of one engine step; null: the engine's choice", low=1)
     max_num_seqs: int = key("responses generated at once by a replica", low=1, high=MOST_ROWS)
     enforce_eager: bool = key("no CUDA graphs (always so on CPU)")
@@ -531,6 +536,10 @@ class SFTTrainerConfig:
         "another; then the run ends and says where each stands. Their start may take 600 in any case",
         above=0.0,
         high=LONGEST_S,
+    )
+    numa_binding: bool = key(
+        "on CUDA, have each rank run on those of its cores that are near its device; what rank 0 starts under torchrun "
+        "runs there too"
     )
     preempt_save_s: float = key(
         "seconds after SIGTERM or SIGUSR1 in which the step must be done and saved; then the run ends without",

@@ -16,7 +16,7 @@ from megarl.types import Sampling
 
 def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
     """Return the spec of a run's engine."""
-    rollout = config.actor_rollout_ref.rollout
+    rollout, shape = config.actor_rollout_ref.rollout, actor.shape
     of_both: dict[str, Any] = {
         "model_folder": actor.model.here(),
         "dtype": actor.dtype,
@@ -32,6 +32,8 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
         return SglangSpec(python=sglang_python(config), **of_both)
     return VllmSpec(
         **of_both,
+        # vLLM refuses to spread what isn't there.
+        expert_parallel_size=rollout.expert_parallel_size if shape.num_experts or not shape.is_mapped else 1,
         disable_log_stats=rollout.disable_log_stats,
         free_cache_engine=rollout.free_cache_engine,
         # An engine in processes of its own takes its steps one by one, and its ranks must draw the same noise.

@@ -104,6 +104,7 @@ def open_run(
         is_served(config),
         algorithm_file,
         resumption.on_ranks if resumption else None,
+        config.trainer.numa_binding,
     )
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
         sinks.stage(3, 3, f"starting {num_ranks(config)} ranks and {num_engines(config)} engines, loading weights")
@@ -150,7 +151,9 @@ def open_sft_run(
     """Open an SFT run. values: of the config, as they are shown."""
     trainer, recipe = config.trainer, DemonstrationRecipe()
     resumed = resumption.on_ranks if resumption else None
-    spec = RankSpec(inputs.roles, trainer.seed, trainer.hang_timeout_s, resumed=resumed)
+    spec = RankSpec(
+        inputs.roles, trainer.seed, trainer.hang_timeout_s, resumed=resumed, numa_binding=trainer.numa_binding
+    )
     with _tracker(trainer, run_dir, values, inputs.num_steps) as sinks, ExitStack() as ranks:
         sinks.stage(2, 2, f"starting {num_ranks(config)} ranks, loading weights")
         preemption = preemption_of(trainer, sinks.warn)

@@ -21,7 +21,7 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 # Major version of CUDA -> oldest driver for it (CUDA Toolkit release notes, "CUDA minor version compatibility").
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 _TE = "transformer-engine"
-_FLASH = "flash-attn"
+_FLASH, _FLASH_3 = "flash-attn", "flash-attn-3"
 _HOPPER = 9.0
 _TE_CORES = (f"{_TE}-cu12", f"{_TE}-cu13")
 _GPU_ADAM = "Megatron takes its Adam, which needs a GPU, where the platform is cpu"
@@ -200,6 +200,9 @@ def check_flash_attention(packages: Packages, gpus: tuple[Gpu, ...], platform: P
     if platform == "cpu":
         return ok(_FLASH, "not installed; it is for GPUs" if package is None else f"{package.version}; unused on cpu")
     older = sorted({gpu.compute_capability for gpu in gpus if 0 < gpu.compute_capability < _HOPPER})
+    third = packages.get(_FLASH_3)
+    if third is not None and any(gpu.compute_capability == _HOPPER for gpu in gpus):
+        return ok(_FLASH, f"{third.version}, for Hopper; Transformer Engine prefers cuDNN's unless NVTE_FUSED_ATTN=0")
     if package is not None:
         return ok(_FLASH, package.version)
     if older and _TE in packages:

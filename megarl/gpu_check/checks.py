@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megarl.errors import MegarlError
 from megarl.gpu_check.ranks import on_ranks
 from megarl.parallel.environment import PlatformName
 from megarl.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from megarl.gpu_check.work import Way
 
 # Of a log-prob in float32 against Hugging Face on CPU; Transformer Engine multiplies float32 matrices in TF32.
 _LOGPROB, _LOGPROB_TF32 = 1e-3, 5e-2
@@ -216,40 +220,51 @@ def _slept(machine: Machine) -> Found:
     return Found(found.alike and given >= (1 - _MEMORY) * held and taken < given, text)
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "as it is": {"fused_head": False, "reproducible": False, "enforce_eager": False},
-    "fused head": {"fused_head": True, "reproducible": False, "enforce_eager": False},
-    "reproducible samples": {"fused_head": False, "reproducible": True, "enforce_eager": False},
-    "no CUDA graphs": {"fused_head": False, "reproducible": False, "enforce_eager": True},
-}
+def _ways(machine: Machine, *, has_experts: bool) -> Iterator[tuple[str, Way, bool]]:
+    """Yield the ways to compute that this machine has, by name, and whether each is with Transformer Engine."""
+    from megarl.gpu_check.work import Way
+
+    yield "as it is", Way(), True
+    if machine.num_devices > 1:
+        early = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+        yield "two ranks", Way(num_ranks=2), True
+        yield "two ranks, exchanged in buckets while passes compute", Way(num_ranks=2, section=early), True
+    if machine.platform != "cuda":
+        return  # graphs, runners and kernels are CUDA's
+    yield "fused head", Way(fused_head=True), True
+    yield "reproducible samples", Way(reproducible=True), True
+    yield "no CUDA graphs", Way(enforce_eager=True), True
+    if find_spec("fused_weight_gradient_mlp_cuda") is not None:
+        yield "gradients added up by the product itself", _overriding(gradient_accumulation_fusion=True), True
+    if find_spec("transformer_engine") is not None:
+        if has_experts:
+            fused = _overriding(moe_permute_fusion=True, moe_router_fusion=True)
+            yield "fused routing and permutation", fused, True
+        yield "without Transformer Engine", Way(), False
+
+
+def _overriding(**fields: bool) -> Way:
+    from megarl.gpu_check.work import Way
+
+    return Way(section={"override_transformer_config": fields})
 
 
 def _speeds(machine: Machine) -> Found:
+    from megarl.gpu_check.work import speeds
     from megarl.verify.reference import make_reference
     from megarl.weights.model_shape import read_model_shape
 
     tiny, vocab_size = _write_model(machine, "qwen3")
     folder = machine.model or tiny
-    if machine.model is not None:
-        vocab_size = read_model_shape(str(machine.model)).vocab_size
-    batch = make_reference(tiny, min(vocab_size, read_model_shape(str(tiny)).vocab_size)).rollouts
-    variants = {name: (options, True) for name, options in _OPTIONS.items() if machine.platform == "cuda"}
-    variants = variants or {"as it is": (_OPTIONS["as it is"], True)}  # graphs and runners are CUDA's
-    if machine.platform == "cuda" and find_spec("transformer_engine") is not None:
-        variants["without Transformer Engine"] = (_OPTIONS["as it is"], False)
+    shape = read_model_shape(str(folder))
+    batch = make_reference(tiny, min(vocab_size, shape.vocab_size)).rollouts
     figures = []
-    for name, (options, te) in variants.items():
-        place = machine.scratch / name.replace(" ", "_")
-        (found,) = on_ranks(place, _measure, folder, batch, options, te=te)
+    for name, way, te in _ways(machine, has_experts=bool(shape.num_experts)):
+        place = machine.scratch / re.sub(r"\W+", "_", name)
+        found = on_ranks(place, speeds, folder, batch, way, num_ranks=way.num_ranks, te=te)[0]
         cells = f"{found.update:,.0f} | {found.rollout:,.0f} | {found.publish_s:.3f}"
         figures.append((name, cells))
     return Found(True, f"{len(figures)} ways measured on {folder.name}", tuple(figures))
-
-
-def _measure(folder: Path, batch: Any, options: dict[str, Any]) -> Any:
-    from megarl.gpu_check.work import speeds
-
-    return speeds(folder, batch, Layout(1), **options)
 
 
 CHECKS: tuple[Check, ...] = (

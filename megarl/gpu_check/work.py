@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megarl.parallel.environment import platform_name
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.ranks.publish import publisher_of
 from megarl.rollout.vllm import VllmEngine, VllmSpec
 from megarl.train.actor import Actor
@@ -70,7 +71,7 @@ def answers(folder: Path, layout: Layout, engine_tp: int) -> list[list[int]]:
     """Return the greedy answers of an engine that was published to."""
     backend = backend_on_rank(role_on(layout, folder))
     engine = _engine(folder, engine_tp, dtype="float32")
-    publisher_of(backend, engine, engine_tp).publish(1)
+    publisher_of(backend, engine, EngineLayout(engine_tp)).publish(1)
     return _answers(engine, backend.role.shape.vocab_size)
 
 
@@ -78,7 +79,7 @@ def slept(folder: Path) -> Slept:
     """Let an engine sleep and wake, and read the device's memory each time."""
     backend = backend_on_rank(role_on(Layout(1), folder))
     engine = _engine(folder, 1, dtype="float32", free_cache_engine=True)
-    publisher = publisher_of(backend, engine, 1)
+    publisher = publisher_of(backend, engine, EngineLayout(1))
     publisher.publish(1)
     before, awake = _answers(engine, backend.role.shape.vocab_size), _free_bytes()
     weights_bytes = sum(parameter.nbytes for parameter in engine.parameters().values())
@@ -92,16 +93,26 @@ def slept(folder: Path) -> Slept:
     return Slept(awake, asleep, with_weights, weights_bytes, _KV_CACHE_BYTES, alike)
 
 
-def speeds(
-    folder: Path, batch: PolicyBatch, layout: Layout, *, fused_head: bool, reproducible: bool, enforce_eager: bool
-) -> Speeds:
+@dataclass(frozen=True)
+class Way:
+    """How to compute. section: what differs from the defaults of Megatron's section. num_ranks: data-parallel ones."""
+
+    fused_head: bool = False
+    reproducible: bool = False
+    enforce_eager: bool = False
+    section: Mapping[str, Any] = field(default_factory=dict)
+    num_ranks: int = 1
+
+
+def speeds(folder: Path, batch: PolicyBatch, way: Way) -> Speeds:
     """Return what an update, a generation and a publication take, medians of three after one to warm up."""
     dtype = "bfloat16" if platform_name() == "cuda" else "float32"
-    role = role_on(layout, folder, dtype=dtype, training=TRAINING, fused_head=fused_head)
+    layout = Layout(way.num_ranks)
+    role = role_on(layout, folder, dtype=dtype, training=TRAINING, fused_head=way.fused_head, **way.section)
     actor = Actor(backend_on_rank(role))
     update_s = _median_s(lambda: update(actor, batch, PPO))
-    engine = _engine(folder, 1, dtype=dtype, reproducible=reproducible, enforce_eager=enforce_eager)
-    publisher = publisher_of(actor.backend, engine, 1)
+    engine = _engine(folder, 1, dtype=dtype, reproducible=way.reproducible, enforce_eager=way.enforce_eager)
+    publisher = publisher_of(actor.backend, engine, EngineLayout(1))
     publish_s = _median_s(lambda: publisher.publish(1))
     sampling = Sampling(n=8, temperature=1.0, max_tokens=32, ignore_eos=True)
     asked = [GenerationRequest(prompt, i) for i, prompt in enumerate(prompts(role.shape.vocab_size))]

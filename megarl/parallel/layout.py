@@ -34,6 +34,22 @@ class ExpertCoordinates:
 
 
 @dataclass(frozen=True)
+class EngineLayout:
+    """How a rollout engine splits a model over its ``tp`` ranks.
+
+    ep: ranks that the experts of a layer are spread over, each whole; 1 where every rank has a part of every expert.
+    """
+
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share an expert."""
+        return self.tp // self.ep
+
+
+@dataclass(frozen=True)
 class Layout:
     """Sizes of all axes of one model. ``dp`` and ``edp`` follow from the others.
 

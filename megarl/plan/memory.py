@@ -15,14 +15,14 @@ from typing import Literal
 
 from megarl.batching.plan import BatchPlan
 from megarl.config.schema import PPOConfig
-from megarl.parallel.layout import layers_of_chunks
+from megarl.parallel.layout import EngineLayout, layers_of_chunks
 from megarl.plan.activations import Pass, chunk_bytes, pass_of, recompute_of, recomputed_bytes
 from megarl.plan.devices import CPU, Device
 from megarl.plan.fsdp import backward_moments, gathered_bytes
 from megarl.plan.fsdp_activations import fsdp_pass
 from megarl.plan.pipeline import Moment, moments
 from megarl.plan.static import static_of
-from megarl.roles import DTYPE_BYTES, Role, is_served
+from megarl.roles import DTYPE_BYTES, Role, engine_layout, is_served
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_shards
 from megarl.weights.reshard_plan import BUCKET_BYTES
@@ -111,12 +111,12 @@ class Engine:
 
 
 @cache
-def engine_weights_bytes(shape: ModelShape, tp: int, dtype_bytes: int) -> int:
+def engine_weights_bytes(shape: ModelShape, engine: EngineLayout, dtype_bytes: int) -> int:
     """Return the bytes of the weights on one rank of an engine; of a family outside of the name map, of even parts."""
     numel = 0
     if not shape.is_mapped:
-        return -(-sum(math.prod(size) for _, size in shape.tensors) * dtype_bytes // tp)
-    for shard in vllm_shards(shape, tp, 0):
+        return -(-sum(math.prod(size) for _, size in shape.tensors) * dtype_bytes // engine.tp)
+    for shard in vllm_shards(shape, engine, 0):
         size = 1
         for rows in shard.shape:
             size *= rows
@@ -128,7 +128,7 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
     """Return a rank's part of the engine."""
     rollout, b = c.actor_rollout_ref.rollout, DTYPE_BYTES[c.actor_rollout_ref.model.dtype]
     tp = rollout.tensor_model_parallel_size
-    weights = engine_weights_bytes(shape, tp, b)
+    weights = engine_weights_bytes(shape, engine_layout(c), b)
     per_token = 2 * shape.num_layers * max(1, shape.num_kv_heads // tp) * shape.head_dim * b
     if device.name == CPU:
         looked_up = 0 if shape.tied else -(-shape.vocab_size // tp) * shape.hidden_size * b

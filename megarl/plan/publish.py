@@ -10,7 +10,7 @@ import time
 import tracemalloc
 from dataclasses import dataclass
 
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.plan.devices import Device
 from megarl.weights.cells import cells_of
 from megarl.weights.model_shape import ModelShape
@@ -54,11 +54,11 @@ def seconds_of(load: Load, dtype_bytes: int, device: Device) -> float:
 
 
 def publish_traffic(
-    shape: ModelShape, layout: Layout, engine_tp: int, dtype_bytes: int, ranks_per_node: int, device: Device
+    shape: ModelShape, layout: Layout, engine: EngineLayout, dtype_bytes: int, ranks_per_node: int, device: Device
 ) -> Traffic:
     """Return the Traffic of a publication."""
-    loads = rank_loads(shape, layout, engine_tp, ranks_per_node)
-    plan = rank_plan(shape, layout, engine_tp, ranks_per_node, 0)
+    loads = rank_loads(shape, layout, engine, ranks_per_node)
+    plan = rank_plan(shape, layout, engine, ranks_per_node, 0)
     busiest_bytes = dtype_bytes * max(load.busiest_way for load in loads)
     return Traffic(
         kept_bytes=dtype_bytes * max(load.kept for load in loads),
@@ -72,39 +72,41 @@ def publish_traffic(
     )
 
 
-def handed_traffic(shape: ModelShape, layout: Layout, engine_tp: int, dtype_bytes: int, device: Device) -> Traffic:
+def handed_traffic(
+    shape: ModelShape, layout: Layout, engine: EngineLayout, dtype_bytes: int, device: Device
+) -> Traffic:
     """Return the Traffic of a publication to engines in processes of their own, by way of the host's memory.
 
     A byte is sent when a rank writes it there, and received when a rank of an engine reads it.
     """
-    loads = shared_loads(shape, layout, engine_tp)
+    loads = shared_loads(shape, layout, engine)
     sent = round(dtype_bytes * max(load.sent_within for load in loads))
     received = dtype_bytes * max(load.received_within for load in loads)
     seconds = (sent + received) / device.host_link_bytes_per_s
     return Traffic(0, sent, 0, received, 0, seconds, num_exchanges=0, least_exchanges=0)
 
 
-def rank_loads(shape: ModelShape, layout: Layout, engine_tp: int, ranks_per_node: int) -> tuple[Load, ...]:
+def rank_loads(shape: ModelShape, layout: Layout, engine: EngineLayout, ranks_per_node: int) -> tuple[Load, ...]:
     """Return the Load of every rank, in elements."""
     sources = cells_of(trainer_peers(shape, layout), ranks_per_node)
-    targets = vllm_peers(shape, engine_tp, range(layout.world_size))
+    targets = vllm_peers(shape, engine, range(layout.world_size))
     return loads_of(asked_of(sources, targets), targets, ranks_per_node, layout.world_size)
 
 
-def rank_plan(shape: ModelShape, layout: Layout, engine_tp: int, ranks_per_node: int, rank: int) -> RankPlan:
+def rank_plan(shape: ModelShape, layout: Layout, engine: EngineLayout, ranks_per_node: int, rank: int) -> RankPlan:
     """Return the RankPlan of one rank, as it plans it in a run."""
     sources = cells_of(trainer_peers(shape, layout), ranks_per_node)
-    return plan_reshard(sources, vllm_peers(shape, engine_tp, range(layout.world_size)), rank)
+    return plan_reshard(sources, vllm_peers(shape, engine, range(layout.world_size)), rank)
 
 
-def planning_cost(shape: ModelShape, layout: Layout, engine_tp: int, ranks_per_node: int) -> PlanningCost:
+def planning_cost(shape: ModelShape, layout: Layout, engine: EngineLayout, ranks_per_node: int) -> PlanningCost:
     """Return the PlanningCost of rank 0, measured here: it plans twice, since counting memory takes time."""
     started_s = time.process_time()
-    rank_plan(shape, layout, engine_tp, ranks_per_node, 0)
+    rank_plan(shape, layout, engine, ranks_per_node, 0)
     planning_s = time.process_time() - started_s
     tracemalloc.start()
     try:
-        rank_plan(shape, layout, engine_tp, ranks_per_node, 0)
+        rank_plan(shape, layout, engine, ranks_per_node, 0)
         _, most_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

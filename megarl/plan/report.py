@@ -122,13 +122,18 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
 
 
 def _engine_lines(plan: RunPlan) -> list[str]:
-    """Return the line on engines in processes of their own."""
+    """Return lines on engines that spread experts, and on those in processes of their own."""
+    split, shape = plan.engine_layout, plan.roles[0].shape
+    ranks = plan.num_engines * split.tp
+    spread = []
+    if plan.engine and shape.num_experts and split.ep > 1:
+        spread = [f"engines: {shape.num_experts // split.ep} experts of a layer on each of {split.ep} ranks, whole"]
     if not plan.is_served:
-        return []
-    ranks, tp = plan.num_engines * plan.engine_tp, plan.engine_tp
+        return spread
     return [
-        f"engines: {plan.num_engines} of TP {tp}, in {ranks} process{'es' if ranks > 1 else ''} and on as many devices "
-        f"beside the ranks; counted from rank {plan.num_ranks}"
+        *spread,
+        f"engines: {plan.num_engines} of TP {split.tp}, in {ranks} process{'es' if ranks > 1 else ''} and on as many "
+        f"devices beside the ranks; counted from rank {plan.num_ranks}",
     ]
 
 
@@ -169,10 +174,10 @@ def _memory_lines(plan: RunPlan) -> list[str]:
             f"  {phase.rank:<5} {_items_words(phase)}"
         )
     if plan.engine:
-        cached = plan.engine.num_cached_tokens
+        cached, tp = plan.engine.num_cached_tokens, plan.engine_layout.tp
         lines.append(
             f"KV cache: {max(0, plan.engine.cache_bytes) / GIB:.1f} GiB a rank, {cached:,} tokens a replica of "
-            f"{plan.engine_tp} rank{'s' if plan.engine_tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
+            f"{tp} rank{'s' if tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
             "sequences at once"
         )
     lines.append(f"host memory a node: {plan.host_bytes_per_node / GIB:.0f} GiB")
@@ -210,7 +215,7 @@ def _publish_lines(plan: RunPlan) -> list[str]:
 
 def _planning_cost(plan: RunPlan) -> PlanningCost:
     actor = plan.roles[0]
-    return planning_cost(actor.shape, actor.layout, plan.engine_tp, plan.ranks_per_node)
+    return planning_cost(actor.shape, actor.layout, plan.engine_layout, plan.ranks_per_node)
 
 
 def _checkpoint_lines(plan: RunPlan) -> list[str]:

@@ -11,6 +11,7 @@ from megarl.algorithm.needs import reuses_update
 from megarl.batching.plan import BatchPlan
 from megarl.config.schema import SYNC, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
+from megarl.parallel.layout import EngineLayout
 from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import Device
 from megarl.plan.memory import Engine, Phase, engine_of, engine_phase, phases_of
@@ -19,7 +20,7 @@ from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, is_served, num_engines, num_ranks
+from megarl.roles import Role, batch_plan, engine_layout, is_served, num_engines, num_ranks
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -58,7 +59,7 @@ class RunPlan:
     roles: tuple[Role, ...]
     topologies: tuple[Topology, ...]
     engine: Engine | None
-    engine_tp: int
+    engine_layout: EngineLayout
     num_engines: int
     is_served: bool
     phases: tuple[Phase, ...]
@@ -90,7 +91,7 @@ class RunPlan:
     @property
     def host_bytes_per_node(self) -> int:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
-        beside = self.engine_tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
+        beside = self.engine_layout.tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
         return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node + beside
 
 
@@ -113,16 +114,16 @@ def plan_run(
     batches = {role.name: batch_plan(c, role) for role in roles if role.is_trained}
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
-    engine, engine_tp, traffic, served = None, 1, None, isinstance(c, PPOConfig) and is_served(c)
+    engine, split, traffic, served = None, EngineLayout(), None, isinstance(c, PPOConfig) and is_served(c)
     if isinstance(c, PPOConfig):
-        engine, engine_tp = engine_of(c, actor.shape, device), c.actor_rollout_ref.rollout.tensor_model_parallel_size
+        engine, split = engine_of(c, actor.shape, device), engine_layout(c)
         if with_traffic and served:
-            traffic = handed_traffic(actor.shape, actor.layout, engine_tp, b, device)
+            traffic = handed_traffic(actor.shape, actor.layout, split, b, device)
         elif with_traffic:
-            traffic = publish_traffic(actor.shape, actor.layout, engine_tp, b, per_node, device)
+            traffic = publish_traffic(actor.shape, actor.layout, split, b, per_node, device)
     examined = examined_ranks(roles, ranks)
     if engine and served:
-        handed_bytes = -(-engine.weights_bytes * engine_tp // ranks)
+        handed_bytes = -(-engine.weights_bytes * split.tp // ranks)
         phases = phases_of(roles, batches, None, device, examined, handed_bytes)
         phases += (engine_phase(engine, device, rank=ranks),)
     else:
@@ -139,7 +140,7 @@ def plan_run(
         roles=roles,
         topologies=tuple(topology_of(role, per_node, micro_batches.get(role.name, 1)) for role in roles),
         engine=engine,
-        engine_tp=engine_tp,
+        engine_layout=split,
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
         is_served=served,
         phases=phases,

@@ -98,11 +98,11 @@ def _started(start: EngineStart, listener: socket.socket | None) -> tuple[Stream
     from megarl.rollout.vllm_stream import VllmStream
 
     assert isinstance(start.spec, VllmSpec)
-    tp = start.spec.tensor_parallel_size
-    control = dist.new_group(backend="gloo", timeout=_FOREVER) if tp > 1 else None
+    split = start.spec.layout
+    control = dist.new_group(backend="gloo", timeout=_FOREVER) if split.tp > 1 else None
     engine = VllmEngine(start.spec)
     actor = start.actor
-    return VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, tp, dist.get_rank())), control
+    return VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, split, dist.get_rank())), control
 
 
 def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
@@ -113,8 +113,8 @@ def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
     from megarl.rollout.taking import WholeTensors
 
     assert isinstance(start.spec, SglangSpec)
-    tp, dtype, actor = start.spec.tensor_parallel_size, getattr(torch, start.spec.dtype), start.actor
-    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, tp, dtype)), None
+    dtype, actor = getattr(torch, start.spec.dtype), start.actor
+    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, start.spec.layout, dtype)), None
 
 
 def _waiting(orders: queue.SimpleQueue[Order], is_busy: bool) -> Iterator[Order]:

@@ -14,10 +14,12 @@ import psutil
 
 from megarl.parallel.environment import apply_environment
 from megarl.parallel.importing import heavy_imports
+from megarl.parallel.numa import bind_near
 from megarl.ranks.spec import RankSpec
 from megarl.ranks.watched import START_S
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined] # torch doesn't list it
 
     from megarl.parallel.platform import Platform
@@ -66,9 +68,19 @@ def start_worker(spec: RankSpec, platform: Platform) -> Worker:
     if platform.name == "cuda" and any(role.residency.optimizer_on_host for role in spec.roles):
         num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(host_threads(len(os.sched_getaffinity(0)), num_ranks))
+    if platform.name == "cuda" and spec.numa_binding:
+        bind_near(pci_address(platform.device(int(os.environ["LOCAL_RANK"]))))
     worker = Worker(spec, platform.device(int(os.environ["LOCAL_RANK"])))
     limit_collectives(spec.hang_timeout_s + _REPORT_S)
     return worker
+
+
+def pci_address(device: torch.device) -> str:
+    """Return where a GPU is, as the kernel names it."""
+    import torch
+
+    found: Any = torch.cuda.get_device_properties(device)
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def host_threads(num_cores: int, num_ranks: int) -> int:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.errors import PublishError
+from megarl.parallel.layout import EngineLayout
 from megarl.rollout.engine import RolloutEngine
 from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
 from megarl.train.backend import Backend
 from megarl.weights.cells import cells_of
-from megarl.weights.engine_parameters import check_parameters
+from megarl.weights.engine_parameters import EngineParameters
 from megarl.weights.files import plan_files
 from megarl.weights.name_map import hf_shapes, vllm_peers
 from megarl.weights.reshard import Resharder, node_size
@@ -40,10 +41,10 @@ class Publisher(Protocol):
         ...
 
 
-def publisher_of(backend: Backend, engine: RolloutEngine, engine_tp: int) -> Publisher:
+def publisher_of(backend: Backend, engine: RolloutEngine, split: EngineLayout) -> Publisher:
     """Return the Publisher of a model: planned where the name map has its family, by whole tensors elsewhere."""
     if backend.role.shape.is_mapped:
-        return PlannedPublisher(backend, engine, engine_tp)
+        return PlannedPublisher(backend, engine, split)
     return WholePublisher(backend, engine)
 
 
@@ -53,12 +54,12 @@ class PlannedPublisher:
     Raises PublishError where the engine's parameters aren't those of the name map.
     """
 
-    def __init__(self, backend: Backend, engine: RolloutEngine, engine_tp: int) -> None:
+    def __init__(self, backend: Backend, engine: RolloutEngine, split: EngineLayout) -> None:
         self.backend, self.engine = backend, engine
         shape, rank, device = backend.role.shape, dist.get_rank(), backend.device
-        targets = vllm_peers(shape, engine_tp, range(backend.role.layout.world_size))
+        targets = vllm_peers(shape, split, range(backend.role.layout.world_size))
         parameters = engine.parameters()
-        check_parameters(parameters, shape, engine_tp, rank % engine_tp)
+        self.of_engine = EngineParameters(parameters, shape, split, rank % split.tp)
         sources = cells_of(backend.peers(), node_size(device))
         dtype = next(iter(parameters.values())).dtype
         self.resharder = Resharder(plan_reshard(sources, targets, rank), dtype=dtype)
@@ -66,7 +67,8 @@ class PlannedPublisher:
     def publish(self, policy_version: int, *, verify: bool = False) -> None:
         """Copy the weights, and stamp later rollouts with ``policy_version``. verify: see Publisher."""
         with self.backend.resident():
-            ends = self.backend.parameters(), self.engine.parameters(), self.backend.device
+            targets = self.of_engine.by_name(self.engine.parameters())
+            ends = self.backend.parameters(), targets, self.backend.device
             self.resharder.run(*ends)
             if verify:
                 self.resharder.verify(*ends)
@@ -80,8 +82,8 @@ class SharedPublisher:
         self.backend = backend
         role, dtype = backend.role, getattr(torch, spec.dtype)
         assert isinstance(dtype, torch.dtype)
-        tp, whole = spec.tensor_parallel_size, isinstance(spec, SglangSpec)
-        plan = writer_plan(role.shape, role.layout, tp, dist.get_rank(), dtype.itemsize, whole=whole)
+        whole = isinstance(spec, SglangSpec)
+        plan = writer_plan(role.shape, role.layout, spec.layout, dist.get_rank(), dtype.itemsize, whole=whole)
         self.writer = SharedWriter(plan, dtype)
 
     def publish(self, policy_version: int, *, verify: bool = False) -> Segment:

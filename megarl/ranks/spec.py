@@ -24,7 +24,8 @@ class RankSpec:
     """A run as every rank needs to know it, the same on all.
 
     hang_timeout_s: that a collective may take. engine: None where nothing is generated. is_served: whether it is in
-    processes of its own. algorithm_file: the user's own losses. resumed: None at a run's start. Paths are absolute.
+    processes of its own. algorithm_file: the user's own losses. resumed: None at a run's start.
+    numa_binding: whether ranks on CUDA run on the cores near their device. Paths are absolute.
     """
 
     roles: tuple[Role, ...]
@@ -34,6 +35,7 @@ class RankSpec:
     is_served: bool = False
     algorithm_file: str | None = None
     resumed: Resumed | None = None
+    numa_binding: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Worker:
             assert isinstance(spec.engine, VllmSpec), "SGLang is never in the trainer's ranks"
             self.engine = VllmEngine(spec.engine)
             self.engine_tp = spec.engine.tensor_parallel_size
-            self.publisher = publisher_of(self.roles["actor"].backend, self.engine, self.engine_tp)
+            self.publisher = publisher_of(self.roles["actor"].backend, self.engine, spec.engine.layout)
             self.engine.sleep()
         if spec.resumed is not None:
             restore_random_states(Path(spec.resumed.folder))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megarl.errors import PublishError
 from megarl.parallel.environment import platform_name
+from megarl.parallel.layout import EngineLayout
 from megarl.rollout.engine import UNPUBLISHED, check_published, check_room
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import Ask, Done, Take, samplings
@@ -44,6 +45,11 @@ class SglangSpec:
     gpu_memory_utilization: float
     enforce_eager: bool
     seed: int
+
+    @property
+    def layout(self) -> EngineLayout:
+        """How the model is split over the ranks of the engine."""
+        return EngineLayout(self.tensor_parallel_size)
 
 
 class SglangStream:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megarl.errors import PublishError
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.rollout.engine import RolloutEngine
 from megarl.rollout.served import Take
-from megarl.weights.engine_parameters import check_parameters
+from megarl.weights.engine_parameters import EngineParameters
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes
 from megarl.weights.shared import SharedReader
@@ -20,20 +20,23 @@ from megarl.weights.shared_plan import reader_plan
 
 class WeightsTaker:
     """Takes publications into one rank of an engine. shape, layout: of the actor, on its ranks.
+    split: of the engine.
 
     Raises PublishError where the engine's parameters aren't those of the name map.
     """
 
-    def __init__(self, engine: RolloutEngine, shape: ModelShape, layout: Layout, tp: int, tp_rank: int) -> None:
+    def __init__(
+        self, engine: RolloutEngine, shape: ModelShape, layout: Layout, split: EngineLayout, tp_rank: int
+    ) -> None:
         self.engine, self.shape = engine, shape
         parameters = engine.parameters()
         dtype = next(iter(parameters.values())).dtype
         self.whole: WholeTensors | None = None
         if shape.is_mapped:
-            check_parameters(parameters, shape, tp, tp_rank)
-            self.reader = SharedReader(reader_plan(shape, layout, tp, tp_rank, dtype.itemsize), dtype)
+            self.of_engine = EngineParameters(parameters, shape, split, tp_rank)
+            self.reader = SharedReader(reader_plan(shape, layout, split, tp_rank, dtype.itemsize), dtype)
         else:
-            self.whole = WholeTensors(shape, layout, tp, dtype)
+            self.whole = WholeTensors(shape, layout, split, dtype)
             self.reader = self.whole.reader
 
     def take(self, order: Take) -> None:
@@ -44,8 +47,9 @@ class WeightsTaker:
         """
         self.reader.check(order.segments, order.policy_version)
         if self.whole is None:
-            self.reader.read(order.segments, 0, self.engine.parameters())
-            self.reader.verify(order.segments, 0, self.engine.parameters())
+            targets = self.of_engine.by_name(self.engine.parameters())
+            self.reader.read(order.segments, 0, targets)
+            self.reader.verify(order.segments, 0, targets)
         else:
             filled = self.engine.load_weights(t for bucket in self.whole.buckets(order) for t in bucket.items())
             missing = sorted(set(self.engine.parameters()) - filled)
@@ -60,9 +64,9 @@ class WeightsTaker:
 class WholeTensors:
     """The tensors of a publication by the names of a checkpoint, whole, a few at a time."""
 
-    def __init__(self, shape: ModelShape, layout: Layout, tp: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, layout: Layout, split: EngineLayout, dtype: torch.dtype) -> None:
         self.shapes, self.dtype = hf_shapes(shape), dtype
-        self.reader = SharedReader(reader_plan(shape, layout, tp, 0, dtype.itemsize, whole=True), dtype)
+        self.reader = SharedReader(reader_plan(shape, layout, split, 0, dtype.itemsize, whole=True), dtype)
 
     def check(self, order: Take) -> None:
         """Raise PublishError unless the trainer's memory holds that publication."""

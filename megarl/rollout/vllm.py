@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megarl.errors import PublishError
 from megarl.parallel.environment import apply_environment, platform_name
 from megarl.parallel.importing import heavy_imports
+from megarl.parallel.layout import EngineLayout
 from megarl.rollout.engine import UNPUBLISHED, check_room
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
@@ -42,6 +43,7 @@ class VllmSpec:
     """How to build one rank of an engine.
 
     model_folder: a Hugging Face folder, read for its config alone. dtype: ``float32`` or ``bfloat16``.
+    expert_parallel_size: 1, or as many ranks as there are: each then has some of a layer's experts whole.
     max_model_len: tokens of prompt and response together. max_num_batched_tokens: None leaves it to vLLM; at least
     max_model_len on CPU, where no prefill is cut.
     gpu_memory_utilization: share of the device's memory that weights, activations and KV cache may take.
@@ -62,6 +64,12 @@ class VllmSpec:
     free_cache_engine: bool = True
     reproducible: bool = True
     kv_cache_bytes: int | None = None
+    expert_parallel_size: int = 1
+
+    @property
+    def layout(self) -> EngineLayout:
+        """How the model is split over the ranks of the engine."""
+        return EngineLayout(self.tensor_parallel_size, self.expert_parallel_size)
 
 
 class VllmEngine:
@@ -214,6 +222,7 @@ def _start(spec: VllmSpec) -> LLM:
             load_format="dummy",
             dtype=spec.dtype,
             tensor_parallel_size=spec.tensor_parallel_size,
+            enable_expert_parallel=spec.expert_parallel_size > 1,
             distributed_executor_backend="external_launcher",
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,

@@ -69,9 +69,12 @@ def _pack_experts(experts: Any, layer: Any, pack: Callable[[Any, torch.nn.Module
     pack(experts, packed)
     compute = type(experts).apply
 
-    def apply(
-        output: torch.Tensor, hidden_states: torch.Tensor, w1: object, w2: object, *rest: Any, **named: Any
-    ) -> None:
-        compute(experts, output, hidden_states, packed.w13_weight, packed.w2_weight, *rest, **named)
+    def apply(*, expert_map: torch.Tensor | None, **named: Any) -> None:
+        named |= {"w1": packed.w13_weight, "w2": packed.w2_weight}
+        if expert_map is not None:  # which vLLM's kernel for CPU doesn't read: it takes ids for places in the stack
+            place = expert_map[named["topk_ids"]]
+            named["topk_weights"] = named["topk_weights"].masked_fill(place < 0, 0)
+            named["topk_ids"] = place.clamp(min=0)
+        compute(experts, expert_map=None, **named)
 
     experts.apply = apply  # over the method of the class

@@ -19,6 +19,7 @@ from megarl.algorithm.loss_specs import LossSpec, PolicyLossSpec
 from megarl.algorithm.policy_loss import PolicyLossSettings
 from megarl.batching.plan import micro_batches, split_rows
 from megarl.parallel.environment import platform_name
+from megarl.parallel.layout import EngineLayout
 from megarl.parallel.platform import Platform
 from megarl.ranks.publish import publisher_of
 from megarl.ranks.worker import RoleOnRank, weights_of
@@ -111,7 +112,7 @@ def answer(role: Role, engine_tp: int, out: Path) -> list[list[int]]:
             kv_cache_bytes=max(32 * 2**20, 2 * len(PROMPTS) * _KV_BLOCK_TOKENS * token_bytes),
         )
     )
-    publisher_of(backend, engine, engine_tp).publish(1)
+    publisher_of(backend, engine, EngineLayout(engine_tp)).publish(1)
     requests = [GenerationRequest(prompt, 0) for prompt in prompts(shape.vocab_size)]
     answers = [list(rollout.token_ids) for (rollout,) in engine.generate(requests, GREEDY)]
     engine.shutdown()

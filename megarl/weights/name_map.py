@@ -4,7 +4,7 @@ Each entry names a parameter in the three dialects and how it is split over tens
 shards of any rank of the trainer and of the engine, in Hugging Face coordinates.
 
 Experts are named by their index in the model, as layers are. vLLM keeps the experts of a layer in one parameter, of
-which the map names the slices: ``w13_weight.5`` is ``w13_weight[5]``.
+which the map names the slices: ``w13_weight.5`` is ``w13_weight[5]`` on a rank that has all experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megarl.parallel.layout import Layout, layers_of_chunks
+from megarl.parallel.layout import EngineLayout, Layout, layers_of_chunks
 from megarl.weights.model_shape import VALUE_HEAD, ModelShape
 from megarl.weights.shard import Pattern, Peers, Shard, alike, whole
 from megarl.weights.split import split_shard
@@ -244,28 +244,34 @@ def local_experts(shape: ModelShape, ep: int, ep_rank: int) -> range:
 
 
 @lru_cache(maxsize=64)
-def vllm_shards(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Shard, ...]:
-    """Return the shards of one of the ``tp`` ranks of a vLLM engine as a tuple of Shard: of each expert a part."""
-    return tuple(shard for pattern in vllm_patterns(shape, tp, tp_rank) for shard in pattern.shards())
+def vllm_shards(shape: ModelShape, engine: EngineLayout, tp_rank: int) -> tuple[Shard, ...]:
+    """Return the shards of one rank of a vLLM engine as a tuple of Shard: of each expert that it has its part."""
+    return tuple(shard for pattern in vllm_patterns(shape, engine, tp_rank) for shard in pattern.shards())
 
 
-def vllm_peers(shape: ModelShape, tp: int, ranks: Sequence[int]) -> tuple[Peers, ...]:
-    """Return the Peers of vLLM engines, as a tuple. Each engine is ``tp`` of ``ranks`` in a row.
+def vllm_peers(shape: ModelShape, engine: EngineLayout, ranks: Sequence[int]) -> tuple[Peers, ...]:
+    """Return the Peers of vLLM engines, as a tuple. Each engine is as many of ``ranks`` in a row as it has.
 
     Of a family outside of the map every rank is given whole tensors, of which the engine takes its part.
     """
     if not shape.is_mapped:
         return (Peers(tuple(ranks), alike(whole(*tensor) for tensor in shape.tensors)),)
-    return tuple(Peers(tuple(ranks[at::tp]), vllm_patterns(shape, tp, at)) for at in range(tp))
+    return tuple(Peers(tuple(ranks[at :: engine.tp]), vllm_patterns(shape, engine, at)) for at in range(engine.tp))
 
 
-def vllm_patterns(shape: ModelShape, tp: int, tp_rank: int) -> tuple[Pattern, ...]:
+def vllm_patterns(shape: ModelShape, engine: EngineLayout, tp_rank: int) -> tuple[Pattern, ...]:
     """Return the patterns that ``vllm_shards`` are instances of, as a tuple of Pattern."""
-    layers, experts = range(shape.num_layers), range(shape.num_experts)
-    return tuple(
-        pattern
-        for entry in entries(shape)
-        if not (shape.tied and entry.vllm == OUTPUT)
-        for shard in [split_shard(entry.vllm, entry.hf, entry.sizes[0], entry.split, shape, tp_rank, tp, "vllm")]
-        for pattern in entry.patterns(shard, shape, layers, experts)
-    )
+    layers, experts = range(shape.num_layers), engine_experts(shape, engine, tp_rank)
+    patterns: list[Pattern] = []
+    for entry in entries(shape):
+        if shape.tied and entry.vllm == OUTPUT:
+            continue
+        at, parts = (tp_rank % engine.expert_tp, engine.expert_tp) if entry.is_expert else (tp_rank, engine.tp)
+        shard = split_shard(entry.vllm, entry.hf, entry.sizes[0], entry.split, shape, at, parts, "vllm")
+        patterns += entry.patterns(shard, shape, layers, experts)
+    return tuple(patterns)
+
+
+def engine_experts(shape: ModelShape, engine: EngineLayout, tp_rank: int) -> range:
+    """Return the experts of which a rank of a vLLM engine has a part, or the whole."""
+    return local_experts(shape, engine.ep, tp_rank // engine.expert_tp)

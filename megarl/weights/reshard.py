@@ -120,12 +120,8 @@ def target_of(rows: Rows, parameters: Tensors) -> Tensor:
 
 
 def _view(rows: Rows, window: Window, parameters: Tensors) -> Tensor:
-    """Return the rows as a view of their parameter. ``a.5`` is slice 5 of parameter ``a`` where none is named so."""
-    name = window.name.format(i=rows.layer, e=rows.expert)
-    view = parameters.get(name)
-    if view is None:
-        stack, _, index = name.rpartition(".")
-        view = parameters[stack][int(index)]
+    """Return the rows as a view of their parameter."""
+    view = parameters[window.name.format(i=rows.layer, e=rows.expert)]
     view = view.narrow(0, window.starts[0] + rows.first_row, rows.num_rows)
     for dim in range(1, len(window.starts)):
         size = rows.move.sizes[dim]

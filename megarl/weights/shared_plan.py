@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.cells import Sources, cells_of
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -29,44 +29,46 @@ class SharedPlan:
 
 
 def writer_plan(
-    shape: ModelShape, layout: Layout, tp: int, rank: int, itemsize: int, *, whole: bool = False
+    shape: ModelShape, layout: Layout, engine: EngineLayout, rank: int, itemsize: int, *, whole: bool = False
 ) -> SharedPlan:
-    """Return what ``rank`` of the trainer writes for engines of ``tp`` ranks. itemsize: bytes of an element there.
+    """Return what ``rank`` of the trainer writes for engines laid out as ``engine``. itemsize: of an element there.
 
     whole: whether engines want whole tensors; they get them as well where the name map doesn't have the family.
     """
-    return _plan(shape, layout, tp, rank, itemsize, whole=whole or not shape.is_mapped)
+    return _plan(shape, layout, engine, rank, itemsize, whole=whole or not shape.is_mapped)
 
 
 def reader_plan(
-    shape: ModelShape, layout: Layout, tp: int, tp_rank: int, itemsize: int, *, whole: bool = False
+    shape: ModelShape, layout: Layout, engine: EngineLayout, tp_rank: int, itemsize: int, *, whole: bool = False
 ) -> SharedPlan:
     """Return what ``tp_rank`` of an engine reads; of whole tensors all ranks read the same."""
     whole = whole or not shape.is_mapped
-    return _plan(shape, layout, tp, layout.world_size + (0 if whole else tp_rank), itemsize, whole=whole)
+    return _plan(shape, layout, engine, layout.world_size + (0 if whole else tp_rank), itemsize, whole=whole)
 
 
-def shared_loads(shape: ModelShape, layout: Layout, tp: int) -> tuple[Load, ...]:
+def shared_loads(shape: ModelShape, layout: Layout, engine: EngineLayout) -> tuple[Load, ...]:
     """Return the Load of every rank of the trainer, and then of an engine, whose elements all are within a node."""
-    sources, targets = _sources(shape, layout, tp), _engine_peers(shape, layout, tp)
-    world_size = layout.world_size + tp
+    sources, targets = _sources(shape, layout, engine), _engine_peers(shape, layout, engine)
+    world_size = layout.world_size + engine.tp
     return loads_of(asked_of(sources, targets), targets, world_size, world_size)
 
 
-def _sources(shape: ModelShape, layout: Layout, tp: int) -> Sources:
-    return cells_of(trainer_peers(shape, layout), layout.world_size + tp)
+def _sources(shape: ModelShape, layout: Layout, engine: EngineLayout) -> Sources:
+    return cells_of(trainer_peers(shape, layout), layout.world_size + engine.tp)
 
 
-def _engine_peers(shape: ModelShape, layout: Layout, tp: int) -> tuple[Peers, ...]:
+def _engine_peers(shape: ModelShape, layout: Layout, engine: EngineLayout) -> tuple[Peers, ...]:
     """Return the Peers of an engine. Of a family outside of the map its first rank stands for all."""
     first = layout.world_size
-    return vllm_peers(shape, tp, range(first, first + (tp if shape.is_mapped else 1)))
+    return vllm_peers(shape, engine, range(first, first + (engine.tp if shape.is_mapped else 1)))
 
 
-def _plan(shape: ModelShape, layout: Layout, tp: int, rank: int, itemsize: int, *, whole: bool) -> SharedPlan:
-    sources = _sources(shape, layout, tp)
+def _plan(
+    shape: ModelShape, layout: Layout, engine: EngineLayout, rank: int, itemsize: int, *, whole: bool
+) -> SharedPlan:
+    sources = _sources(shape, layout, engine)
     if not whole:
-        return SharedPlan(((),), (plan_reshard(sources, _engine_peers(shape, layout, tp), rank),))
+        return SharedPlan(((),), (plan_reshard(sources, _engine_peers(shape, layout, engine), rank),))
     shapes, reader = hf_shapes(shape), (layout.world_size,)
     names = plan_files(shapes, itemsize, BUCKET_BYTES)
     targets = [(Peers(reader, alike(whole_tensor(name, shapes[name]) for name in bucket)),) for bucket in names]

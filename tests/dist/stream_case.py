@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     join_ranks()
     from safetensors.torch import load_file
 
-    from megarl.parallel.layout import Layout
+    from megarl.parallel.layout import EngineLayout, Layout
     from megarl.rollout.served import Ask, Take
     from megarl.rollout.taking import WeightsTaker
     from megarl.rollout.vllm import VllmEngine, VllmSpec
@@ -38,8 +38,10 @@ def main(folder: Path) -> None:
     shape, layout = read_model_shape(folder / "a"), Layout(1, fsdp=1)
     spec = VllmSpec(str(folder / "a"), "float32", max_model_len=64, max_num_seqs=16, kv_cache_bytes=32 * 2**20)
     engine = VllmEngine(spec)
-    stream = VllmStream(engine, WeightsTaker(engine, shape, layout, 1, 0))
-    writer = SharedWriter(writer_plan(shape, layout, 1, 0, 4), engine.parameters()["lm_head.weight"].dtype)
+    stream = VllmStream(engine, WeightsTaker(engine, shape, layout, EngineLayout(1), 0))
+    writer = SharedWriter(
+        writer_plan(shape, layout, EngineLayout(1), 0, 4), engine.parameters()["lm_head.weight"].dtype
+    )
 
     def publish(name: str, version: int) -> None:
         stream.take(Take(version, (writer.write(load_file(folder / name / "model.safetensors"), version),)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megarl.checkpoint.rank_save import RankSave
 from megarl.checkpoint.role_files import SavedRole
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.plan.sizes import StaticBytes
 from megarl.plan.static import static_of
 from megarl.roles import Role
@@ -165,7 +165,7 @@ def test_greedy_answers_of_published_weights_are_hugging_faces(tmp_path: Path) -
     folders = {name: tmp_path / name for name in names}
     for name, folder in folders.items():
         save_tiny_model(name, folder)
-        (folder / "layout.json").write_text(json.dumps(asdict(TWO)))
+        (folder / "layouts.json").write_text(json.dumps([asdict(TWO), asdict(EngineLayout(2))]))
     run_case("tests.dist.publish_case", *folders.values())
     for folder in folders.values():
         expected = hf_training.greedy_answers(folder, PROMPTS, GREEDY.max_tokens)

@@ -84,7 +84,7 @@ def _saved_bytes(backend: MegatronBackend, batch: Sequences) -> int:
     ("layout", "dtype"),
     [
         pytest.param("one_rank", "float32", marks=pytest.mark.long),
-        ("tp2+sp", "bfloat16"),
+        pytest.param("tp2+sp", "bfloat16", marks=pytest.mark.long),
         pytest.param("dp2", "bfloat16", marks=pytest.mark.long),
         pytest.param("tp2_pp2+sp", "float32", marks=pytest.mark.long),
         ("pp2_vpp2", "float32"),

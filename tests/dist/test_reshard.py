@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.errors import PublishError
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.verify.pool import RankPool
 from megarl.weights.cells import cells_of
 from megarl.weights.model_shape import ModelShape
@@ -59,10 +59,10 @@ def _reshard(
     """Publish in bfloat16; return the number of exchanges, and the names of the parameters that are wrong here."""
     rank, counted = dist.get_rank(), Counted(shape)
     at = engine_ranks.index(rank) % engine_tp if rank in engine_ranks else None
-    needed = () if at is None else vllm_shards(shape, engine_tp, at)
+    needed = () if at is None else vllm_shards(shape, EngineLayout(engine_tp), at)
     expected = {name: tensor.bfloat16() for name, tensor in _filled(needed, counted).items()}
     targets = _stacked({name: torch.zeros_like(tensor) for name, tensor in expected.items()})
-    plan = plan_reshard(cells_of(sources, 2), vllm_peers(shape, engine_tp, engine_ranks), rank)
+    plan = plan_reshard(cells_of(sources, 2), vllm_peers(shape, EngineLayout(engine_tp), engine_ranks), rank)
     resharder = Resharder(plan, dtype=torch.bfloat16, bucket_bytes=bucket_bytes)
     for _ in range(2):
         resharder.run(_filled(held[rank], counted), targets, CPU)
@@ -75,9 +75,11 @@ def _verified_with_a_wrong_bit(layout: Layout, wrong_rank: int, name: str) -> st
     """Publish to two engines of two ranks, of which one then holds another bit; return what this rank says to it."""
     rank, counted = dist.get_rank(), Counted(DENSE)
     sources = _filled(megatron_shards(DENSE, layout, rank), counted)
-    targets = {shard.name: torch.zeros(shard.shape) for shard in vllm_shards(DENSE, 2, rank % 2)}
+    targets = {shard.name: torch.zeros(shard.shape) for shard in vllm_shards(DENSE, EngineLayout(2), rank % 2)}
     cells = cells_of(megatron_peers(DENSE, layout), 2)
-    resharder = Resharder(plan_reshard(cells, vllm_peers(DENSE, 2, (0, 1, 2, 3)), rank), dtype=torch.float32)
+    resharder = Resharder(
+        plan_reshard(cells, vllm_peers(DENSE, EngineLayout(2), (0, 1, 2, 3)), rank), dtype=torch.float32
+    )
     resharder.run(sources, targets, CPU)
     if rank == wrong_rank:
         targets[name].view(torch.uint8)[0, 0] ^= 1

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Ask, Done, Ready, Take, Took, samplings
 from megarl.rollout.sglang import SglangSpec
@@ -130,7 +130,7 @@ def start(folder: Path, tp: int) -> Served:
     """Return an engine that is ready, on random weights."""
     actor = role_on(LAYOUT, folder)
     spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0)
-    plan = writer_plan(actor.shape, LAYOUT, tp, 0, torch.float32.itemsize, whole=True)
+    plan = writer_plan(actor.shape, LAYOUT, EngineLayout(tp), 0, torch.float32.itemsize, whole=True)
     before = {child.pid for child in psutil.Process().children()}
     engine = EngineProcesses(EngineStart(spec, actor), None)
     [own] = [child for child in psutil.Process().children() if child.pid not in before]

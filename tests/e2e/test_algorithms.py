@@ -22,12 +22,11 @@ Steps = list[dict[str, Any]]
 StepsOf = Callable[[str], Steps]
 
 ON_FSDP = (*(case for case in CASES if case.endswith("kl in_loss")), "dapo", "dynamic batches", "critic warm-up")
-# Every estimator once, and what asks other things of a run than its estimator; all others are long.
+# What asks other things of a run than its estimator, whose numbers tests/unit has; all others are long.
 QUICK = (
-    *(f"{name}, kl none" for name in ESTIMATORS),
-    *("grpo, kl in_loss", "grpo, kl in_reward", "dapo", "critic warm-up", "correction bypass"),
+    *("gae, kl none", "remax, kl none", "gdpo, kl none", "grpo, kl in_loss", "grpo, kl in_reward"),
+    *("dapo", "critic warm-up", "correction bypass"),
 )
-QUICK_ON_FSDP = ("critic warm-up",)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def steps(tiny_task: Path) -> StepsOf:
 @pytest.fixture(scope="module")
 def fsdp_steps(tiny_task: Path) -> StepsOf:
     """Return what gives the metrics of the steps that a case takes on FSDP."""
-    return _steps_of(tiny_task, "rl_fsdp", ON_FSDP, QUICK_ON_FSDP)
+    return _steps_of(tiny_task, "rl_fsdp", ON_FSDP, ())
 
 
 def _steps_of(folder: Path, recipe: str, cases: Sequence[str], quick: Sequence[str]) -> StepsOf:
@@ -71,7 +70,8 @@ def test_three_steps_give_finite_metrics_and_move_the_weights(steps: StepsOf, ca
     _assert_trained(steps(case), case)
 
 
-@pytest.mark.parametrize("case", _params(ON_FSDP, QUICK_ON_FSDP))
+@pytest.mark.long
+@pytest.mark.parametrize("case", ON_FSDP)
 def test_every_estimator_takes_three_steps_on_fsdp(fsdp_steps: StepsOf, case: str) -> None:
     _assert_trained(fsdp_steps(case), case)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megarl.parallel.layout import EngineLayout
 from megarl.ranks.publish import publisher_of
 from megarl.roles import Role
 from megarl.rollout.vllm import VllmEngine, VllmSpec
@@ -46,7 +47,7 @@ def answers_after_publishing(role: Role) -> list[list[int]]:
             kv_cache_bytes=KV_CACHE_BYTES,
         )
     )
-    publisher_of(backend, engine, 1).publish(1)
+    publisher_of(backend, engine, EngineLayout(1)).publish(1)
     rollouts = engine.generate([GenerationRequest(prompt, 0) for prompt in PROMPTS], GREEDY)
     answers = [list(rollout.token_ids) for (rollout,) in rollouts]
     engine.shutdown()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.model_shape import FAMILIES, ModelShape, Rope
 
 
@@ -56,6 +57,13 @@ def model_shapes(draw: st.DrawFn) -> ModelShape:
         ffn_size=draw(st.sampled_from([4, 8])),
         vocab_size=draw(st.integers(1, 70)),
     )
+
+
+@st.composite
+def engines_of(draw: st.DrawFn, shape: ModelShape, sizes: Sequence[int] = (1, 2, 4)) -> EngineLayout:
+    """Draw how an engine of one of ``sizes`` ranks splits ``shape``."""
+    tp = draw(st.sampled_from(sizes))
+    return EngineLayout(tp, draw(st.sampled_from([1, tp])) if shape.num_experts else 1)
 
 
 @st.composite

@@ -14,17 +14,22 @@ from typing import Any
 
 import pytest
 
-from megarl.checks.rules import a_prompt_fits_an_engine_step, the_engine_splits_the_model
+from megarl.checks.rules import (
+    a_prompt_fits_an_engine_step,
+    the_engine_splits_the_model,
+)
 from megarl.checks.run import CheckedRun, check_ppo, check_sft
 from megarl.checks.vllm_facts import CPU_HEAD_SIZES, vllm_serves
 from megarl.config.schema import PPOConfig
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import ConfigError, ModelFolderError
+from megarl.parallel.layout import EngineLayout
 from tests.unit.composed_configs import composed_values, ppo_config
 from tests.unit.model_shapes import model_shape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROLLOUT = "actor_rollout_ref.rollout"
+SPREAD = f"{ROLLOUT}.expert_parallel_size"
 MODEL, TP, STEP = (
     "actor_rollout_ref.model.path",
     f"{ROLLOUT}.tensor_model_parallel_size",
@@ -109,7 +114,7 @@ def test_a_broken_tokenizer_is_an_error_that_names_the_file(folder: Path) -> Non
 )
 def test_an_engines_ranks_share_the_padded_vocabulary_evenly(vocab_size: int, tp: int, padded: int | None) -> None:
     shape = replace(model_shape(), num_heads=12, num_kv_heads=12, ffn_size=24, vocab_size=vocab_size)
-    problems = list(the_engine_splits_the_model(TP, shape, tp))
+    problems = list(the_engine_splits_the_model(ROLLOUT, shape, EngineLayout(tp)))
     assert [p.key for p in problems] == ([] if padded is None else [TP])
     if padded:
         assert f"vocabulary of {vocab_size} padded to a multiple of 64, {padded}" in problems[0].allowed
@@ -117,7 +122,25 @@ def test_an_engines_ranks_share_the_padded_vocabulary_evenly(vocab_size: int, tp
 
 def test_an_engines_ranks_share_the_shared_expert_evenly() -> None:
     shape = replace(model_shape("Qwen2MoeForCausalLM"), shared_expert_ffn_size=15)
-    assert [p.key for p in the_engine_splits_the_model(TP, shape, 2)] == [TP]
+    assert [p.key for p in the_engine_splits_the_model(ROLLOUT, shape, EngineLayout(2))] == [TP]
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "allowed"),
+    [
+        (EngineLayout(4), TP, "must divide the 6 of an expert's feed-forward size"),
+        (EngineLayout(4, ep=4), None, ""),
+        (EngineLayout(4, ep=2), SPREAD, "vLLM spreads experts over all ranks or over none"),
+        (EngineLayout(8, ep=8), SPREAD, "must divide the model's 4 experts"),
+    ],
+)
+def test_an_engines_ranks_have_experts_or_parts_of_them(engine: EngineLayout, key: str | None, allowed: str) -> None:
+    shape = replace(model_shape("Qwen3MoeForCausalLM"), expert_ffn_size=6, num_heads=8, num_kv_heads=8)
+    problems = [p for p in the_engine_splits_the_model(ROLLOUT, shape, engine) if p.key in (TP, SPREAD)]
+    assert [p.key for p in problems if "expert" in p.allowed] == ([key] if key else [])
+    assert not key or any(allowed in p.allowed for p in problems)
+    if key == TP:
+        assert problems[0].fix == f"{SPREAD}=4, which keeps experts whole"
 
 
 def test_a_run_whose_engine_cannot_split_the_vocabulary_is_refused(folder: Path) -> None:

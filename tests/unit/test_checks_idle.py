@@ -92,6 +92,17 @@ def test_what_follows_the_actors_value_is_not_given() -> None:
     assert _idle({**GAE, "critic.optim.lr": 1e-4, "algorithm.lam": 0.95}) == {}
 
 
+def test_an_engine_spreads_no_experts_of_a_dense_model(tmp_path: Path) -> None:
+    spread = {f"{ROLLOUT}.tensor_model_parallel_size": 2, f"{ROLLOUT}.expert_parallel_size": 2}
+    checked = _checked(tmp_path, **spread)
+    idle = {p.key: p for p in idle_settings(checked.config, checked.roles)}
+    assert idle[f"{ROLLOUT}.expert_parallel_size"].allowed == "has no effect: the model has no experts"
+    with_experts = _checked(tmp_path, **spread, **{"actor_rollout_ref.model.path": "Qwen/Qwen3-30B-A3B"})
+    assert f"{ROLLOUT}.expert_parallel_size" not in {
+        p.key for p in idle_settings(with_experts.config, with_experts.roles)
+    }
+
+
 def _checked(folder: Path, **changes: object) -> CheckedRun[PPOConfig]:
     files = {"data.train_files": [str(folder / "a.parquet")], "data.val_files": [str(folder / "b.parquet")]}
     grpo = {"algorithm.adv_estimator": "grpo", f"{ROLLOUT}.n": 4, "actor_rollout_ref.model.path": "Qwen/Qwen3-8B"}

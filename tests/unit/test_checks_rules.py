@@ -120,6 +120,11 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
         ["critic.optim.min_lr"],
         "has no effect where critic.lr_scheduler.type is constant",
     ),
+    (
+        {f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.expert_parallel_size": 2},
+        [f"{ROLLOUT}.expert_parallel_size"],
+        "must be 1 where rollout.name is sglang",
+    ),
     ({f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.top_p": 0.9}, [f"{ROLLOUT}.top_p"], "must be 1.0 on sglang"),
     ({f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.top_k": 20}, [f"{ROLLOUT}.top_k"], "must be null on sglang"),
     (

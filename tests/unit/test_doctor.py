@@ -334,6 +334,11 @@ def test_flash_attention_is_missed_before_hopper_alone() -> None:
     assert check_flash_attention(TE, (H200,), "cuda").level == "ok"
     assert check_flash_attention({}, (a100,), "cuda").level == "ok"  # Megatron's own attention is used throughout
     assert check_flash_attention(TE | installed(flash_attn="2.8.3"), (a100,), "cuda") == ok("flash-attn", "2.8.3")
+    third = check_flash_attention(TE | installed(flash_attn_3="3.0.0"), (H200,), "cuda")
+    assert third.level == "ok" and "3.0.0" in third.found and "NVTE_FUSED_ATTN=0" in third.found
+    assert check_flash_attention(TE | installed(flash_attn_3="3.0.0"), (a100,), "cuda").level == "warn", (
+        "for Hopper alone"
+    )
     assert check_flash_attention({}, (), "cpu").level == "ok"
 
 

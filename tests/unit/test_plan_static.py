@@ -15,6 +15,7 @@ from megarl.parallel.layout import Layout
 from megarl.plan.devices import device
 from megarl.plan.of_run import planned
 from megarl.plan.report import plan_text
+from megarl.plan.run_plan import RunPlan
 from megarl.plan.sizes import StaticBytes
 from megarl.plan.static import Parameter, chunk_parameters, static_bytes, static_of
 from megarl.weights.model_facts.shipped import shipped_config
@@ -240,6 +241,20 @@ def test_transformer_engines_adam_keeps_half_a_main_parameter_and_moments_of_the
         checked = check_ppo(values, files_may_be_missing=True)
         kept.append(static_of(planned(checked, device("h100", 8)).roles[0], 0).optimizer)
     assert [size * 12 / kept[0] for size in kept] == [3 * FP32, BF16 + BF16 + FP32, 3 * BF16]
+
+
+def test_an_engine_that_spreads_experts_holds_as_many_bytes_and_says_how_many_experts() -> None:
+    def plan(spread: int) -> RunPlan:
+        rollout = "actor_rollout_ref.rollout"
+        changes = {f"{rollout}.tensor_model_parallel_size": 8, f"{rollout}.expert_parallel_size": spread}
+        values = composed_values("ppo_megatron_trainer", "experiment=qwen3_30b_a3b_16", **changes)
+        return planned(check_ppo(values, files_may_be_missing=True), device("h100", 8))
+
+    parts, spread = plan(1), plan(8)
+    assert parts.engine is not None and spread.engine is not None
+    assert spread.engine.weights_bytes == parts.engine.weights_bytes, "an eighth of all experts, or of each"
+    assert "16 experts of a layer on each of 8 ranks, whole" in plan_text(spread)
+    assert "experts of a layer" not in plan_text(parts)
 
 
 def test_the_plan_says_how_many_buckets_are_reduced_early() -> None:

@@ -382,7 +382,9 @@ LEAVERS = {
 
 
 @pytest.mark.parametrize("way", LEAVERS)
-@pytest.mark.parametrize("after", ["time.sleep(600)", "os._exit(3)", "1"])
+@pytest.mark.parametrize(
+    "after", ["time.sleep(600)", *(pytest.param(a, marks=pytest.mark.long) for a in ("os._exit(3)", "1"))]
+)
 def test_processes_that_left_the_group_are_ended_too(tmp_path: Path, way: str, after: str) -> None:
     """Whether the function hangs, ends its process, or goes well and the pool is closed."""
     pid, path = tmp_path / "pid", tmp_path / "leaver.py"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.fsdp_map import fsdp_peers, fsdp_shards, parameter_shapes, rows_of
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import EMBEDDING, OUTPUT, hf_shapes, vllm_peers, vllm_shards
@@ -46,8 +46,11 @@ def test_a_publication_from_rows_reaches_every_part_of_an_engine(shape: ModelSha
     """FSDP cuts every tensor along dim 0, the engine some along dim 1."""
     ranks = range(layout.world_size)
     before = [fsdp_shards(shape, layout, rank) for rank in ranks]
-    after = [vllm_shards(shape, tp, rank % tp) for rank in ranks]
-    check(Case(hf_shapes(shape), before, after, fsdp_peers(shape, layout), vllm_peers(shape, tp, ranks), 2), 1000)
+    after = [vllm_shards(shape, EngineLayout(tp), rank % tp) for rank in ranks]
+    check(
+        Case(hf_shapes(shape), before, after, fsdp_peers(shape, layout), vllm_peers(shape, EngineLayout(tp), ranks), 2),
+        1000,
+    )
 
 
 def test_a_tied_output_layer_is_the_embedding_and_a_value_head_stands_where_it_would() -> None:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.model_shape import FAMILIES, VALUE_HEAD, ModelShape, parse_model_shape
 from megarl.weights.name_map import hf_shapes, megatron_shards, vllm_shards
 from megarl.weights.shard import Segment, Shard
 from megarl.weights.split import VLLM_VOCAB_MULTIPLE
-from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
+from tests.unit.model_shapes import engines_of, layouts_of, model_shape, model_shapes
 
 FACTS = Path(__file__).parents[2] / "megarl" / "weights" / "model_facts"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
@@ -117,9 +117,13 @@ def test_the_ranks_of_a_replica_of_experts_hold_every_row_of_them_once(data: st.
 
 
 @settings(max_examples=200, deadline=None)
-@given(model_shapes(), st.sampled_from([1, 2, 4]))
-def test_the_ranks_of_an_engine_replica_hold_every_row_of_the_checkpoint(shape: ModelShape, tp: int) -> None:
-    replica, sizes = [s for rank in range(tp) for s in vllm_shards(shape, tp, rank)], hf_shapes(shape)
+@given(st.data(), model_shapes())
+def test_the_ranks_of_an_engine_replica_hold_every_row_of_the_checkpoint(
+    data: st.DataObject, shape: ModelShape
+) -> None:
+    engine = data.draw(engines_of(shape))
+    tp = engine.tp
+    replica, sizes = [s for rank in range(tp) for s in vllm_shards(shape, engine, rank)], hf_shapes(shape)
     _assert_consistent(replica, sizes)
     dims, copies = _dims(replica), _copies(replica)
     assert copies.keys() == sizes.keys()
@@ -146,7 +150,9 @@ def test_tensor_parallel_ranks_hold_parameters_of_the_same_names_and_shapes(data
     assert all(len(kinds) == 1 for kinds in by_place.values())
     # No parameter is on two stages: a tied output layer has a name of its own.
     assert all(len(found) == 1 for found in stages.values())
-    engines = {tuple((s.name, s.shape) for s in vllm_shards(shape, layout.tp, rank)) for rank in range(layout.tp)}
+    engines = {
+        tuple((s.name, s.shape) for s in vllm_shards(shape, EngineLayout(layout.tp), rank)) for rank in range(layout.tp)
+    }
     assert len(engines) == 1
 
 
@@ -155,7 +161,7 @@ def test_tensor_parallel_ranks_hold_parameters_of_the_same_names_and_shapes(data
 def test_vocabularies_are_padded_as_each_side_pads_them(shape: ModelShape, tp: int) -> None:
     trainer = [_shard(megatron_shards(shape, Layout(tp, tp), r), "word_embeddings.weight") for r in range(tp)]
     assert sum(s.shape[0] for s in trainer) == shape.padded_vocab(tp) < shape.vocab_size + tp
-    engine = [_shard(vllm_shards(shape, tp, r), "embed_tokens.weight") for r in range(tp)]
+    engine = [_shard(vllm_shards(shape, EngineLayout(tp), r), "embed_tokens.weight") for r in range(tp)]
     assert sum(s.shape[0] for s in engine) == math.ceil(shape.vocab_size / VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
 
 
@@ -191,12 +197,12 @@ def test_megatron_cuts_the_stack_evenly_where_ranks_outnumber_kv_heads() -> None
 
 def test_vllm_stacks_queries_keys_and_values_and_repeats_kv_heads_where_ranks_outnumber_them() -> None:
     name = "layers.0.self_attn.qkv_proj.weight"
-    halves = [_rows(_shard(vllm_shards(model_shape(), 2, r), name)) for r in range(2)]
+    halves = [_rows(_shard(vllm_shards(model_shape(), EngineLayout(2), r), name)) for r in range(2)]
     assert halves == [
         [("q_proj", 0, 8), ("k_proj", 0, 4), ("v_proj", 0, 4)],
         [("q_proj", 8, 16), ("k_proj", 4, 8), ("v_proj", 4, 8)],
     ]
-    quarters = [_rows(_shard(vllm_shards(model_shape(), 4, r), name)) for r in range(4)]
+    quarters = [_rows(_shard(vllm_shards(model_shape(), EngineLayout(4), r), name)) for r in range(4)]
     assert quarters == [
         [("q_proj", 4 * r, 4 * r + 4), ("k_proj", r // 2 * 4, r // 2 * 4 + 4), ("v_proj", r // 2 * 4, r // 2 * 4 + 4)]
         for r in range(4)
@@ -211,7 +217,7 @@ def test_a_gated_layer_stacks_gate_and_up_of_each_rank() -> None:
 
 
 def test_a_rank_past_the_vocabularys_end_holds_padding_alone() -> None:
-    shards = [_shard(vllm_shards(model_shape(), 2, rank), "embed_tokens.weight") for rank in range(2)]
+    shards = [_shard(vllm_shards(model_shape(), EngineLayout(2), rank), "embed_tokens.weight") for rank in range(2)]
     assert shards[0].segments == (Segment("model.embed_tokens.weight", 0, 10), Segment(None, 0, 22))
     assert shards[1].segments == (Segment(None, 0, 32),)
 
@@ -221,7 +227,7 @@ def test_a_tied_output_layer_is_the_embedding_except_on_a_stage_of_its_own(famil
     shape = model_shape(family, tied=tied)
     one_stage = {s.name: s for s in megatron_shards(shape, Layout(1), 0)}
     last_stage = {s.name: s for s in megatron_shards(shape, Layout(2, pp=2), 1)}
-    engine = {s.name for s in vllm_shards(shape, 1, 0)}
+    engine = {s.name for s in vllm_shards(shape, EngineLayout(1), 0)}
     assert ("output_layer.weight" in one_stage, "lm_head.weight" in engine) == (not tied, not tied)
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert last_stage["output_layer.weight"].segments == (Segment(source, 0, 10),)
@@ -303,7 +309,7 @@ def test_without_an_expert_tensor_axis_of_their_own_experts_are_split_as_the_res
 
 
 def test_vllm_has_the_experts_of_a_layer_as_slices_of_two_parameters_and_splits_each() -> None:
-    shards = {s.name: s for s in vllm_shards(model_shape("MixtralForCausalLM"), 2, 1)}  # 4 experts of 8
+    shards = {s.name: s for s in vllm_shards(model_shape("MixtralForCausalLM"), EngineLayout(2), 1)}  # 4 experts of 8
     block = "model.layers.2.block_sparse_moe."
     assert _rows(shards[block + "experts.routed_experts.w13_weight.3"]) == [("w1", 4, 8), ("w3", 4, 8)]
     assert _rows(shards[block + "experts.routed_experts.w2_weight.3"]) == [("w2", 4, 8)]
@@ -315,8 +321,19 @@ def test_the_shards_of_a_model_of_235_billion_parameters_take_seconds_on_256_ran
     shape, layout = parse_model_shape(config, ""), Layout(256, tp=4, pp=8, ep=8, etp=1)
     started_s = time.process_time()
     by_rank = [megatron_shards(shape, layout, rank) for rank in range(layout.world_size)]
-    engine = [vllm_shards(shape, 8, rank % 8) for rank in range(layout.world_size)]
+    engine = [vllm_shards(shape, EngineLayout(8), rank % 8) for rank in range(layout.world_size)]
     assert time.process_time() - started_s < 60
     assert len(hf_shapes(shape)) == 94 * (128 * 3 + 1 + 8) + 3
     assert len(by_rank[0]) == 11 * (16 * 2 + 1 + 6) + 1  # 11 layers of the first stage, 16 experts, the embedding
     assert len(engine[0]) == 94 * (128 * 2 + 1 + 6) + 3
+
+
+def test_an_engine_that_spreads_experts_has_those_of_a_rank_whole_and_in_a_row() -> None:
+    shape = model_shape("Qwen3MoeForCausalLM")  # 4 experts with 12 features, of 6 hidden ones
+    last = [s for s in vllm_shards(shape, EngineLayout(2, ep=2), 1) if ".routed_experts." in s.name]
+    assert {s.name.rpartition(".")[2] for s in last} == {"2", "3"}
+    assert {s.shape for s in last if "w13" in s.name} == {(24, 6)}
+    assert {s.shape for s in last if "w2" in s.name} == {(6, 12)}
+    parts = [s for s in vllm_shards(shape, EngineLayout(2), 1) if ".routed_experts." in s.name]
+    assert {s.name.rpartition(".")[2] for s in parts} == {"0", "1", "2", "3"}
+    assert {s.shape for s in parts if "w13" in s.name} == {(12, 6)}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megarl.errors import PublishError
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.cells import Window, cells_of
 from megarl.weights.flow import Rows
 from megarl.weights.model_facts.shipped import shipped_config
@@ -24,7 +24,7 @@ from megarl.weights.model_shape import ModelShape, parse_model_shape
 from megarl.weights.name_map import entries, hf_shapes, megatron_peers, megatron_shards, vllm_peers, vllm_shards
 from megarl.weights.reshard_plan import BUCKET_BYTES, RankPlan, asked_of, loads_of, plan_reshard
 from megarl.weights.shard import Pattern, Peers, Segment, Shard, alike, peers_of, whole
-from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
+from tests.unit.model_shapes import engines_of, layouts_of, model_shape, model_shapes
 
 Ints = NDArray[np.int64]
 Tensors = dict[str, Ints]
@@ -62,13 +62,15 @@ def case_of(shapes: Mapping[str, tuple[int, ...]], before: Ranks, after: Ranks, 
     return Case(shapes, before, after, peers_of(before), peers_of(after), ranks_per_node)
 
 
-def publication(shape: ModelShape, layout: Layout, tp: int, engine_ranks: Sequence[int], ranks_per_node: int) -> Case:
+def publication(
+    shape: ModelShape, layout: Layout, engine: EngineLayout, engine_ranks: Sequence[int], ranks_per_node: int
+) -> Case:
     """Return the case of a trainer on the first ranks that publishes to engines on ``engine_ranks``."""
     size = max(layout.world_size, *(rank + 1 for rank in engine_ranks))
     before = [megatron_shards(shape, layout, r) if r < layout.world_size else () for r in range(size)]
-    tp_rank = {rank: i % tp for i, rank in enumerate(engine_ranks)}
-    after = [vllm_shards(shape, tp, tp_rank[r]) if r in tp_rank else () for r in range(size)]
-    peers = megatron_peers(shape, layout), vllm_peers(shape, tp, engine_ranks)
+    tp_rank = {rank: i % engine.tp for i, rank in enumerate(engine_ranks)}
+    after = [vllm_shards(shape, engine, tp_rank[r]) if r in tp_rank else () for r in range(size)]
+    peers = megatron_peers(shape, layout), vllm_peers(shape, engine, engine_ranks)
     return Case(hf_shapes(shape), before, after, *peers, ranks_per_node)
 
 
@@ -206,10 +208,10 @@ def publications(draw: st.DrawFn) -> Case:
     shape = draw(model_shapes())
     if shape.num_experts and shape.family != "MixtralForCausalLM":
         shape = replace(shape, dense_layers=tuple(i for i in range(shape.num_layers) if draw(st.booleans())))
-    layout, tp = draw(layouts_of(shape)), draw(st.sampled_from([1, 2, 4]))
+    layout, engine = draw(layouts_of(shape)), draw(engines_of(shape))
     first = draw(st.sampled_from([0, layout.world_size, layout.world_size // 2]))
-    engines = max(1, layout.world_size // tp) if first == 0 else draw(st.integers(1, 3))
-    return publication(shape, layout, tp, range(first, first + engines * tp), draw(st.integers(1, 12)))
+    engines = max(1, layout.world_size // engine.tp) if first == 0 else draw(st.integers(1, 3))
+    return publication(shape, layout, engine, range(first, first + engines * engine.tp), draw(st.integers(1, 12)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -243,7 +245,7 @@ def test_tensors_split_unevenly_along_dim_0_arrive_where_engines_split_them_alon
         for rank, (low, high) in enumerate(pairwise(cuts)):
             if low < high:
                 before[rank].append(Shard(name, (high - low, *size[1:]), 0, (Segment(name, low, high),)))
-    after = [vllm_shards(shape, tp, rank % tp) for rank in range(tp * rng.randint(1, 2))]
+    after = [vllm_shards(shape, EngineLayout(tp), rank % tp) for rank in range(tp * rng.randint(1, 2))]
     check(case_of(shapes, before, after, ranks_per_node), rng.randint(1, 500))
 
 
@@ -322,7 +324,7 @@ def test_windows_of_any_kind_are_filled_or_their_first_missing_row_is_named(case
 def test_replicas_that_hold_the_same_share_the_sending(num_holders: int, num_others: int, tp: int) -> None:
     shape = model_shape()
     before = [megatron_shards(shape, Layout(1), 0) for _ in range(num_holders)]
-    after = [*([()] * num_holders), *(vllm_shards(shape, tp, rank % tp) for rank in range(num_others))]
+    after = [*([()] * num_holders), *(vllm_shards(shape, EngineLayout(tp), rank % tp) for rank in range(num_others))]
     case = case_of(hf_shapes(shape), before, after, num_holders + num_others)
     sent = [sum(s.numel for s in plan.sends.values()) for plan in case.plans()[:num_holders]]
     assert max(sent) - min(sent) <= num_others * shape.hidden_size * 8
@@ -331,7 +333,7 @@ def test_replicas_that_hold_the_same_share_the_sending(num_holders: int, num_oth
 def test_a_tensor_that_no_stage_holds_is_an_error_that_names_it_on_every_rank() -> None:
     shape, layout = model_shape(), Layout(4, tp=2, pp=2)
     before = [megatron_shards(shape, layout, rank) if rank >= 2 else () for rank in range(4)]
-    case = case_of(hf_shapes(shape), before, [vllm_shards(shape, 2, rank % 2) for rank in range(4)], 4)
+    case = case_of(hf_shapes(shape), before, [vllm_shards(shape, EngineLayout(2), rank % 2) for rank in range(4)], 4)
     for rank in range(4):
         with pytest.raises(PublishError, match=r"no rank holds row 0 of model\.embed_tokens\.weight, needed by"):
             plan_reshard(cells_of(case.sources, 4), case.targets, rank)
@@ -339,9 +341,9 @@ def test_a_tensor_that_no_stage_holds_is_an_error_that_names_it_on_every_rank() 
 
 def test_a_plan_that_fits_is_one_exchange_and_one_without_traffic_is_none() -> None:
     shape = model_shape()
-    case = publication(shape, Layout(4, tp=2, pp=2), 4, range(4), 4)
+    case = publication(shape, Layout(4, tp=2, pp=2), EngineLayout(4), range(4), 4)
     assert {plan.num_exchanges(1 << 20) for plan in case.plans()} == {1}
-    alone = publication(shape, Layout(1), 1, range(1), 1)
+    alone = publication(shape, Layout(1), EngineLayout(), range(1), 1)
     assert [plan.num_exchanges(1 << 20) for plan in alone.plans()] == [0]
 
 
@@ -362,7 +364,7 @@ def test_a_rank_plans_a_model_of_235_billion_parameters_in_seconds_and_few_excha
     config = shipped_config("Qwen/Qwen3-235B-A22B")
     assert config is not None
     shape, (layout, tp) = parse_model_shape(config, ""), LARGE[name]
-    targets = vllm_peers(shape, tp, range(layout.world_size))
+    targets = vllm_peers(shape, EngineLayout(tp), range(layout.world_size))
 
     def plan(rank: int) -> RankPlan:
         return plan_reshard(cells_of(megatron_peers(shape, layout), 8), targets, rank)
@@ -404,8 +406,8 @@ def test_rows_of_every_tensor_on_1024_ranks_are_planned_in_seconds_too() -> None
 
     sources = [rows_of(rank) for rank in range(num_ranks)]
     started_s = time.process_time()
-    plan = plan_reshard(cells_of(sources, 8), vllm_peers(shape, 8, range(num_ranks)), 5)
+    plan = plan_reshard(cells_of(sources, 8), vllm_peers(shape, EngineLayout(8), range(num_ranks)), 5)
     assert time.process_time() - started_s < 5
     received = sum(stream.numel for stream in plan.receives.values())
     kept = sum(flow.numel for flow in plan.kept)
-    assert received + kept == sum(math.prod(shard.shape) for shard in vllm_shards(shape, 8, 5))
+    assert received + kept == sum(math.prod(shard.shape) for shard in vllm_shards(shape, EngineLayout(8), 5))

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megarl.errors import PublishError
-from megarl.parallel.layout import Layout
+from megarl.parallel.layout import EngineLayout, Layout
 from megarl.weights.fsdp_map import fsdp_shards
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, megatron_shards, vllm_shards
 from megarl.weights.shard import Shard
 from megarl.weights.shared import Segment, SharedReader, SharedWriter
 from megarl.weights.shared_plan import reader_plan, shared_loads, writer_plan
-from tests.unit.model_shapes import layouts_of, model_shape, model_shapes
+from tests.unit.model_shapes import engines_of, layouts_of, model_shape, model_shapes
 
 Tensors = dict[str, Tensor]
 PADDING = -1.0
@@ -55,17 +55,18 @@ def held(shards: Sequence[Shard], full: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The ranks of a trainer that write for engines of ``tp`` ranks."""
+    """The ranks of a trainer that write for engines."""
 
     shape: ModelShape
     layout: Layout
-    tp: int
+    engine: EngineLayout
     dtype: torch.dtype = torch.float32
 
     def writers(self) -> list[SharedWriter]:
         """Return the writer of every rank."""
         ranks, itemsize = range(self.layout.world_size), self.dtype.itemsize
-        return [SharedWriter(writer_plan(self.shape, self.layout, self.tp, r, itemsize), self.dtype) for r in ranks]
+        plans = [writer_plan(self.shape, self.layout, self.engine, rank, itemsize) for rank in ranks]
+        return [SharedWriter(plan, self.dtype) for plan in plans]
 
     def write(
         self, writers: Sequence[SharedWriter], full: Tensors, policy_version: int, *, verify: bool = True
@@ -77,43 +78,45 @@ class Trainer:
 
     def reader(self, tp_rank: int) -> SharedReader:
         """Return the reader of a rank of an engine."""
-        plan = reader_plan(self.shape, self.layout, self.tp, tp_rank, self.dtype.itemsize)
+        plan = reader_plan(self.shape, self.layout, self.engine, tp_rank, self.dtype.itemsize)
         return SharedReader(plan, self.dtype)
 
 
 @settings(max_examples=12)
-@given(data=st.data(), shape=model_shapes(), tp=st.sampled_from([1, 2, 4]))
+@given(data=st.data(), shape=model_shapes())
 def test_every_rank_of_every_engine_reads_what_it_needs_and_each_element_is_written_once(
-    data: st.DataObject, shape: ModelShape, tp: int
+    data: st.DataObject, shape: ModelShape
 ) -> None:
-    trainer = Trainer(shape, data.draw(layouts_of(shape)), tp)
+    engine = data.draw(engines_of(shape))
+    trainer, tp = Trainer(shape, data.draw(layouts_of(shape)), engine), engine.tp
     writers = trainer.writers()
     for version in (0, 1):  # the second over the first
         full = contents(shape, first=version)
         segments = trainer.write(writers, full, version)
         for tp_rank in (*range(tp), *range(tp)):  # of two engines
-            expected = held(vllm_shards(shape, tp, tp_rank), full)
+            expected = held(vllm_shards(shape, engine, tp_rank), full)
             targets = {name: torch.full_like(tensor, PADDING) for name, tensor in expected.items()}
             reader = trainer.reader(tp_rank)
             reader.check(segments, version)
             reader.read(segments, 0, targets)
             assert all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
             reader.verify(segments, 0, targets)
+    shards = [shard for tp_rank in range(tp) for shard in vllm_shards(shape, engine, tp_rank)]
     needed = sum(seg.length * s.shape[1 - s.dim] if len(s.shape) > 1 else seg.length
-                 for r in range(tp) for s in vllm_shards(shape, tp, r) for seg in s.segments if seg.tensor)  # fmt: skip
+                 for s in shards for seg in s.segments if seg.tensor)  # fmt: skip
     written = sum(stream.numel for w in writers for plan in w.plan.plans for stream in plan.sends.values())
     assert written == needed
-    loads = shared_loads(shape, trainer.layout, tp)
+    loads = shared_loads(shape, trainer.layout, engine)
     assert sum(load.received_within for load in loads) == pytest.approx(sum(load.sent_within for load in loads))
     assert sum(load.received_within for load in loads) == needed
 
 
 def test_shards_of_fsdp_reach_an_engine_in_its_own_dtype() -> None:
-    trainer = Trainer(model_shape(tied=True), Layout(3, fsdp=3), 2, torch.bfloat16)
+    trainer = Trainer(model_shape(tied=True), Layout(3, fsdp=3), EngineLayout(2), torch.bfloat16)
     full = contents(trainer.shape)
     segments = trainer.write(trainer.writers(), full, 0)
     for tp_rank in range(2):
-        expected = held(vllm_shards(trainer.shape, 2, tp_rank), full)
+        expected = held(vllm_shards(trainer.shape, EngineLayout(2), tp_rank), full)
         targets = {name: torch.full_like(t, PADDING, dtype=torch.bfloat16) for name, t in expected.items()}
         reader = trainer.reader(tp_rank)
         reader.read(segments, 0, targets)
@@ -123,7 +126,7 @@ def test_shards_of_fsdp_reach_an_engine_in_its_own_dtype() -> None:
 
 def test_of_a_family_outside_the_map_all_ranks_of_an_engine_read_whole_tensors() -> None:
     tensors = (("a.weight", (5, 3)), ("b.bias", (4,)), ("c.weight", (7, 2)))
-    trainer = Trainer(replace(model_shape(), tensors=tensors), Layout(2, fsdp=2), 2)
+    trainer = Trainer(replace(model_shape(), tensors=tensors), Layout(2, fsdp=2), EngineLayout(2))
     full = contents(trainer.shape)
     segments = trainer.write(trainer.writers(), full, 0)
     for tp_rank in range(2):
@@ -138,7 +141,7 @@ def test_of_a_family_outside_the_map_all_ranks_of_an_engine_read_whole_tensors()
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_bit_that_an_engine_holds_otherwise_is_named_with_its_parameter_and_who_sent_it(dtype: torch.dtype) -> None:
-    trainer = Trainer(model_shape(), Layout(4, tp=2, pp=2), 2, dtype)
+    trainer = Trainer(model_shape(), Layout(4, tp=2, pp=2), EngineLayout(2), dtype)
     segments = trainer.write(trainer.writers(), contents(trainer.shape), 0)
     reader, targets = _read(trainer, segments)
     reader.verify(segments, 0, targets)
@@ -151,7 +154,7 @@ def test_one_bit_that_an_engine_holds_otherwise_is_named_with_its_parameter_and_
 
 
 def test_a_publication_that_is_not_verified_brings_no_checksums_and_compares_none() -> None:
-    trainer = Trainer(model_shape(), Layout(1), 2)
+    trainer = Trainer(model_shape(), Layout(1), EngineLayout(2))
     segments = trainer.write(trainer.writers(), contents(trainer.shape), 0, verify=False)
     assert all(segment.checksums == () for segment in segments)
     reader, targets = _read(trainer, segments)
@@ -162,14 +165,14 @@ def test_a_publication_that_is_not_verified_brings_no_checksums_and_compares_non
 
 def _read(trainer: Trainer, segments: Sequence[Segment]) -> tuple[SharedReader, Tensors]:
     """Return the reader of an engine's rank 1, and what it has read."""
-    reader, shards = trainer.reader(1), vllm_shards(trainer.shape, trainer.tp, 1)
+    reader, shards = trainer.reader(1), vllm_shards(trainer.shape, trainer.engine, 1)
     targets = {shard.name: torch.zeros(shard.shape, dtype=trainer.dtype) for shard in shards}
     reader.read(segments, 0, targets)
     return reader, targets
 
 
 def test_weights_of_another_publication_or_that_are_half_written_are_refused() -> None:
-    trainer = Trainer(model_shape(), Layout(2, 2), 1)
+    trainer = Trainer(model_shape(), Layout(2, 2), EngineLayout(1))
     writers, full = trainer.writers(), contents(trainer.shape)
     segments = trainer.write(writers, full, 3)
     reader = trainer.reader(0)
@@ -184,12 +187,12 @@ def test_weights_of_another_publication_or_that_are_half_written_are_refused() -
 
 def test_memory_of_a_process_that_has_ended_is_an_error_that_says_what_is_needed() -> None:
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    trainer = Trainer(model_shape(), Layout(1), 1)
+    trainer = Trainer(model_shape(), Layout(1), EngineLayout(1))
     with pytest.raises(PublishError, match="can't open the memory that holds the weights, /proc/"):
         trainer.reader(0).check([Segment(int(ended.stdout), 3, 64, ({},))], 0)
 
 
 def test_the_memory_has_no_name_that_could_stay_behind() -> None:
-    trainer = Trainer(model_shape(), Layout(1), 1)
+    trainer = Trainer(model_shape(), Layout(1), EngineLayout(1))
     [segment] = trainer.write(trainer.writers(), contents(trainer.shape), 0)
     assert os.readlink(f"/proc/{segment.pid}/fd/{segment.fd}") == "/memfd:megarl_weights (deleted)"
