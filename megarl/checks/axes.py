@@ -202,6 +202,9 @@ def _experts_fit(key: str, shape: ModelShape, megatron: MegatronConfig) -> Probl
         axis = f"{key}.expert_tensor_parallel_size"
         allowed = f"must divide the {shape.expert_ffn_size} of an expert's feed-forward size"
         yield Problem(axis, etp or tp, allowed, f"{axis}=1")
+    if megatron.override_transformer_config.get("moe_enable_deepep") and ep * (etp or tp) == 1:
+        field = f"{key}.override_transformer_config.moe_enable_deepep"
+        yield Problem(field, True, f"exchanges tokens between the ranks of {name}, and there is one", "leave it out")
     if tp > 1 and not megatron.sequence_parallel:
         allowed = "must be true where a model with experts is split by tensor parallelism: megatron demands it"
         yield Problem(f"{key}.sequence_parallel", False, allowed, f"{key}.sequence_parallel=true")

@@ -26,7 +26,6 @@ _REFUSED: dict[str, str] = {
     **dict.fromkeys(("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"), _COMBINED),
     "ep_overlap_early_attn_memory_release": _COMBINED,
     **dict.fromkeys(("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"), _GRAPHS),
-    "moe_enable_deepep": "needs megatron's flex dispatcher, and megarl's models have the one that sends all to all",
     "moe_use_legacy_grouped_gemm": "lays out the weights of experts in a way that megarl's name map doesn't have",
     "fused_single_qkv_rope": "rotates the heads of padded sequences alone",
     "use_te_activation_func": "takes SwiGLU apart, which megarl's models compute in one",
@@ -36,12 +35,13 @@ _REFUSED: dict[str, str] = {
 }
 _OFF = (None, False, "none", 0)
 
-_TE, _APEX = "transformer_engine", "fused_weight_gradient_mlp_cuda"
+_TE, _APEX, _DEEP_EP = "transformer_engine", "fused_weight_gradient_mlp_cuda", "deep_ep"
 # The module that has the kernel of a field, and what it is to a user.
 _KERNELS = {
     "apply_rope_fusion": (_TE, "Transformer Engine"),
     "moe_permute_fusion": (_TE, "Transformer Engine"),
     "moe_router_fusion": (_TE, "Transformer Engine"),
+    "moe_enable_deepep": (_DEEP_EP, "DeepEP"),
     "gradient_accumulation_fusion": (_APEX, "NVIDIA's Apex, built with its CUDA extensions"),
 }
 

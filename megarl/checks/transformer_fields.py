@@ -28,7 +28,7 @@ rotary_interleaved no_rope_freq mrope_section is_hybrid_model heterogeneous_bloc
 # What megarl's own passes, losses and pipeline rely on.
 _OF_MEGARL = """
 params_dtype pipeline_dtype autocast_dtype enable_autocast fp16 bf16 calculate_per_token_loss
-variable_seq_lengths moe_token_dispatcher_type hidden_dropout attention_dropout pipeline_model_parallel_layout
+variable_seq_lengths hidden_dropout attention_dropout pipeline_model_parallel_layout
 num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage account_for_embedding_in_pipeline_split
 account_for_loss_in_pipeline_split perform_initialization use_cpu_initialization init_model_with_meta_device
 init_method output_layer_init_method embedding_init_method cuda_graph_scope moe_grouped_gemm
@@ -49,6 +49,8 @@ _BY_A_KEY = {
     "recompute_method": "recompute.method",
     "recompute_num_layers": "recompute.num_layers",
     "recompute_modules": "recompute.granularity",
+    "moe_token_dispatcher_type": "override_transformer_config.moe_enable_deepep",
+    "moe_flex_dispatcher_backend": "override_transformer_config.moe_enable_deepep",
 }
 
 # Fields that megarl decides, each with the key of a ``megatron`` section that says it, or "" where there is none.

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
-from megarl.config.schema import TrainedMegatronConfig
+from megarl.config.schema import MegatronConfig, TrainedMegatronConfig
 from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
@@ -102,6 +102,9 @@ def _layout_lines(topology: Topology, plan: RunPlan) -> list[str]:
         early = f"{buckets} bucket{'s' if buckets > 1 else ''} of the first stage, reduced during the backward pass"
         late = "; parameters are gathered during the next forward pass" if backend.overlap_param_gather else ""
         lines.append(f"  gradients: {early}{late}")
+    if isinstance(backend, MegatronConfig) and backend.override_transformer_config:
+        fields = ", ".join(f"{name} {value}" for name, value in backend.override_transformer_config.items())
+        lines.append(f"  of megatron's own: {fields}")
     if layout.is_fsdp:
         copies = plan.num_ranks // layout.fsdp
         lines.append(

@@ -186,6 +186,12 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], tuple[object, ...]], list[st
         "the model has no experts",
     ),
     (the_model_fits_its_axes, lambda: (MOE, _megatron(**{EP: 3})), [f"m.{EP}"], "the model's 4 experts"),
+    (
+        the_model_fits_its_axes,
+        lambda: (MOE, _megatron(override_transformer_config={"moe_enable_deepep": True})),
+        ["m.override_transformer_config.moe_enable_deepep"],
+        "and there is one",
+    ),
     (the_model_fits_its_axes, lambda: (MOE, _megatron(**{ETP: 8})), [f"m.{ETP}"], "an expert's feed-forward size"),
     (
         the_model_fits_its_axes,

@@ -18,7 +18,6 @@ CRASHES = {
     "fp8_param": True,
     "fp4": "e2m1",
     "moe_router_padding_for_quantization": True,
-    "moe_enable_deepep": True,
     "delay_wgrad_compute": True,
     "overlap_moe_expert_parallel_comm": True,
     "enable_cuda_graph": True,
@@ -32,7 +31,10 @@ CRASHES = {
     "moe_apply_probs_on_input": True,
 }
 OFF = {"fp8": None, "fp4": None, "cuda_graph_impl": "none", "moe_input_jitter_eps": None}
-FUSED = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion", "gradient_accumulation_fusion")
+FUSED = (
+    *("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion", "gradient_accumulation_fusion"),
+    "moe_enable_deepep",
+)
 
 
 def _role(**overrides: object) -> Role:

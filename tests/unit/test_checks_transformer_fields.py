@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,11 @@ def test_every_field_that_the_model_is_built_with_is_megarls() -> None:
 
 
 def test_the_key_to_use_instead_exists() -> None:
-    sections = {"": TrainedMegatronConfig.__dataclass_fields__, "recompute": RecomputeConfig.__dataclass_fields__}
+    sections: dict[str, Any] = {
+        "": TrainedMegatronConfig.__dataclass_fields__,
+        "recompute": RecomputeConfig.__dataclass_fields__,
+        "override_transformer_config": transformer_fields() or {},
+    }
     for field, key in OURS.items():
         section, _, name = key.rpartition(".")
         assert not key or name in sections[section], f"{field}: {key}"

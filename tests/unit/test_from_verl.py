@@ -192,7 +192,7 @@ def test_what_is_not_there_is_named(texts: tuple[str, ...], what: str) -> None:
     [
         "actor_rollout_ref.model.lora.rank=0",
         f"{ROLLOUT}.multi_turn.enable=False",
-        f"{ROLLOUT}.expert_parallel_size=1",
+        f"{ROLLOUT}.data_parallel_size=1",
         "trainer.resume_mode=disable",
         "reward_model.enable=False",
         "reward_model.reward_manager=naive",

@@ -264,6 +264,11 @@ def test_the_plan_says_how_many_buckets_are_reduced_early() -> None:
         return [line for line in plan_text(plan).splitlines() if "during the backward pass" in line]
 
     section = "actor_rollout_ref.actor.megatron"
+    fused = {f"{section}.override_transformer_config": {"moe_permute_fusion": True}}
+    values = composed_values("ppo_megatron_trainer", "experiment=qwen3_235b_4x8", **fused)
+    assert "  of megatron's own: moe_permute_fusion True" in plan_text(
+        planned(check_ppo(values, files_may_be_missing=True), device("h100", 8))
+    )
     early = {f"{section}.overlap_grad_reduce": True, f"{section}.overlap_param_gather": True}
     assert lines() == []
     (one_each,) = lines(**early, **{f"{section}.ddp_bucket_size": 1})

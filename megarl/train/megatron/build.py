@@ -94,7 +94,6 @@ def transformer_config(
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # megatron demands it for variable lengths, dense models included
         calculate_per_token_loss=True,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -115,7 +114,11 @@ def transformer_config(
         **_recompute_fields(recompute),
         # A run may choose how its router computes, and what is fused.
         **(
-            {"apply_rope_fusion": transformer_engine_present(), "gradient_accumulation_fusion": False}
+            {
+                "apply_rope_fusion": transformer_engine_present(),
+                "gradient_accumulation_fusion": False,
+                "moe_token_dispatcher_type": "alltoall",  # megatron's default goes with no variable lengths
+            }
             | _expert_fields(shape, layout)
             | _free_fields(shape, overrides or {})
         ),
@@ -150,8 +153,13 @@ def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
 
 
 def _free_fields(shape: ModelShape, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that a run sets itself: losses are added by our router, and a dense model has no experts."""
+    """Return the fields that a run sets itself: losses are added by our router, and a dense model has no experts.
+
+    DeepEP is one of the ways of megatron's flex dispatcher.
+    """
     free = {name: value for name, value in overrides.items() if name not in ROUTER_LOSS_FIELDS}
+    if free.pop("moe_enable_deepep", False):
+        free |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
     return free if shape.num_experts else {name: v for name, v in free.items() if not name.startswith("moe_")}
 
 
