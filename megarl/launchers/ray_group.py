@@ -259,7 +259,8 @@ def _cause(pending: Sequence[Any], first: Exception, place: str) -> MegarlError:
     for rank, call in enumerate(pending):
         if call in done and (death := _death(call)):
             is_memory = isinstance(death, ray.exceptions.OutOfMemoryError) or _LOW_MEMORY in str(death)
-            died = WorkerError(f"rank {rank} died in {place}: {death}")
+            how = "can't be reached" if isinstance(death, ray.exceptions.ActorUnavailableError) else "died"
+            died = WorkerError(f"rank {rank} {how} in {place}: {death}")
             return out_of_memory(rank, str(death)) if is_memory else died
     cause = getattr(first, "cause", None)
     return cause if isinstance(cause, MegarlError) else WorkerError(f"a rank failed: {first}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
@@ -44,6 +45,7 @@ from megarl.roles import (
     num_ranks,
 )
 
+_OF_THE_DASHBOARD = ("aiohttp_cors", "opencensus")  # some of requirements/ray_jobs.txt
 _END_S = 5.0  # from the last save to the end of the process
 
 
@@ -198,6 +200,15 @@ def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
     return there[first:needed]
 
 
+def _check_dashboard() -> None:
+    """Raise ConfigError where Ray's dashboard can't start, of which Ray itself says so in a traceback."""
+    missing = [name for name in _OF_THE_DASHBOARD if find_spec(name) is None]
+    if missing:
+        why = f"Ray's dashboard needs packages that aren't installed ({', '.join(missing)}, ...)"
+        fix = "pip install --no-deps -r requirements/ray_jobs.txt, or trainer.ray_dashboard=false"
+        raise ConfigError([Problem("trainer.ray_dashboard", True, why, fix)])
+
+
 def check_launch(config: PPOConfig | SFTConfig) -> None:
     """Raise where ranks can't be had, at no import of Ray or torch.
 
@@ -218,6 +229,8 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
             raise ConfigError([Problem(key, 0, f"must be at least 1 with {RAY_ADDRESS}: {why}", f"{key}=null")])
     if placed_rank() is None:
         check_ray_address()
+        if config.trainer.ray_dashboard and named_cluster() is None:
+            _check_dashboard()
         return
     started, named = int(os.environ["WORLD_SIZE"]), num_ranks(config)
     if started != named:

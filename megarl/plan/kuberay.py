@@ -62,7 +62,8 @@ def kuberay_manifest(plan: RunPlan, program: str, arguments: Sequence[str], imag
         "kind": "RayJob",
         "metadata": {"name": "megarl"},
         "spec": {
-            "entrypoint": f"cd {_VOLUME} && python -m megarl.{program} {shlex.join(arguments)}",
+            # One command: KubeRay has a shell read the line, which would run what follows an && itself.
+            "entrypoint": f"python -m megarl.{program} {shlex.join(arguments)}",
             "shutdownAfterJobFinishes": True,
             "backoffLimit": 3,
             "rayClusterSpec": cluster,
@@ -84,6 +85,7 @@ def _pod(plan: RunPlan, gpus: int, image: str, environment: dict[str, str]) -> d
     container = {
         "name": "ray",
         "image": image,
+        "workingDir": _VOLUME,
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "resources": {"limits": limits, "requests": limits},
         "volumeMounts": mounts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,31 @@ def test_a_part_of_ray_that_dies_ends_the_job_with_its_name_and_nothing_is_left(
     cluster.slurm.on_node(node, "pkill", "--signal", "KILL", "--full", process)
     job = cluster.slurm.wait(number, folder, 120)
     assert (job.state, job.restarts) == ("FAILED", 0), job.output
-    assert re.search(rf"Ray's {service} (ended with exit code|was ended by signal) \d+ on node{node}", job.output) or (
-        "Error" in job.output
-    )
+    ended = rf"Ray's {service} (ended with exit code|was ended by signal) \d+ on node{node}; its output is in "
+    assert re.search(ended, job.output), job.output
     assert cluster.slurm.processes() == []
-    logs = folder / "run_logs" / "attempt_0"
-    assert (logs / "node1_Rays_head.log").is_file() and (logs / "node1_ray").is_dir()
+    kept = {path.name for path in (folder / "run_logs" / "attempt_0").iterdir()}
+    assert kept == {"node1_Rays_head.log", "node2_Rays_worker.log", "node1_ray", "node2_ray"}
+
+
+def test_a_slurmd_that_is_started_again_leaves_the_run_alone(cluster: Cluster, clean: list[dict[str, Any]]) -> None:
+    folder, number = started(cluster, "slurmd", "torchrun")
+    for node in (1, 2):
+        cluster.slurm.restart_slurmd(node)
+    job = cluster.slurm.wait(number, folder, RUN_S)
+    assert (job.state, job.restarts) == ("COMPLETED", 0), job.output
+    same(metrics(folder / "run"), clean)
+    assert cluster.slurm.processes() == []
+
+
+def test_a_disk_that_is_full_ends_the_job_with_its_path_and_leaves_the_checkpoint_before_whole(
+    cluster: Cluster,
+) -> None:
+    folder, run = write_tiny_task(folder_of(cluster, "full")), cluster.slurm.small / "run"
+    job = cluster.run(folder, TINY, "--nodes=2", *STEPS, MEGARL_RUN=str(run), timeout_s=RUN_S)
+    assert (job.state, job.restarts) == ("FAILED", 0), job.output
+    assert re.search(rf"ResourceError: .*{run}/checkpoints/.* bytes free", job.output), job.output
+    assert "Traceback" not in job.output and "is queued again" not in job.output
+    verified = cluster.slurm.on_login(sys.executable, "-m", "megarl", "checkpoints", str(run), "--verify")
+    assert verified.returncode == 0 and re.fullmatch(r"step +1 .* verified.*\n", verified.stdout), verified
+    assert cluster.slurm.processes() == []

@@ -21,7 +21,7 @@ def test_the_manifest_has_a_pod_for_each_node_with_the_devices_and_memory_of_the
     job = yaml.safe_load(done.stdout)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert job["spec"]["entrypoint"] == (
-        "cd /mnt/megarl && python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=qwen3_235b_4x8 "
+        "python -m megarl.main_ppo --config-name=ppo_megatron_trainer experiment=qwen3_235b_4x8 "
         "'data.train_files=['\"'\"'a b.parquet'\"'\"']'"
     )
     cluster = job["spec"]["rayClusterSpec"]
@@ -32,7 +32,7 @@ def test_the_manifest_has_a_pod_for_each_node_with_the_devices_and_memory_of_the
     [container] = pods[0]["containers"]
     limits = container["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == 8 and limits["memory"] == f"{701 + 64 + 16}Gi"
-    assert container["image"] == "registry/megarl:1"
+    assert (container["image"], container["workingDir"]) == ("registry/megarl:1", "/mnt/megarl")
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/mnt/megarl"}
 
 
