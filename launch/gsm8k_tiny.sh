@@ -7,6 +7,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=1:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60
@@ -21,7 +22,7 @@ fi
 source "$here/slurm/job.sh"
 
 total=${SLURM_JOB_NUM_NODES:-${MEGARL_NODES:-1}}
-job gsm8k_tiny 1 $((4 / total)) "$@"
+job gsm8k_tiny 1 $(((3 + total) / total)) "$@"
 [ -n "$word" ] || fail "usage: launch/gsm8k_tiny.sh SOURCE, a folder with GSM8K's train.jsonl and test.jsonl"
 data=gsm8k_data
 sft=(experiment=gsm8k_tiny_sft trainer.run_dir="${run}_sft")

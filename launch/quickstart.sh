@@ -7,6 +7,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=1:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60
@@ -21,7 +22,7 @@ fi
 source "$here/slurm/job.sh"
 
 total=${SLURM_JOB_NUM_NODES:-${MEGARL_NODES:-1}}
-job quickstart 1 $((4 / total)) "$@"
+job quickstart 1 $(((3 + total) / total)) "$@"
 seed=${word:-0} data=quickstart_data
 sft=(experiment=quickstart_sft trainer.seed="$seed" trainer.run_dir="${run}_sft")
 ppo=(--config-name=ppo_megatron_trainer experiment=quickstart trainer.seed="$seed" trainer.run_dir="$run" trainer.preempt_save_s=50)

@@ -7,6 +7,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
@@ -21,6 +22,7 @@ fi
 source "$here/slurm/job.sh"
 
 job qwen3_30b_a3b_16 2 8 "$@"
+[ -z "$word" ] || fail "$word is no override: KEY=VALUE"
 ppo=(--config-name=ppo_megatron_trainer experiment=qwen3_30b_a3b_16 trainer.run_dir="$run"
   trainer.preempt_save_s=540 "${overrides[@]}")
 

@@ -294,9 +294,20 @@ def in_the_trainers_ranks(c: PPOConfig) -> str:
 def num_engine_ranks(c: PPOConfig) -> int:
     """Return the number of ranks that engines have, in the trainer's ranks or beside them."""
     rollout = c.actor_rollout_ref.rollout
-    if not is_served(c):
-        return num_ranks(c)
-    return rollout.nnodes * (rollout.n_gpus_per_node or rollout.tensor_model_parallel_size)
+    return rollout.nnodes * engine_ranks_per_node(c) if is_served(c) else num_ranks(c)
+
+
+def engines_share_devices(c: PPOConfig) -> bool:
+    """Return whether engines are on the trainer's devices: in its ranks, or beside them in processes of their own."""
+    return not is_served(c) or c.actor_rollout_ref.rollout.n_gpus_per_node == 0
+
+
+def engine_ranks_per_node(c: PPOConfig) -> int:
+    """Return the number of ranks on each node of engines in processes of their own."""
+    rollout = c.actor_rollout_ref.rollout
+    if rollout.n_gpus_per_node == 0:
+        return c.trainer.n_gpus_per_node
+    return rollout.n_gpus_per_node or rollout.tensor_model_parallel_size
 
 
 def engine_layout(c: PPOConfig) -> EngineLayout:
@@ -312,7 +323,7 @@ def num_engines(c: PPOConfig) -> int:
 
 def processes_per_node(c: PPOConfig | SFTConfig) -> int:
     """Return the number of ranks on a node, with those of engines beside the trainer's."""
-    beside = num_engine_ranks(c) if isinstance(c, PPOConfig) and is_served(c) else 0
+    beside = engine_ranks_per_node(c) if isinstance(c, PPOConfig) and is_served(c) else 0
     return c.trainer.n_gpus_per_node + beside
 
 

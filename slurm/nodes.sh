@@ -3,10 +3,12 @@
 
 PREEMPTED=75 NODE_LOST=69 # exit codes of a run that another attempt goes on with
 
+asks_for_gpus() { grep -q '^#SBATCH --gpus-per-node' "$0"; }
+
 # Sets submission, the command that submits the script, as MEGARL_* say.
 submission() {
   submission=(sbatch --nodes="$nodes")
-  if grep -q '^#SBATCH --gpus-per-node' "$0"; then submission+=(--gpus-per-node="$devices"); fi
+  if asks_for_gpus; then submission+=(--gpus-per-node="$devices"); fi
   if [ -n "${MEGARL_ACCOUNT:-}" ]; then submission+=(--account="$MEGARL_ACCOUNT"); fi
   if [ -n "${MEGARL_PARTITION:-}" ]; then submission+=(--partition="$MEGARL_PARTITION"); fi
   if [ -n "${MEGARL_TIME:-}" ]; then submission+=(--time="$MEGARL_TIME"); fi
@@ -51,6 +53,7 @@ on_all_nodes() {
   start=(srun "${step[@]}" --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=0 --wait=60 "${flags[@]}")
   if [ "$mode" = dry-run ]; then
     show "on all nodes" "${start[@]}" "${inside[@]}" "${python[@]}" "${command[@]}" -- "$@"
+    if asks_for_gpus; then export MEGARL_PLATFORM=${MEGARL_PLATFORM:-cuda}; fi # of the nodes, not of this machine
     "${python[@]}" "${command[@]}" --dry-run -- "$@"
     return
   fi

@@ -10,7 +10,7 @@ from megarl.catalog import POLICY_LOSSES
 from megarl.config.defaults import default_of, value_of
 from megarl.config.schema import ASYNC, SGLANG, VLLM, PPOConfig
 from megarl.errors import Problem
-from megarl.roles import REWARD_MODEL, is_served, pass_keys
+from megarl.roles import REWARD_MODEL, engines_share_devices, is_served, pass_keys
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -160,8 +160,9 @@ EFFECTS: tuple[Effect, ...] = (
     ),
     Effect(
         f"{ROLLOUT}.free_cache_engine",
-        lambda c: not is_served(c),
-        f"{ROLLOUT}.placement is colocated: engines on devices of their own have nothing to give back",
+        engines_share_devices,
+        f"{ROLLOUT}.placement is colocated or {ROLLOUT}.n_gpus_per_node 0: engines on devices of their own have "
+        "nothing to give back",
         f"leave {ROLLOUT}.free_cache_engine out",
     ),
     Effect(f"{ROLLOUT}.val_kwargs.top_p", *_SAMPLES),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megarl.algorithm.needs import estimator_needs, weighs_or_rejects
-from megarl.config.schema import ASYNC, SYNC, PPOConfig
+from megarl.config.schema import ASYNC, SYNC, VLLM, PPOConfig
 from megarl.errors import Problem
-from megarl.roles import is_served
+from megarl.roles import engines_share_devices, is_served
 
 MODE = "trainer.mode"
 _CORRECTION = "algorithm.rollout_correction"
@@ -18,6 +18,26 @@ def rollouts_ahead_are_sampled_beside_training(c: PPOConfig) -> Iterator[Problem
     if c.trainer.mode != SYNC and not is_served(c):
         allowed = "samples while the ranks train, which engines in these ranks can't"
         yield Problem(MODE, c.trainer.mode, allowed, f"actor_rollout_ref.rollout.placement=server, or {MODE}={SYNC}")
+
+
+def engines_on_the_trainers_devices_rest(c: PPOConfig) -> Iterator[Problem]:
+    """Engines in processes of their own on the trainer's devices can rest while it trains, on its one node."""
+    rollout, key = c.actor_rollout_ref.rollout, "actor_rollout_ref.rollout.n_gpus_per_node"
+    if not (is_served(c) and engines_share_devices(c)):
+        return
+    others = {
+        MODE: (
+            c.trainer.mode,
+            SYNC,
+            "engines on the trainer's devices sample while it rests, and rest while it trains",
+        ),
+        "trainer.nnodes": (c.trainer.nnodes, 1, "engines on the trainer's devices start beside the command"),
+        "actor_rollout_ref.rollout.nnodes": (rollout.nnodes, 1, "the trainer's devices are on one node"),
+        "actor_rollout_ref.rollout.name": (rollout.name, VLLM, "it isn't made to give its memory back here"),
+    }
+    for other, (value, needed, why) in others.items():
+        if value != needed:
+            yield Problem(other, value, f"must be {needed} where {key} is 0: {why}", f"{other}={needed}, or {key}=null")
 
 
 def rollouts_of_older_weights_are_corrected(c: PPOConfig) -> Iterator[Problem]:

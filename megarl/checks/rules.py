@@ -25,6 +25,7 @@ from megarl.checks.backends import (
     ulysses_splits_the_heads,
 )
 from megarl.checks.modes import (
+    engines_on_the_trainers_devices_rest,
     groups_of_several_versions_are_comparable,
     rollouts_ahead_are_sampled_beside_training,
     rollouts_of_older_weights_are_corrected,
@@ -35,7 +36,7 @@ from megarl.config.schema import SGLANG, FsdpConfig, MegatronConfig, PPOConfig, 
 from megarl.errors import ConfigError, Problem, nearest
 from megarl.parallel.environment import PlatformName
 from megarl.parallel.layout import EngineLayout
-from megarl.roles import Role, engine_layout, in_the_trainers_ranks, is_served, num_engine_ranks
+from megarl.roles import Role, engine_layout, engine_ranks_per_node, is_served, num_ranks
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.split import VLLM_VOCAB_MULTIPLE
 
@@ -117,8 +118,9 @@ def sinks_are_known(sinks: tuple[str, ...]) -> Problems:
 
 
 def an_engine_replica_divides_the_ranks(c: PPOConfig) -> Problems:
-    """The engine's TP divides the ranks."""
-    tp, ranks = c.actor_rollout_ref.rollout.tensor_model_parallel_size, num_engine_ranks(c)
+    """The engine's TP divides the ranks; of engines in processes of their own those of a node."""
+    tp = c.actor_rollout_ref.rollout.tensor_model_parallel_size
+    ranks = engine_ranks_per_node(c) if is_served(c) else num_ranks(c)
     if ranks % tp:
         key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
         whose = "devices of the engines (actor_rollout_ref.rollout.n_gpus_per_node)" if is_served(c) else RANKS
@@ -169,16 +171,6 @@ def the_placement_of_engines_is_said_once(c: PPOConfig) -> Problems:
         yield Problem(key, False, "where engines are is said by rollout.placement", f"{fix} and {key}=true")
 
 
-def engines_are_on_the_trainers_node(c: PPOConfig) -> Problems:
-    """Engines in processes of their own share a node with all ranks: weights reach them through its memory."""
-    why = "weights reach engines in processes of their own through the memory of one node"
-    sizes = {"trainer.nnodes": c.trainer.nnodes, "actor_rollout_ref.rollout.nnodes": c.actor_rollout_ref.rollout.nnodes}
-    for key, nodes in sizes.items() if is_served(c) else ():
-        if nodes > 1:
-            fix = f"{key}=1, or {in_the_trainers_ranks(c)}"
-            yield Problem(key, nodes, f"must be 1: {why}", fix)
-
-
 def every_training_file_has_a_weight(c: PPOConfig) -> Problems:
     """Weights of files are as many as the files, and positive."""
     weights, files = c.data.train_file_weights, c.data.train_files
@@ -220,7 +212,7 @@ _PPO_RULES: tuple[Callable[[PPOConfig], Problems], ...] = (
     an_engine_replica_divides_the_ranks,
     an_engine_step_holds_its_sequences,
     the_placement_of_engines_is_said_once,
-    engines_are_on_the_trainers_node,
+    engines_on_the_trainers_devices_rest,
     rollouts_ahead_are_sampled_beside_training,
     rollouts_of_older_weights_are_corrected,
     groups_of_several_versions_are_comparable,

@@ -287,14 +287,20 @@ class RolloutConfig:
 
     name: str = key("engine", choices=ENGINES)
     placement: str = key(
-        "where engines are: in the ranks that train, or in processes of their own on the same node; sglang always is",
+        "where engines are: in the ranks that train, or in processes of their own, beside them or on other nodes, as "
+        "sglang always is",
         choices=PLACEMENTS,
     )
     sglang: SglangConfig = key("SGLang's environment")
-    nnodes: int = key("nodes of engines in processes of their own; only 1 so far", low=1, high=MOST_NODES)
-    n_gpus_per_node: int | None = key(
-        "devices of a node for engines in processes of their own, beside trainer.n_gpus_per_node; null: of one engine",
+    nnodes: int = key(
+        "nodes of engines in processes of their own; more than 1 on the nodes of a Ray cluster alone",
         low=1,
+        high=MOST_NODES,
+    )
+    n_gpus_per_node: int | None = key(
+        "devices of a node for engines in processes of their own, beside trainer.n_gpus_per_node; null: of one engine; "
+        "0: the trainer's, which the engines give back while it trains",
+        low=0,
         high=MOST_PROCESSES,
     )
     temperature: float = key("of sampling; the trainer's log-probs use it too", above=0.0, high=10.0)

@@ -1,8 +1,9 @@
-"""The rollout engines in processes of their own, on the host of the trainer's ranks."""
+"""The rollout engines in processes of their own, on the host of the trainer's ranks or on others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from megarl.controller.engines import Ended, unheard
@@ -17,10 +18,14 @@ from megarl.types import GenerationRequest, Group, Sampling
 
 @dataclass(frozen=True)
 class EngineServers:
-    """Engines, and the group of ranks whose weights they run."""
+    """Engines, and the group of ranks whose weights they run.
+
+    receiving: has the hosts of engines take in what the ranks publish in its block.
+    """
 
     group: WorkerGroup
     engines: ServedEngines
+    receiving: Callable[[WorkerGroup], AbstractContextManager[None]]
     observer: Observer
 
     def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard) -> Asked:
@@ -46,12 +51,14 @@ class EngineServers:
         return groups
 
     def rest(self) -> None:
-        """Do nothing: what the engines hold is on devices of their own."""
+        """Have the engines give their memory back, where it is on the trainer's devices."""
+        self.engines.rest()
 
     def publish(self, policy_version: int, *, verify: bool) -> None:
         """Have the ranks write the actor's weights, and the engines read them; and compare checksums if asked."""
         self.engines.before_writing()
-        segments = everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))
+        with self.receiving(self.group):
+            segments = everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))
         self.engines.take(Take(policy_version, tuple(segment for segment in segments if segment is not None)))
 
 

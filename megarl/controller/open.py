@@ -43,9 +43,8 @@ from megarl.controller.scoring import Scorer
 from megarl.controller.served_engines import ServedEngines
 from megarl.controller.stream_sampler import StreamSampler
 from megarl.controller.validation import Validation
-from megarl.launchers.engine_processes import EngineProcesses
 from megarl.launchers.group import WorkerGroup
-from megarl.launchers.start import engine_devices, preemption_of, worker_group
+from megarl.launchers.start import EngineStarter, engine_starter, preemption_of, worker_group
 from megarl.monitor.preemption import Preemption
 from megarl.monitor.sinks import Tracker, open_tracker
 from megarl.monitor.timing import Stopwatch
@@ -53,7 +52,7 @@ from megarl.ranks.spec import EngineStart, RankSpec
 from megarl.reward.pool import RewardPool
 from megarl.reward.registry import DEFAULT_FUNCTION, RewardSpec
 from megarl.reward.trial import try_reward
-from megarl.roles import is_served, num_engines, num_ranks
+from megarl.roles import engines_share_devices, is_served, num_engines, num_ranks
 from megarl.types import RewardRequest
 
 
@@ -109,13 +108,16 @@ def open_run(
     with _tracker(config.trainer, run_dir, values, inputs.num_steps) as sinks:
         sinks.stage(3, 3, f"starting {num_ranks(config)} ranks and {num_engines(config)} engines, loading weights")
         preemption = preemption_of(config.trainer, sinks.warn)
+        start = EngineStart(engine, inputs.roles[0], engines_share_devices(config))
+        starter = engine_starter(config, start) if is_served(config) else None
         with (
-            _servers(config, EngineStart(engine, inputs.roles[0]), sinks) as servers,
+            _servers(config, starter, sinks) as servers,
             worker_group(spec, config.trainer, preemption) as group,
+            closing(servers) if servers else nullcontext(),  # before the group, whose end may be that of Ray
             early_scores(rewards if is_served(config) else None, config.reward.num_workers) as early,
         ):
             observer.opened(group)
-            engines = _engines(config, group, servers, observer)
+            engines = _engines(config, group, servers, starter, observer)
             run = rollout_run(
                 config, inputs, group, engines, rewards, sinks, run_dir, values, resumption, observer, preemption, early
             )
@@ -124,24 +126,33 @@ def open_run(
         run.raise_if_preempted()
 
 
-def _servers(config: PPOConfig, start: EngineStart, tracker: Tracker) -> AbstractContextManager[ServedEngines | None]:
-    """Start the engines that are in processes of their own, if they are; they load while the ranks do."""
-    if not is_served(config):
-        return nullcontext()
-    devices = engine_devices(config)
+@contextmanager
+def _servers(config: PPOConfig, starter: EngineStarter | None, tracker: Tracker) -> Iterator[ServedEngines | None]:
+    """Start the engines that are in processes of their own, if they are; they load while the ranks do.
 
-    def start_engine(number: int) -> EngineProcesses:
-        tp = start.spec.tensor_parallel_size
-        return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
+    Those that share the ranks' devices measure what they may take of these, and rest, before there are ranks.
+    """
+    if starter is None:
+        yield None
+        return
+    number, timeout_s, shared = num_engines(config), config.trainer.hang_timeout_s, engines_share_devices(config)
+    engines = ServedEngines(starter.start, number, timeout_s, tracker.warn, tracker.engine, shares_devices=shared)
+    with closing(engines):
+        if shared:
+            engines.wait_until_ready()
+        yield engines
 
-    timeout_s = config.trainer.hang_timeout_s
-    return closing(ServedEngines(start_engine, num_engines(config), timeout_s, tracker.warn, tracker.engine))
 
-
-def _engines(config: PPOConfig, group: WorkerGroup, servers: ServedEngines | None, observer: Observer) -> Engines:
-    if servers is None:
+def _engines(
+    config: PPOConfig,
+    group: WorkerGroup,
+    servers: ServedEngines | None,
+    starter: EngineStarter | None,
+    observer: Observer,
+) -> Engines:
+    if servers is None or starter is None:
         return EngineOnRanks(group, config.actor_rollout_ref.rollout.tensor_model_parallel_size, observer)
-    return EngineServers(group, servers, observer)
+    return EngineServers(group, servers, starter.receiving, observer)
 
 
 @contextmanager

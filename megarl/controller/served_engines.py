@@ -16,10 +16,10 @@ from itertools import count
 
 from megarl.controller.engines import Ended, unheard
 from megarl.errors import PublishError, WorkerError
-from megarl.launchers.engine_processes import EngineLost, EngineProcesses
+from megarl.launchers.engine_processes import EngineLost, RunningEngine
 from megarl.monitor.trace import GENERATE
 from megarl.rollout.engine import UNPUBLISHED
-from megarl.rollout.served import Answer, Ask, Done, Order, Ready, Take, Took, samplings
+from megarl.rollout.served import Answer, Ask, Done, Order, Ready, Rest, Rested, Take, Took, samplings
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
 
 _START_S = 600.0  # at least, for an engine to start
@@ -31,15 +31,16 @@ _MAX_LOSSES = 3  # of one engine in a row, without a rollout in between
 class _Seat:
     """The place of an engine, which another takes where one dies.
 
-    version: of the weights that it runs. is_taking: whether it is told to take others. asked: what it hasn't finished,
-    by number. owes_since_s: since when nothing was heard of it though something is due. losses: why engines died here,
-    one after another.
+    version: of the weights that it runs. is_taking: whether it is told to take others. is_resting: whether it is told
+    to give its memory back. asked: what it hasn't finished, by number. owes_since_s: since when nothing was heard of it
+    though something is due. losses: why engines died here, one after another.
     """
 
     number: int
-    engine: EngineProcesses | None = None
+    engine: RunningEngine | None = None
     is_ready: bool = False
     is_taking: bool = False
+    is_resting: bool = False
     is_gone: bool = False
     version: int = UNPUBLISHED
     asked: dict[int, Ask] = field(default_factory=dict)
@@ -66,18 +67,21 @@ class ServedEngines:
 
     start: starts the processes of the engine of a number. timeout_s: how long one may say nothing while something is
     due. tell: tells a person, in the thread that asks for rollouts. does: hears what the engine of a number does and
-    with the weights of which publication, in any thread, whenever that changes and again.
+    with the weights of which publication, in any thread, whenever that changes and again. shares_devices: whether they
+    are on the trainer's, and rest while that trains.
     """
 
     def __init__(
         self,
-        start: Callable[[int], EngineProcesses],
+        start: Callable[[int], RunningEngine],
         num_engines: int,
         timeout_s: float,
         tell: Callable[[str], None],
         does: Callable[[int, str, int], None] = lambda number, what, policy_version: None,
+        *,
+        shares_devices: bool = False,
     ) -> None:
-        self.timeout_s, self.tell, self.does = timeout_s, tell, does
+        self.timeout_s, self.tell, self.does, self.shares_devices = timeout_s, tell, does, shares_devices
         self._start = start
         self._changed = threading.Condition()
         self._seats = [_Seat(number) for number in range(num_engines)]
@@ -88,7 +92,7 @@ class ServedEngines:
         self._current: Take | None = None
         self._failure: BaseException | None = None
         self._notes: list[str] = []
-        self._has_ended = False
+        self._has_ended = self._are_resting = False
         self._threads = [threading.Thread(target=self._keep, args=(seat,), daemon=True) for seat in self._seats]
         for thread in self._threads:
             thread.start()
@@ -105,6 +109,7 @@ class ServedEngines:
             asks = tuple(Ask(next(self._numbers), request, sampling, indices) for request in requests)
             self._hears |= {ask.number: partial(ended, place) for place, ask in enumerate(asks)}
             self._waiting += asks
+            self._end_rest()
             self._hand_out()
         return asks
 
@@ -135,11 +140,32 @@ class ServedEngines:
     def take(self, order: Take) -> None:
         """Have all engines go on with these weights; return when they do."""
         with self._changed:
-            self._current = order
+            self._current, self._are_resting = order, False
             for seat in self._seats:
                 if seat.is_ready:
                     self._have_taken(seat, order)
             self._wait_until(lambda: all(seat.is_gone or seat.version == order.policy_version for seat in self._seats))
+
+    def wait_until_ready(self) -> None:
+        """Wait until all engines have started."""
+        with self._changed:
+            self._wait_until(lambda: all(seat.is_ready or seat.is_gone for seat in self._seats))
+
+    def rest(self) -> None:
+        """Have all engines give the trainer's devices back, and wait until they have; those that start then, too.
+
+        Nothing is asked for. They are back with the next ask or publication.
+        """
+        if not self.shares_devices:
+            return
+        with self._changed:
+            assert not self._waiting and not any(seat.asked for seat in self._seats)
+            self._are_resting = True
+            for seat in self._seats:
+                if seat.is_ready:
+                    seat.is_resting = True
+                    self._order(seat, Rest())
+            self._wait_until(lambda: not any(seat.is_resting for seat in self._seats))
 
     def close(self) -> None:
         """End all engines."""
@@ -165,6 +191,14 @@ class ServedEngines:
         """Return the rollouts of a complete ask, of which nothing is kept."""
         del self._hears[ask.number]
         return tuple(self._done.pop((ask.number, index)) for index in ask.indices)
+
+    def _end_rest(self) -> None:
+        """Have engines that have started while others rested take the weights that the others run."""
+        was_resting, self._are_resting = self._are_resting, False
+        if was_resting and self._current is not None:
+            for seat in self._seats:
+                if seat.is_ready and seat.version != self._current.policy_version:
+                    self._have_taken(seat, self._current)
 
     def _hand_out(self) -> None:
         """Give what waits to the engines that run the current weights, to the one with the least to do first."""
@@ -216,7 +250,7 @@ class ServedEngines:
                 if seat.engine is not None:
                     seat.engine.kill()
 
-    def _hear(self, seat: _Seat, engine: EngineProcesses) -> None:
+    def _hear(self, seat: _Seat, engine: RunningEngine) -> None:
         """Take what an engine says until the end. Raises EngineLost where it dies, or says nothing for too long."""
         with self._changed:
             seat.owes_since_s = time.monotonic()
@@ -237,8 +271,10 @@ class ServedEngines:
         match answer:
             case Ready():
                 seat.is_ready = True
-                if self._current is not None:
+                if self._current is not None and not self._are_resting:
                     self._have_taken(seat, self._current)
+            case Rested():
+                seat.is_resting = False
             case Took(policy_version=version):
                 seat.is_taking, seat.version = False, version
                 self._hand_out()
@@ -257,7 +293,7 @@ class ServedEngines:
                 seat.losses.clear()
 
     def _check_silence(self, seat: _Seat) -> None:
-        is_due = seat.is_taking or seat.asked or not seat.is_ready
+        is_due = seat.is_taking or seat.is_resting or seat.asked or not seat.is_ready
         limit_s = self.timeout_s if seat.is_ready else max(self.timeout_s, _START_S)
         if is_due and time.monotonic() - seat.owes_since_s > limit_s:
             raise EngineLost(f"nothing was heard of it for {limit_s:g} s (trainer.hang_timeout_s)")
@@ -266,7 +302,8 @@ class ServedEngines:
         """Queue again what an engine hadn't finished, and give its seat up where too many were lost."""
         num_left = sum(len(ask.indices) for ask in seat.asked.values())
         self._waiting[:0] = seat.asked.values()
-        seat.asked, seat.is_ready, seat.is_taking, seat.version = {}, False, False, UNPUBLISHED
+        seat.asked, seat.version = {}, UNPUBLISHED
+        seat.is_ready = seat.is_taking = seat.is_resting = False
         seat.losses.append(why)
         seat.is_gone = len(seat.losses) >= _MAX_LOSSES
         self._say(seat)

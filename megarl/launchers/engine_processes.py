@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from typing import Protocol
 
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, ResourceError
 from megarl.ranks.join import listening
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Answer, Failed, Order
@@ -31,8 +33,27 @@ class EngineLost(Exception):
     """An engine that can't go on: the text says why. A fresh one may take its place."""
 
 
+class RunningEngine(Protocol):
+    """One engine as the controller has it, wherever its processes are."""
+
+    def send(self, order: Order) -> None:
+        """Give the engine an order, after those before. Raises EngineLost where it is known to have died."""
+        ...
+
+    def receive(self, timeout_s: float) -> Answer | None:
+        """Return the next answer, None where there is none in time.
+
+        Raises EngineLost where a rank has died or failed, and the error of one that a user can act on.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End all ranks."""
+        ...
+
+
 class EngineProcesses:
-    """One engine. Its ranks end where this process does, where one of them does, and with ``kill``."""
+    """A RunningEngine on this host. Its ranks end where this process or one of them does, and with ``kill``."""
 
     def __init__(self, start: EngineStart, devices: Sequence[str] | None) -> None:
         """Start all ranks; the first answer says when they are ready. devices: names of theirs, None on CPU."""
@@ -97,23 +118,29 @@ class EngineProcesses:
 
     def _start_sglang(self, spec: SglangSpec, devices: Sequence[str] | None) -> None:
         """Start the process of an SGLang, of an interpreter of its own, which starts its ranks itself."""
-        environ = engine_environment(0, 1, 0, None if devices is None else ",".join(devices))
-        environ |= sglang_environment(spec.tensor_parallel_size)
-        environ.pop("PYTHONPATH", None)  # another environment's packages
-        self._start([spec.python, "-u", "-W", "ignore", "-m", "megarl.ranks.sglang_process"], environ, [])
+        with listening(_HOST) as listener:
+            port, fd = listener.getsockname()[1], listener.fileno()
+            environ = engine_environment(0, 1, port, None if devices is None else ",".join(devices))
+            environ |= sglang_environment(spec.tensor_parallel_size)
+            environ.pop("PYTHONPATH", None)  # another environment's packages
+            program = ["-u", "-W", "ignore", "-m", "megarl.ranks.sglang_process", str(fd)]
+            self._start([spec.python, *program], environ, [fd])
 
     def _start(self, command: Sequence[str], environ: Mapping[str, str], fds: Sequence[int]) -> None:
         ours, theirs = Pipe()
         with theirs:
-            self._processes.append(
-                subprocess.Popen(
+            try:
+                process = subprocess.Popen(
                     [*command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno(), *fds],
                     stdin=subprocess.DEVNULL,
                     env={**environ, "TMPDIR": self._temporary.name},
                     start_new_session=True,  # Ctrl-C is the controller's to hear
                 )
-            )
+            except OSError as error:
+                where = socket.gethostname()
+                raise ResourceError(f"no engine can be started on {where}: {error}. fix: have it there too") from error
+        self._processes.append(process)
         self.connections.append(ours)
 
     def _lost(self, told: Mapping[int, str] = _NOTHING_TOLD) -> EngineLost | MegarlError:

@@ -99,8 +99,8 @@ class RayGroup:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        placement = _place(nnodes, ranks_per_node)
-        bundles = _bundles_in_order(placement)
+        placement = placed_ranks(nnodes, ranks_per_node)
+        bundles = bundles_in_order(placement)
         remote = ray.remote(RankActor)
         self.actors = [
             remote.options(
@@ -207,8 +207,16 @@ def device_index(assigned: str, visible: str | None) -> int:
     return int(assigned) if not visible else visible.split(",").index(assigned)
 
 
-def _place(nnodes: int, ranks_per_node: int) -> Any:
-    """Reserve a device or core for every rank. Raises ResourceError where the cluster lacks them."""
+def placed_ranks(nnodes: int, ranks_per_node: int) -> Any:
+    """Return the placement group of the trainer's ranks. Raises ResourceError where the cluster lacks room."""
+    return placed(nnodes, ranks_per_node, "the run needs", "trainer.nnodes, trainer.n_gpus_per_node")
+
+
+def placed(nnodes: int, ranks_per_node: int, need: str, keys: str) -> Any:
+    """Return a placement group with a device or core for every rank. Raises ResourceError where the cluster lacks them.
+
+    need, keys: who needs that, and which keys say so, in the error.
+    """
     import ray
 
     kind = "GPU" if platform_name() == "cuda" else "CPU"
@@ -217,14 +225,13 @@ def _place(nnodes: int, ranks_per_node: int) -> Any:
     if not placement.wait(_PLACEMENT_S):
         found = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
         raise ResourceError(
-            f"the run needs {nnodes} nodes with {ranks_per_node} {kind}s each (trainer.nnodes, "
-            f"trainer.n_gpus_per_node); Ray's {len(found)} nodes have {', '.join(f'{n:g}' for n in found)} {kind}s, "
-            "and other runs may hold some. fix: lower them, or add nodes"
+            f"{need} {nnodes} nodes with {ranks_per_node} {kind}s each ({keys}); Ray's {len(found)} nodes have "
+            f"{', '.join(f'{n:g}' for n in found)} {kind}s, and others may hold some. fix: lower them, or add nodes"
         )
     return placement
 
 
-def _bundles_in_order(placement: Any) -> list[int]:
+def bundles_in_order(placement: Any) -> list[int]:
     """Return the bundles of a placement in the order of the addresses of their nodes."""
     import ray
 
@@ -252,7 +259,8 @@ def _cause(pending: Sequence[Any], first: Exception, place: str) -> MegarlError:
     for rank, call in enumerate(pending):
         if call in done and (death := _death(call)):
             is_memory = isinstance(death, ray.exceptions.OutOfMemoryError) or _LOW_MEMORY in str(death)
-            died = WorkerError(f"rank {rank} died in {place}: {death}")
+            how = "can't be reached" if isinstance(death, ray.exceptions.ActorUnavailableError) else "died"
+            died = WorkerError(f"rank {rank} {how} in {place}: {death}")
             return out_of_memory(rank, str(death)) if is_memory else died
     cause = getattr(first, "cause", None)
     return cause if isinstance(cause, MegarlError) else WorkerError(f"a rank failed: {first}")
@@ -295,6 +303,19 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def join_cluster() -> None:
+    """Join the cluster at RAY_ADDRESS, if this process hasn't."""
+    import ray
+
+    cluster = named_cluster()
+    assert cluster is not None
+    if not ray.is_initialized():
+        try:
+            ray.init(cluster, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise unreachable(cluster, str(error)) from error
+
+
 def _connect(num_cpus: int, dashboard: bool) -> Path | None:
     """Join the cluster at RAY_ADDRESS, or start a Ray of the run's own and return the folder of its session.
 
@@ -310,10 +331,7 @@ def _connect(num_cpus: int, dashboard: bool) -> Path | None:
     import ray
 
     if cluster is not None:
-        try:
-            ray.init(cluster, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise unreachable(cluster, str(error)) from error
+        join_cluster()
         return None
     session = Path(tempfile.mkdtemp(prefix="megarl_", dir=os.environ.get("RAY_TMPDIR")))
     ray.init(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem, ResourceError
+from megarl.launchers.engine_processes import EngineProcesses, RunningEngine
 from megarl.launchers.group import WorkerGroup
 from megarl.launchers.ray_address import RAY_ADDRESS, check_ray_address, named_cluster
 from megarl.launchers.sglang_environment import check_sglang
@@ -32,9 +35,17 @@ from megarl.parallel.environment import (
     platform_name,
     visible_devices,
 )
-from megarl.ranks.spec import RankSpec
-from megarl.roles import in_the_trainers_ranks, is_served, num_engine_ranks, num_ranks
+from megarl.ranks.spec import EngineStart, RankSpec
+from megarl.roles import (
+    engine_ranks_per_node,
+    engines_share_devices,
+    in_the_trainers_ranks,
+    is_served,
+    num_engine_ranks,
+    num_ranks,
+)
 
+_OF_THE_DASHBOARD = ("aiohttp_cors", "opencensus")  # some of requirements/ray_jobs.txt
 _END_S = 5.0  # from the last save to the end of the process
 
 
@@ -130,14 +141,55 @@ def preemption_of(trainer: SFTTrainerConfig, tell: Callable[[str], None]) -> Pre
     return Preemption(limit, tell, partial(has_peers, dict(os.environ)))  # vLLM writes over LOCAL_WORLD_SIZE
 
 
+@dataclass(frozen=True)
+class EngineStarter:
+    """How a run's engines in processes of their own are started, on this node or where Ray places them.
+
+    start: starts the engine of a number. receiving: see EngineServers.
+    """
+
+    start: Callable[[int], RunningEngine]
+    receiving: Callable[[WorkerGroup], AbstractContextManager[None]]
+
+
+def engine_starter(config: PPOConfig, start: EngineStart) -> EngineStarter:
+    """Return the EngineStarter of a run. start: what every engine starts with.
+
+    Raises ResourceError where a cluster has no room for its engines.
+    """
+    if _are_placed_by_ray():
+        from megarl.launchers.ray_engines import RayEngines
+
+        trainer, nodes = config.trainer, config.actor_rollout_ref.rollout.nnodes
+        passed = passed_environment(trainer.pass_environment)
+        ranks, per_node = (trainer.nnodes, trainer.n_gpus_per_node), engine_ranks_per_node(config)
+        engines = RayEngines(start, nodes, per_node, ranks, passed, trainer.hang_timeout_s)
+        return EngineStarter(engines.start, engines.receiving)
+    devices, tp = engine_devices(config), start.spec.tensor_parallel_size
+
+    def start_here(number: int) -> RunningEngine:
+        return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
+
+    return EngineStarter(start_here, lambda group: nullcontext())
+
+
+def _are_placed_by_ray() -> bool:
+    """Return whether processes are placed on the nodes of a cluster that was named."""
+    return placed_rank() is None and named_cluster() is not None
+
+
 def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
-    """Return the names of the devices of engines in processes of their own, those after the trainer's; None on CPU.
+    """Return the names of the devices of engines in processes of their own; None on CPU.
+
+    They are those after the trainer's, or the trainer's where these are shared.
 
     Raises ResourceError where the node has fewer.
     """
     if platform_name() == "cpu":
         return None
     there, first = visible_devices(), config.trainer.n_gpus_per_node
+    if engines_share_devices(config):
+        first = 0
     needed = first + num_engine_ranks(config)
     if len(there) < needed:
         raise ResourceError(
@@ -148,6 +200,15 @@ def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
     return there[first:needed]
 
 
+def _check_dashboard() -> None:
+    """Raise ConfigError where Ray's dashboard can't start, of which Ray itself says so in a traceback."""
+    missing = [name for name in _OF_THE_DASHBOARD if find_spec(name) is None]
+    if missing:
+        why = f"Ray's dashboard needs packages that aren't installed ({', '.join(missing)}, ...)"
+        fix = "pip install --no-deps -r requirements/ray_jobs.txt, or trainer.ray_dashboard=false"
+        raise ConfigError([Problem("trainer.ray_dashboard", True, why, fix)])
+
+
 def check_launch(config: PPOConfig | SFTConfig) -> None:
     """Raise where ranks can't be had, at no import of Ray or torch.
 
@@ -155,15 +216,21 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
     """
     check_platform()
     if isinstance(config, PPOConfig) and is_served(config):
-        engine_devices(config)
+        if not _are_placed_by_ray():
+            _check_one_node(config)
+            engine_devices(config)
         if config.actor_rollout_ref.rollout.name == SGLANG:
             check_sglang(config)
-        if placed_rank() is None and (address := named_cluster()):
-            why = "engines in processes of their own start beside the command; Ray may place ranks on another node"
-            fix = f"unset {RAY_ADDRESS}: the run then starts a Ray of its own on this node; or torchrun"
-            raise ConfigError([Problem(RAY_ADDRESS, address, why, fix)])
+        if _are_placed_by_ray() and engines_share_devices(config):
+            key, why = (
+                "actor_rollout_ref.rollout.n_gpus_per_node",
+                "a device of a cluster is given to one process alone",
+            )
+            raise ConfigError([Problem(key, 0, f"must be at least 1 with {RAY_ADDRESS}: {why}", f"{key}=null")])
     if placed_rank() is None:
         check_ray_address()
+        if config.trainer.ray_dashboard and named_cluster() is None:
+            _check_dashboard()
         return
     started, named = int(os.environ["WORLD_SIZE"]), num_ranks(config)
     if started != named:
@@ -171,3 +238,15 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
         allowed = f"{who} started {started} ranks, the config says {named}"
         fix = f"torchrun --nproc-per-node={config.trainer.n_gpus_per_node}, or change trainer.n_gpus_per_node"
         raise ConfigError([Problem("trainer.nnodes x trainer.n_gpus_per_node", named, allowed, fix)])
+
+
+def _check_one_node(config: PPOConfig) -> None:
+    """Raise ConfigError for engines on other nodes than this one, or ranks on other nodes than the engines."""
+    why = "must be 1: only Ray, on the nodes of a cluster, starts engines in processes of their own on several"
+    sizes = {
+        "trainer.nnodes": config.trainer.nnodes,
+        "actor_rollout_ref.rollout.nnodes": config.actor_rollout_ref.rollout.nnodes,
+    }
+    fix = f"join a cluster (MEGARL_LAUNCHER=ray, {RAY_ADDRESS}=host:port), or {in_the_trainers_ranks(config)}"
+    if problems := [Problem(key, nodes, why, f"{fix}, or {key}=1") for key, nodes in sizes.items() if nodes > 1]:
+        raise ConfigError(problems)

@@ -110,13 +110,13 @@ def engines_in(spans: Sequence[Span]) -> int:
     return len({span.row for span in spans if span.row.startswith(_ENGINE)})
 
 
-def update_s(spans: Sequence[Span]) -> float:
-    """Return the seconds that the updates of all roles took."""
-    return _length(_updates(spans))
+def training_s(spans: Sequence[Span]) -> float:
+    """Return the seconds that passes and updates of all roles took."""
+    return _length(_training(spans))
 
 
 def overlap_share(spans: Sequence[Span], engine: int | None = None) -> float:
-    """Return the share of the time of updates in which rollouts were generated; 0 where there was no update.
+    """Return the share of the trainer's passes and updates in which rollouts were generated; 0 where there were none.
 
     engine: of this one; None: of any.
     """
@@ -126,18 +126,18 @@ def overlap_share(spans: Sequence[Span], engine: int | None = None) -> float:
         for span in spans
         if span.name == GENERATE and span.row.startswith(_ENGINE) and rows in (None, span.row)
     ]
-    updates = _updates(spans)
+    training = _training(spans)
     both = [
         (max(start, other_start), min(end, other_end))
-        for start, end in _union(updates)
+        for start, end in _union(training)
         for other_start, other_end in _union(generating)
         if max(start, other_start) < min(end, other_end)
     ]
-    return _length(both) / _length(updates) if updates else 0.0
+    return _length(both) / _length(training) if training else 0.0
 
 
-def _updates(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    return [(span.start_s, span.end_s) for span in spans if span.name.startswith(_UPDATE)]
+def _training(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    return [(span.start_s, span.end_s) for span in spans if span.row == _row_name(_TRAINER)]
 
 
 def _length(intervals: Iterable[tuple[float, float]]) -> float:

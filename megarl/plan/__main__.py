@@ -25,7 +25,7 @@ from megarl.plan.of_run import known_models, plan_of, planned
 from megarl.plan.report import advice_json, advice_text, no_effect_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.verdict import verdict_on
-from megarl.roles import in_the_trainers_ranks, is_served, processes_per_node
+from megarl.roles import processes_per_node
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
@@ -92,12 +92,6 @@ def main() -> None:
         checked = check_ppo(values, files_may_be_missing=not flags.here, platform=platform)
         place = _place(checked.config, None if flags.here else name, flags.gpu_memory)
         if flags.kuberay is not None:
-            if is_served(checked.config):
-                why = (
-                    "a Ray cluster may place the ranks on another node than the engines, which start beside the command"
-                )
-                fix = in_the_trainers_ranks(checked.config)
-                raise ConfigError([Problem("--kuberay", flags.kuberay, why, fix)])
             _kuberay(checked, place, PPO, rest, flags.kuberay)
         elif flags.advise:
             _advise(checked, place, flags.json)

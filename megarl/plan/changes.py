@@ -14,7 +14,7 @@ from megarl.config.schema import ALL_RANKS, FsdpConfig, MegatronConfig, PPOConfi
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device
 from megarl.plan.run_plan import RunPlan
-from megarl.roles import FindModel, is_served, roles_of
+from megarl.roles import FindModel, engines_share_devices, roles_of
 
 C = TypeVar("C", PPOConfig, SFTConfig)
 
@@ -100,7 +100,7 @@ def single_changes(c: PPOConfig | SFTConfig, plan: RunPlan) -> Iterator[Change]:
     is_rl, is_fsdp = isinstance(c, PPOConfig), plan.roles[0].layout.is_fsdp
     section = (FSDP if is_fsdp else MEGATRON) if is_rl else ("fsdp_config" if is_fsdp else "megatron")
     wanted = [] if is_fsdp else [Change({f"{section}.use_distributed_optimizer": True}, "nothing")]
-    if isinstance(c, PPOConfig) and not is_served(c):
+    if isinstance(c, PPOConfig) and engines_share_devices(c):
         wanted.append(Change({f"{ROLLOUT}.free_cache_engine": True}, "allocating the engine's memory twice a step"))
     if not is_fsdp:
         wanted.append(Change({f"{section}.grad_offload": True}, "allocating gradients again each update"))

@@ -22,7 +22,7 @@ from megarl.plan.fsdp import backward_moments, gathered_bytes
 from megarl.plan.fsdp_activations import fsdp_pass
 from megarl.plan.pipeline import Moment, moments
 from megarl.plan.static import static_of
-from megarl.roles import DTYPE_BYTES, Role, engine_layout, is_served
+from megarl.roles import DTYPE_BYTES, Role, engine_layout, engines_share_devices
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import vllm_shards
 from megarl.weights.reshard_plan import BUCKET_BYTES
@@ -137,7 +137,7 @@ def engine_of(c: PPOConfig, shape: ModelShape, device: Device) -> Engine:
         return Engine(weights, CPU_KV_CACHE_BYTES, memory, per_token, frees_memory=False)
     memory = int(rollout.gpu_memory_utilization * device.memory_bytes)
     cache_bytes = memory - weights - ENGINE_WORK_BYTES
-    return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine and not is_served(c))
+    return Engine(weights, cache_bytes, memory, per_token, rollout.free_cache_engine and engines_share_devices(c))
 
 
 def phases_of(
@@ -150,8 +150,8 @@ def phases_of(
 ) -> tuple[Phase, ...]:
     """Return every phase of a step as the rank with most on its device sees it.
 
-    batches: of the trained roles. engine: None where there is none in these ranks. handed_bytes: of weights that a rank
-    keeps in host memory for engines in processes of their own.
+    batches: of the trained roles. engine: None where there is none on these devices. handed_bytes: of weights that a
+    rank keeps in host memory for engines in processes of their own.
     """
     worst: dict[str, Phase] = {}
     most_on_host: dict[str, int] = {}
@@ -175,8 +175,9 @@ def _phases_of_rank(
 
     def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: Awake = "nothing") -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
-        engines = _engine_items(engine, awake) if engine else _handed(handed_bytes, device)
-        items = [_runtime(device), *held, *engines, *used]
+        engines = [*(_engine_items(engine, awake) if engine else ()), *_handed(handed_bytes, device)]
+        beside = [replace(_runtime(device), name="engine process")] if engine and handed_bytes else []
+        items = [_runtime(device), *beside, *held, *engines, *used]
         return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
 
     yield _loading(roles, device, rank)
@@ -187,7 +188,7 @@ def _phases_of_rank(
     for role in reversed(trained):
         work = _updating(role, batches[role.name].num_accumulation_steps, rank, fused)
         yield phase(f"{role.name} update", *work, busy=role.name, update=True)
-    if engine:
+    if engine and not handed_bytes:
         buckets = Item("send and receive buckets", min(PUBLISH_BUCKETS_BYTES, 2 * engine.weights_bytes))
         tensors = Item("whole tensors", _whole_tensors_bytes(roles[0]))
         yield phase("publish", buckets, tensors, busy=roles[0].name, awake="weights")

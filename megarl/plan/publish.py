@@ -73,17 +73,20 @@ def publish_traffic(
 
 
 def handed_traffic(
-    shape: ModelShape, layout: Layout, engine: EngineLayout, dtype_bytes: int, device: Device
+    shape: ModelShape, layout: Layout, engine: EngineLayout, dtype_bytes: int, device: Device, other_nodes: int = 0
 ) -> Traffic:
     """Return the Traffic of a publication to engines in processes of their own, by way of the host's memory.
 
-    A byte is sent when a rank writes it there, and received when a rank of an engine reads it.
+    A byte is sent when a rank writes it there, and received when a rank of an engine reads it; in between it crosses
+    once to each of the ``other_nodes`` that have engines. Received across: by such a node.
     """
     loads = shared_loads(shape, layout, engine)
     sent = round(dtype_bytes * max(load.sent_within for load in loads))
     received = dtype_bytes * max(load.received_within for load in loads)
+    arriving = round(dtype_bytes * sum(load.sent_within for load in loads)) if other_nodes else 0
     seconds = (sent + received) / device.host_link_bytes_per_s
-    return Traffic(0, sent, 0, received, 0, seconds, num_exchanges=0, least_exchanges=0)
+    seconds += max(sent * other_nodes, arriving) / device.inter_node_bytes_per_s
+    return Traffic(0, sent, sent * other_nodes, received, arriving, seconds, num_exchanges=0, least_exchanges=0)
 
 
 def rank_loads(shape: ModelShape, layout: Layout, engine: EngineLayout, ranks_per_node: int) -> tuple[Load, ...]:

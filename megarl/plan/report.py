@@ -12,7 +12,7 @@ from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
 from megarl.plan.memory import GIB, Phase
-from megarl.plan.publish import PlanningCost, planning_cost
+from megarl.plan.publish import PlanningCost, Traffic, planning_cost
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.static import num_buckets
 from megarl.plan.step_time import StepTime
@@ -133,10 +133,12 @@ def _engine_lines(plan: RunPlan) -> list[str]:
         spread = [f"engines: {shape.num_experts // split.ep} experts of a layer on each of {split.ep} ranks, whole"]
     if not plan.is_served:
         return spread
+    nodes, beside = plan.engine_nodes, f"as many devices beside the ranks; counted from rank {plan.num_ranks}"
+    where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if plan.are_engines_elsewhere else ""
     return [
         *spread,
-        f"engines: {plan.num_engines} of TP {split.tp}, in {ranks} process{'es' if ranks > 1 else ''} and on as many "
-        f"devices beside the ranks; counted from rank {plan.num_ranks}",
+        f"engines: {plan.num_engines} of TP {split.tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on "
+        + ("the ranks' devices, where they rest while these train" if plan.shares_devices else beside),
     ]
 
 
@@ -192,6 +194,16 @@ def _items_words(phase: Phase) -> str:
     return ", ".join(f"{item.name} {item.device_bytes / GIB:.1f}" for item in items if item.device_bytes >= 0.05 * GIB)
 
 
+def _crossing_lines(plan: RunPlan, traffic: Traffic) -> list[str]:
+    """Return the line on what crosses to the nodes of engines."""
+    if not plan.are_engines_elsewhere:
+        return []
+    return [
+        f"  {traffic.received_across / _GB:.2f} GB cross to each node of engines where the ranks are on others, "
+        f"{traffic.sent_across / _GB:.2f} of them from one rank, over TCP; a fast network is far from full with that"
+    ]
+
+
 def _publish_lines(plan: RunPlan) -> list[str]:
     traffic, shape = plan.traffic, plan.roles[0].shape
     if plan.engine is None:
@@ -202,7 +214,13 @@ def _publish_lines(plan: RunPlan) -> list[str]:
         return [
             f"publish, in GB at most: a rank writes {traffic.sent_within / _GB:.2f} to the host's memory, once for all "
             f"engines; a rank of an engine reads {traffic.received_within / _GB:.2f}",
-            f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host",
+            *_crossing_lines(plan, traffic),
+            f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host"
+            + (
+                f" and {plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes"
+                if plan.are_engines_elsewhere
+                else ""
+            ),
         ]
     outside = f"{shape.family} is outside of the name map: every rank is given whole tensors, a few at a time"
     return [

@@ -13,14 +13,14 @@ from megarl.config.schema import SYNC, PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.parallel.layout import EngineLayout
 from megarl.plan.algorithm import algorithm_lines
-from megarl.plan.devices import Device
+from megarl.plan.devices import CPU, Device
 from megarl.plan.memory import Engine, Phase, engine_of, engine_phase, phases_of
 from megarl.plan.publish import Traffic, handed_traffic, publish_traffic
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
 from megarl.plan.static import Stored, stored_of
 from megarl.plan.step_time import StepTime, step_time
 from megarl.plan.topology import Topology, topology_of
-from megarl.roles import Role, batch_plan, engine_layout, is_served, num_engines, num_ranks
+from megarl.roles import Role, batch_plan, engine_layout, engines_share_devices, is_served, num_engines, num_ranks
 from megarl.weights.adapters import adapter_shapes
 from megarl.weights.files import plan_files
 from megarl.weights.model_shape import ModelShape
@@ -44,8 +44,9 @@ class RunPlan:
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
-    their own, whose ranks are counted after the trainer's. num_steps: None where it follows from data files that aren't
-    here. time: of a step, None in supervised fine-tuning.
+    their own, whose ranks are counted after the trainer's. engine_nodes: of engines in processes of their own.
+    shares_devices: whether engines are on the ranks' devices. num_steps: None where it follows from data
+    files that aren't here. time: of a step, None in supervised fine-tuning.
     """
 
     device: Device
@@ -62,6 +63,8 @@ class RunPlan:
     engine_layout: EngineLayout
     num_engines: int
     is_served: bool
+    engine_nodes: int
+    shares_devices: bool
     phases: tuple[Phase, ...]
     traffic: Traffic | None
     checkpoint: Checkpoint
@@ -89,10 +92,20 @@ class RunPlan:
         return self.room_bytes >= 0 and not self.cache_shortage_tokens
 
     @property
+    def are_engines_elsewhere(self) -> bool:
+        """Whether engines are on other nodes; with one node of ranks and of engines these may be the same."""
+        return self.is_served and max(self.engine_nodes, self.num_ranks // self.ranks_per_node) > 1
+
+    @property
     def host_bytes_per_node(self) -> int:
         """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
-        beside = self.engine_layout.tp * self.num_engines * self.phases[-1].most_host_bytes if self.is_served else 0
-        return max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node + beside
+        of_ranks = max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
+        apart = self.is_served and not self.shares_devices
+        of_engines = self.engine_layout.tp * self.num_engines * self.phases[-1].most_host_bytes if apart else 0
+        if not self.are_engines_elsewhere:
+            return of_ranks + of_engines
+        weights_bytes = self.traffic.received_across if self.traffic else 0
+        return max(of_ranks, of_engines // self.engine_nodes + weights_bytes)
 
 
 def plan_run(
@@ -115,17 +128,22 @@ def plan_run(
     micro_batches = {name: batch.num_accumulation_steps for name, batch in batches.items()}
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
     engine, split, traffic, served = None, EngineLayout(), None, isinstance(c, PPOConfig) and is_served(c)
+    engine_nodes = c.actor_rollout_ref.rollout.nnodes if isinstance(c, PPOConfig) and served else 0
+    other_nodes = engine_nodes if max(engine_nodes, ranks // per_node) > 1 else 0
+    # On CPU nothing is given back, and every process has a share of its own of the machine.
+    shares_devices = isinstance(c, PPOConfig) and engines_share_devices(c) and not (served and device.name == CPU)
     if isinstance(c, PPOConfig):
         engine, split = engine_of(c, actor.shape, device), engine_layout(c)
         if with_traffic and served:
-            traffic = handed_traffic(actor.shape, actor.layout, split, b, device)
+            traffic = handed_traffic(actor.shape, actor.layout, split, b, device, other_nodes)
         elif with_traffic:
             traffic = publish_traffic(actor.shape, actor.layout, split, b, per_node, device)
     examined = examined_ranks(roles, ranks)
     if engine and served:
         handed_bytes = -(-engine.weights_bytes * split.tp // ranks)
-        phases = phases_of(roles, batches, None, device, examined, handed_bytes)
-        phases += (engine_phase(engine, device, rank=ranks),)
+        phases = phases_of(roles, batches, engine if shares_devices else None, device, examined, handed_bytes)
+        if not shares_devices:
+            phases += (engine_phase(engine, device, rank=ranks),)
     else:
         phases = phases_of(roles, batches, engine, device, examined)
     return RunPlan(
@@ -143,6 +161,8 @@ def plan_run(
         engine_layout=split,
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
         is_served=served,
+        engine_nodes=engine_nodes,
+        shares_devices=shares_devices,
         phases=phases,
         traffic=traffic,
         checkpoint=_checkpoint(actor.shape, b, sum(_state_bytes(role) for role in roles if role.is_trained)),

@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from megarl.errors import MegarlError
-from megarl.ranks.join import join_ranks
+from megarl.ranks.join import join_ranks, tcp_store
 from megarl.ranks.spec import EngineStart
-from megarl.rollout.served import Busy, Failed, Order, Ready, StreamingEngine, Take, Took
+from megarl.rollout.served import Busy, Failed, Order, Ready, Rest, Rested, StreamingEngine, Take, Took
 from megarl.rollout.sglang import SglangSpec
 
 if TYPE_CHECKING:
@@ -66,19 +66,16 @@ def _hear(connection: Connection, orders: queue.SimpleQueue[Order]) -> None:
 def _serve(
     connection: Connection, orders: queue.SimpleQueue[Order], start: EngineStart, listener: socket.socket | None
 ) -> None:
-    engine, control = _started_sglang(start) if isinstance(start.spec, SglangSpec) else _started(start, listener)
+    is_sglang = isinstance(start.spec, SglangSpec)
+    engine, control = _started_sglang(start, listener) if is_sglang else _started(start, listener)
     is_first = os.environ["RANK"] == "0"
     connection.send(Ready())
     told_s = time.monotonic()
     while True:
         for order in _agreed(control, list(_waiting(orders, engine.is_busy)) if is_first else []):
-            if not isinstance(order, Take):
-                for ask in order:
-                    engine.add(ask)
-                continue
-            engine.take(order)
-            if is_first:
-                connection.send(Took(order.policy_version))
+            answer = _obeyed(engine, order)
+            if is_first and answer is not None:
+                connection.send(answer)
         ended = engine.step() if engine.is_busy else []
         if is_first and (ended or time.monotonic() - told_s > _SILENCE_S):
             told_s = time.monotonic()
@@ -86,6 +83,21 @@ def _serve(
                 connection.send(done)
             if not ended:
                 connection.send(Busy())
+
+
+def _obeyed(engine: StreamingEngine, order: Order) -> Took | Rested | None:
+    """Have the engine do what it is told, and return what is answered to that."""
+    match order:
+        case Take():
+            engine.take(order)
+            return Took(order.policy_version)
+        case Rest():
+            engine.rest()
+            return Rested()
+        case asks:
+            for ask in asks:
+                engine.add(ask)
+            return None
 
 
 def _started(start: EngineStart, listener: socket.socket | None) -> tuple[StreamingEngine, ProcessGroup | None]:
@@ -102,11 +114,14 @@ def _started(start: EngineStart, listener: socket.socket | None) -> tuple[Stream
     control = dist.new_group(backend="gloo", timeout=_FOREVER) if split.tp > 1 else None
     engine = VllmEngine(start.spec)
     actor = start.actor
-    return VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, split, dist.get_rank())), control
+    stream = VllmStream(engine, WeightsTaker(engine, actor.shape, actor.layout, split, dist.get_rank()))
+    if start.shares_devices:
+        stream.rest()
+    return stream, control
 
 
-def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
-    """Return the engine of this process, which starts its ranks itself."""
+def _started_sglang(start: EngineStart, listener: socket.socket | None) -> tuple[StreamingEngine, None]:
+    """Return the engine of this process, which starts its ranks itself and has the store that they meet at."""
     import torch
 
     from megarl.rollout.sglang import SglangStream
@@ -114,7 +129,9 @@ def _started_sglang(start: EngineStart) -> tuple[StreamingEngine, None]:
 
     assert isinstance(start.spec, SglangSpec)
     dtype, actor = getattr(torch, start.spec.dtype), start.actor
-    return SglangStream(start.spec, WholeTensors(actor.shape, actor.layout, start.spec.layout, dtype)), None
+    store = tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), listener)
+    weights = WholeTensors(actor.shape, actor.layout, start.spec.layout, dtype)
+    return SglangStream(start.spec, weights, store), None
 
 
 def _waiting(orders: queue.SimpleQueue[Order], is_busy: bool) -> Iterator[Order]:

@@ -158,22 +158,24 @@ def _store(listener: socket.socket | None) -> Store:
     if interface := interface_to(host, port):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    return _tcp_store(host, port, listener)
+    return tcp_store(host, port, listener)
 
 
 def _told_port(listener: socket.socket | None) -> int:
     """Tell the other ranks through torchrun's store where rank 0 listens, or hear it. Restarted ranks meet anew."""
-    agent = _tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    agent = tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     key = f"megarl/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if listener is not None:
         agent.set(key, str(listener.getsockname()[1]))
     return int(agent.get(key))
 
 
-def _tcp_store(host: str, port: int, listener: socket.socket | None = None) -> Store:
+def tcp_store(
+    host: str, port: int, listener: socket.socket | None = None, timeout: timedelta = timedelta(minutes=30)
+) -> Store:
+    """Return the store at ``port`` of a host, which this process serves where it has the ``listener`` there."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
-    from torch.distributed.constants import default_pg_timeout
 
     # The store closes what it listens on, so that Python must not.
     fd = None if listener is None else listener.detach()
-    return TCPStore(host, port, None, fd is not None, default_pg_timeout, master_listen_fd=fd)
+    return TCPStore(host, port, None, fd is not None, timeout, master_listen_fd=fd)

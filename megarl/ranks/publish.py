@@ -5,7 +5,7 @@ An engine in the same ranks is written by them. One in processes of its own read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.parallel.layout import EngineLayout
+from megarl.ranks.across import Meeting, MirroredRank
 from megarl.rollout.engine import RolloutEngine
 from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
@@ -76,7 +77,10 @@ class PlannedPublisher:
 
 
 class SharedPublisher:
-    """Writes weights where engines on the same host read them. spec: of the engines."""
+    """Writes weights where engines on the same host read them, and sends them to hosts that it has met.
+
+    spec: of the engines.
+    """
 
     def __init__(self, backend: Backend, spec: VllmSpec | SglangSpec) -> None:
         self.backend = backend
@@ -85,11 +89,19 @@ class SharedPublisher:
         whole = isinstance(spec, SglangSpec)
         plan = writer_plan(role.shape, role.layout, spec.layout, dist.get_rank(), dtype.itemsize, whole=whole)
         self.writer = SharedWriter(plan, dtype)
+        self.mirrored: MirroredRank | None = None
+
+    def meet(self, meetings: Sequence[Meeting]) -> None:
+        """Meet the hosts that engines are on."""
+        self.mirrored = MirroredRank(dist.get_rank(), self.writer.segment, meetings)
 
     def publish(self, policy_version: int, *, verify: bool = False) -> Segment:
         """Write the weights as publication ``policy_version``. verify: with checksums, which engines compare."""
         with self.backend.resident():
-            return self.writer.write(self.backend.parameters(), policy_version, verify=verify)
+            segment = self.writer.write(self.backend.parameters(), policy_version, verify=verify)
+        if self.mirrored is not None:
+            self.mirrored.send(self.writer.memory)
+        return segment
 
 
 class WholePublisher:

@@ -40,7 +40,11 @@ class RankSpec:
 
 @dataclass(frozen=True)
 class EngineStart:
-    """What every rank of an engine in processes of its own is told to start with. actor: whose weights it gets."""
+    """What every rank of an engine in processes of its own is told to start with.
+
+    actor: whose weights it gets. shares_devices: whether it is on the trainer's, and rests while that trains.
+    """
 
     spec: VllmSpec | SglangSpec
     actor: Role
+    shares_devices: bool = False

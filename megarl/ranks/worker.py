@@ -17,6 +17,7 @@ from megarl.checkpoint.rank_save import RankSave, SavedPart, restore_random_stat
 from megarl.checkpoint.role_files import SavedRole
 from megarl.errors import ResourceError
 from megarl.parallel.memory import DeviceMemory, MemoryByPhase
+from megarl.ranks.across import Meeting
 from megarl.ranks.publish import Publisher, SharedPublisher, publisher_of
 from megarl.ranks.spec import RankSpec, Resumed
 from megarl.ranks.work import GenerateWork, PublishWork, SaveWork
@@ -99,6 +100,16 @@ class Worker:
             self.engine.wake_weights()
         with self.memory.phase("publish"):
             return self.publisher.publish(work.policy_version, verify=work.verify)
+
+    def segment(self, _: None) -> Segment:
+        """Return where the weights for engines in processes of their own will be."""
+        assert isinstance(self.publisher, SharedPublisher)
+        return self.publisher.writer.segment
+
+    def meet_hosts(self, meetings: tuple[Meeting, ...]) -> None:
+        """Meet the hosts of engines, which every publication is sent to from now on."""
+        assert isinstance(self.publisher, SharedPublisher)
+        self.publisher.meet(meetings)
 
     def generate(self, work: GenerateWork) -> tuple[tuple[Rollout, ...], ...] | None:
         """Generate this replica's rollouts, and tell of them on its first rank."""

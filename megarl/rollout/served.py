@@ -35,7 +35,12 @@ class Take:
     segments: tuple[Segment, ...]
 
 
-Order = tuple[Ask, ...] | Take
+@dataclass(frozen=True)
+class Rest:
+    """Give the memory of devices back for training. An engine takes it again when it is next told anything."""
+
+
+Order = tuple[Ask, ...] | Take | Rest
 """What an engine is told. Asks that are told together are begun together."""
 
 
@@ -49,6 +54,11 @@ class Took:
     """The engine has gone on with the weights of a publication."""
 
     policy_version: int
+
+
+@dataclass(frozen=True)
+class Rested:
+    """The engine has given its memory back."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Failed:
     error: MegarlError | None
 
 
-Answer = Ready | Took | Done | Busy | Failed
+Answer = Ready | Took | Rested | Done | Busy | Failed
 
 
 class StreamingEngine(Protocol):
@@ -94,6 +104,10 @@ class StreamingEngine(Protocol):
 
     def take(self, order: Take) -> None:
         """Change the weights, and forget all that was computed with others. Unfinished rollouts go on with these."""
+        ...
+
+    def rest(self) -> None:
+        """Give the memory of devices back, until it is told to add or to take. Nothing is unfinished."""
         ...
 
 

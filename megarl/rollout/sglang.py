@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ from megarl.rollout.served import Ask, Done, Take, samplings
 from megarl.types import Rollout, Sampling
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
+
     from megarl.rollout.taking import WholeTensors
 
 _POLL_S = 0.05
@@ -53,21 +54,18 @@ class SglangSpec:
 
 
 class SglangStream:
-    """A StreamingEngine of SGLang. weights: what every publication brings.
+    """A StreamingEngine of SGLang. weights: what every publication brings. store: that its ranks meet at.
 
     Log-probs are log_softmax(logits / temperature) of the sampled tokens, and log_softmax(logits) where sampling is
     greedy. SGLang doesn't renormalise them after top_p and top_k, so that training samples without either.
     """
 
-    def __init__(self, spec: SglangSpec, weights: WholeTensors) -> None:
+    def __init__(self, spec: SglangSpec, weights: WholeTensors, store: Store) -> None:
         from sglang.srt.entrypoints.engine import Engine
-        from sglang.srt.managers.load_snapshot import shm_path_for
 
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights, self._store = spec, weights, store
         self.policy_version = UNPUBLISHED
         self._engine = Engine(**_arguments(spec))
-        with suppress(FileNotFoundError):  # its processes have mapped it, and none is asked to take it away
-            os.unlink(shm_path_for(self._engine.port_args.instance_id))
         self._unfinished: dict[asyncio.Task[dict[str, Any]], tuple[int, int]] = {}
 
     def add(self, ask: Ask) -> None:
@@ -113,6 +111,9 @@ class SglangStream:
         self._run(self._go_on(order.policy_version))
         self.policy_version = order.policy_version
 
+    def rest(self) -> None:
+        """Do nothing: it is on devices of its own, which the checks see to."""
+
     async def _pause(self) -> None:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
@@ -155,12 +156,18 @@ def rollout_of(answer: Mapping[str, Any]) -> Rollout:
 
 
 def sglang_environment(tensor_parallel_size: int) -> dict[str, str]:
-    """Return the variables that SGLang reads when it is imported."""
+    """Return the variables of an SGLang's processes: its ranks meet at the store of MASTER_ADDR and MASTER_PORT."""
+    # By torch's protocol for who has a store, or the first rank would open one on every interface of the node.
+    meeting = {
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "env://",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     if platform_name() != "cpu":
-        return {}
+        return meeting
     cores = sorted(os.sched_getaffinity(0))
     bound = [str(cores[rank % len(cores)]) for rank in range(tensor_parallel_size)]
-    return {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "|".join(bound)}
+    return meeting | {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "|".join(bound)}
 
 
 def _arguments(spec: SglangSpec) -> dict[str, Any]:

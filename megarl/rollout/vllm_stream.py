@@ -26,6 +26,7 @@ class VllmStream:
     engine: VllmEngine
     taker: WeightsTaker
     _versions: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    _taken: Take | None = None
 
     def add(self, ask: Ask) -> None:
         """Sample the rollouts of a prompt from the next step on, as ``VllmEngine.generate`` would.
@@ -33,6 +34,7 @@ class VllmStream:
         Raises DataError for a prompt that leaves no room to answer, PublishError before the first publication.
         """
         check_published(self.engine.policy_version)
+        self._wake()
         self.engine.check_lengths([ask.request], ask.sampling)
         of_each, prompt = samplings(ask.sampling), {"prompt_token_ids": list(ask.request.token_ids)}
         for index in ask.indices:
@@ -58,12 +60,26 @@ class VllmStream:
         """
         if self.is_busy:
             self.engine.stepped.reset_prefix_cache(reset_running_requests=True)
+        self.engine.wake_weights()
         self.taker.take(order)
+        self._taken = order
         for state in self.engine.stepped.output_processor.request_states.values():
             versions, num_tokens = self._versions[state.external_req_id], state.detokenizer.num_output_tokens()
             if versions[-1][0] == num_tokens:  # of which none is sampled yet
                 versions.pop()
             versions.append((num_tokens, order.policy_version))
+
+    def rest(self) -> None:
+        """Give up weights and KV cache. The weights that it took last are taken once more where they are asked for."""
+        self.engine.sleep()
+
+    def _wake(self) -> None:
+        """Have all memory, with the weights that were taken last: the trainer's memory still has them."""
+        if self.engine.has_lost_weights:
+            assert self._taken is not None
+            self.engine.wake_weights()
+            self.taker.take(self._taken)
+        self.engine.wake_up()
 
     def _done(self, output: RequestOutput) -> Done:
         number, index = output.request_id.split("-")

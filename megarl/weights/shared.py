@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,18 +22,26 @@ from megarl.weights.flow import Rows
 from megarl.weights.reshard import Tensors, source_of, target_of
 from megarl.weights.shared_plan import SharedPlan
 
-_HEADER_BYTES = 64  # of which two numbers are used
+HEADER_BYTES = 64
+"""Bytes before the weights, which say what these are: the numbers of two publications, see ``SharedWriter.write``."""
 _ALIGNED_BYTES = 64
+
+
+def host_name() -> str:
+    """Return a name that all processes share which can open each other's memory, and no others on any machine."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A rank's memory, as others open it: ``fd`` of process ``pid``.
+    """A rank's memory, as others open it: ``fd`` of process ``pid``. host: by ``host_name``.
 
     offsets: for each plan, the byte at which the stream to each rank begins. checksums: likewise, of the rows of the
     stream as they were sent; none of a publication that isn't verified.
     """
 
+    host: str
     pid: int
     fd: int
     num_bytes: int
@@ -46,18 +55,20 @@ class SharedWriter:
     def __init__(self, plan: SharedPlan, dtype: torch.dtype) -> None:
         self.plan, self.dtype = plan, dtype
         offsets: list[dict[int, int]] = []
-        end = _HEADER_BYTES
+        end = HEADER_BYTES
         for part in plan.plans:
             offsets.append({})
             for receiver, stream in part.sends.items():
                 offsets[-1][receiver] = end
                 end += -(-stream.numel * dtype.itemsize // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        fd = os.memfd_create("megarl_weights")
-        os.ftruncate(fd, end)
-        self.segment = Segment(os.getpid(), fd, end, tuple(offsets))
-        self._memory = mmap.mmap(fd, end)
+        fd, self._memory = new_memory(end)
+        self.segment = Segment(host_name(), os.getpid(), fd, end, tuple(offsets))
         self._versions = _versions(self._memory)
-        self._versions.fill_(-1)
+
+    @property
+    def memory(self) -> Tensor:
+        """The bytes of the segment, as a view."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8)
 
     @torch.no_grad()
     def write(self, parameters: Tensors, policy_version: int, *, verify: bool = False) -> Segment:
@@ -140,6 +151,15 @@ class SharedReader:
                     "a host, a user and the numbers of its processes"
                 ) from error
         return self._memories[key]
+
+
+def new_memory(num_bytes: int) -> tuple[int, mmap.mmap]:
+    """Return memory without a name that holds no publication, and the descriptor by which others open it."""
+    fd = os.memfd_create("megarl_weights")
+    os.ftruncate(fd, num_bytes)
+    memory = mmap.mmap(fd, num_bytes)
+    _versions(memory).fill_(-1)
+    return fd, memory
 
 
 def _versions(memory: mmap.mmap) -> Tensor:

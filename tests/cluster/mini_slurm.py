@@ -72,11 +72,13 @@ class Job:
 class MiniSlurm:
     """The cluster in ``folder``, from ``start`` to ``stop``. Nodes are node1, node2, ...
 
-    shared: a folder that all nodes see; all else below the temporary folder is each node's own.
+    shared: folders that all nodes see, as they do small, a disk with room for one checkpoint of the tiny task; all else
+    below the temporary folder is each node's own.
     """
 
     def __init__(self, folder: Path, shared: Sequence[Path], nodes: int = 2, gpus: int = 8) -> None:
         self.folder, self.shared, self.nodes, self.gpus = folder, tuple(shared), nodes, gpus
+        self.small = folder / "small"
         self.environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
@@ -161,6 +163,11 @@ class MiniSlurm:
         with (self.folder / "boot").open("w") as boot:
             boot.write(f"{node}\n")
 
+    def restart_slurmd(self, node: int) -> None:
+        """Kill a node's slurmd, which the node starts again."""
+        done = self.on_node(node, "pkill", "--exact", "--signal", "KILL", "slurmd")
+        assert done.returncode == 0, done.stderr
+
     def processes(self) -> list[str]:
         """Return the commands that run on the nodes, without those of the cluster itself."""
         own = ("slurm", "munged", "unshare")
@@ -172,7 +179,7 @@ class MiniSlurm:
         return found
 
     def _write(self) -> None:
-        for name in ("log", "state", "munge", "dev"):
+        for name in ("log", "state", "munge", "dev", self.small.name):
             (self.folder / name).mkdir(parents=True)
         (self.folder / "munge").chmod(0o700)
         (self.folder / "munge" / "key").write_bytes(secrets.token_bytes(1024))
@@ -224,6 +231,7 @@ def _be_cluster(folder: Path, nodes: int, shared: Sequence[str]) -> None:
     os.mkfifo(folder / "boot")
     _do("mount", "--make-rprivate", "/")
     _do("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
+    _do("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder / "small"))
     _do("hostname", "ctl")
     for command in ("set lo up", "add br0 type bridge", "set br0 up"):
         _do("ip", "link", *command.split())

@@ -63,6 +63,17 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster: Cluster, task
     assert cluster.slurm.processes() == []
 
 
+def test_a_node_without_room_in_its_temporary_folder_is_named(cluster: Cluster, task: Path) -> None:
+    local = cluster.folder / "local"
+    local.mkdir()
+    cluster.slurm.on_node(2, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(local))
+    job = cluster.run(task, TINY, "--nodes=2", TMPDIR=str(local), timeout_s=90)
+    cluster.slurm.on_node(2, "umount", str(local))
+    assert job.state == "FAILED" and cluster.slurm.processes() == []
+    said = f"{local}/megarl_{job.number}_0 can't be written: No space left on device on node2. fix: TMPDIR=FOLDER"
+    assert said in job.output, job.output
+
+
 @pytest.mark.long
 def test_a_node_that_does_not_come_is_named_within_the_deadline(cluster: Cluster, task: Path) -> None:
     python = task / "python"

@@ -2,6 +2,7 @@
 # The tiny task of the tests on the nodes of a job.
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=1:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60

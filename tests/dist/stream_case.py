@@ -75,6 +75,14 @@ def main(folder: Path) -> None:
     ask(3, PROMPTS, sampled)
     publish("a", 3)  # before any token
     answers["before the first token"] = finish()
+    # On CPU nothing is given back: the case does to the weights what a device would.
+    engine._can_sleep = True
+    stream.rest()
+    for tensor in engine.parameters().values():
+        tensor.zero_()
+    ask(6, PROMPTS, greedy)
+    answers["a after a rest"] = finish()
+    stream.rest()
     publish("b", 4)
     answers["b from there"] = {}
     for number, those in answers["across"].items():

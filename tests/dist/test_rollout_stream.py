@@ -62,6 +62,16 @@ def test_tokens_before_the_switch_are_of_the_older_weights_and_those_after_it_of
             assert found[SWITCH_AT:] != pytest.approx(older[SWITCH_AT:], abs=1e-2)
 
 
+def test_what_is_asked_after_a_rest_is_answered_by_the_weights_that_were_taken_last(
+    answers: dict[str, dict[str, Any]],
+) -> None:
+    before, after = answers["a"], answers["a after a rest"]
+    for number in range(len(PROMPTS)):
+        [[tokens, *_]], [[again, *_]] = before[str(number)], after[str(600 + number)]
+        assert tokens == again
+    assert {version for those in after.values() for *_, version, _ in those} == {3}
+
+
 def test_a_greedy_rollout_goes_on_as_the_newer_weights_would_from_there(answers: dict[str, dict[str, Any]]) -> None:
     for number in map(str, GREEDY):
         [[tokens, *_]], [[alone, *_]] = answers["across"][number], answers["a"][str(int(number) - 100)]

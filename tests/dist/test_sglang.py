@@ -5,6 +5,7 @@ Where it is installed (make sglang) the variable SGLANG_PYTHON names its interpr
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ pytestmark = [
 LAYOUT = Layout(1, fsdp=1)  # whose shards are the parameters of a model of transformers
 PROMPTS = ((2, 5, 6, 14, 7, 8, 18), tuple(range(20, 60)), (9,))
 NUM_TOKENS, MAX_TOKENS, START_S, ANSWER_S = 12, 1024, 600.0, 120.0
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -128,15 +130,20 @@ def end(server: Served, processes: Sequence[psutil.Process]) -> None:
 
 def start(folder: Path, tp: int) -> Served:
     """Return an engine that is ready, on random weights."""
+    server = starting(folder, tp)
+    server.hear(Ready, START_S)
+    return server
+
+
+def starting(folder: Path, tp: int) -> Served:
+    """Return an engine that has just been started."""
     actor = role_on(LAYOUT, folder)
     spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0)
     plan = writer_plan(actor.shape, LAYOUT, EngineLayout(tp), 0, torch.float32.itemsize, whole=True)
     before = {child.pid for child in psutil.Process().children()}
     engine = EngineProcesses(EngineStart(spec, actor), None)
     [own] = [child for child in psutil.Process().children() if child.pid not in before]
-    server = Served(engine, own, SharedWriter(plan, torch.float32))
-    server.hear(Ready, START_S)
-    return server
+    return Served(engine, own, SharedWriter(plan, torch.float32))
 
 
 def logprobs_of(folder: Path, prompt: Sequence[int], rollout: Rollout, temperature: float) -> torch.Tensor:
@@ -208,6 +215,25 @@ def test_what_is_unfinished_goes_on_with_new_weights_at_a_token(
     assert 0 < boundary < sampling.max_tokens
     assert found[:boundary] == pytest.approx(by_old[:boundary], abs=5e-5)
     assert found[boundary:] == pytest.approx(by_new[boundary:], abs=5e-5), "no token is of a mixture"
+
+
+def test_nothing_of_an_engine_listens_beyond_loopback(served: tuple[Served, str]) -> None:
+    connections = [c for process in served[0].processes() for c in process.net_connections("inet")]
+    listening = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    assert listening and all(ipaddress.ip_address(ip).is_loopback for ip in listening), listening
+
+
+def test_an_engine_that_is_killed_while_it_starts_leaves_nothing(folders: Callable[[str, str], Path]) -> None:
+    """Killed as soon as its rank has said anything of its load, which SGLang by itself keeps in shared memory."""
+    before = set(SHARED_MEMORY.iterdir())
+    server = starting(folders("qwen3-untied", "a"), 1)
+    temporary, deadline_s = Path(server.own.environ()["TMPDIR"]), time.monotonic() + START_S
+    while not list(temporary.glob("sglang_loads_*")) and time.monotonic() < deadline_s:
+        assert set(SHARED_MEMORY.iterdir()) <= before
+        time.sleep(0.02)
+    assert list(temporary.glob("sglang_loads_*"))
+    end(server, server.processes())
+    assert set(SHARED_MEMORY.iterdir()) <= before and not temporary.exists()
 
 
 def test_an_engine_whose_rank_is_killed_is_lost_at_once(folders: Callable[[str, str], Path]) -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megarl.monitor.trace import overlap_share, read_spans, update_s
+from megarl.monitor.trace import overlap_share, read_spans, training_s
 from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS, NUM_TEST
 
@@ -118,7 +118,7 @@ def test_the_timeline_of_a_synchronous_run_has_no_overlap_and_the_engine_in_the_
     count = Counter((span.row, span.name) for span in spans)
     assert count["controller", "step"] == count["trainer", "update_actor"] == NUM_STEPS
     assert count["engine 0", "start"] == 2 and count["engine 0", "generate"] > NUM_STEPS
-    assert overlap_share(spans) == 0 and update_s(spans) > 0
+    assert overlap_share(spans) == 0 and training_s(spans) > 0
 
 
 def test_nothing_is_left_of_a_run_with_engines_of_its_own(runs: dict[str, Done]) -> None:

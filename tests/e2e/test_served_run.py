@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,12 @@ def test_an_engine_of_two_ranks_gives_to_the_bit_what_it_gives_in_the_trainers_r
 
 @pytest.mark.parametrize(
     ("name", "overrides", "launcher"),
-    [("tp1_on_ray", (TP1,), "ray"), ("tp2_on_ray", (), "ray"), ("two_engines", (TP1, TWO), "torchrun")],
+    [
+        ("tp1_on_ray", (TP1,), "ray"),
+        ("tp2_on_ray", (), "ray"),
+        ("two_engines", (TP1, TWO), "torchrun"),
+        ("on_the_trainers_devices", (TP1, "actor_rollout_ref.rollout.n_gpus_per_node=0"), "ray"),
+    ],
 )
 def test_engines_of_any_number_and_size_give_the_same(
     runs: Runs, name: str, overrides: tuple[str, ...], launcher: str
@@ -114,6 +120,24 @@ def test_rollouts_that_are_sampled_all_the_time_are_each_trained_on_once_and_new
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert all(0 <= line["rollout/staleness_max"] <= 2 for line in lines)
     assert all(line["response/total_tokens"] >= 8 * 4 for line in lines)  # all of a step's rollouts
+
+
+SGLANG = Path(os.environ.get("SGLANG_PYTHON", Path(__file__).parents[2] / ".venv-sglang/bin/python"))
+ON_SGLANG = ("actor_rollout_ref.rollout.name=sglang", f"actor_rollout_ref.rollout.sglang.python={SGLANG}", TP1)
+CORRECTED = "algorithm.rollout_correction.preset=token_tis"
+
+
+@pytest.mark.skipif(not SGLANG.exists(), reason=f"SGLang isn't installed: {SGLANG} (make sglang)")
+@pytest.mark.parametrize(("mode", "ages"), [("sync", {0.0}), ("one_step_off", {0.0, 1.0}), ("async", {0.0, 1.0, 2.0})])
+def test_sglang_samples_what_is_trained_on_in_every_mode(runs: Runs, mode: str, ages: set[float]) -> None:
+    """Where the weights are those that are trained, its log-probs are the trainer's."""
+    when = (f"trainer.mode={mode}", "trainer.total_training_steps=4", "trainer.max_staleness=2", CORRECTED)
+    lines = lines_of(runs.go(f"sglang_{mode}", *ON_SGLANG, *when))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {float.fromhex(line["rollout/staleness_max"]) for line in lines} <= ages
+    for line in lines:
+        if float.fromhex(line["rollout/staleness_max"]) == 0:
+            assert float.fromhex(line["rollout_train/logprob_diff_max"]) < 1e-4
 
 
 def _assert_close(folder: Path, expected: Path) -> None:

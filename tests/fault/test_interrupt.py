@@ -17,6 +17,9 @@ COMMAND = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "reward.path=interrupting.py"),
     *("trainer.val_before_train=false", "trainer.save_freq=1", "reward.try_first=false"),
 )
+ROLLOUT = "actor_rollout_ref.rollout"
+SERVED = (f"{ROLLOUT}.placement=server", f"{ROLLOUT}.tensor_model_parallel_size=1")
+ASYNC = (*SERVED, "trainer.mode=async", "algorithm.rollout_correction.preset=token_tis")
 # What a terminal does: all in the foreground hear of it, even if these tests run in a background that does not.
 IN_FOREGROUND = (
     *("env", "--default-signal=INT"),
@@ -48,9 +51,14 @@ class Interrupted:
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_task: Path) -> Callable[[str], Interrupted]:
-    """Return what interrupts a run under a launcher, once each."""
+    """Return what interrupts a run under a launcher, or with engines in processes of their own, once each."""
     (tiny_task / "interrupting.py").write_text(INTERRUPTING)
-    commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
+    commands = {
+        "ray": python(*COMMAND),
+        "torchrun": torchrun(NUM_RANKS, *COMMAND),
+        "served": python(*COMMAND, *SERVED),
+        "async": python(*COMMAND, *ASYNC),
+    }
     return cache(lambda name: _interrupted(tiny_task, name, commands[name]))
 
 
@@ -83,6 +91,18 @@ def test_under_torchrun_the_line_is_there_and_every_traceback_is_torchruns(
     assert error.count(_says(interrupted("torchrun"))) == 1
     assert [line for line in error.splitlines() if line.startswith("  File ") and "/megarl/" in line] == []
     assert "terminate called" not in error
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("placed", ["served", "async"])
+def test_with_engines_in_processes_of_their_own_the_line_is_all_and_nothing_stays(
+    interrupted: Callable[[str], Interrupted], placed: str
+) -> None:
+    done = interrupted(placed)
+    # A process that Ray keeps in reserve now and then aborts as its node ends.
+    said = [line for line in done.finished.stderr.splitlines(keepends=True) if "(pid=" not in line]
+    assert (done.finished.code, "".join(said)) == (130, _says(done))
+    assert (done.finished.processes, done.left) == ((), set())
 
 
 @pytest.mark.parametrize("launcher", ["ray", pytest.param("torchrun", marks=pytest.mark.long)])

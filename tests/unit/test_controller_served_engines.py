@@ -15,7 +15,7 @@ import pytest
 from megarl.controller.served_engines import ServedEngines
 from megarl.errors import DataError, PublishError, WorkerError
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
-from megarl.rollout.served import Answer, Ask, Busy, Done, Order, Ready, Take, Took
+from megarl.rollout.served import Answer, Ask, Busy, Done, Order, Ready, Rest, Rested, Take, Took
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
 
 SAMPLING = Sampling(n=3, max_tokens=4, with_greedy=True)
@@ -56,6 +56,9 @@ class Engine:
             self.version = order.policy_version
             self.answers.put(Took(order.policy_version))
             return
+        if isinstance(order, Rest):
+            self.answers.put(Rested())
+            return
         for ask in () if self.is_silent else order:
             for index in ask.indices:
                 version = self.version if self.stamp is None else self.stamp
@@ -78,12 +81,12 @@ class Engine:
     @property
     def asked(self) -> list[Ask]:
         """Return all that it was asked, in order."""
-        return [ask for order in self.orders if not isinstance(order, Take) for ask in order]
+        return [ask for order in self.orders if not isinstance(order, Take | Rest) for ask in order]
 
 
 @contextmanager
 def running(
-    make: Callable[[int, int], Engine], num_engines: int = 1, timeout_s: float = 60.0
+    make: Callable[[int, int], Engine], num_engines: int = 1, timeout_s: float = 60.0, *, shares_devices: bool = False
 ) -> Iterator[tuple[ServedEngines, list[Engine], list[str]]]:
     """Yield engines that run publication 0, all that were started, and what a person was told.
 
@@ -98,7 +101,8 @@ def running(
         before[number] += 1
         return cast(EngineProcesses, started[-1])
 
-    with closing(ServedEngines(start, num_engines, timeout_s, told.append)) as engines:
+    made = ServedEngines(start, num_engines, timeout_s, told.append, shares_devices=shares_devices)
+    with closing(made) as engines:
         engines.take(Take(0, ()))
         yield engines, started, told
     assert all(engine.is_killed for engine in started)
@@ -189,6 +193,35 @@ def test_an_engine_that_dies_in_a_publication_is_replaced_by_one_with_the_new_we
         assert versions == {1}
     assert started[-1].orders[0] == Take(1, ()) and started[-1].number == 1
     assert told == ["engine 1 is lost: killed by the test; it had nothing to do, another takes its place"]
+
+
+def test_engines_on_the_trainers_devices_rest_until_they_are_asked_and_others_never_do() -> None:
+    for shares in (True, False):
+        with running(lambda number, _: Engine(number), 2, shares_devices=shares) as (engines, started, _):
+            engines.wait_until_ready()
+            generate(engines, REQUESTS, SAMPLING)
+            engines.rest()
+            assert [engine.orders[-1] == Rest() for engine in started] == [shares] * 2
+            assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
+        assert [sum(isinstance(order, Take) for order in engine.orders) for engine in started] == [1, 1]
+
+
+def test_an_engine_that_dies_at_rest_is_replaced_by_one_that_takes_weights_when_they_are_asked_for() -> None:
+    class DiesAtRest(Engine):
+        def receive(self, timeout_s: float) -> Answer | None:
+            if (answer := super().receive(timeout_s)) == Rested():
+                raise EngineLost("killed by the test")
+            return answer
+
+    def make(number: int, before: int) -> Engine:
+        return Engine(number) if before else DiesAtRest(number)
+
+    with running(make, shares_devices=True) as (engines, started, told):
+        engines.rest()
+        engines.wait_until_ready()
+        assert [engine.orders for engine in started] == [[Take(0, ()), Rest()], []] and len(told) == 1
+        assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
+        assert started[-1].orders[0] == Take(0, ())
 
 
 def test_an_engine_that_answers_with_other_weights_than_it_runs_is_replaced() -> None:

@@ -69,12 +69,29 @@ def test_a_dry_run_prints_what_is_submitted_and_what_each_node_starts(launcher: 
         assert len(runs) == text.count("start --head") == 1 and text.count("start --address=node0:") == 3
         assert text.count("RAY_AUTH_TOKEN=...") == 6  # two programs more on the first node
         assert "--include-dashboard=false" in text
+        assert "--no-monitor" in text and "--ray-client-server-port=20009" in text  # else at ports of all jobs
 
 
 def test_sizes_come_from_the_environment() -> None:
     done = launched("235b.sh", "--dry-run", MEGARL_NODES="2", MEGARL_DEVICES="4", MEGARL_LAUNCHER="torchrun")
     assert "sbatch --nodes=2 --gpus-per-node=4 launch/235b.sh" in done.stdout
     assert done.stdout.count("--nnodes=2") == 2 and "trainer.nnodes=2 trainer.n_gpus_per_node=4" in done.stdout
+
+
+def test_the_nodes_of_a_dry_run_have_the_gpus_that_are_asked_for_where_this_machine_has_none() -> None:
+    done = launched("235b.sh", "--dry-run", MEGARL_PLATFORM="")
+    assert done.stdout.count("--num-gpus=8") == 4
+
+
+def test_a_word_that_is_no_override_is_refused() -> None:
+    done = launched("235b.sh", "--plan", "models/qwen3")
+    assert (done.returncode, done.stderr) == (2, "launch: models/qwen3 is no override: KEY=VALUE\n")
+
+
+@pytest.mark.parametrize(("nodes", "devices"), [("2", 2), ("4", 1), ("8", 1)])
+def test_the_quickstart_has_at_least_four_ranks_on_any_number_of_nodes(nodes: str, devices: int) -> None:
+    done = launched("quickstart.sh", "--dry-run", MEGARL_NODES=nodes)
+    assert f"trainer.nnodes={nodes} trainer.n_gpus_per_node={devices}" in done.stdout
 
 
 def test_several_nodes_without_slurm_are_refused_with_the_ways_out() -> None:
@@ -130,4 +147,4 @@ def test_a_script_asks_slurm_for_what_it_says_to_the_trainer(script: str) -> Non
     assert told and asked["nodes"] == told[2]
     if "gpus-per-node" in asked:
         assert asked["gpus-per-node"] == told[3]
-    assert {"requeue", "exclusive", "ntasks-per-node", "time", "output", "open-mode", "signal"} <= asked.keys()
+    assert {"requeue", "exclusive", "mem", "ntasks-per-node", "time", "output", "open-mode", "signal"} <= asked.keys()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
+from megarl.checks.rules import an_engine_replica_divides_the_ranks
 from megarl.errors import ConfigError, ResourceError
 from megarl.launchers.engine_processes import engine_environment
 from megarl.launchers.start import check_launch, engine_devices
+from megarl.roles import num_engines
 from tests.unit.composed_configs import ppo_config
 
 SERVED: dict[str, object] = {"actor_rollout_ref.rollout.placement": "server"}
@@ -48,6 +52,17 @@ def test_engines_get_the_devices_after_the_trainers(
     assert engine_devices(config) == named
 
 
+def test_engines_without_devices_of_their_own_get_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2,3,4,5,6,7,8")
+    config = ppo_config(**(SERVED | {"actor_rollout_ref.rollout.n_gpus_per_node": 0}))
+    assert engine_devices(config) == tuple("12345678") and num_engines(config) == 8
+    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError, match="must be at least 1 with RAY_ADDRESS"):
+        check_launch(config)
+
+
 def test_devices_that_the_node_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGARL_PLATFORM", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
@@ -55,8 +70,43 @@ def test_devices_that_the_node_has_not_are_refused(monkeypatch: pytest.MonkeyPat
         engine_devices(ppo_config(**SERVED))
 
 
-def test_engines_are_not_started_beside_a_command_that_joins_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["trainer.nnodes", "actor_rollout_ref.rollout.nnodes"])
+def test_engines_and_ranks_of_several_nodes_are_for_the_nodes_of_a_cluster(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(ConfigError, match="engines in processes of their own start beside the command"):
-        check_launch(ppo_config(**SERVED))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = ppo_config(**(SERVED | {key: 2}))
+    with pytest.raises(ConfigError, match=rf"{key} = 2: must be 1: only Ray, on the nodes of a cluster"):
+        check_launch(config)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        check_launch(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "expected"),
+    [
+        ("vllm", "server", "actor_rollout_ref.rollout.placement=colocated"),
+        ("sglang", "colocated", "actor_rollout_ref.rollout.name=vllm"),
+        ("sglang", "server", "actor_rollout_ref.rollout.name=vllm and actor_rollout_ref.rollout.placement=colocated"),
+    ],
+)
+def test_engines_without_a_cluster_can_be_put_into_the_trainers_ranks_sglang_by_another_engine(
+    monkeypatch: pytest.MonkeyPatch, name: str, placement: str, expected: str
+) -> None:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    engine = {"actor_rollout_ref.rollout.name": name, "actor_rollout_ref.rollout.placement": placement}
+    with pytest.raises(ConfigError) as refused:
+        check_launch(ppo_config(**(engine | {"trainer.nnodes": 2})))
+    [problem] = refused.value.problems
+    assert problem.fix.endswith(f", or {expected}, or trainer.nnodes=1")
+
+
+def test_no_engine_is_on_two_nodes() -> None:
+    rollout = "actor_rollout_ref.rollout"
+    sizes = {f"{rollout}.nnodes": 2, f"{rollout}.n_gpus_per_node": 3, f"{rollout}.tensor_model_parallel_size": 2}
+    config = ppo_config(**(SERVED | sizes))
+    [problem] = an_engine_replica_divides_the_ranks(config)
+    assert str(problem.allowed).startswith("must divide the 3 devices of the engines")

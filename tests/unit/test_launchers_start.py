@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
+
 import pytest
 
-from megarl.launchers.start import preemption_of
+from megarl.errors import ConfigError
+from megarl.launchers.start import check_launch, preemption_of
 from megarl.monitor.preemption import Limit
 from tests.unit.composed_configs import sft_config
 
@@ -27,3 +31,13 @@ def test_under_torchrun_a_run_is_to_be_done_before_torchrun_kills_it(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", grace)
     assert preemption_of(sft_config().trainer, print).limit == limit
+
+
+@pytest.mark.skipif(find_spec("aiohttp_cors") is not None, reason="the dashboard's packages are installed")
+def test_a_dashboard_whose_packages_are_not_installed_is_refused_with_the_file_that_names_them() -> None:
+    config = sft_config()
+    config = replace(config, trainer=replace(config.trainer, ray_dashboard=True))
+    with pytest.raises(
+        ConfigError, match=r"trainer\.ray_dashboard = True.*aiohttp_cors(.|\n)*requirements/ray_jobs\.txt"
+    ):
+        check_launch(config)

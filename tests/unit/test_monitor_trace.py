@@ -9,7 +9,7 @@ import pytest
 
 from megarl.monitor.sinks import open_tracker
 from megarl.monitor.timing import Stopwatch
-from megarl.monitor.trace import Span, TraceSink, overlap_share, read_spans, update_s
+from megarl.monitor.trace import Span, TraceSink, overlap_share, read_spans, training_s
 from megarl.trace import main
 
 
@@ -112,19 +112,20 @@ def generated(number: int, start_s: float, end_s: float) -> Span:
         ([update(0, 10), generated(0, 2, 6), generated(1, 4, 7)], 0.5, 0.4, 0.3),
         ([update(0, 10), update(20, 30), generated(0, 5, 25), generated(1, 28, 40)], 0.6, 0.5, 0.1),
         ([update(0, 10), Span("trainer", "update_critic", 10, 20), generated(1, 0, 5)], 0.25, 0, 0.25),
+        ([update(0, 10), Span("trainer", "score_ref", 10, 20), generated(0, 5, 15)], 0.5, 0.5, 0),
         ([update(0, 10), Span("controller", "generate", 0, 10)], 0, 0, 0),
         ([update(0, 10), Span("engine 0", "take weights", 0, 10)], 0, 0, 0),
     ],
 )
-def test_the_overlap_is_the_share_of_update_time_in_which_engines_generate(
+def test_the_overlap_is_the_share_of_the_trainers_time_in_which_engines_generate(
     spans: list[Span], of_any: float, of_0: float, of_1: float
 ) -> None:
     assert overlap_share(spans) == pytest.approx(of_any)
     assert [overlap_share(spans, number) for number in (0, 1)] == pytest.approx([of_0, of_1])
 
 
-def test_updates_count_once_where_they_overlap() -> None:
-    assert update_s([update(0, 10), update(5, 12), update(20, 21)]) == pytest.approx(13)
+def test_the_trainers_time_counts_once_where_they_overlap() -> None:
+    assert training_s([update(0, 10), update(5, 12), update(20, 21)]) == pytest.approx(13)
 
 
 def test_a_line_that_a_killed_run_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_the_program_says_what_overlapped(tmp_path: Path, capsys: pytest.Capture
     timeline(tmp_path / "trace.json", Clock())
     main([str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
-        "updates took 10.0 s; rollouts were generated in 50% of that time",
+        "passes and updates took 10.0 s; rollouts were generated in 50% of that time",
         "  engine 0: 50%",
         "  engine 1: 0%",
     ]

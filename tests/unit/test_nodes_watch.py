@@ -95,6 +95,15 @@ def test_the_end_of_another_nodes_service_ends_the_run_after_its_own_words(tmp_p
     assert said.index("own words") < said.index("service ended with exit code 7 on the other")
 
 
+@pytest.mark.parametrize("other", ["sleep 1; exit 7", "sleep 0.5; exit 7"])
+def test_a_service_is_named_also_where_the_run_felt_its_end_first(tmp_path: Path, other: str) -> None:
+    pair = Pair(tmp_path, ("sleep 987", ["sleep 0.5; echo own words; exit 1"]), (other, []))
+    assert pair.codes() == (1, 0)
+    said = pair.said()
+    named = f"megarl.nodes: service ended with exit code 7 on the other; its output is in {tmp_path}"
+    assert said.splitlines() == ["own words", named]
+
+
 def test_a_node_that_is_lost_has_a_code_of_its_own(tmp_path: Path) -> None:
     pair = Pair(tmp_path, ("", ["sleep 2; exit 1"]), ("sleep 30", []))
     time.sleep(1.5)

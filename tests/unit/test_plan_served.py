@@ -64,6 +64,22 @@ def test_no_rank_holds_an_engine_and_no_engine_a_trained_model(place: Device) ->
     assert all("weights for engines" in names for phase, names in found.items() if phase != "load")
 
 
+def test_engines_on_the_ranks_devices_are_counted_there_asleep_while_these_train() -> None:
+    plan = plan_of(**(SERVED | {f"{ROLLOUT}.n_gpus_per_node": 0}))
+    found, colocated = phases(plan), {phase.name: phase.device_bytes for phase in plan_of().phases}
+    assert (plan.num_engines, plan.shares_devices, "engine" in found) == (8, True, False)
+    assert {"engine weights", "engine KV cache and work", "engine process"} < found["generate"]
+    assert {"sleeping engine", "engine process"} < found["actor update"] & found["publish"]
+    assert not {"engine weights", "engine KV cache and work"} & (found["actor update"] | found["publish"])
+    [process] = [item for item in plan.phases[-2].items if item.name == "engine process"]
+    for phase in plan.phases:
+        if phase.name not in ("load", "publish"):  # into an engine in the ranks weights go from device to device
+            assert phase.device_bytes == colocated[phase.name] + process.device_bytes
+    assert "on the ranks' devices, where they rest while these train" in plan_text(plan)
+    on_cpu = plan_of(CPU, **(SERVED | {f"{ROLLOUT}.n_gpus_per_node": 0}))
+    assert not on_cpu.shares_devices and "engine" in phases(on_cpu)
+
+
 def test_the_weights_that_engines_read_are_in_host_memory_once() -> None:
     plan = plan_of(**SERVED)
     [item] = [item for item in plan.phases[1].items if item.name == "weights for engines"]
@@ -86,6 +102,19 @@ def test_the_plan_says_where_engines_are() -> None:
     assert "engines: 3 of TP 1, in 3 processes and on as many devices beside the ranks; counted from rank 8" in text
     assert "to the host's memory, once for all engines" in text and "exchanges between all ranks" not in text
     assert "in processes" not in plan_text(plan_of())
+
+
+def test_what_crosses_to_nodes_of_engines_does_so_once_for_each() -> None:
+    beside, on_two = (plan_of(**(SERVED | {f"{ROLLOUT}.nnodes": nodes})) for nodes in (1, 2))
+    numel = sum(a * (b[0] if b else 1) for a, *b in hf_shapes(SHAPE).values())
+    for plan, crossings in ((beside, 0), (on_two, 2)):
+        assert plan.traffic is not None and plan.are_engines_elsewhere == bool(crossings)
+        assert plan.traffic.sent_across == crossings * plan.traffic.sent_within
+    assert on_two.traffic is not None and on_two.traffic.received_across == 2 * numel
+    assert on_two.num_engines == 2 and on_two.host_bytes_per_node <= beside.host_bytes_per_node
+    text = plan_text(on_two)
+    assert "engines: 2 of TP 1, on 2 nodes, in 2 processes" in text and "GB cross to each node of engines" in text
+    assert "cross to each" not in plan_text(beside)
 
 
 def test_a_step_takes_as_long_as_the_longer_of_generation_and_training_where_they_overlap() -> None:

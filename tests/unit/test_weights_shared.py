@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from megarl.errors import PublishError
 from megarl.parallel.layout import EngineLayout, Layout
+from megarl.ranks.across import Meeting, Mirror, MirroredRank
 from megarl.weights.fsdp_map import fsdp_shards
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, megatron_shards, vllm_shards
 from megarl.weights.shard import Shard
-from megarl.weights.shared import Segment, SharedReader, SharedWriter
+from megarl.weights.shared import Segment, SharedReader, SharedWriter, host_name
 from megarl.weights.shared_plan import reader_plan, shared_loads, writer_plan
 from tests.unit.model_shapes import engines_of, layouts_of, model_shape, model_shapes
 
@@ -189,10 +191,91 @@ def test_memory_of_a_process_that_has_ended_is_an_error_that_says_what_is_needed
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     trainer = Trainer(model_shape(), Layout(1), EngineLayout(1))
     with pytest.raises(PublishError, match="can't open the memory that holds the weights, /proc/"):
-        trainer.reader(0).check([Segment(int(ended.stdout), 3, 64, ({},))], 0)
+        trainer.reader(0).check([Segment(host_name(), int(ended.stdout), 3, 64, ({},))], 0)
 
 
 def test_the_memory_has_no_name_that_could_stay_behind() -> None:
     trainer = Trainer(model_shape(), Layout(1), EngineLayout(1))
     [segment] = trainer.write(trainer.writers(), contents(trainer.shape), 0)
     assert os.readlink(f"/proc/{segment.pid}/fd/{segment.fd}") == "/memfd:megarl_weights (deleted)"
+
+
+def together(*calls: Callable[[], object]) -> None:
+    """Make calls at the same time, each of which waits for another."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_an_engine_on_another_host_reads_what_the_ranks_have_written() -> None:
+    """Of four ranks the first is on the host of the engine, which has its own memory of the others' alone."""
+    trainer = Trainer(replace(model_shape(), num_layers=2), Layout(4, tp=2, pp=2), EngineLayout(2))
+    writers, mirror = trainer.writers(), Mirror("127.0.0.1", 30.0)
+    segments = [replace(w.segment, host=w.segment.host if r == 0 else "another") for r, w in enumerate(writers)]
+    ranks: dict[int, MirroredRank] = {}
+
+    def meet(rank: int) -> None:
+        ranks[rank] = MirroredRank(rank, segments[rank], [mirror.meeting])
+
+    together(lambda: mirror.meet(segments), *(lambda r=r: meet(r) for r in range(4)))
+    for version in (0, 1):
+        full = contents(trainer.shape, first=version)
+        written = trainer.write(writers, full, version)
+        together(mirror.receive, *(lambda r=r: ranks[r].send(writers[r].memory) for r in range(4)))
+        here = mirror.here([replace(s, host=known.host) for s, known in zip(written, segments, strict=True)])
+        assert [(one.fd == other.fd) for one, other in zip(here, written, strict=True)] == [True, False, False, False]
+        assert len({segment.host for segment in here}) == 1
+        for tp_rank in range(2):
+            expected = held(vllm_shards(trainer.shape, trainer.engine, tp_rank), full)
+            targets = {name: torch.full_like(tensor, PADDING) for name, tensor in expected.items()}
+            reader = trainer.reader(tp_rank)
+            reader.check(here, version)
+            reader.read(here, 0, targets)
+            reader.verify(here, 0, targets)
+            assert all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_publication_that_has_not_arrived_whole_is_none() -> None:
+    trainer = Trainer(replace(model_shape(), num_layers=2), Layout(1), EngineLayout(1))
+    [writer], mirror = trainer.writers(), Mirror("127.0.0.1", 1.0)
+    [segment] = [replace(writer.segment, host="another")]
+    ranks: list[MirroredRank] = []
+    together(lambda: mirror.meet([segment]), lambda: ranks.append(MirroredRank(0, segment, [mirror.meeting])))
+    trainer.write([writer], contents(trainer.shape), 0)
+    together(mirror.receive, lambda: ranks[0].send(writer.memory))
+    trainer.reader(0).check(mirror.here([segment]), 0)
+    with pytest.raises(RuntimeError):
+        mirror.receive()  # the rank sends nothing
+    with pytest.raises(PublishError, match="are those of publication -1"):
+        trainer.reader(0).check(mirror.here([segment]), 0)
+
+
+def test_a_rank_goes_on_without_a_host_that_is_lost() -> None:
+    trainer = Trainer(replace(model_shape(), num_layers=2), Layout(1), EngineLayout(1))
+    [writer] = trainer.writers()
+    segment, kept = replace(writer.segment, host="another"), Mirror("127.0.0.1", 5.0)
+    ranks: list[MirroredRank] = []
+    lost = subprocess.Popen([sys.executable, "-c", LOST_HOST], stdout=subprocess.PIPE, text=True)
+    assert lost.stdout is not None
+    host = Meeting("a third", "127.0.0.1", int(lost.stdout.readline()), 5.0)
+    together(
+        lambda: kept.meet([segment]),
+        lambda: ranks.append(MirroredRank(0, segment, [host, kept.meeting])),
+        lost.wait,  # which ends once the rank has met it
+    )
+    for version in (0, 1):
+        trainer.write([writer], contents(trainer.shape), version)
+        together(kept.receive, lambda: ranks[0].send(writer.memory))
+        trainer.reader(0).check(kept.here([segment]), version)
+
+
+LOST_HOST = """
+from megarl.ranks.across import Mirror
+from megarl.weights.shared import Segment
+mirror = Mirror("127.0.0.1", 5.0)
+print(mirror.meeting.port, flush=True)
+mirror.meet([Segment("another", 0, 0, 4096, ())])
+"""

@@ -1,4 +1,4 @@
-"""What SGLang needs to run from its wheels on a machine without CUDA, and why. For 0.5.23.
+"""What is amended of SGLang as it is imported, above all to run from its wheels without CUDA, and why. For 0.5.23.
 
 Its kernels come as CUDA builds alone. Without them every operator of a text model goes to plain torch, but for the
 names that are imported beside it. Import this module first in every process of SGLang's, then call ``accommodate``.
@@ -7,9 +7,11 @@ names that are imported beside it. Import this module first in every process of 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -60,15 +62,19 @@ class _Accommodations(MetaPathFinder):
 
     libraries: ClassVar[list[Any]] = []  # operators are there as long as their library
 
+    def __init__(self, *, on_cpu: bool) -> None:
+        self._on_cpu = on_cpu
+        self._amended = _EVERYWHERE | (_ON_CPU if on_cpu else {})
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec of a module that is to be another, None of all others."""
-        if fullname.partition(".")[0] == _KERNELS:
+        if self._on_cpu and fullname.partition(".")[0] == _KERNELS:
             return ModuleSpec(fullname, _AbsentKernels(), is_package=True)
-        if fullname == _TORCHVISION_DESCRIBES and not self.libraries:
+        if self._on_cpu and fullname == _TORCHVISION_DESCRIBES and not self.libraries:
             self.libraries.append(_torchvision_operators())
-        amend = _AMENDED.get(fullname)
+        amend = self._amended.get(fullname)
         spec = PathFinder.find_spec(fullname, path, target) if amend else None
         if amend is None or spec is None or spec.loader is None:
             return None
@@ -82,10 +88,18 @@ class _Accommodations(MetaPathFinder):
         return spec
 
 
-def accommodate() -> None:
+def accommodate(*, on_cpu: bool) -> None:
     """Install the accommodations in this process, once."""
     if not any(isinstance(finder, _Accommodations) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Accommodations())
+        sys.meta_path.insert(0, _Accommodations(on_cpu=on_cpu))
+
+
+def _keep_with_the_engine(module: ModuleType) -> None:
+    """What ranks tell of their load is in a file of the engine's temporary folder, and goes with that.
+
+    In /dev/shm it would stay where an engine is killed while it starts.
+    """
+    module.shm_path_for = lambda name: str(Path(tempfile.gettempdir(), f"sglang_loads_{Path(name).name}"))  # type: ignore[attr-defined]
 
 
 def _torchvision_operators() -> Any:
@@ -137,7 +151,8 @@ def _mixed(x: Any) -> Any:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-_AMENDED: dict[str, Callable[[ModuleType], None]] = {
+_EVERYWHERE: dict[str, Callable[[ModuleType], None]] = {"sglang.srt.managers.load_snapshot": _keep_with_the_engine}
+_ON_CPU: dict[str, Callable[[ModuleType], None]] = {
     "sglang.srt.arg_groups.choices": _allow_seeds,
     "sglang.srt.layers.sampler": _hash_seeds,
     "sglang.srt.batch_invariant_ops": _leave_products,
