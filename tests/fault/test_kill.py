@@ -235,7 +235,6 @@ ON_RAY = {
     "a rank": Point("1", IN_AN_UPDATE, NUM_STEPS),
     "the controller": Point("-", "megarl.controller.role_on_ranks:RoleOnRanks.update", NUM_STEPS),
     "Ray's own process on the node": Point("1", IN_AN_UPDATE, NUM_STEPS, victim="raylet"),
-    "Ray's own process of the cluster": Point("1", IN_AN_UPDATE, NUM_STEPS, victim="gcs_server"),
 }
 
 
