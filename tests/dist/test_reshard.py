@@ -14,6 +14,7 @@ from megarl.errors import PublishError
 from megarl.parallel.layout import EngineLayout, Layout
 from megarl.verify.pool import RankPool
 from megarl.weights.cells import cells_of
+from megarl.weights.engine_parameters import EngineParameters
 from megarl.weights.model_shape import ModelShape
 from megarl.weights.name_map import hf_shapes, megatron_peers, megatron_shards, vllm_peers, vllm_shards
 from megarl.weights.reshard import Resharder
@@ -52,21 +53,22 @@ def _reshard(
     shape: ModelShape,
     sources: tuple[Peers, ...],
     held: Sequence[Sequence[Shard]],
-    engine_tp: int,
+    engine: EngineLayout,
     engine_ranks: tuple[int, ...],
     bucket_bytes: int,
 ) -> tuple[int, list[str]]:
     """Publish in bfloat16; return the number of exchanges, and the names of the parameters that are wrong here."""
     rank, counted = dist.get_rank(), Counted(shape)
-    at = engine_ranks.index(rank) % engine_tp if rank in engine_ranks else None
-    needed = () if at is None else vllm_shards(shape, EngineLayout(engine_tp), at)
+    at = engine_ranks.index(rank) % engine.tp if rank in engine_ranks else None
+    needed = () if at is None else vllm_shards(shape, engine, at)
     expected = {name: tensor.bfloat16() for name, tensor in _filled(needed, counted).items()}
     targets = _stacked({name: torch.zeros_like(tensor) for name, tensor in expected.items()})
-    plan = plan_reshard(cells_of(sources, 2), vllm_peers(shape, EngineLayout(engine_tp), engine_ranks), rank)
+    views = {} if at is None else EngineParameters(targets, shape, engine, at).by_name(targets)
+    plan = plan_reshard(cells_of(sources, 2), vllm_peers(shape, engine, engine_ranks), rank)
     resharder = Resharder(plan, dtype=torch.bfloat16, bucket_bytes=bucket_bytes)
     for _ in range(2):
-        resharder.run(_filled(held[rank], counted), targets, CPU)
-    resharder.verify(_filled(held[rank], counted), targets, CPU)
+        resharder.run(_filled(held[rank], counted), views, CPU)
+    resharder.verify(_filled(held[rank], counted), views, CPU)
     expected = _stacked(expected)
     return resharder.num_exchanges, [name for name, tensor in expected.items() if not tensor.equal(targets[name])]
 
@@ -105,28 +107,29 @@ def _stacked(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bucket_bytes", [1 << 20, 500])
 @pytest.mark.parametrize(
-    ("shape", "layout", "engine_tp", "engine_ranks"),
+    ("shape", "layout", "engine", "engine_ranks"),
     [
-        (DENSE, Layout(4, tp=2, pp=2, vpp=2), 2, (0, 1, 2, 3)),
-        (DENSE, Layout(4, pp=4), 4, (0, 1, 2, 3)),
-        (MOE, Layout(4, tp=2, pp=2, ep=2, etp=1), 2, (0, 1, 2, 3)),
-        (MOE, Layout(4, tp=2, ep=2), 1, (0, 1, 2, 3)),
-        (MOE, Layout(2, tp=2), 2, (2, 3)),
-        (DENSE, Layout(3, pp=3), 1, (3,)),
+        (DENSE, Layout(4, tp=2, pp=2, vpp=2), EngineLayout(2), (0, 1, 2, 3)),
+        (DENSE, Layout(4, pp=4), EngineLayout(4), (0, 1, 2, 3)),
+        (MOE, Layout(4, tp=2, pp=2, ep=2, etp=1), EngineLayout(2), (0, 1, 2, 3)),
+        (MOE, Layout(4, tp=2, ep=2), EngineLayout(1), (0, 1, 2, 3)),
+        (MOE, Layout(4, tp=2, ep=2), EngineLayout(2, ep=2), (0, 1, 2, 3)),
+        (MOE, Layout(2, tp=2), EngineLayout(2), (2, 3)),
+        (DENSE, Layout(3, pp=3), EngineLayout(1), (3,)),
     ],
-    ids=["chunks", "pp4_tp4", "experts", "experts_of_tp", "disjoint_experts", "disjoint"],
+    ids=["chunks", "pp4_tp4", "experts", "experts_of_tp", "spread_experts", "disjoint_experts", "disjoint"],
 )
 def test_a_trainers_weights_arrive(
     ranks: RankPool,
     shape: ModelShape,
     layout: Layout,
-    engine_tp: int,
+    engine: EngineLayout,
     engine_ranks: tuple[int, ...],
     bucket_bytes: int,
 ) -> None:
     held = [megatron_shards(shape, layout, rank) if rank < layout.world_size else () for rank in range(4)]
     sources = megatron_peers(shape, layout)
-    answers = ranks.run(_reshard, shape, sources, held, engine_tp, engine_ranks, bucket_bytes)
+    answers = ranks.run(_reshard, shape, sources, held, engine, engine_ranks, bucket_bytes)
     assert [wrong for _, wrong in answers] == [[]] * 4
     (num_exchanges,) = {count for count, _ in answers}
     assert (num_exchanges > 1) == (bucket_bytes < 1000)
@@ -152,5 +155,5 @@ def test_rows_of_every_tensor_arrive_where_engines_split_columns(ranks: RankPool
             low, high = size[0] * rank // 4, size[0] * (rank + 1) // 4
             if low < high:
                 held[rank].append(Shard(name, (high - low, *size[1:]), 0, (Segment(name, low, high),)))
-    answers = ranks.run(_reshard, MOE, peers_of(held), held, 2, (0, 1, 2, 3), 1000)
+    answers = ranks.run(_reshard, MOE, peers_of(held), held, EngineLayout(2), (0, 1, 2, 3), 1000)
     assert [wrong for _, wrong in answers] == [[]] * 4
