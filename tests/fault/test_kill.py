@@ -45,7 +45,8 @@ class Point:
     @property
     def environ(self) -> dict[str, str]:
         """The variable that says so."""
-        return {"MEGARL_TEST_KILL": f"{self.rank}:{self.function}:{self.call}:{self.when}:{self.victim}"}
+        victim = [self.victim] if self.victim else []
+        return {"MEGARL_TEST_KILL": ":".join([self.rank, self.function, str(self.call), self.when, *victim])}
 
 
 MEGATRON, ADAM = "megarl.train.megatron.optimizer:Optimizer", "torch.optim.adam:adam"

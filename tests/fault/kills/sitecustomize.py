@@ -1,8 +1,8 @@
 """Kill one process of a run whose PYTHONPATH has this folder: Python imports a module of this name when it starts.
 
-MEGARL_TEST_KILL is ``<rank>:<module>:<function>:<call>:<when>:<victim>``: the process of that rank (``-``: one that is
-no rank) is killed with SIGKILL ``before`` or ``after`` the n-th call of a function, or of a method as in
-``Optimizer.step``. victim: empty, or the name of another process of the run, as ``raylet``, which is killed instead.
+MEGARL_TEST_KILL is ``<rank>:<module>:<function>:<call>:<when>``, perhaps with ``:<victim>``: the process of that rank
+(``-``: one that is no rank) is killed with SIGKILL ``before`` or ``after`` the n-th call of a function, or of a method
+as in ``Optimizer.step``. victim: the name of another process of the run, as ``raylet``, which is killed instead.
 The file MEGARL_TEST_STRUCK is there from then on, and processes that start later are spared.
 """
 
@@ -26,10 +26,10 @@ _RUN = "MEGARL_TEST_RUN"  # a variable that all processes of a run have alike
 class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        rank, _, function, call, when, victim = os.environ["MEGARL_TEST_KILL"].split(":")
+        rank, _, function, call, when, *victim = os.environ["MEGARL_TEST_KILL"].split(":")
         *owners, name = function.split(".")
         owner = functools.reduce(getattr, owners, module)
-        setattr(owner, name, _deadly(getattr(owner, name), rank, int(call), when, victim))
+        setattr(owner, name, _deadly(getattr(owner, name), rank, int(call), when, "".join(victim)))
 
 
 class _Finder(MetaPathFinder):
