@@ -298,7 +298,7 @@ def num_engine_ranks(c: PPOConfig) -> int:
 
 
 def engines_share_devices(c: PPOConfig) -> bool:
-    """Return whether engines are on the trainer's devices: in its ranks, or beside them in processes of their own."""
+    """Whether engines are on the trainer's devices: in its ranks, or beside them in processes of their own."""
     return not is_served(c) or c.actor_rollout_ref.rollout.n_gpus_per_node == 0
 
 
@@ -311,7 +311,7 @@ def engine_ranks_per_node(c: PPOConfig) -> int:
 
 
 def engine_layout(c: PPOConfig) -> EngineLayout:
-    """Return how engines split the actor's model."""
+    """Return the EngineLayout by which engines split the actor's model."""
     rollout = c.actor_rollout_ref.rollout
     return EngineLayout(rollout.tensor_model_parallel_size, rollout.expert_parallel_size)
 

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 from megarl.errors import MegarlError, ResourceError
-from megarl.ranks.join import listening
+from megarl.ranks.meeting import listening
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Answer, Failed, Order
 from megarl.rollout.sglang import SglangSpec, sglang_environment

@@ -185,7 +185,7 @@ def _that_answer(calls: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def _answer(call: Any) -> Any:
-    """Return what a node answers. Raises EngineLost where it is gone, and what it raised itself."""
+    """Return the result of a call to a node. Raises EngineLost where that is gone, and the error it raised itself."""
     import ray
 
     try:

@@ -25,7 +25,8 @@ from megarl.launchers.parcels import parcels_of
 from megarl.launchers.ray_address import named_cluster, unreachable
 from megarl.launchers.watchdog import Watchdog
 from megarl.parallel.environment import LOCAL_PLACE, platform_environment, platform_name
-from megarl.ranks.join import join_ranks, listening, start_worker
+from megarl.ranks.join import join_ranks, start_worker
+from megarl.ranks.meeting import listening
 from megarl.ranks.spec import RankSpec
 from megarl.ranks.watched import START, WatchAddress, Watched, failed_at_once
 

@@ -174,7 +174,7 @@ def engine_starter(config: PPOConfig, start: EngineStart) -> EngineStarter:
 
 
 def _are_placed_by_ray() -> bool:
-    """Return whether processes are placed on the nodes of a cluster that was named."""
+    """Whether processes are placed on the nodes of a cluster that was named."""
     return placed_rank() is None and named_cluster() is not None
 
 

@@ -27,7 +27,8 @@ from megarl.launchers.parcels import packed, parcels_of, relay_of
 from megarl.launchers.starter import has_peers
 from megarl.launchers.watchdog import Watchdog
 from megarl.monitor.preemption import Preempted, Preemption
-from megarl.ranks.join import join_ranks, limit_collectives, meeting_host, start_worker
+from megarl.ranks.join import join_ranks, limit_collectives, start_worker
+from megarl.ranks.meeting import meeting_host
 from megarl.ranks.spec import RankSpec
 from megarl.ranks.watched import START, Watched, failed_at_once
 

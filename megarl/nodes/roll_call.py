@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megarl.errors import ResourceError
 from megarl.nodes.channel import SILENCE_S, Channel, answer, challenge
 from megarl.nodes.facts import NodeFacts
-from megarl.ranks.join import listening
+from megarl.ranks.meeting import listening
 
 _RETRY_S = 0.2
 

@@ -168,7 +168,7 @@ class FirstNode(Watch):
         raise AssertionError("events don't end")
 
     def _part_that_ended(self, event: Event) -> str:
-        """Return what to say of the end of a part of the run, here or on another node; nothing of another event."""
+        """Return the sentence on the end of a part of the run, here or on another node; empty of another event."""
         match event:
             case Ended():
                 text = f"{event} on {self.name}"

@@ -169,7 +169,7 @@ def _driver_shows_gpu() -> bool:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """Return what the driver's tool prints; nothing where there is none, or it fails."""
+    """Return the text that the driver's tool prints; an empty one where there is none, or it fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""

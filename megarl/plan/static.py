@@ -193,7 +193,7 @@ def bucket_numel_of(role: Role) -> int | None:
 
 
 def num_buckets(role: Role) -> int:
-    """Return how many buckets a rank of a trained role's first stage reduces its gradients in."""
+    """Return the number of buckets, as an int, that a rank of a trained role's first stage reduces its gradients in."""
     stored = stored_of(role)
     facts = stored.distributed_optimizer, stored.bucket_numel
     return sum(len(_stage_buckets(role.shape, role.layout, 0, is_expert, *facts)) for is_expert in (False, True))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined] # torch doesn't list it
 
-from megarl.ranks.join import interface_to, listening, tcp_store
+from megarl.ranks.meeting import interface_to, listening, tcp_store
 from megarl.weights.shared import HEADER_BYTES, Segment, host_name, new_memory
 
 _RANK, _MIRROR = 0, 1

@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from megarl.errors import MegarlError
-from megarl.ranks.join import join_ranks, tcp_store
+from megarl.ranks.join import join_ranks
+from megarl.ranks.meeting import tcp_store
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Busy, Failed, Order, Ready, Rest, Rested, StreamingEngine, Take, Took
 from megarl.rollout.sglang import SglangSpec

@@ -31,7 +31,7 @@ class SharedPlan:
 def writer_plan(
     shape: ModelShape, layout: Layout, engine: EngineLayout, rank: int, itemsize: int, *, whole: bool = False
 ) -> SharedPlan:
-    """Return what ``rank`` of the trainer writes for engines laid out as ``engine``. itemsize: of an element there.
+    """Return the SharedPlan of what ``rank`` of the trainer writes for ``engine``. itemsize: of an element there.
 
     whole: whether engines want whole tensors; they get them as well where the name map doesn't have the family.
     """
@@ -41,7 +41,7 @@ def writer_plan(
 def reader_plan(
     shape: ModelShape, layout: Layout, engine: EngineLayout, tp_rank: int, itemsize: int, *, whole: bool = False
 ) -> SharedPlan:
-    """Return what ``tp_rank`` of an engine reads; of whole tensors all ranks read the same."""
+    """Return the SharedPlan of what ``tp_rank`` of an engine reads; of whole tensors all ranks read the same."""
     whole = whole or not shape.is_mapped
     return _plan(shape, layout, engine, layout.world_size + (0 if whole else tp_rank), itemsize, whole=whole)
 

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
 
-from megarl.ranks.join import host_threads, interface_to, listening
+from megarl.ranks.join import host_threads
+from megarl.ranks.meeting import interface_to, listening
 
 NUM_RANKS = 2
 # A rank that joins, adds up the ranks, and says what it listens on.
