@@ -23,6 +23,7 @@ class Program:
 PROGRAMS = {
     "ppo": Program("megarl.main_ppo", "train by reinforcement learning: PPO, GRPO and the other estimators"),
     "sft": Program("megarl.main_sft", "train on demonstrations"),
+    "engine_host": Program("megarl.engine_host", "have the engines of a run on this node, apart from its ranks"),
     "plan": Program("megarl.plan", "what a run would do, hold and move, and whether it fits, before it is launched"),
     "prepare": Program("megarl.data.prepare", "write a data set as the parquet files that a run reads"),
     "checkpoints": Program("megarl.checkpoints", "the checkpoints of a run: list, verify, keep the best"),

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of each step to the bit, without what depends on the clock."""
@@ -18,6 +20,17 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
         }
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
+
+
+def close_to(folder: Path, expected: Path) -> None:
+    """Compare the metrics of two runs, to what another order of additions does to them."""
+    found, wanted = (
+        [{k: float.fromhex(v) if isinstance(v, str) else v for k, v in line.items()} for line in lines_of(f)]
+        for f in (folder, expected)
+    )
+    assert len(found) == len(wanted) > 0
+    for line, other in zip(found, wanted, strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:

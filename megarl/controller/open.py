@@ -109,7 +109,7 @@ def open_run(
         sinks.stage(3, 3, f"starting {num_ranks(config)} ranks and {num_engines(config)} engines, loading weights")
         preemption = preemption_of(config.trainer, sinks.warn)
         start = EngineStart(engine, inputs.roles[0], engines_share_devices(config))
-        starter = engine_starter(config, start) if is_served(config) else None
+        starter = engine_starter(config, start, sinks.warn) if is_served(config) else None
         with (
             _servers(config, starter, sinks) as servers,
             worker_group(spec, config.trainer, preemption) as group,

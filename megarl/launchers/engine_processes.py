@@ -16,13 +16,14 @@ from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 from megarl.errors import MegarlError, ResourceError
+from megarl.launchers.host_address import ENGINE_HOSTS, TOKEN
 from megarl.ranks.meeting import listening
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Answer, Failed, Order
 from megarl.rollout.sglang import SglangSpec, sglang_environment
 
 # What says that the controller is a rank, or what only it shall know.
-_NOT_INHERITED = ("TORCHELASTIC_", "PET_", "RAY_")
+_NOT_INHERITED = ("TORCHELASTIC_", "PET_", "RAY_", TOKEN, ENGINE_HOSTS)
 _HOST = "127.0.0.1"
 _LAST_WORDS_S = 1.0  # for ranks to say why they end, once one has
 _POLL_S = 0.02

@@ -15,6 +15,8 @@ from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem, ResourceError
 from megarl.launchers.engine_processes import EngineProcesses, RunningEngine
 from megarl.launchers.group import WorkerGroup
+from megarl.launchers.host_address import ENGINE_HOSTS, named_hosts
+from megarl.launchers.host_meeting import Welcome, called_hosts
 from megarl.launchers.ray_address import RAY_ADDRESS, check_ray_address, named_cluster
 from megarl.launchers.sglang_environment import check_sglang
 from megarl.launchers.starter import (
@@ -32,6 +34,7 @@ from megarl.parallel.environment import (
     apply_environment,
     check_platform,
     passed_environment,
+    platform_environment,
     platform_name,
     visible_devices,
 )
@@ -143,7 +146,7 @@ def preemption_of(trainer: SFTTrainerConfig, tell: Callable[[str], None]) -> Pre
 
 @dataclass(frozen=True)
 class EngineStarter:
-    """How a run's engines in processes of their own are started, on this node or where Ray places them.
+    """How a run's engines in processes of their own are started, on this node, where Ray places them, or on hosts.
 
     start: starts the engine of a number. receiving: see EngineServers.
     """
@@ -152,20 +155,30 @@ class EngineStarter:
     receiving: Callable[[WorkerGroup], AbstractContextManager[None]]
 
 
-def engine_starter(config: PPOConfig, start: EngineStart) -> EngineStarter:
-    """Return the EngineStarter of a run. start: what every engine starts with.
+def engine_starter(config: PPOConfig, start: EngineStart, tell: Callable[[str], None]) -> EngineStarter:
+    """Return the EngineStarter of a run, whose hosts of engines are there.
 
-    Raises ResourceError where a cluster has no room for its engines.
+    start: what every engine starts with. tell: tells a person what is waited for.
+
+    Raises ResourceError where a cluster has no room for its engines, and where hosts don't come or don't fit.
     """
+    trainer, nodes, per_node = config.trainer, config.actor_rollout_ref.rollout.nnodes, engine_ranks_per_node(config)
+    passed, tp = passed_environment(trainer.pass_environment), start.spec.tensor_parallel_size
     if _are_placed_by_ray():
-        from megarl.launchers.ray_engines import RayEngines
+        from megarl.launchers.ray_engines import engines_on_ray
 
-        trainer, nodes = config.trainer, config.actor_rollout_ref.rollout.nnodes
-        passed = passed_environment(trainer.pass_environment)
-        ranks, per_node = (trainer.nnodes, trainer.n_gpus_per_node), engine_ranks_per_node(config)
-        engines = RayEngines(start, nodes, per_node, ranks, passed, trainer.hang_timeout_s)
+        ranks = trainer.nnodes, trainer.n_gpus_per_node
+        engines = engines_on_ray(start, nodes, per_node, ranks, passed, trainer.hang_timeout_s)
         return EngineStarter(engines.start, engines.receiving)
-    devices, tp = engine_devices(config), start.spec.tensor_parallel_size
+    if (address := named_hosts()) is not None:
+        from megarl.launchers.engine_hosts import HostedEngines
+        from megarl.launchers.host_calls import RemoteHost
+
+        welcome = Welcome(platform_environment() | passed, tp, per_node, trainer.hang_timeout_s)
+        came = called_hosts(address, nodes, welcome, tell)
+        engines = HostedEngines(start, per_node, [RemoteHost(host.line, host.facts.name) for host in came])
+        return EngineStarter(engines.start, engines.receiving)
+    devices = engine_devices(config)
 
     def start_here(number: int) -> RunningEngine:
         return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
@@ -215,18 +228,8 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
     ConfigError for another number than the config's; ResourceError without the GPUs or the Ray that were asked for.
     """
     check_platform()
-    if isinstance(config, PPOConfig) and is_served(config):
-        if not _are_placed_by_ray():
-            _check_one_node(config)
-            engine_devices(config)
-        if config.actor_rollout_ref.rollout.name == SGLANG:
-            check_sglang(config)
-        if _are_placed_by_ray() and engines_share_devices(config):
-            key, why = (
-                "actor_rollout_ref.rollout.n_gpus_per_node",
-                "a device of a cluster is given to one process alone",
-            )
-            raise ConfigError([Problem(key, 0, f"must be at least 1 with {RAY_ADDRESS}: {why}", f"{key}=null")])
+    if isinstance(config, PPOConfig):
+        _check_engines(config)
     if placed_rank() is None:
         check_ray_address()
         if config.trainer.ray_dashboard and named_cluster() is None:
@@ -240,13 +243,40 @@ def check_launch(config: PPOConfig | SFTConfig) -> None:
         raise ConfigError([Problem("trainer.nnodes x trainer.n_gpus_per_node", named, allowed, fix)])
 
 
+def _check_engines(config: PPOConfig) -> None:
+    """Raise ConfigError or ResourceError for engines that can't be where the config says they are."""
+    address = named_hosts()
+    if not is_served(config):
+        if address is not None:
+            why = "is for engines in processes of their own, and those of this run are in the trainer's ranks"
+            fix = f"actor_rollout_ref.rollout.placement=server, or unset {ENGINE_HOSTS}"
+            raise ConfigError([Problem(ENGINE_HOSTS, address.place, why, fix)])
+        return
+    elsewhere = {RAY_ADDRESS: _are_placed_by_ray(), ENGINE_HOSTS: address is not None}
+    if all(elsewhere.values()):
+        why = f"is for engines that nobody else places, and Ray places those of a run with {RAY_ADDRESS}"
+        raise ConfigError([Problem(ENGINE_HOSTS, os.environ[ENGINE_HOSTS], why, f"unset {ENGINE_HOSTS}")])
+    if not any(elsewhere.values()):
+        _check_one_node(config)
+        engine_devices(config)
+    if config.actor_rollout_ref.rollout.name == SGLANG:
+        check_sglang(config)
+    for name, is_it in elsewhere.items():
+        if is_it and engines_share_devices(config):
+            key, why = "actor_rollout_ref.rollout.n_gpus_per_node", "engines there have devices of their own"
+            raise ConfigError([Problem(key, 0, f"must be at least 1 with {name}: {why}", f"{key}=null")])
+
+
 def _check_one_node(config: PPOConfig) -> None:
     """Raise ConfigError for engines on other nodes than this one, or ranks on other nodes than the engines."""
-    why = "must be 1: only Ray, on the nodes of a cluster, starts engines in processes of their own on several"
+    why = f"must be 1 without {RAY_ADDRESS} and {ENGINE_HOSTS}: engines in processes of their own start on this node"
     sizes = {
         "trainer.nnodes": config.trainer.nnodes,
         "actor_rollout_ref.rollout.nnodes": config.actor_rollout_ref.rollout.nnodes,
     }
-    fix = f"join a cluster (MEGARL_LAUNCHER=ray, {RAY_ADDRESS}=host:port), or {in_the_trainers_ranks(config)}"
+    fix = (
+        f"{ENGINE_HOSTS}=host:port, with python -m megarl.engine_host on nodes of engines, or join a cluster "
+        f"({RAY_ADDRESS}=host:port), or {in_the_trainers_ranks(config)}"
+    )
     if problems := [Problem(key, nodes, why, f"{fix}, or {key}=1") for key, nodes in sizes.items() if nodes > 1]:
         raise ConfigError(problems)

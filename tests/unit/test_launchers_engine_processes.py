@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
@@ -71,17 +72,60 @@ def test_devices_that_the_node_has_not_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("key", ["trainer.nnodes", "actor_rollout_ref.rollout.nnodes"])
-def test_engines_and_ranks_of_several_nodes_are_for_the_nodes_of_a_cluster(
+def test_engines_and_ranks_of_several_nodes_are_for_a_cluster_or_hosts_of_engines(
     monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = ppo_config(**(SERVED | {key: 2}))
-    with pytest.raises(ConfigError, match=rf"{key} = 2: must be 1: only Ray, on the nodes of a cluster"):
+    without = "must be 1 without RAY_ADDRESS and MEGARL_ENGINE_HOSTS: engines .* start on this node"
+    with pytest.raises(ConfigError, match=rf"{key} = 2: {without}"):
         check_launch(config)
-    with socket.create_server(("127.0.0.1", 0)) as head:
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+    with monkeypatch.context() as named, socket.create_server(("127.0.0.1", 0)) as head:
+        named.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
         check_launch(config)
+    name_hosts(monkeypatch)
+    check_launch(config)
+
+
+def name_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARL_ENGINE_HOSTS", "10.0.0.1:29510")
+    monkeypatch.setenv("MEGARL_JOB_TOKEN", "the token of this job")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ray_address", "said"),
+    [
+        (
+            {},
+            "",
+            "MEGARL_ENGINE_HOSTS = '10.0.0.1:29510': is for engines in processes of their own, and those of this run "
+            "are in the trainer's ranks",
+        ),
+        (SERVED, "10.0.0.1:6379", "MEGARL_ENGINE_HOSTS = '10.0.0.1:29510': is for engines that nobody else places"),
+        (
+            SERVED | {"actor_rollout_ref.rollout.n_gpus_per_node": 0},
+            "",
+            "actor_rollout_ref.rollout.n_gpus_per_node = 0: must be at least 1 with MEGARL_ENGINE_HOSTS",
+        ),
+    ],
+)
+def test_hosts_that_no_engine_of_the_run_is_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, overrides: dict[str, object], ray_address: str, said: str
+) -> None:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    name_hosts(monkeypatch)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_launch(ppo_config(**overrides))
+
+
+def test_engines_on_hosts_need_no_devices_beside_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cuda")
+    monkeypatch.setenv("MEGARL_GPU", "H100")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    name_hosts(monkeypatch)
+    check_launch(ppo_config(**SERVED))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.nodes.facts import NodeFacts, active_ports, differences, read_facts, report, source_digest
+from megarl.launchers.versions import source_digest
+from megarl.nodes.facts import NodeFacts, active_ports, differences, read_facts, report
 
 RUN_FOLDER = Path("outputs")
 FIRST = NodeFacts(

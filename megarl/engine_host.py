@@ -1,0 +1,69 @@
+"""The engines of a run on this node: ``MEGARL_JOB_TOKEN=... python -m megarl.engine_host HOST:PORT``.
+
+For a run under torchrun or srun whose engines are on nodes of their own. HOST:PORT is what MEGARL_ENGINE_HOSTS is for
+its rank 0, and the token the same. Start it once on every node of engines, before the run or after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+
+from megarl.config.compose import errors_reported
+from megarl.launchers.host_address import hosts_at
+from megarl.launchers.host_meeting import Welcome, come
+from megarl.parallel.environment import check_platform, platform_name, visible_devices
+
+INTERRUPTED = 130
+# They are the controller's to act on, which may still have rollouts to wait for.
+_OF_THE_RUN = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def main() -> None:
+    """Meet the controller, and start its engines on this node until it ends."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megarl.engine_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("place", metavar="HOST:PORT", help="where the run's controller waits for hosts of engines")
+    asked = parser.parse_args()
+    with errors_reported():
+        address = hosts_at(asked.place, "HOST:PORT")
+        check_platform()
+        line, welcome = come(address)
+        for number in _OF_THE_RUN:
+            signal.signal(number, signal.SIG_IGN)
+        print(f"engines of the run at {address.place}, on {socket.gethostname()}", flush=True)
+        code = _serve(line, welcome, address.place)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread may still wait for weights
+
+
+def _serve(line: socket.socket, welcome: Welcome, place: str) -> int:
+    """Serve until the controller ends; return the exit code."""
+    os.environ.update(welcome.environ)  # before torch is imported
+    from megarl.launchers.engine_hosts import EngineHost, HostPlace
+    from megarl.launchers.host_calls import serve_calls
+
+    devices = visible_devices() if platform_name() == "cuda" else None
+    here, num_engines = HostPlace(line.getsockname()[0], devices), welcome.ranks_per_node // welcome.tp
+    host = EngineHost({}, lambda: here, welcome.tp, welcome.timeout_s)
+    try:
+        serve_calls(line, host, 2 * num_engines + 2)
+    except KeyboardInterrupt:
+        print("interrupted: the engines on this node end", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        print(f"the run at {place} is lost: {error}; its engines on this node end", file=sys.stderr)
+        return 1
+    finally:
+        host.close()
+    print(f"the run at {place} has ended", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Runs under torchrun whose engines are on another node: a space of processes apart, which sees no memory of the ranks.
+
+They compute what a run does whose engines are beside its ranks, and what is killed ends with what it belongs to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch import Finished, run, shared_memory, torchrun
+from tests.run_folder import close_to, lines_of
+from tests.tiny_task import NUM_RANKS
+
+ROLLOUT = "actor_rollout_ref.rollout"
+COMMAND = (
+    *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "trainer.val_before_train=false"),
+    # Far above the rounding errors of gradients, which Adam would blow up where a gradient is next to zero.
+    *("actor_rollout_ref.actor.optim.eps=1e-5", f"{ROLLOUT}.placement=server", f"{ROLLOUT}.verify_publish=always"),
+    *(f"{ROLLOUT}.tensor_model_parallel_size=1", f"{ROLLOUT}.n_gpus_per_node=2"),
+)
+KILLS = Path(__file__).parents[1] / "fault" / "kills"
+NODE = ("unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--fork", "--kill-child")
+WAIT_S = 120.0
+IS_THERE = shutil.which(NODE[0]) is not None and subprocess.run([*NODE, "true"], check=False).returncode == 0
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not IS_THERE, reason="this machine gives no process a space of processes of its own"),
+]
+
+
+class Nodes:
+    """A task, the run that it is given to, and hosts of its engines."""
+
+    def __init__(self, task: Path) -> None:
+        self.task = task
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.place = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.environ = {
+            "MEGARL_PLATFORM": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "MEGARL_JOB_TOKEN": "the token of this job",
+            "MEGARL_START_S": str(WAIT_S),
+            "MEGARL_ENGINE_HOSTS": self.place,
+        }
+
+    @contextmanager
+    def host(self, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Have a host in a space of processes of its own. environ: added to its variables."""
+        command = [*NODE, sys.executable, "-m", "megarl.engine_host", self.place]
+        host = subprocess.Popen(command, cwd=self.task, env={**os.environ, **self.environ, **environ})
+        try:
+            yield host
+        finally:
+            host.kill()
+            host.wait()
+
+    def go(self, name: str, *overrides: str) -> Finished:
+        """Return a run after its end, which left nothing behind."""
+        before, arguments = shared_memory(), (*COMMAND, f"trainer.run_dir=runs/{name}", *overrides)
+        finished = run(torchrun(NUM_RANKS, *arguments), self.task, environ=self.environ)
+        assert (finished.processes, shared_memory() - before) == ((), set()), finished.output
+        return finished
+
+
+@pytest.fixture(scope="module")
+def beside(tiny_task: Path) -> Path:
+    """Return the folder of a run whose engines are beside the ranks."""
+    arguments = (*COMMAND, "trainer.run_dir=runs/beside")
+    finished = run(torchrun(NUM_RANKS, *arguments), tiny_task)
+    assert finished.code == 0, finished.output
+    return tiny_task / "runs" / "beside"
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return all that runs below a process."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_engines_on_another_node_give_what_they_give_beside_the_ranks(tiny_task: Path, beside: Path) -> None:
+    nodes = Nodes(tiny_task)
+    with nodes.host() as host:
+        finished = nodes.go("other")
+        assert finished.code == 0, finished.output
+        assert host.wait(WAIT_S) == 0
+    assert f"engines are on {socket.gethostname()} (127.0.0.1)" in finished.output
+    close_to(tiny_task / "runs" / "other", beside)
+
+
+def test_an_engine_on_another_node_that_is_killed_is_replaced_there(tiny_task: Path, beside: Path) -> None:
+    nodes, struck = Nodes(tiny_task), tiny_task / "struck"
+    kill = {
+        "PYTHONPATH": str(KILLS),
+        "MEGARL_TEST_KILL": "0:megarl.rollout.vllm_stream:VllmStream.step:12:before",
+        "MEGARL_TEST_STRUCK": str(struck),
+    }
+    with nodes.host(**kill) as host:
+        finished = nodes.go("killed")
+        assert finished.code == 0, finished.output
+        assert host.wait(WAIT_S) == 0
+    assert struck.is_file() and "died of signal 9" in finished.output and "another takes its place" in finished.output
+    close_to(tiny_task / "runs" / "killed", beside)
+
+
+def test_a_run_without_its_only_host_ends_with_the_name_of_that(tiny_task: Path) -> None:
+    nodes = Nodes(tiny_task)
+    metrics = tiny_task / "runs" / "alone" / "metrics.jsonl"
+    with nodes.host() as host:
+        process = subprocess.Popen(
+            torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/alone", "trainer.total_training_steps=200"),
+            cwd=tiny_task,
+            env={**os.environ, **nodes.environ},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: metrics.is_file() and len(lines_of(metrics.parent)) > 1)
+        engines = below(host)
+        for running in engines:
+            if "megarl.engine_host" in running.cmdline():
+                running.kill()
+        _, errors = process.communicate(timeout=WAIT_S)
+        until(lambda: not any(engine.is_running() for engine in engines))
+    assert process.returncode == 1
+    assert "WorkerError: no engine is left to generate" in errors
+    assert f"the engine host on {socket.gethostname()} is gone: " in errors
+
+
+def test_a_controller_that_is_killed_leaves_nothing_on_the_node_of_engines(tiny_task: Path) -> None:
+    nodes = Nodes(tiny_task)
+    metrics = tiny_task / "runs" / "left" / "metrics.jsonl"
+    with nodes.host() as host:
+        process = subprocess.Popen(
+            torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/left", "trainer.total_training_steps=200"),
+            cwd=tiny_task,
+            env={**os.environ, **nodes.environ},
+            stderr=subprocess.DEVNULL,
+        )
+        until(lambda: metrics.is_file() and bool(lines_of(metrics.parent)))
+        engines = below(host)
+        [controller] = [rank for rank in below(process) if rank.environ().get("RANK") == "0"]
+        controller.send_signal(signal.SIGKILL)
+        assert host.wait(WAIT_S) == 0
+        assert len(engines) > 2 and not any(engine.is_running() for engine in engines)
+        assert process.wait(WAIT_S) != 0

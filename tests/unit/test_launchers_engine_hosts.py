@@ -1,0 +1,302 @@
+"""A host of engines in a process of its own: who may be one, what its engines do, and what ends with what.
+
+The engine is a small program in the place of SGLang's interpreter: to every group it answers with the prompt.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megarl.errors import ConfigError, ResourceError, WorkerError
+from megarl.launchers.engine_hosts import EngineHost, EngineOnHost, HostedEngines
+from megarl.launchers.engine_processes import EngineLost
+from megarl.launchers.host_address import HostsAddress, named_hosts
+from megarl.launchers.host_calls import RemoteHost
+from megarl.launchers.host_meeting import CameHost, HostFacts, Welcome, called_hosts
+from megarl.parallel.layout import Layout
+from megarl.ranks.spec import EngineStart
+from megarl.rollout.served import Answer, Ask, Done, Ready
+from megarl.rollout.sglang import SglangSpec
+from megarl.types import GenerationRequest, Rollout, Sampling
+from tests.unit.small_roles import role_on
+
+TOKEN, WAIT_S, ANSWER_S = "the token of this job", 60.0, 60.0
+ENGINE = """#!{python}
+import sys
+from multiprocessing.connection import Connection
+
+from megarl.rollout.served import Done, Ready
+from megarl.types import Rollout
+
+connection = Connection(int(sys.argv[-1]))
+start = connection.recv()
+connection.send(Ready())
+while True:
+    for ask in connection.recv():
+        tokens = ask.request.token_ids
+        for index in ask.indices:
+            connection.send(Done(ask.number, index, Rollout(tokens, (0.0,) * len(tokens), "length", start.spec.seed)))
+"""
+
+
+@dataclass
+class Meeting:
+    """A place where hosts come to, and the hosts that were started."""
+
+    address: HostsAddress
+    hosts: list[subprocess.Popen[str]]
+
+    def start_host(self, **environ: str) -> subprocess.Popen[str]:
+        """Start a host; ``environ`` is added to its variables."""
+        own = {"MEGARL_PLATFORM": "cpu", "MEGARL_JOB_TOKEN": TOKEN, "MEGARL_START_S": str(WAIT_S), **environ}
+        command = [sys.executable, "-m", "megarl.engine_host", self.address.place]
+        output = subprocess.PIPE
+        host = subprocess.Popen(command, env={**os.environ, **own}, stdout=output, stderr=output, text=True)
+        self.hosts.append(host)
+        return host
+
+    def met(self, **environ: str) -> RemoteHost:
+        """Return a started host once it has come."""
+        [came] = called_hosts(self.address, 1, Welcome(environ, 1, 2, WAIT_S), lambda text: None)
+        return RemoteHost(came.line, came.facts.name)
+
+
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    meeting = Meeting(HostsAddress("127.0.0.1", port, TOKEN, WAIT_S), [])
+    yield meeting
+    for host in meeting.hosts:
+        host.kill()
+        host.communicate()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> EngineStart:
+    """Return what an engine starts with whose answers are of publication 7."""
+    program = tmp_path / "python"
+    program.write_text(ENGINE.format(python=sys.executable))
+    program.chmod(0o700)
+    spec = SglangSpec(str(program), "model", "float32", 1, 64, 8, None, 0.5, True, 7)
+    return EngineStart(spec, role_on(Layout(1)))
+
+
+def heard(engine: EngineOnHost) -> Answer:
+    """Return the next answer of an engine."""
+    deadline = time.monotonic() + ANSWER_S
+    while time.monotonic() < deadline:
+        if (answer := engine.receive(0.2)) is not None:
+            return answer
+    raise AssertionError("no answer")
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + ANSWER_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def asks(number: int, *tokens: int) -> tuple[Ask, ...]:
+    return (Ask(number, GenerationRequest(tokens, 0), Sampling(n=2), (0, 1)),)
+
+
+def engines_of(host: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(host.pid).children()
+
+
+def test_engines_on_a_host_answer_are_killed_and_replaced_and_end_with_the_controller(
+    meeting: Meeting, start: EngineStart
+) -> None:
+    program = meeting.start_host()
+    remote = meeting.met(NCCL_DEBUG="INFO")
+    engines = HostedEngines(start, 2, [remote])
+    first, second = engines.start(0), engines.start(1)
+    assert (heard(first), heard(second)) == (Ready(), Ready())
+    for process in engines_of(program):  # variables of the run reach them, and its secret doesn't
+        variables = process.environ()
+        assert variables["NCCL_DEBUG"] == "INFO" and "MEGARL_JOB_TOKEN" not in variables
+    for number, engine in enumerate((first, second)):
+        engine.send(asks(number, 5, 6))
+        rollout = Rollout((5, 6), (0.0, 0.0), "length", 7)
+        assert [heard(engine), heard(engine)] == [Done(number, 0, rollout), Done(number, 1, rollout)]
+
+    program.send_signal(signal.SIGTERM)  # the run's to act on, which may have rollouts to wait for
+    program.send_signal(signal.SIGUSR1)
+    before = engines_of(program)
+    before[0].kill()
+    with pytest.raises(EngineLost, match=r"died of signal 9 \(Killed\)"):
+        heard(first)
+    first.kill()
+    again = engines.start(0)
+    assert heard(again) == Ready()
+    first.send(asks(8, 1))  # an order for the one before reaches none
+    again.send(asks(9, 4))
+    assert isinstance(done := heard(again), Done) and done.number == 9
+    second.kill()
+    with pytest.raises(WorkerError, match=r"(?s)receive failed on .*Traceback .*KeyError: 77"):
+        remote.submit(EngineHost.receive, 77, 0.1).result()
+
+    [left] = engines_of(program)
+    remote.end("the run has ended")
+    assert program.wait(ANSWER_S) == 0
+    until(lambda: not left.is_running())
+    said, errors = program.communicate()
+    assert said.endswith(f"the run at {meeting.address.place} has ended\n") and errors == ""
+
+
+def test_a_host_that_is_killed_takes_its_engines_with_it_and_is_named(meeting: Meeting, start: EngineStart) -> None:
+    program = meeting.start_host()
+    remote = meeting.met()
+    engines = HostedEngines(start, 2, [remote])
+    engine = engines.start(0)
+    assert heard(engine) == Ready()
+    processes = engines_of(program)
+    program.kill()
+    gone = rf"the engine host on {re.escape(socket.gethostname())} is gone: "
+    with pytest.raises(EngineLost, match=gone):
+        heard(engine)
+    engine.send(asks(0, 1))
+    engine.kill()
+    with pytest.raises(EngineLost, match=gone):
+        engines.start(0)
+    until(lambda: not any(process.is_running() for process in processes))
+
+
+def test_a_host_without_the_token_is_turned_away_and_missed(meeting: Meeting) -> None:
+    stranger = meeting.start_host(MEGARL_JOB_TOKEN="another")
+    short = HostsAddress("127.0.0.1", meeting.address.port, TOKEN, 8.0)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(called_hosts, short, 2, Welcome({}, 1, 1, 1.0), lambda text: None)
+        assert stranger.wait(ANSWER_S) == 1
+        with pytest.raises(ResourceError) as missing:
+            found.result()
+    assert stranger.communicate()[1] == (
+        f"ResourceError: the run at {short.place} has another token. fix: MEGARL_JOB_TOKEN must be the same on all "
+        "nodes of a run\n"
+    )
+    assert str(missing.value) == (
+        f"2 hosts of engines (actor_rollout_ref.rollout.nnodes) are waited for at {short.place}, and 0 came in 8 s "
+        "(none); 1 came that didn't know the token. fix: type on each node of engines, with the run's "
+        f"MEGARL_JOB_TOKEN: MEGARL_JOB_TOKEN=... python -m megarl.engine_host {short.place}; or wait longer: "
+        "MEGARL_START_S=SECONDS"
+    )
+
+
+def test_a_stranger_that_says_anything_else_is_turned_away(meeting: Meeting) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(meeting.met)
+        until(lambda: _is_turned_away(meeting.address))
+        meeting.start_host()
+        assert found.result(ANSWER_S).name == socket.gethostname()
+
+
+def _is_turned_away(address: HostsAddress) -> bool:
+    """Say what isn't asked for, and return whether the connection is ended for that. False where nobody is there."""
+    try:
+        with socket.create_connection((address.host, address.port)) as line:
+            line.sendall(b"\x00\x00\x00\x10" + b"GET / HTTP/1.1\r\n")
+            while line.recv(4096):
+                continue
+    except ConnectionRefusedError:
+        return False
+    except ConnectionResetError:
+        return True
+    return True
+
+
+def test_a_host_that_has_ended_is_noticed_before_it_is_welcomed() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        host = CameHost(HostFacts("node2", "cpu", None, {}), ours)
+        assert not host.is_gone()
+        theirs.close()
+        assert host.is_gone()
+
+
+def test_a_host_that_does_not_fit_is_refused_and_both_sides_say_why(meeting: Meeting) -> None:
+    program = meeting.start_host(MEGARL_PLATFORM="cuda", MEGARL_GPU="H100", CUDA_VISIBLE_DEVICES="0")
+    name = socket.gethostname()
+    with pytest.raises(ResourceError, match=f"^{name} is a cuda machine, {name} a cpu machine$"):
+        meeting.met()
+    assert program.wait(ANSWER_S) == 1
+    assert program.communicate()[1] == f"ResourceError: {name} is a cuda machine, {name} a cpu machine\n"
+
+
+def test_a_host_without_a_run_says_how_to_start_one(meeting: Meeting) -> None:
+    program = meeting.start_host(MEGARL_START_S="1")
+    assert program.wait(ANSWER_S) == 1
+    assert re.match(
+        rf"ResourceError: no run is at {meeting.address.place} in 1 s: .*refused.* fix: start it with "
+        rf"MEGARL_ENGINE_HOSTS={meeting.address.place} on the node of rank 0",
+        program.communicate()[1],
+    )
+
+
+def test_what_a_person_is_told_while_hosts_are_waited_for(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megarl.launchers.host_meeting._TELL_S", 0.0)
+    told: list[str] = []
+    with pytest.raises(ResourceError, match=r"and 0 came in 0\.5 s"):
+        called_hosts(
+            HostsAddress("127.0.0.1", meeting.address.port, TOKEN, 0.5), 2, Welcome({}, 1, 1, 1.0), told.append
+        )
+    assert told == [
+        "waiting for 2 hosts of engines: MEGARL_JOB_TOKEN=... python -m megarl.engine_host "
+        f"{meeting.address.place} on each node"
+    ]
+
+
+def test_a_port_that_is_taken_is_named(meeting: Meeting) -> None:
+    with (
+        socket.create_server(("127.0.0.1", meeting.address.port)),
+        pytest.raises(ResourceError, match=rf"port {meeting.address.port} of 127.0.0.1 can't be had"),
+    ):
+        called_hosts(meeting.address, 1, Welcome({}, 1, 1, 1.0), lambda text: None)
+
+
+def test_where_hosts_come_to_is_read_from_the_environment() -> None:
+    assert named_hosts({}) is None
+    found = named_hosts({"MEGARL_ENGINE_HOSTS": "[fd00::1]:29510", "MEGARL_JOB_TOKEN": "t", "MEGARL_START_S": "90"})
+    assert found == HostsAddress("fd00::1", 29510, "t", 90.0)
+    assert found.command == "MEGARL_JOB_TOKEN=... python -m megarl.engine_host [fd00::1]:29510"
+
+
+@pytest.mark.parametrize(
+    ("environ", "key"),
+    [
+        ({"MEGARL_ENGINE_HOSTS": "node1", "MEGARL_JOB_TOKEN": "t"}, "MEGARL_ENGINE_HOSTS = 'node1'"),
+        ({"MEGARL_ENGINE_HOSTS": "node1:0", "MEGARL_JOB_TOKEN": "t"}, "MEGARL_ENGINE_HOSTS = 'node1:0'"),
+        ({"MEGARL_ENGINE_HOSTS": "node1:29510"}, "MEGARL_JOB_TOKEN: isn't set"),
+        (
+            {"MEGARL_ENGINE_HOSTS": "node1:29510", "MEGARL_JOB_TOKEN": "t", "MEGARL_START_S": "5 min"},
+            "MEGARL_START_S = '5 min': must be a number of seconds",
+        ),
+    ],
+)
+def test_a_place_that_is_none_and_a_token_that_lacks_are_refused(environ: dict[str, str], key: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        named_hosts(environ)
+
+
+def test_a_host_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    facts = HostFacts.here()
+    assert (facts.name, facts.platform, facts.num_devices) == (socket.gethostname(), "cuda", 3)
+    assert facts.versions["Python"] == ".".join(map(str, sys.version_info[:3]))
