@@ -21,7 +21,8 @@ from typing import Any
 from megarl.doctor.examine import examine
 from megarl.doctor.finding import Finding
 from megarl.errors import ResourceError
-from megarl.nodes.programs import DOCTOR, TOKEN
+from megarl.launchers.host_address import TOKEN
+from megarl.nodes.programs import DOCTOR
 
 _RESULT = "MEGARL_DOCTOR_RESULT"
 _SENT_BYTES = 256 * 2**20

@@ -18,17 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megarl.config.build import build_config
 from megarl.config.command_line import parse_command_line
 from megarl.config.compose import compose, errors_reported
-from megarl.config.programs import PROGRAMS, for_recipe
+from megarl.config.programs import PPO, PROGRAMS, for_recipe
+from megarl.config.schema import PPOConfig
 from megarl.errors import Absent, ConfigError, Problem, ResourceError
+from megarl.launchers.host_address import TOKEN
 from megarl.monitor.disk import refusals_named
 from megarl.nodes.children import adopt_orphans
 from megarl.nodes.facts import NodeFacts, differences, read_facts, report
-from megarl.nodes.programs import DOCTOR, LAUNCHERS, NUM_PORTS, TOKEN, Run, as_text, programs_of
+from megarl.nodes.programs import DOCTOR, LAUNCHERS, NUM_PORTS, Run, as_text, programs_of
 from megarl.nodes.roll_call import Meeting, answer_roll, call_roll, open_meeting
 from megarl.nodes.watch import Watch, first_node, other_node
 from megarl.parallel.environment import platform_name
+from megarl.roles import is_served
 
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -51,16 +55,17 @@ def main() -> int:
             on_gpus=platform_name() == "cuda",
             command=command,
         )
+        values = {} if command[0] == DOCTOR else _values(command)
+        run = replace(run, engine_nodes=_engine_nodes(run, values))
         if asked.dry_run:
             for rank, name in enumerate(names):
                 print(as_text(replace(run, node_rank=rank, address=name), names))
             return 0
         adopt_orphans()
-        return _run(run, names, Path(asked.logs).absolute())
+        return _run(run, values, names, Path(asked.logs).absolute())
 
 
-def _run(run: Run, names: tuple[str, ...], logs: Path) -> int:
-    values = {} if run.command[0] == DOCTOR else _values(run.command)
+def _run(run: Run, values: Mapping[str, Any], names: tuple[str, ...], logs: Path) -> int:
     run_dir = Path(str(values["trainer"]["run_dir"])).expanduser() if values else logs / "run"
     run_folder, paths = run_dir.absolute().parent, sorted(set(_paths(values)))
     probe = run_folder / f".megarl_{hashlib.sha256(run.token.encode()).hexdigest()[:12]}"
@@ -142,6 +147,25 @@ def _values(command: Sequence[str]) -> dict[str, Any]:
     """Return the resolved config of a command."""
     program = next(program for program in PROGRAMS if command[0] == f"megarl.{program.name}")
     return compose(for_recipe(parse_command_line(command[1:], program.config_name), (program,))).values()
+
+
+def _engine_nodes(run: Run, values: Mapping[str, Any]) -> int:
+    """Return how many nodes have engines and no ranks, where Ray places neither.
+
+    Raises ConfigError where nodes of either don't add up to those of the job.
+    """
+    if run.launcher == "ray" or run.num_nodes == 1 or run.command[0] != f"megarl.{PPO.name}":
+        return 0
+    config = build_config(PPOConfig, values)
+    if not is_served(config):
+        return 0
+    trainer, engines = config.trainer.nnodes, config.actor_rollout_ref.rollout.nnodes
+    if trainer + engines != run.num_nodes:
+        allowed = f"must be the {run.num_nodes} nodes of the job: engines in processes of their own have nodes apart"
+        fix = f"trainer.nnodes={max(run.num_nodes - engines, 1)}, or as many nodes, or MEGARL_LAUNCHER=ray"
+        key = "trainer.nnodes + actor_rollout_ref.rollout.nnodes"
+        raise ConfigError([Problem(key, f"{trainer} + {engines}", allowed, fix)])
+    return engines
 
 
 def _paths(values: Mapping[str, Any], within: str = "") -> Iterator[Path]:

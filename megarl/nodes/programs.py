@@ -1,4 +1,4 @@
-"""What each node starts: torchrun's agent, or Ray's head, workers and the driver."""
+"""What each node starts: torchrun's agent or a host of engines; or Ray's head, workers and the driver."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megarl.launchers.host_address import ENGINE_HOSTS, START_S
+
 LauncherName = Literal["ray", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "torchrun")
 NUM_PORTS = 10
 DOCTOR = "megarl.doctor.nodes"
 """What torchrun starts on every node beside the programs that train."""
-TOKEN = "MEGARL_JOB_TOKEN"
-"""The variable with the secret by which the nodes of a job know each other."""
 _OBJECT_STORE_BYTES = 1_000_000_000
 _PATIENCE_S = 30
+_OF_THE_JOB_S = 1_000_000  # a host waits for the run's controller, and ends with the job
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Run:
 
     command: a module and its arguments. token: known to all nodes of the job. address: of this node. wait_s: for
     all nodes to be there. on_gpus: whether devices are GPUs. save_s: for the last save of a run that is told to end.
+    engine_nodes: how many nodes, the last ones, have engines and no ranks, where Ray places neither.
     """
 
     launcher: LauncherName
@@ -41,6 +43,7 @@ class Run:
     on_gpus: bool
     command: tuple[str, ...]
     save_s: float = 0.0
+    engine_nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,14 @@ def programs_of(run: Run) -> NodePrograms:
 
 
 def _torchrun(run: Run) -> Program:
+    nodes, hosts = run.num_nodes - run.engine_nodes, f"{run.host}:{run.port + 2}"
+    if run.node_rank >= nodes:
+        return Program("the host of engines", _python("-m", "megarl.engine_host", hosts), {START_S: str(_OF_THE_JOB_S)})
     place = (
         ["--standalone"]
-        if run.num_nodes == 1
+        if nodes == 1
         else [
-            f"--nnodes={run.num_nodes}",
+            f"--nnodes={nodes}",
             f"--node-rank={run.node_rank}",
             f"--master-addr={run.host}",
             f"--master-port={run.port + 1}",
@@ -83,7 +89,7 @@ def _torchrun(run: Run) -> Program:
     patience = f"--shutdown-timeout={math.ceil(run.save_s) + _PATIENCE_S}"  # torchrun's own would cut the save short
     ranks = (f"--nproc-per-node={run.devices}", patience, "-m", *run.command)
     command = _python("-m", "torch.distributed.run", *place, *ranks)
-    return Program("torchrun", command)
+    return Program("torchrun", command, {ENGINE_HOSTS: hosts, START_S: f"{run.wait_s:g}"} if run.engine_nodes else {})
 
 
 def _ray(run: Run) -> NodePrograms:

@@ -72,6 +72,28 @@ def test_a_dry_run_prints_what_is_submitted_and_what_each_node_starts(launcher: 
         assert "--no-monitor" in text and "--ray-client-server-port=20009" in text  # else at ports of all jobs
 
 
+SERVED = ("trainer.nnodes=4", "actor_rollout_ref.rollout.placement=server", "actor_rollout_ref.rollout.nnodes=2")
+
+
+def test_under_torchrun_the_last_nodes_of_a_job_have_the_engines() -> None:
+    done = launched("235b.sh", "--dry-run", *SERVED, MEGARL_NODES="6", MEGARL_LAUNCHER="torchrun")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, *nodes = re.split(r"^on node\d:\n", done.stdout, flags=re.MULTILINE)
+    for rank, text in enumerate(nodes[:4]):
+        assert text.startswith("  MEGARL_ENGINE_HOSTS=node0:20002 MEGARL_START_S=300 ")
+        assert f"--nnodes=4 --node-rank={rank} --master-addr=node0 --master-port=20001" in text
+    for text in nodes[4:]:
+        assert re.fullmatch(r"  MEGARL_START_S=1000000 \S+ -m megarl\.engine_host node0:20002\n", text)
+    assert len(nodes) == 6
+
+
+def test_nodes_of_ranks_and_of_engines_that_are_not_those_of_the_job_are_refused() -> None:
+    done = launched("235b.sh", "--dry-run", *SERVED, MEGARL_NODES="5", MEGARL_LAUNCHER="torchrun")
+    assert done.returncode == 2
+    assert "trainer.nnodes + actor_rollout_ref.rollout.nnodes = '4 + 2': must be the 5 nodes of the job" in done.stderr
+    assert "fix: trainer.nnodes=3, or as many nodes, or MEGARL_LAUNCHER=ray" in done.stderr
+
+
 def test_sizes_come_from_the_environment() -> None:
     done = launched("235b.sh", "--dry-run", MEGARL_NODES="2", MEGARL_DEVICES="4", MEGARL_LAUNCHER="torchrun")
     assert "sbatch --nodes=2 --gpus-per-node=4 launch/235b.sh" in done.stdout
