@@ -293,7 +293,7 @@ class RolloutConfig:
     )
     sglang: SglangConfig = key("SGLang's environment")
     nnodes: int = key(
-        "nodes of engines in processes of their own; more than 1 on the nodes of a Ray cluster alone",
+        "nodes of engines in processes of their own; more than 1 on a Ray cluster or by MEGARL_ENGINE_HOSTS",
         low=1,
         high=MOST_NODES,
     )

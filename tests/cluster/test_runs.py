@@ -78,10 +78,10 @@ def clean(cluster: Cluster) -> list[dict[str, Any]]:
     return metrics(folder / "run")
 
 
-def started(cluster: Cluster, name: str, launcher: str) -> tuple[Path, str]:
+def started(cluster: Cluster, name: str, launcher: str, *overrides: str, **environ: str) -> tuple[Path, str]:
     """Return the folder and the job of a run that has saved a step."""
-    folder = write_tiny_task(folder_of(cluster, name))
-    number = cluster.submit(folder, TINY, "--nodes=2", *STEPS, MEGARL_RUN="run", MEGARL_LAUNCHER=launcher)
+    folder, own = write_tiny_task(folder_of(cluster, name)), {"MEGARL_RUN": "run", "MEGARL_LAUNCHER": launcher}
+    number = cluster.submit(folder, TINY, "--nodes=2", *STEPS, *overrides, **own, **environ)
     deadline = time.monotonic() + RUN_S
     while not (folder / "run" / "checkpoints" / "step_1").is_dir():
         state = cluster.slurm.state(number)["JobState"]
@@ -119,34 +119,55 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_in_another_attempt(
     assert cluster.slurm.processes() == []
 
 
-def test_engines_on_nodes_of_their_own_give_the_same(cluster: Cluster, clean: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+def test_engines_on_nodes_of_their_own_give_the_same(
+    cluster: Cluster, clean: list[dict[str, Any]], launcher: str
+) -> None:
     """Ranks on two nodes, an engine on each of two others, which see none of the ranks' processes."""
-    folder, rollout = write_tiny_task(folder_of(cluster, "engines")), "actor_rollout_ref.rollout"
+    folder, rollout = write_tiny_task(folder_of(cluster, f"engines_{launcher}")), "actor_rollout_ref.rollout"
     placed = (f"{rollout}.placement=server", f"{rollout}.nnodes=2", f"{rollout}.tensor_model_parallel_size=1")
     checked = (*placed, "trainer.nnodes=2", f"{rollout}.verify_publish=always")
-    job = cluster.run(folder, TINY, "--nodes=4", *STEPS, *checked, MEGARL_RUN="run", timeout_s=RUN_S)
+    own = {"MEGARL_RUN": "run", "MEGARL_LAUNCHER": launcher}
+    job = cluster.run(folder, TINY, "--nodes=4", *STEPS, *checked, timeout_s=RUN_S, **own)
     assert job.state == "COMPLETED", job.output
     assert "engines: 2 of TP 1, on 2 nodes" in job.output
+    assert ("engines are on node3 (10.231.0.13), node4 (10.231.0.14)" in job.output) == (launcher == "torchrun")
     same(metrics(folder / "run"), clean, 1e-5)
     assert cluster.slurm.processes() == []
 
 
+# Ranks on one node, an engine on another.
+APART = ("actor_rollout_ref.rollout.placement=server", "trainer.nnodes=1", "trainer.n_gpus_per_node=2")
+
+
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
 def test_an_engine_on_another_node_that_is_killed_is_replaced_there(
-    cluster: Cluster, clean: list[dict[str, Any]]
+    cluster: Cluster, clean: list[dict[str, Any]], launcher: str
 ) -> None:
     """It takes the weights that are on its node, and samples again what it hadn't finished."""
-    folder, rollout = write_tiny_task(folder_of(cluster, "killed_engine")), "actor_rollout_ref.rollout"
-    placed = (f"{rollout}.placement=server", "trainer.nnodes=1", "trainer.n_gpus_per_node=2")
+    folder = write_tiny_task(folder_of(cluster, f"killed_engine_{launcher}"))
     kill = {
         "PYTHONPATH": str(REPOSITORY / "tests" / "fault" / "kills"),
         "MEGARL_TEST_KILL": "1:megarl.rollout.vllm_stream:VllmStream.step:12:before",
         "MEGARL_TEST_STRUCK": str(folder / "struck"),
         "MEGARL_DEVICES": "2",
+        "MEGARL_LAUNCHER": launcher,
     }
-    job = cluster.run(folder, TINY, "--nodes=2", *STEPS, *placed, MEGARL_RUN="run", timeout_s=RUN_S, **kill)
+    job = cluster.run(folder, TINY, "--nodes=2", *STEPS, *APART, MEGARL_RUN="run", timeout_s=RUN_S, **kill)
     assert job.state == "COMPLETED", job.output
     assert (folder / "struck").is_file() and "died of signal 9" in job.output
     same(metrics(folder / "run"), clean, 1e-5)
+    assert cluster.slurm.processes() == []
+
+
+def test_a_host_of_engines_that_dies_ends_the_job_with_its_name_and_nothing_is_left(cluster: Cluster) -> None:
+    own = {"MEGARL_DEVICES": "2"}
+    folder, number = started(cluster, "killed_host", "torchrun", *APART, **own)
+    cluster.slurm.on_node(2, "pkill", "--signal", "KILL", "--full", "megarl.engine_host")
+    job = cluster.slurm.wait(number, folder, 120)
+    assert (job.state, job.restarts) == ("FAILED", 0), job.output
+    assert "no engine is left to generate" in job.output and "the engine host on node2 is gone" in job.output
+    assert "the host of engines was ended by signal 9 on node2" in job.output
     assert cluster.slurm.processes() == []
 
 
@@ -189,6 +210,24 @@ def test_tasks_of_plain_srun_are_ranks_and_compute_the_same(cluster: Cluster, cl
     job = cluster.slurm.wait(number, folder, RUN_S)
     assert job.state == "COMPLETED", job.output
     same(metrics(folder / "run"), clean)
+
+
+def test_engines_are_on_a_node_beside_tasks_of_plain_srun(cluster: Cluster, clean: list[dict[str, Any]]) -> None:
+    folder = write_tiny_task(folder_of(cluster, "srun_engines"))
+    run = (*APART, "trainer.run_dir=run", *STEPS)
+    ranks = f"python -m megarl.main_ppo --config-dir=. --config-name=rl {' '.join(run)}"
+    script = (
+        "--wrap=export MEGARL_JOB_TOKEN=secret MEGARL_ENGINE_HOSTS=node1:29510 MASTER_ADDR=node1 MASTER_PORT=29500; "
+        "srun --nodes=1 --ntasks=1 --nodelist=node2 python -m megarl.engine_host $MEGARL_ENGINE_HOSTS & "
+        f"srun --nodes=1 --ntasks=2 --nodelist=node1 {ranks} && wait"
+    )
+    flags = ("--nodes=2", "--ntasks-per-node=2", "--job-name=srun", "--output=%x-%j.log")
+    number = cluster.slurm.submit(folder, *flags, script, environ=cluster.environ())
+    job = cluster.slurm.wait(number, folder, RUN_S)
+    assert job.state == "COMPLETED", job.output
+    assert "the run at node1:29510 has ended" in job.output
+    same(metrics(folder / "run"), clean, 1e-5)
+    assert cluster.slurm.processes() == []
 
 
 @pytest.mark.parametrize(("node", "process", "service"), [(1, "gcs_server", "head"), (2, "raylet", "worker")])

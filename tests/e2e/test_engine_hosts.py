@@ -1,4 +1,4 @@
-"""Runs under torchrun whose engines are on another node: a space of processes apart, which sees no memory of the ranks.
+"""Runs whose engines are on another node without Ray: a space of processes apart, which sees no memory of the ranks.
 
 They compute what a run does whose engines are beside its ranks, and what is killed ends with what it belongs to.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import Finished, run, shared_memory, torchrun
+from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.run_folder import close_to, lines_of
 from tests.tiny_task import NUM_RANKS
 
@@ -57,9 +56,9 @@ class Nodes:
         }
 
     @contextmanager
-    def host(self, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Have a host in a space of processes of its own. environ: added to its variables."""
-        command = [*NODE, sys.executable, "-m", "megarl.engine_host", self.place]
+    def host(self, *, apart: bool = True, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Have a host, ``apart`` in a space of processes that ends with it. environ: added to its variables."""
+        command = [*(NODE if apart else ()), sys.executable, "-m", "megarl.engine_host", self.place]
         host = subprocess.Popen(command, cwd=self.task, env={**os.environ, **self.environ, **environ})
         try:
             yield host
@@ -67,10 +66,11 @@ class Nodes:
             host.kill()
             host.wait()
 
-    def go(self, name: str, *overrides: str) -> Finished:
+    def go(self, name: str, launcher: str = "torchrun") -> Finished:
         """Return a run after its end, which left nothing behind."""
-        before, arguments = shared_memory(), (*COMMAND, f"trainer.run_dir=runs/{name}", *overrides)
-        finished = run(torchrun(NUM_RANKS, *arguments), self.task, environ=self.environ)
+        before, arguments = shared_memory(), (*COMMAND, f"trainer.run_dir=runs/{name}")
+        command = torchrun(NUM_RANKS, *arguments) if launcher == "torchrun" else python(*arguments)
+        finished = run(command, self.task, environ=self.environ)
         assert (finished.processes, shared_memory() - before) == ((), set()), finished.output
         return finished
 
@@ -92,19 +92,24 @@ def until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Return all that runs below a process."""
-    return psutil.Process(process.pid).children(recursive=True)
+def engines_of(host: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the processes of the two engines of a host."""
+    engines = psutil.Process(host.pid).children(recursive=True)
+    assert len(engines) == 2
+    return engines
 
 
-def test_engines_on_another_node_give_what_they_give_beside_the_ranks(tiny_task: Path, beside: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_engines_on_another_node_give_what_they_give_beside_the_ranks(
+    tiny_task: Path, beside: Path, launcher: str
+) -> None:
     nodes = Nodes(tiny_task)
     with nodes.host() as host:
-        finished = nodes.go("other")
+        finished = nodes.go(launcher, launcher)
         assert finished.code == 0, finished.output
         assert host.wait(WAIT_S) == 0
     assert f"engines are on {socket.gethostname()} (127.0.0.1)" in finished.output
-    close_to(tiny_task / "runs" / "other", beside)
+    close_to(tiny_task / "runs" / launcher, beside)
 
 
 def test_an_engine_on_another_node_that_is_killed_is_replaced_there(tiny_task: Path, beside: Path) -> None:
@@ -125,7 +130,7 @@ def test_an_engine_on_another_node_that_is_killed_is_replaced_there(tiny_task: P
 def test_a_run_without_its_only_host_ends_with_the_name_of_that(tiny_task: Path) -> None:
     nodes = Nodes(tiny_task)
     metrics = tiny_task / "runs" / "alone" / "metrics.jsonl"
-    with nodes.host() as host:
+    with nodes.host(apart=False) as host:
         process = subprocess.Popen(
             torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/alone", "trainer.total_training_steps=200"),
             cwd=tiny_task,
@@ -134,10 +139,8 @@ def test_a_run_without_its_only_host_ends_with_the_name_of_that(tiny_task: Path)
             text=True,
         )
         until(lambda: metrics.is_file() and len(lines_of(metrics.parent)) > 1)
-        engines = below(host)
-        for running in engines:
-            if "megarl.engine_host" in running.cmdline():
-                running.kill()
+        engines = engines_of(host)
+        host.kill()
         _, errors = process.communicate(timeout=WAIT_S)
         until(lambda: not any(engine.is_running() for engine in engines))
     assert process.returncode == 1
@@ -148,7 +151,7 @@ def test_a_run_without_its_only_host_ends_with_the_name_of_that(tiny_task: Path)
 def test_a_controller_that_is_killed_leaves_nothing_on_the_node_of_engines(tiny_task: Path) -> None:
     nodes = Nodes(tiny_task)
     metrics = tiny_task / "runs" / "left" / "metrics.jsonl"
-    with nodes.host() as host:
+    with nodes.host(apart=False) as host:
         process = subprocess.Popen(
             torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/left", "trainer.total_training_steps=200"),
             cwd=tiny_task,
@@ -156,9 +159,9 @@ def test_a_controller_that_is_killed_leaves_nothing_on_the_node_of_engines(tiny_
             stderr=subprocess.DEVNULL,
         )
         until(lambda: metrics.is_file() and bool(lines_of(metrics.parent)))
-        engines = below(host)
-        [controller] = [rank for rank in below(process) if rank.environ().get("RANK") == "0"]
-        controller.send_signal(signal.SIGKILL)
+        engines = engines_of(host)
+        [controller] = [rank for rank in psutil.Process(process.pid).children() if rank.environ()["RANK"] == "0"]
+        controller.kill()
         assert host.wait(WAIT_S) == 0
-        assert len(engines) > 2 and not any(engine.is_running() for engine in engines)
+        until(lambda: not any(engine.is_running() for engine in engines))
         assert process.wait(WAIT_S) != 0
