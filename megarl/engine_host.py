@@ -13,7 +13,7 @@ import socket
 import sys
 
 from megarl.config.compose import errors_reported
-from megarl.launchers.host_address import hosts_at
+from megarl.launchers.host_address import HostsAddress, hosts_at
 from megarl.launchers.host_meeting import Welcome, come
 from megarl.parallel.environment import check_platform, platform_name, visible_devices
 
@@ -29,21 +29,35 @@ def main() -> None:
     )
     parser.add_argument("place", metavar="HOST:PORT", help="where the run's controller waits for hosts of engines")
     asked = parser.parse_args()
-    with errors_reported():
-        address = hosts_at(asked.place, "HOST:PORT")
-        check_platform()
-        line, welcome = come(address)
-        for number in _OF_THE_RUN:
-            signal.signal(number, signal.SIG_IGN)
-        print(f"engines of the run at {address.place}, on {socket.gethostname()}", flush=True)
-        code = _serve(line, welcome, address.place)
+    try:
+        with errors_reported():
+            code = _be_host(hosts_at(asked.place, "HOST:PORT"))
+    except KeyboardInterrupt:
+        print("interrupted: the engines on this node end", file=sys.stderr)
+        code = INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a thread may still wait for weights
 
 
-def _serve(line: socket.socket, welcome: Welcome, place: str) -> int:
-    """Serve until the controller ends; return the exit code."""
+def _be_host(address: HostsAddress) -> int:
+    """Return the exit code, once the run has ended."""
+    check_platform()
+    line, welcome = come(address)
+    for number in _OF_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
+    print(f"engines of the run at {address.place}, on {socket.gethostname()}", flush=True)
+    try:
+        _serve(line, welcome)
+    except OSError as error:
+        print(f"the run at {address.place} is lost: {error}; its engines on this node end", file=sys.stderr)
+        return 1
+    print(f"the run at {address.place} has ended", flush=True)
+    return 0
+
+
+def _serve(line: socket.socket, welcome: Welcome) -> None:
+    """Have engines here until the controller ends. Raises OSError where it is lost."""
     os.environ.update(welcome.environ)  # before torch is imported
     from megarl.launchers.engine_hosts import EngineHost, HostPlace
     from megarl.launchers.host_calls import serve_calls
@@ -53,16 +67,8 @@ def _serve(line: socket.socket, welcome: Welcome, place: str) -> int:
     host = EngineHost({}, lambda: here, welcome.tp, welcome.timeout_s)
     try:
         serve_calls(line, host, 2 * num_engines + 2)
-    except KeyboardInterrupt:
-        print("interrupted: the engines on this node end", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        print(f"the run at {place} is lost: {error}; its engines on this node end", file=sys.stderr)
-        return 1
     finally:
         host.close()
-    print(f"the run at {place} has ended", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

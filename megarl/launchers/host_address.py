@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megarl.errors import Absent, ConfigError, Problem
 
@@ -26,7 +26,7 @@ class HostsAddress:
 
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)
     wait_s: float
 
     @property
