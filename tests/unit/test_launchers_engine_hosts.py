@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -54,10 +55,11 @@ while True:
 
 @dataclass
 class Meeting:
-    """A place where hosts come to, and the hosts that were started."""
+    """A place where hosts come to, the hosts that were started, and what the controller has of those that were met."""
 
     address: HostsAddress
     hosts: list[subprocess.Popen[str]]
+    remotes: list[RemoteHost] = field(default_factory=list)
 
     def start_host(self, **environ: str) -> subprocess.Popen[str]:
         """Start a host; ``environ`` is added to its variables."""
@@ -74,9 +76,8 @@ class Meeting:
         return RemoteHost(came.line, came.facts.name)
 
 
-@pytest.fixture
-def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
-    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+@contextmanager
+def at_a_free_port() -> Iterator[Meeting]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     meeting = Meeting(HostsAddress("127.0.0.1", port, TOKEN, WAIT_S), [])
@@ -84,6 +85,24 @@ def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
     for host in meeting.hosts:
         host.kill()
         host.communicate()
+
+
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+    monkeypatch.setenv("MEGARL_PLATFORM", "cpu")
+    with at_a_free_port() as meeting:
+        yield meeting
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[tuple[Meeting, Meeting]]:
+    """Return two places, each with a host, which import torch at the same time."""
+    with at_a_free_port() as first, at_a_free_port() as second, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGARL_PLATFORM", "cpu")
+        for meeting in (first, second):
+            meeting.start_host()
+            meeting.remotes.append(meeting.met(NCCL_DEBUG="INFO"))
+        yield first, second
 
 
 @pytest.fixture
@@ -122,10 +141,10 @@ def engines_of(host: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_engines_on_a_host_answer_are_killed_and_replaced_and_end_with_the_controller(
-    meeting: Meeting, start: EngineStart
+    two: tuple[Meeting, Meeting], start: EngineStart
 ) -> None:
-    program = meeting.start_host()
-    remote = meeting.met(NCCL_DEBUG="INFO")
+    meeting = two[0]
+    [program], [remote] = meeting.hosts, meeting.remotes
     engines = HostedEngines(start, 2, [remote])
     first, second = engines.start(0), engines.start(1)
     assert (heard(first), heard(second)) == (Ready(), Ready())
@@ -161,9 +180,10 @@ def test_engines_on_a_host_answer_are_killed_and_replaced_and_end_with_the_contr
     assert said.endswith(f"the run at {meeting.address.place} has ended\n") and errors == ""
 
 
-def test_a_host_that_is_killed_takes_its_engines_with_it_and_is_named(meeting: Meeting, start: EngineStart) -> None:
-    program = meeting.start_host()
-    remote = meeting.met()
+def test_a_host_that_is_killed_takes_its_engines_with_it_and_is_named(
+    two: tuple[Meeting, Meeting], start: EngineStart
+) -> None:
+    [program], [remote] = two[1].hosts, two[1].remotes
     engines = HostedEngines(start, 2, [remote])
     engine = engines.start(0)
     assert heard(engine) == Ready()
