@@ -45,7 +45,7 @@ def _be_host(address: HostsAddress) -> int:
     check_platform()
     line, welcome = come(address)
     for number in _OF_THE_RUN:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which engines would inherit
     print(f"engines of the run at {address.place}, on {socket.gethostname()}", flush=True)
     try:
         _serve(line, welcome)
