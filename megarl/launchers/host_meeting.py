@@ -91,8 +91,8 @@ def called_hosts(
         listener = listening(address.host, address.port)
     except OSError as error:
         raise ResourceError(
-            f"port {address.port} of {address.host} can't be had: {error.strerror}. fix: {ENGINE_HOSTS}=HOST:PORT with "
-            "one that is free on the node of rank 0"
+            f"port {address.port} of {address.host} can't be had: {os.strerror(error.errno or 0)}. fix: "
+            f"{ENGINE_HOSTS}=HOST:PORT with one that is free on the node of rank 0"
         ) from error
     with listener:
         there = _those_that_come(address, num_hosts, listener, tell)

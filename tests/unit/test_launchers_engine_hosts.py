@@ -285,7 +285,10 @@ def test_what_a_person_is_told_while_hosts_are_waited_for(meeting: Meeting, monk
 def test_a_port_that_is_taken_is_named(meeting: Meeting) -> None:
     with (
         socket.create_server(("127.0.0.1", meeting.address.port)),
-        pytest.raises(ResourceError, match=rf"port {meeting.address.port} of 127.0.0.1 can't be had"),
+        pytest.raises(
+            ResourceError,
+            match=rf"port {meeting.address.port} of 127.0.0.1 can't be had: Address already in use\. fix: ",
+        ),
     ):
         called_hosts(meeting.address, 1, Welcome({}, 1, 1, 1.0), lambda text: None)
 
