@@ -52,14 +52,14 @@ def hosts_at(text: str, key: str, environ: Mapping[str, str] = os.environ) -> Ho
     Raises ConfigError where it is no host:port, without the token, and where the time to wait is no number.
     """
     problems, (host, _, port) = [], text.rpartition(":")
-    if not host or "/" in host or not port.isdigit() or not 0 < int(port) <= _LAST_PORT:
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= _LAST_PORT:
         allowed = "must be host:port, a free port of the node that the run's controller is on"
-        problems.append(Problem(key, text, allowed, f"{key}=10.0.0.1:29510"))
+        problems.append(Problem(key, text, allowed, "as in 10.0.0.1:29510"))
     if not environ.get(TOKEN):
         fix = f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' '), the same on all nodes"
         problems.append(Problem(TOKEN, Absent(), "isn't set, and nodes know each other by it", fix))
     wait = environ.get(START_S, "") or str(DEFAULT_START_S)
-    if not wait.replace(".", "", 1).isdigit():
+    if not wait.replace(".", "", 1).isdecimal():
         problems.append(Problem(START_S, wait, "must be a number of seconds", f"{START_S}={DEFAULT_START_S:g}"))
     if problems:
         raise ConfigError(problems)

@@ -60,15 +60,16 @@ class Welcome:
 
 @dataclass(frozen=True)
 class CameHost:
-    """A host that is there, and knows the token."""
+    """A host that is there, and knows the token. peer: address and port of its end of the connection."""
 
     facts: HostFacts
     line: socket.socket
+    peer: tuple[str, int]
 
     @property
     def where(self) -> str:
         """Its name and address, for people."""
-        return f"{self.facts.name} ({self.line.getpeername()[0]})"
+        return f"{self.facts.name} ({self.peer[0]})"
 
     def is_gone(self) -> bool:
         """Whether it has ended: it says nothing before it is welcomed."""
@@ -96,7 +97,7 @@ def called_hosts(
         ) from error
     with listener:
         there = _those_that_come(address, num_hosts, listener, tell)
-    found = sorted(there, key=lambda host: (host.facts.name, host.line.getpeername()))
+    found = sorted(there, key=lambda host: (host.facts.name, host.peer))
     own = HostFacts.here()
     wrong = "\n".join(text for host in found for text in _differences(host.facts, own, welcome.ranks_per_node))
     for host in found:
@@ -149,8 +150,8 @@ def _those_that_come(
             number = num_hosts - len(there)
             tell(f"waiting for {number} host{'s' if number > 1 else ''} of engines: {address.command} on each node")
         with suppress(TimeoutError):
-            line, _ = listener.accept()
-            threading.Thread(target=_greet, args=(line, address.token, came), daemon=True).start()
+            line, peer = listener.accept()
+            threading.Thread(target=_greet, args=(line, peer[:2], address.token, came), daemon=True).start()
 
 
 def _missing(address: HostsAddress, num_hosts: int, there: list[CameHost], num_strangers: int) -> str:
@@ -175,14 +176,14 @@ def _differences(host: HostFacts, own: HostFacts, ranks_per_node: int) -> Iterat
     yield from other_versions(host.name, host.versions, own.name, own.versions)
 
 
-def _greet(line: socket.socket, token: str, came: queue.SimpleQueue[CameHost | None]) -> None:
+def _greet(line: socket.socket, peer: tuple[str, int], token: str, came: queue.SimpleQueue[CameHost | None]) -> None:
     """Add a host that knows the token to ``came``, None for whoever doesn't."""
     _notice_silence(line)
     connection = Connection(os.dup(line.fileno()))
     try:
         deliver_challenge(connection, token.encode())
         answer_challenge(connection, token.encode())
-        came.put(CameHost(HostFacts(**json.loads(connection.recv_bytes(_LONGEST_BYTES))), line))
+        came.put(CameHost(HostFacts(**json.loads(connection.recv_bytes(_LONGEST_BYTES))), line, peer))
     except (AuthenticationError, EOFError, OSError, TypeError, ValueError):
         line.close()
         came.put(None)

@@ -244,7 +244,7 @@ def _is_turned_away(address: HostsAddress) -> bool:
 def test_a_host_that_has_ended_is_noticed_before_it_is_welcomed() -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        host = CameHost(HostFacts("node2", "cpu", None, {}), ours)
+        host = CameHost(HostFacts("node2", "cpu", None, {}), ours, ("10.0.0.2", 40000))
         assert not host.is_gone()
         theirs.close()
         assert host.is_gone()
