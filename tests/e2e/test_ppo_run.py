@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megarl.monitor.trace import overlap_share, read_spans, training_s
+from tests.forked import run_forked
 from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS, NUM_TEST
 
@@ -42,27 +43,39 @@ class Done:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of each step, without what depends on the clock."""
-        return [
-            {k: v for k, v in line.items() if not k.startswith(("time_s", "wall_time"))} for line in self.lines()[1:]
-        ]
+        return metrics(self.folder)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return all lines of metrics.jsonl: the first is of the validation before training."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        """Return all lines of metrics.jsonl."""
+        return lines(self.folder)
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_task: Path) -> dict[str, Done]:
-    """Run the same recipe under both launchers, and on the other backend."""
-    on_fsdp = [argument.replace("=rl", "=rl_fsdp") for argument in COMMAND]
-    commands = {
-        "ray": python(*COMMAND),
-        "torchrun": torchrun(NUM_RANKS, *COMMAND),
-        "fsdp": torchrun(NUM_RANKS, *on_fsdp),
-    }
+    """Run the same recipe under both launchers, and with an engine of its own that is killed."""
+    commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
     done = {name: _run(tiny_task, name, command) for name, command in commands.items()}
     kill = {"MEGARL_TEST_KILL": KILLED, "MEGARL_TEST_STRUCK": str(tiny_task / "struck")}
     return {**done, "served": _run(tiny_task, "served", python(*COMMAND, *SERVED), KILLS, kill)}
+
+
+@pytest.fixture(scope="module")
+def on_fsdp(tiny_task: Path) -> list[dict[str, Any]]:
+    """Return the metrics of the same recipe on the other backend."""
+    command = [argument.replace("=rl", "=rl_fsdp") for argument in COMMAND]
+    ended = run_forked("run", [*command, "trainer.run_dir=runs/fsdp"], tiny_task, num_ranks=NUM_RANKS)
+    assert ended.code == 0, ended.output
+    return metrics(tiny_task / "runs" / "fsdp")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics of each step, without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith(("time_s", "wall_time"))} for line in lines(folder)[1:]]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Return all lines of metrics.jsonl: the first is of the validation before training."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def _run(
@@ -83,17 +96,15 @@ def test_ray_and_torchrun_compute_the_same_numbers(runs: dict[str, Done]) -> Non
     assert on_ray == under_torchrun
 
 
-def test_fsdp_computes_the_same_numbers_as_megatron(runs: dict[str, Done]) -> None:
+def test_fsdp_computes_the_same_numbers_as_megatron(runs: dict[str, Done], on_fsdp: list[dict[str, Any]]) -> None:
     """A fresh model samples padding tokens as well, whose gradient transformers' embedding would leave out."""
-    on_megatron, on_fsdp = (runs[name].metrics() for name in ("torchrun", "fsdp"))
-    for found, expected in zip(on_fsdp, on_megatron, strict=True):
+    for found, expected in zip(on_fsdp, runs["ray"].metrics(), strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_on_fsdp_the_engine_has_the_trainers_weights_at_every_step(runs: dict[str, Done]) -> None:
-    lines = runs["fsdp"].metrics()
-    assert [line["rollout/policy_version"] for line in lines] == list(range(NUM_STEPS))
-    assert all(line["rollout_train/logprob_diff_max"] < 1e-4 for line in lines)
+def test_on_fsdp_the_engine_has_the_trainers_weights_at_every_step(on_fsdp: list[dict[str, Any]]) -> None:
+    assert [line["rollout/policy_version"] for line in on_fsdp] == list(range(NUM_STEPS))
+    assert all(line["rollout_train/logprob_diff_max"] < 1e-4 for line in on_fsdp)
 
 
 def test_an_engine_in_a_process_of_its_own_gives_the_same_rollouts_though_it_is_killed_in_the_middle(
