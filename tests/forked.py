@@ -30,7 +30,7 @@ _LEAVE_S = 30.0  # for the other ranks to end by themselves after one has failed
 
 Kind = Literal["plan", "run"]
 _IMPORTS: dict[Kind, tuple[str, ...]] = {
-    "plan": ("megarl.plan.__main__",),
+    "plan": ("tests.conftest", "huggingface_hub._snapshot_download", "megarl.plan.__main__"),
     "run": (
         "megarl.checks.run",
         "megarl.controller.open",
@@ -158,6 +158,14 @@ def _import(kind: Kind) -> None:
     for name in _IMPORTS[kind]:
         if name.endswith(".__main__"):
             del sys.modules[name]  # is to run
+    if kind == "plan":  # what tests.conftest has read is read
+        from megarl.config.command_line import parse_command_line
+        from megarl.config.compose import compose
+        from megarl.config.defaults import default_values
+
+        for name in ("ppo_megatron_trainer", "ppo_trainer", "sft_trainer"):
+            compose(parse_command_line([], name))
+            default_values(name)
     gc.freeze()
     gc.enable()
 
