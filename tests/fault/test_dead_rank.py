@@ -106,7 +106,8 @@ def test_torchrun_names_the_dead_rank_and_how_it_died(killed: Callable[[str], St
     assert "Signal 9 (SIGKILL)" in cause
 
 
-@pytest.mark.parametrize("launcher", LONG)
+@pytest.mark.long  # tests/unit has each of these each time
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
 def test_rewards_that_raise_hang_or_are_no_number_are_counted_and_the_run_goes_on(
     killed: Callable[[str], Struck], launcher: str
 ) -> None:
