@@ -72,9 +72,8 @@ def _max_ranks(asked: int | None) -> int:
         return asked or DEFAULT_RANKS
     if asked is not None and asked > started:
         fix = "start more (torchrun --nnodes, --nproc-per-node), or leave it out"
-        raise ConfigError(
-            [Problem("--max-ranks", asked, f"must be at most {started}: so many ranks were started", fix)]
-        )
+        allowed = f"must be at most {started}, as many ranks as were started"
+        raise ConfigError([Problem("--max-ranks", asked, allowed, fix)])
     return asked or started
 
 
