@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +55,12 @@ class End:
 Order = Start | Case | Look | Stop | End
 
 
+class BoardLost(Exception):
+    """The store is gone, with rank 0 that held it."""
+
+
 class Board:
-    """A connection to the store. Orders are numbered from 1. Every method raises OSError or RuntimeError without it."""
+    """A connection to the store. Orders are numbered from 1. Every method raises BoardLost where it ends."""
 
     def __init__(self, store: TCPStore) -> None:
         self._store = store
@@ -66,15 +71,12 @@ class Board:
 
     def arrive(self, rank: int, here: Here) -> None:
         """Say that a seat is there."""
-        self._store.set(f"here/{rank}", json.dumps(asdict(here)))
+        self._set(f"here/{rank}", json.dumps(asdict(here)).encode())
 
     def arrived(self, ranks: Iterable[int]) -> dict[int, Here]:
         """Return the seats of ``ranks`` that are there."""
-        return {
-            rank: Here(**json.loads(self._store.get(f"here/{rank}")))
-            for rank in ranks
-            if self._store.check([f"here/{rank}"])
-        }
+        found = {rank: self._found(f"here/{rank}") for rank in ranks}
+        return {rank: Here(**json.loads(content)) for rank, content in found.items() if content is not None}
 
     def tell(self, number: int, order: Order) -> None:
         """Give all seats an order."""
@@ -82,11 +84,14 @@ class Board:
 
     def is_told(self, number: int) -> bool:
         """Whether there is an order of that number."""
-        return bool(self._store.check([f"order/{number}"]))
+        with _losses_named():
+            return bool(self._store.check([f"order/{number}"]))
 
     def order(self, number: int) -> Order:
         """Return an order that is told."""
-        order: Order = pickle.loads(self._store.get(f"order/{number}"))
+        content = self._found(f"order/{number}")
+        assert content is not None
+        order: Order = pickle.loads(content)
         return order
 
     def answer(self, number: int, rank: int, outcome: Outcome) -> None:
@@ -98,19 +103,33 @@ class Board:
         found: dict[int, Outcome] = {}
         for rank in ranks:
             key = f"answer/{number}/{rank}"
-            if self._store.check([key]):
-                found[rank] = pickle.loads(self._store.get(key))
-                self._store.delete_key(key)
+            if (content := self._found(key)) is not None:
+                found[rank] = pickle.loads(content)
+                with _losses_named():
+                    self._store.delete_key(key)
         return found
 
     def beat(self, rank: int, count: int) -> None:
         """Give a sign of life."""
-        self._store.set(f"beat/{rank}", str(count))
+        self._set(f"beat/{rank}", str(count).encode())
 
-    def beats(self, ranks: Iterable[int]) -> dict[int, str]:
-        """Return the last sign of life of each of ``ranks`` that has given one."""
-        keys = {rank: f"beat/{rank}" for rank in ranks}
-        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+    def beats(self, ranks: Iterable[int]) -> dict[int, bytes | None]:
+        """Return the last sign of life of each of ``ranks``."""
+        return {rank: self._found(f"beat/{rank}") for rank in ranks}
 
     def _set(self, key: str, content: bytes) -> None:
-        self._store.set(key, content)  # type: ignore[arg-type] # it takes bytes as they are
+        with _losses_named():
+            self._store.set(key, content)  # type: ignore[arg-type] # it takes bytes as they are
+
+    def _found(self, key: str) -> bytes | None:
+        """Return what is there, None where nothing is."""
+        with _losses_named():
+            return self._store.get(key) if self._store.check([key]) else None
+
+
+@contextmanager
+def _losses_named() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # torch's errors of a store are RuntimeErrors
+        raise BoardLost(str(error).partition("\n")[0]) from error

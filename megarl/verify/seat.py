@@ -10,12 +10,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from megarl.errors import WorkerError
 from megarl.nodes.facts import read_facts
-from megarl.verify.board import Board, End, Here, Look, Order, Start, Stop
+from megarl.verify.board import Board, BoardLost, End, Here, Look, Order, Start, Stop
 from megarl.verify.process import STACK_S, RankProcess, rank_context
 from megarl.verify.rank import Case, Outcome
 
@@ -53,12 +54,13 @@ class Seat:
                 if outcome is not None:
                     self.board.answer(number, self.rank, outcome)
                 number += 1
-        except (RuntimeError, OSError) as error:  # torch's errors of a store are RuntimeErrors
+        except BoardLost as error:
             self._lose(str(error))
         finally:
             self._kill()
-        self._has_left.set()
-        self.board.answer(number, self.rank, Outcome())
+            self._has_left.set()
+        with suppress(BoardLost):
+            self.board.answer(number, self.rank, Outcome())
 
     def _done(self, number: int, order: Order) -> Outcome | None:
         """Do what an order says; return what came of it, None where it isn't for this rank."""
@@ -104,7 +106,7 @@ class Seat:
             limit.start()
             try:
                 heart.beat(self.rank, count)
-            except (RuntimeError, OSError) as error:
+            except BoardLost as error:
                 self._lose(str(error))
             limit.cancel()
             count += 1

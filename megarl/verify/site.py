@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +63,12 @@ def _on_placed_ranks(scratch: Path | None, models: Sequence[Path], *, with_engin
     """Yield the Site of all ranks that were started. Raises ResourceError where their nodes can't work together."""
     from megarl.verify.torchrun_pool import torchrun_pool
 
-    with torchrun_pool(with_engine=with_engine) as pool:
-        several = pool.num_nodes > 1
-        with _folder(scratch or (Path.cwd() if several else None)) as folder:
-            pool.check_folders(folder, models)
-            try:
-                yield Site(pool, folder, pool.num_nodes, pool.ranks_together)
-            finally:
-                pool.stop()
+    with ExitStack() as stack:
+        pool = stack.enter_context(torchrun_pool(with_engine=with_engine))
+        folder = stack.enter_context(_folder(scratch or (Path.cwd() if pool.num_nodes > 1 else None)))
+        stack.callback(pool.close)  # before the folder goes
+        pool.check_folders(folder, models)
+        yield Site(pool, folder, pool.num_nodes, pool.ranks_together)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from megarl.verify.seat import BEAT_S, POLL_S, SILENCE_S, Seat, here_in, lost_co
 T = TypeVar("T")
 
 ANSWER_S = 10.0  # for a seat to do what takes it no time
+CLOSE_S = 5.0
 LOOK_S = 60.0
 _OWN_FOLDER = "megarl_verify_"
 
@@ -47,7 +48,7 @@ class TorchrunPool:
         """Take note of the seats, by rank. with_engine: whether ranks are to have an engine's imports."""
         self.seats, self._board, self._with_engine = seats, board, with_engine
         self._number = self._num_cases = 0
-        self._has_ranks = False
+        self._has_ranks = self._is_closed = False
         self._lost = set[int]()
 
     @property
@@ -97,9 +98,11 @@ class TorchrunPool:
         probe.unlink()
 
     def close(self) -> None:
-        """Let the seats end, and wait for those that can."""
-        self._tell(End())
-        self._heard(self._number, self._all - self._lost, ANSWER_S)
+        """End every rank and its seat, and wait for those that can be reached."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._tell(End())
+            self._heard(self._number, self._all - self._lost, CLOSE_S)
 
     def _finish(self, order: Order, ranks: Collection[int], what: str, timeout_s: float) -> list[Outcome]:
         """Return the outcomes by rank. Stops the pool unless every rank is alive and idle again."""
@@ -157,7 +160,7 @@ class Pulse:
 
     def __init__(self, board: Board) -> None:
         self._board, self._read_s = board, time.monotonic()
-        self._last: dict[int, tuple[str, float]] = {}
+        self._last: dict[int, tuple[bytes | None, float]] = {}
 
     def are_silent(self, ranks: Collection[int]) -> bool:
         """Whether one of ``ranks`` has given no sign of life for ``SILENCE_S``."""
@@ -166,8 +169,8 @@ class Pulse:
             return False
         self._read_s, beats = now_s, self._board.beats(ranks)
         for rank in ranks:
-            if rank not in self._last or self._last[rank][0] != beats.get(rank, ""):
-                self._last[rank] = beats.get(rank, ""), now_s
+            if rank not in self._last or self._last[rank][0] != beats[rank]:
+                self._last[rank] = beats[rank], now_s
         return any(now_s - self._last[rank][1] > SILENCE_S for rank in ranks)
 
 
@@ -207,7 +210,7 @@ def serve() -> None:
         try:
             store = store_of_ranks(None)
             boards = [Board(store), Board(tcp_store(store.host, store.port))]
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError) as error:  # rank 0 never came, or has said why it ended
             lost(lost_controller(rank, here, str(error)))
         Seat(rank, here, boards[0], folder, lost).serve(boards[1])
 
