@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megarl.algorithm.needs import estimator_needs, weighs_or_rejects
-from megarl.config.schema import ASYNC, SYNC, VLLM, PPOConfig
+from megarl.config.schema import ASYNC, SYNC, PPOConfig
 from megarl.errors import Problem
 from megarl.roles import engines_share_devices, is_served
 
@@ -33,7 +33,6 @@ def engines_on_the_trainers_devices_rest(c: PPOConfig) -> Iterator[Problem]:
         ),
         "trainer.nnodes": (c.trainer.nnodes, 1, "engines on the trainer's devices start beside the command"),
         "actor_rollout_ref.rollout.nnodes": (rollout.nnodes, 1, "the trainer's devices are on one node"),
-        "actor_rollout_ref.rollout.name": (rollout.name, VLLM, "it isn't made to give its memory back here"),
     }
     for other, (value, needed, why) in others.items():
         if value != needed:

@@ -8,7 +8,7 @@ from megarl.algorithm.advantage import estimators
 from megarl.config.schema import SGLANG, PPOConfig
 from megarl.launchers.sglang_environment import sglang_python
 from megarl.parallel.environment import platform_name
-from megarl.roles import Role, is_served
+from megarl.roles import Role, engines_share_devices, is_served
 from megarl.rollout.sglang import SglangSpec
 from megarl.rollout.vllm import VllmSpec
 from megarl.types import Sampling
@@ -29,7 +29,9 @@ def engine_spec(config: PPOConfig, actor: Role) -> VllmSpec | SglangSpec:
         "seed": config.trainer.seed,
     }
     if rollout.name == SGLANG:
-        return SglangSpec(python=sglang_python(config), **of_both)
+        # What makes its memory one that can be given back costs an engine on devices of its own for nothing.
+        frees = rollout.free_cache_engine and engines_share_devices(config)
+        return SglangSpec(python=sglang_python(config), free_cache_engine=frees, **of_both)
     return VllmSpec(
         **of_both,
         # vLLM refuses to spread what isn't there.

@@ -69,7 +69,8 @@ def _run(run: Run, names: tuple[str, ...], logs: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
 
     def own(address: str) -> NodeFacts:
-        return read_facts(run.node_rank, address, paths, probe, run.folder)
+        # The first is where the nodes meet, which says so itself.
+        return read_facts(run.node_rank, address, paths, probe, run.folder, range(run.port + 1, run.port + NUM_PORTS))
 
     def judge(nodes: Sequence[NodeFacts]) -> str:
         found = list(differences(nodes, run.devices, run_folder))

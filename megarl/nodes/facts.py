@@ -10,7 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class NodeFacts:
     versions: of Python, of packages, and of megarl's source. fabric: active ports of InfiniBand and RoCE. num_devices:
     GPUs, None on CPU. files: by path, what lies there, the same on all nodes that see the same file system.
     sees_run_folder: whether a file that the first node wrote beside the run folder is there. own_folder: why the node
-    can't use its own folder, empty where it can.
+    can't use its own folder, empty where it can. taken_ports: of the job's, that another program listens on.
     """
 
     node_rank: int
@@ -50,16 +50,20 @@ class NodeFacts:
     files: Mapping[str, str]
     sees_run_folder: bool
     own_folder: str
+    taken_ports: Sequence[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as plain values."""
         return asdict(self)
 
 
-def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path, folder: Path) -> NodeFacts:
+def read_facts(
+    node_rank: int, address: str, paths: Iterable[Path], probe: Path, folder: Path, ports: Iterable[int] = ()
+) -> NodeFacts:
     """Return the NodeFacts of this machine.
 
-    paths: of data and models. probe: the file of the first node. folder: of this node alone, which is made.
+    paths: of data and models. probe: the file of the first node. folder: of this node alone, which is made. ports: that
+    the job's programs will listen on.
     """
     platform = platform_name()
     return NodeFacts(
@@ -74,6 +78,7 @@ def read_facts(node_rank: int, address: str, paths: Iterable[Path], probe: Path,
         files={str(path): _fingerprint(path) for path in paths},
         sees_run_folder=_appears(probe),
         own_folder=_refusal(folder),
+        taken_ports=[port for port in ports if _is_taken(port)],
     )
 
 
@@ -93,6 +98,12 @@ def differences(
             )
         if node.own_folder:
             yield f"{node.own_folder} on {node.name}. fix: TMPDIR=FOLDER, where every node has room of its own for you"
+        if node.taken_ports:
+            taken = ", ".join(map(str, node.taken_ports))
+            yield (
+                f"another program listens on {node.name} at what this job would: {taken}. fix: MEGARL_PORT=PORT, the "
+                "first of ten that are free on every node"
+            )
         if node.num_devices is not None and node.num_devices < devices:
             yield f"{node.name} has {node.num_devices} GPUs, and {devices} are wanted of each node (MEGARL_DEVICES)"
         if node.platform != first.platform:
@@ -187,6 +198,16 @@ def _refusal(folder: Path) -> str:
     except OSError as error:
         return f"{folder} can't be written: {error.strerror}"
     return ""
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have closed are no matter
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
 
 
 def _appears(probe: Path) -> bool:

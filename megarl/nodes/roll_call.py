@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import threading
@@ -47,8 +48,8 @@ def open_meeting(meeting: Meeting) -> socket.socket:
         return listening(meeting.host, meeting.port)
     except OSError as error:
         raise ResourceError(
-            f"port {meeting.port} of {meeting.host} can't be had: {error.strerror}. fix: MEGARL_PORT=PORT, the first "
-            "of ten that are free on every node"
+            f"port {meeting.port} of {meeting.host} can't be had: {os.strerror(error.errno or 0)}. fix: "
+            "MEGARL_PORT=PORT, the first of ten that are free on every node"
         ) from error
 
 

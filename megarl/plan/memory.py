@@ -173,14 +173,17 @@ def _phases_of_rank(
 ) -> Iterator[Phase]:
     fused, trained = device.name != CPU, [role for role in roles if role.is_trained]
 
+    # An engine in a process of its own is there, and rests, before a rank loads anything.
+    beside = [replace(_runtime(device), name="engine process")] if engine and handed_bytes else []
+    resting = _engine_items(engine, awake="nothing") if engine and handed_bytes else ()
+
     def phase(name: str, *used: Item, busy: str = "", update: bool = False, awake: Awake = "nothing") -> Phase:
         held = [i for role in roles for i in _held(role, rank, is_used=role.name == busy, is_updated=update)]
         engines = [*(_engine_items(engine, awake) if engine else ()), *_handed(handed_bytes, device)]
-        beside = [replace(_runtime(device), name="engine process")] if engine and handed_bytes else []
         items = [_runtime(device), *beside, *held, *engines, *used]
         return Phase(name, rank, tuple(item for item in items if item.device_bytes or item.host_bytes))
 
-    yield _loading(roles, device, rank)
+    yield _loading(roles, device, rank, [*beside, *resting])
     if engine:
         yield phase("generate", awake="all")
     for role in sorted(roles, key=lambda role: role.name != "reward_model"):  # rollouts are scored before all else
@@ -214,12 +217,15 @@ def _whole_tensors_bytes(actor: Role) -> int:
     return max(min(BUCKET_BYTES, sum(sizes)), *sizes) if sizes else 0
 
 
-def _loading(roles: Sequence[Role], device: Device, rank: int) -> Phase:
-    """Return the moment of the start when most is there: roles are built one after the other, the engine after them."""
+def _loading(roles: Sequence[Role], device: Device, rank: int, there: Sequence[Item]) -> Phase:
+    """Return the moment of the start when most is there: roles are built one after the other, the engine after them.
+
+    there: of an engine in a process of its own, which is there before.
+    """
     moments = []
     for i, role in enumerate(roles):
         before = [item for earlier in roles[:i] for item in _built(earlier, rank, is_used=False)]
-        items = (_runtime(device), *before, *_built(role, rank, is_used=True))
+        items = (_runtime(device), *there, *before, *_built(role, rank, is_used=True))
         moments.append(Phase("load", rank, tuple(item for item in items if item.device_bytes or item.host_bytes)))
     return max(moments, key=lambda moment: moment.device_bytes)
 

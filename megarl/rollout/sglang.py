@@ -16,16 +16,19 @@ from megarl.errors import PublishError
 from megarl.parallel.environment import platform_name
 from megarl.parallel.layout import EngineLayout
 from megarl.rollout.engine import UNPUBLISHED, check_published, check_room
+from megarl.rollout.engine_memory import PARTS, EngineMemory
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import Ask, Done, Take, samplings
 from megarl.types import Rollout, Sampling
 
 if TYPE_CHECKING:
+    from sglang.srt.entrypoints.engine import Engine
     from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
 
     from megarl.rollout.taking import WholeTensors
 
 _POLL_S = 0.05
+_IDLE_S = 60.0  # for a step that SGLang has begun ahead
 # Not SGLang's own word for that. It sorts the tokens of a batch in which any request has a top_k, as a greedy one does,
 # and gives each place in that order its noise: a sample would depend on whether a greedy one is sampled beside it.
 _KEEP_ALL = (1 << 30) - 1
@@ -46,6 +49,7 @@ class SglangSpec:
     gpu_memory_utilization: float
     enforce_eager: bool
     seed: int
+    free_cache_engine: bool = False
 
     @property
     def layout(self) -> EngineLayout:
@@ -66,6 +70,8 @@ class SglangStream:
         self.spec, self.weights, self._store = spec, weights, store
         self.policy_version = UNPUBLISHED
         self._engine = Engine(**_arguments(spec))
+        self._memory = EngineMemory(_Sleeper(self._engine))
+        self._taken: Take | None = None
         self._unfinished: dict[asyncio.Task[dict[str, Any]], tuple[int, int]] = {}
 
     def add(self, ask: Ask) -> None:
@@ -74,6 +80,7 @@ class SglangStream:
         Raises DataError for a prompt that leaves no room to answer, PublishError before the first publication.
         """
         check_published(self.policy_version)
+        self._wake()
         prompt = list(ask.request.token_ids)
         check_room(len(prompt), ask.sampling.max_tokens, self.spec.max_model_len)
         of_each = samplings(ask.sampling)
@@ -99,6 +106,7 @@ class SglangStream:
     def take(self, order: Take) -> None:
         """Change the weights, and forget all that was computed with others. Unfinished rollouts go on with these."""
         self.weights.check(order)
+        self._memory.take_weights()
         if self.is_busy:
             self._run(self._pause())
         # SGLang changes nothing outside of these two, and says so in its answer alone.
@@ -109,10 +117,23 @@ class SglangStream:
         self._engine.end_weight_update()
         self.weights.check(order)
         self._run(self._go_on(order.policy_version))
-        self.policy_version = order.policy_version
+        self.policy_version, self._taken = order.policy_version, order
+        self._memory.has_lost_weights = False
 
     def rest(self) -> None:
-        """Do nothing: it is on devices of its own, which the checks see to."""
+        """Give up weights and KV cache, if the spec says so. The weights are taken once more where they are asked for.
+
+        Only CUDA has memory to give back; on CPU the same is asked of SGLang, and changes nothing.
+        """
+        if self.spec.free_cache_engine:
+            self._memory.give_back()
+
+    def _wake(self) -> None:
+        """Have all memory, with the weights that were taken last: the trainer's memory still has them."""
+        if self._memory.has_lost_weights:
+            assert self._taken is not None
+            self.take(self._taken)
+        self._memory.take_all()
 
     async def _pause(self) -> None:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
@@ -129,6 +150,23 @@ class SglangStream:
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._engine.loop.run_until_complete(work)
+
+
+@dataclass(frozen=True)
+class _Sleeper:
+    """SGLang, as EngineMemory puts it to sleep and wakes it."""
+
+    engine: Engine
+
+    def sleep(self, level: int) -> None:
+        """Unmap all parts, of which it keeps no copy, once it has ended what it does: that it takes for granted."""
+        flushed = self.engine.tokenizer_manager.flush_cache(timeout_s=_IDLE_S)
+        _require(self.engine.loop.run_until_complete(flushed))
+        self.engine.release_memory_occupation(list(PARTS))
+
+    def wake_up(self, tags: list[str]) -> None:
+        """Map some parts again."""
+        self.engine.resume_memory_occupation(tags)
 
 
 def sampling_params(sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -201,7 +239,7 @@ def _platform_arguments(spec: SglangSpec) -> dict[str, Any]:
             "mem_fraction_static": 0.3,
             "max_total_tokens": min(_CPU_CACHED_TOKENS, spec.max_num_seqs * spec.max_model_len),
         }
-    return {"mem_fraction_static": spec.gpu_memory_utilization}
+    return {"mem_fraction_static": spec.gpu_memory_utilization, "enable_memory_saver": spec.free_cache_engine}
 
 
 def _require(answer: tuple[bool, str] | Any) -> None:

@@ -18,9 +18,9 @@ from megarl.parallel.environment import apply_environment, platform_name
 from megarl.parallel.importing import heavy_imports
 from megarl.parallel.layout import EngineLayout
 from megarl.rollout.engine import UNPUBLISHED, check_room
+from megarl.rollout.engine_memory import EngineMemory
 from megarl.rollout.seeds import sample_seed
 from megarl.rollout.served import samplings
-from megarl.rollout.vllm_memory import EngineMemory
 from megarl.rollout.vllm_queue import without_queue
 from megarl.types import GenerationRequest, Rollout, Sampling
 

@@ -16,7 +16,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +121,25 @@ class MiniSlurm:
 
     def on_node(self, node: int, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command on a node, outside of Slurm."""
-        entered = ["nsenter", "-t", str(self._first_of(node)), "-n", "-u", "-i", "-m", "-p"]
-        return subprocess.run([*entered, *command], env=self.environ, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [*self._entered(node), *command], env=self.environ, capture_output=True, text=True, check=False
+        )
+
+    @contextmanager
+    def started_on(self, node: int, *command: str) -> Iterator[subprocess.Popen[str]]:
+        """Have a command run on a node, outside of Slurm, to the end of the block."""
+        process = subprocess.Popen(
+            [*self._entered(node), *command],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
     def submit(self, folder: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> str:
         """Submit a script from a folder, and return the number of the job."""
@@ -192,6 +210,10 @@ class MiniSlurm:
         (self.folder / "slurm.conf").write_text(_CONF.format(**values))
         devices = f"File={self.folder}/dev/nvidia[0-{self.gpus - 1}]"
         (self.folder / "gres.conf").write_text(f"NodeName=node[1-{self.nodes}] Name=gpu {devices}\n")
+
+    def _entered(self, node: int) -> tuple[str, ...]:
+        """Return what a command starts with to run on a node."""
+        return ("nsenter", "-t", str(self._first_of(node)), "-n", "-u", "-i", "-m", "-p")
 
     def _first_of(self, node: int) -> int:
         """Return the first process of a node."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,45 @@ def test_the_doctor_looks_at_all_nodes_of_an_allocation_and_between_them(cluster
     rate = re.search(r"^node1 -> node2: ([\d.]+) GB/s$", output, re.MULTILINE)
     assert rate and float(rate[1]) > 0
     assert not list(task.glob("megarl_doctor_*")) and cluster.slurm.processes() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+@pytest.mark.parametrize(
+    ("node", "port", "said"),
+    [
+        (1, 24000, "port 24000 of 10.231.0.11 can't be had: Address already in use. fix: MEGARL_PORT=PORT"),
+        (1, 24001, "another program listens on node1 at what this job would: 24001. fix: MEGARL_PORT=PORT"),
+        (2, 24003, "another program listens on node2 at what this job would: 24003. fix: MEGARL_PORT=PORT"),
+    ],
+)
+def test_a_port_that_is_taken_is_named_with_its_node(
+    cluster: Cluster, task: Path, launcher: str, node: int, port: int, said: str
+) -> None:
+    listen = f"import socket, time; s = socket.create_server(('', {port})); print(flush=True); time.sleep(600)"
+    with cluster.slurm.started_on(node, sys.executable, "-c", listen) as other:
+        assert other.stdout is not None and other.stdout.readline() == "\n"
+        job = cluster.run(
+            task, TINY, "--nodes=2", MEGARL_LAUNCHER=launcher, MEGARL_PORT="24000", MEGARL_START_S="20", timeout_s=90
+        )
+    assert job.state == "FAILED" and job.restarts == 0
+    assert said in job.output, job.output
+    assert cluster.slurm.processes() == []
+
+
+@pytest.mark.long
+def test_a_node_with_another_version_of_the_package_is_named(cluster: Cluster, task: Path) -> None:
+    other = task / "other"
+    shutil.copytree(REPOSITORY / "megarl", other / "megarl", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "megarl" / "types.py").open("a") as source:
+        source.write("# changed\n")
+    python = task / "python_of_each"
+    python.write_text(f'#!/bin/sh\n[ "$(hostname)" = node2 ] && export PYTHONPATH={other}\nexec python "$@"\n')
+    python.chmod(0o755)
+    job = cluster.run(task, TINY, "--nodes=2", MEGARL_PYTHON=str(python), timeout_s=90)
+    assert job.state == "FAILED" and job.restarts == 0
+    found = re.search(
+        r"megarl is (\S+ \(\w{8}\)) on node2 and (\S+ \(\w{8}\)) on node1\. fix: one environment", job.output
+    )
+    assert found and found[1] != found[2], job.output
+    assert cluster.slurm.processes() == []

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.parallel.layout import EngineLayout, Layout
 from megarl.ranks.spec import EngineStart
-from megarl.rollout.served import Ask, Done, Ready, Take, Took, samplings
+from megarl.rollout.served import Ask, Done, Ready, Rest, Rested, Take, Took, samplings
 from megarl.rollout.sglang import SglangSpec
 from megarl.types import GenerationRequest, Group, Rollout, Sampling
 from megarl.verify.reference import load
@@ -138,7 +138,9 @@ def start(folder: Path, tp: int) -> Served:
 def starting(folder: Path, tp: int) -> Served:
     """Return an engine that has just been started."""
     actor = role_on(LAYOUT, folder)
-    spec = SglangSpec(str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0)
+    spec = SglangSpec(
+        str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0, free_cache_engine=True
+    )
     plan = writer_plan(actor.shape, LAYOUT, EngineLayout(tp), 0, torch.float32.itemsize, whole=True)
     before = {child.pid for child in psutil.Process().children()}
     engine = EngineProcesses(EngineStart(spec, actor), None)
@@ -247,3 +249,31 @@ def test_an_engine_whose_rank_is_killed_is_lost_at_once(folders: Callable[[str, 
         server.hear(Took, ANSWER_S)
     end(server, processes)
     assert shared_memory() - before == set()
+
+
+def test_an_engine_that_has_rested_answers_with_the_weights_it_took_last_and_takes_others(
+    served: tuple[Served, str], folders: Callable[[str, str], Path]
+) -> None:
+    server, model = served
+    requests = [GenerationRequest(prompt, 0) for prompt in PROMPTS]
+    sampling = Sampling(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+    def answers() -> list[list[int]]:
+        server.ask(requests, sampling)
+        return [list(rollout.token_ids) for [rollout] in server.groups(requests, sampling)]
+
+    def rest() -> None:
+        server.engine.send(Rest())
+        assert server.hear(Rested, ANSWER_S) == Rested()
+
+    expected = {draw: greedy_answers(folders(model, draw), PROMPTS, NUM_TOKENS) for draw in ("a", "b")}
+    server.publish(folders(model, "a"))
+    server.took()
+    assert answers() == expected["a"]
+    rest()
+    assert answers() == expected["a"]
+    rest()
+    server.publish(folders(model, "b"))
+    server.took()
+    rest()
+    assert answers() == expected["b"]

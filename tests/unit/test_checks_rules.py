@@ -202,7 +202,6 @@ BROKEN: list[tuple[Changes, list[str], str]] = [
     (ASYNC | {"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable"], "takes what is complete"),
     (SHARED | {"trainer.nnodes": 2}, ["trainer.nnodes"], "must be 1 where"),
     (SHARED | {f"{ROLLOUT}.nnodes": 2}, [f"{ROLLOUT}.nnodes"], "must be 1 where"),
-    (SHARED | {f"{ROLLOUT}.name": "sglang"}, [f"{ROLLOUT}.name"], "must be vllm where"),
     (ASYNC | SHARED, ["trainer.mode"], "rest while it trains"),
     (
         SERVED | {f"{ROLLOUT}.n_gpus_per_node": 3, f"{ROLLOUT}.{TP}": 2},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def test_equal_nodes_differ_in_nothing_and_drivers_and_fabrics_may_differ() -> N
     [
         ({"sees_run_folder": False}, "node2 doesn't see what node1 writes in outputs"),
         ({"own_folder": "/tmp/megarl_1 can't be written: no room"}, "/tmp/megarl_1 can't be written: no room on node2"),
+        (
+            {"taken_ports": (20002, 20005)},
+            "another program listens on node2 at what this job would: 20002, 20005. fix:",
+        ),
         ({"num_devices": 7}, "node2 has 7 GPUs, and 8 are wanted"),
         ({"platform": "cpu", "num_devices": None}, "node2 is a cpu machine, node1 a cuda machine"),
         ({"versions": {**FIRST.versions, "torch": "2.8.0"}}, "torch is 2.8.0 on node2 and 2.9.0 on node1"),
@@ -118,6 +123,19 @@ def test_a_folder_of_its_own_that_a_node_cannot_use_is_said(tmp_path: Path) -> N
     if os.geteuid() == 0:
         os.chown(tmp_path / "own", 12345, -1)
         assert own_folder(tmp_path / "own") == f"{tmp_path / 'own'} is another user's"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_a_port_is_taken_where_anything_listens_on_it(tmp_path: Path, host: str) -> None:
+    def taken(*ports: int) -> list[int]:
+        return list(read_facts(0, "", [], tmp_path, tmp_path / "own", ports).taken_ports)
+
+    with socket.create_server((host, 0)) as server, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, other = server.getsockname()[1], free.getsockname()[1]
+        free.close()
+        assert taken(port, other) == [port]
+    assert taken(port) == []
 
 
 def test_one_changed_source_file_changes_the_digest(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from megarl.config.schema import PPOConfig
 from megarl.plan.devices import Device, device
+from megarl.plan.memory import SLEEPING_ENGINE_BYTES
 from megarl.plan.report import plan_text
 from megarl.plan.run_plan import RunPlan, plan_run
 from megarl.roles import Role, num_engine_ranks, num_engines, processes_per_node
@@ -69,9 +70,11 @@ def test_engines_on_the_ranks_devices_are_counted_there_asleep_while_these_train
     found, colocated = phases(plan), {phase.name: phase.device_bytes for phase in plan_of().phases}
     assert (plan.num_engines, plan.shares_devices, "engine" in found) == (8, True, False)
     assert {"engine weights", "engine KV cache and work", "engine process"} < found["generate"]
-    assert {"sleeping engine", "engine process"} < found["actor update"] & found["publish"]
+    assert {"sleeping engine", "engine process"} < found["load"] & found["actor update"] & found["publish"]
     assert not {"engine weights", "engine KV cache and work"} & (found["actor update"] | found["publish"])
     [process] = [item for item in plan.phases[-2].items if item.name == "engine process"]
+    [load] = [phase for phase in plan.phases if phase.name == "load"]
+    assert load.device_bytes == colocated["load"] + process.device_bytes + SLEEPING_ENGINE_BYTES
     for phase in plan.phases:
         if phase.name not in ("load", "publish"):  # into an engine in the ranks weights go from device to device
             assert phase.device_bytes == colocated[phase.name] + process.device_bytes

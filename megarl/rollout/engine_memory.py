@@ -1,21 +1,21 @@
-"""The device memory of a vLLM engine's weights and KV cache, given back for training and taken back in two parts.
+"""The device memory of an engine's weights and KV cache, given back for training and taken back in two parts.
 
-vLLM is imported by nobody here: whoever builds the engine hands it over.
+No engine is imported here: whoever builds one hands it over.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-_PARTS = ("weights", "kv_cache")  # vLLM's names of them
+PARTS = ("weights", "kv_cache")  # vLLM's and SGLang's names of them
 _DISCARD = 2  # vLLM's level of sleep at which no copy of the weights goes to the host
 
 
 class Sleeper(Protocol):
-    """What of ``vllm.LLM`` is used here."""
+    """What of ``vllm.LLM`` is used here, and what another engine is made to look like."""
 
     def sleep(self, level: int) -> None:
-        """Unmap the memory of all parts."""
+        """Unmap the memory of all parts. level: what is kept of them, in vLLM's numbers."""
         ...
 
     def wake_up(self, tags: list[str]) -> None:
@@ -37,18 +37,18 @@ class EngineMemory:
 
     def give_back(self) -> None:
         """Free all parts that are there; no effect where none is."""
-        if self._away != _PARTS:
-            self._take(self._away)  # vLLM puts nothing to sleep that is half awake
+        if self._away != PARTS:
+            self._take(self._away)  # nothing is put to sleep that is half awake
             self._engine.sleep(level=_DISCARD)
-            self._away, self.has_lost_weights = _PARTS, True
+            self._away, self.has_lost_weights = PARTS, True
 
     def take_weights(self) -> None:
         """Have memory for the weights."""
-        self._take(_PARTS[:1])
+        self._take(PARTS[:1])
 
     def take_all(self) -> None:
         """Have memory for weights and KV cache."""
-        self._take(_PARTS)
+        self._take(PARTS)
 
     def _take(self, parts: tuple[str, ...]) -> None:
         for part in (part for part in parts if part in self._away):

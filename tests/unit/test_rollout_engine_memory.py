@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.rollout.vllm_memory import EngineMemory
+from megarl.rollout.engine_memory import EngineMemory
 
 
 class Recorded:
