@@ -140,7 +140,7 @@ def _verify(flags: argparse.Namespace, asked_ranks: int, models: Sequence[Subjec
         flags.logprob_tolerance, flags.bf16_tolerance, flags.training_tolerance, flags.later_tolerance
     )
     suite = Suite(layouts, tolerances, with_engine, flags.timeout, 60 * flags.minutes)
-    folders = [model.folder.absolute() for model in models if model.folder is not None]
+    folders = [model.folder for model in models if model.folder is not None]
     with opened(suite.max_ranks, flags.scratch, folders, with_engine=with_engine) as site:
         if site.num_nodes > 1:
             device = f"{site.num_nodes} nodes, the first with {device}"

@@ -30,12 +30,12 @@ LEAVE_S = 20.0
 
 
 def _kill_seat(rank: int) -> None:
-    """Kill the process that started that of a rank."""
+    """Kill the process that started that of a rank, for which the others wait."""
     seat = multiprocessing.parent_process()
     if dist.get_rank() == rank and seat is not None and seat.pid is not None:
         os.kill(seat.pid, signal.SIGKILL)
+        time.sleep(60)
     dist.barrier()
-    time.sleep(60)
 
 
 def _sit(rank: int, port: int, folder: Path) -> None:
