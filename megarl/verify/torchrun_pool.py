@@ -36,7 +36,7 @@ from megarl.verify.seat import BEAT_S, POLL_S, SILENCE_S, Seat, here_in, lost_co
 T = TypeVar("T")
 
 ANSWER_S = 10.0  # for a seat to do what takes it no time
-CLOSE_S = 5.0
+CLOSE_S = 2.0  # of what a launcher leaves a process that it tells to end
 LOOK_S = 60.0
 _OWN_FOLDER = "megarl_verify_"
 
