@@ -90,10 +90,12 @@ def _two_agents(folder: Path, *more: str) -> Iterator[list[Future[Finished]]]:
     """Have two of torchrun's agents run the command, with a rank each, as if on two nodes; yield their ends to come."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    temp = folder / "temp"  # one that is killed leaves a folder there
+    temp.mkdir(exist_ok=True)
     place = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}")
     with ThreadPoolExecutor() as threads:
         agents = [("-m", "torch.distributed.run", *place, f"--node-rank={node}", *TWO_RANKS, *more) for node in (0, 1)]
-        yield [threads.submit(run, python(*agent), folder) for agent in agents]
+        yield [threads.submit(run, python(*agent), folder, environ={"TMPDIR": str(temp)}) for agent in agents]
 
 
 def _below_torchrun() -> list[psutil.Process]:
