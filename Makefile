@@ -2,7 +2,8 @@
 # make gpu: a .venv for NVIDIA GPUs instead, as in make gpu PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
-TESTS := tests/unit tests/structure tests/dist tests/fault tests/security tests/cluster tests/e2e
+# The files that take longest come first, so that no process waits for one at the end.
+TESTS := tests/e2e tests/fault tests/cluster tests/dist tests/security tests/structure tests/unit
 SCRIPTS := $(wildcard launch/*.sh slurm/*.sh tests/cluster/*.sh) .ci/run
 
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
@@ -20,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/py312_' .venv/lib
 
 # Two files at a time: ranks wait for each other a lot. Tests of a file share what is slow to start.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # SGLang's packages and vLLM's exclude each other, so that it gets an environment of its own.
 SGLANG := .venv-sglang/bin
@@ -39,7 +40,7 @@ test: .venv/.dev
 	$(PYTEST) -m "not long" $(TESTS)
 
 test-all: .venv/.dev
-	$(PYTEST) --ignore=tests/gpu tests
+	$(PYTEST) $(TESTS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
     python benchmarks/learning.py --work outputs/learning [--name NAME --warm-starts FOLDER] [overrides]
 
 Each seed is one launch/quickstart.sh, timed with start-up, in a folder of its own under --work. With --warm-starts it
-is main_ppo alone, from the warm starts of an earlier --work. The table goes between the page's markers for NAME.
+is main_ppo alone, from the warm starts of an earlier --work. The table goes between the page's markers for NAME, or is
+printed alone without one.
 """
 
 from __future__ import annotations
@@ -101,13 +102,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="a new folder for data and runs")
-    parser.add_argument("--name", default="grpo", help="which table of docs/learning.md to write")
+    parser.add_argument("--name", help="which table of docs/learning.md to write, with a curve beside it")
     parser.add_argument("--warm-starts", type=Path, help="a --work folder with warm starts of the same seeds")
     options, overrides = parser.parse_known_args()
     results = []
     for seed in options.seeds:
         results.append(run_seed(seed, options.work, options.warm_starts, overrides))
         print(f"seed {seed}: {results[-1].accuracy} in {results[-1].wall_s:.0f} s", flush=True)
+    if options.name is None:
+        print(table(results))
+        return
     plot(results, options.name, REPOSITORY / f"docs/learning_{options.name}.png")
     page = REPOSITORY / "docs/learning.md"
     begin, end = f"<!-- measured {options.name}: begin -->", f"<!-- measured {options.name}: end -->"

@@ -52,8 +52,15 @@ _OF_THE_DASHBOARD = ("aiohttp_cors", "opencensus")  # some of requirements/ray_j
 _END_S = 5.0  # from the last save to the end of the process
 
 
-def serve_if_not_controller() -> bool:
-    """Serve until the run ends, if this process was started as a rank other than 0; return whether it was one.
+def serve_a_run() -> None:
+    """Be a rank of a run, other than 0, until it ends."""
+    from megarl.launchers.torchrun_group import serve
+
+    serve()
+
+
+def serve_if_not_controller(serve: Callable[[], None] = serve_a_run) -> bool:
+    """Serve until the controller ends, if this process was started as a rank other than 0; return whether it was one.
 
     Ends the process where it is one of several that were started and aren't ranks; the first of them says why.
     """
@@ -69,8 +76,6 @@ def serve_if_not_controller() -> bool:
     if not rank:
         return False
     apply_environment()
-    from megarl.launchers.torchrun_group import serve
-
     serve()
     end_rank()
     return True

@@ -76,14 +76,19 @@ def read_facts(
     )
 
 
-def differences(nodes: Sequence[NodeFacts], devices: int, run_folder: Path) -> Iterator[str]:
-    """Yield a sentence for everything that keeps the nodes from being one machine. devices: wanted of each node."""
+def differences(
+    nodes: Sequence[NodeFacts], devices: int, run_folder: Path, fix: str = "trainer.run_dir=FOLDER on one"
+) -> Iterator[str]:
+    """Yield a sentence for everything that keeps the nodes from being one machine.
+
+    devices: wanted of each node. fix: how to name another run folder.
+    """
     first = nodes[0]
     for node in nodes:
         if not node.sees_run_folder:
             yield (
-                f"{node.name} doesn't see what {first.name} writes in {run_folder}: the run folder must be on a file "
-                "system that all nodes see. fix: trainer.run_dir=FOLDER on one"
+                f"{node.name} doesn't see what {first.name} writes in {run_folder}: it must be on a file "
+                f"system that all nodes see. fix: {fix}"
             )
         if node.own_folder:
             yield f"{node.own_folder} on {node.name}. fix: TMPDIR=FOLDER, where every node has room of its own for you"

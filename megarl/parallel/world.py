@@ -5,27 +5,28 @@ from __future__ import annotations
 import gc
 import os
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.distributed import FileStore  # type: ignore[attr-defined] # torch doesn't list it
+from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
 
 from megarl.parallel.platform import Platform
 
 
-def enter_world(platform: Platform, rank: int, world_size: int, store: Path, timeout_s: float) -> None:
-    """Join a fresh world of exactly ``world_size`` ranks on this machine.
+def enter_world(
+    platform: Platform, rank: int, world_size: int, store: Store, timeout_s: float, local_rank: int
+) -> None:
+    """Join a fresh world of exactly ``world_size`` ranks.
 
-    store: a file that isn't there yet, through which the ranks find each other. timeout_s: of each collective.
+    store: of this world alone, through which the ranks find each other. timeout_s: of each collective.
     """
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    platform.set_device(rank)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
+    platform.set_device(local_rank)
     torch.manual_seed(0)  # what is drawn doesn't depend on the worlds before
     dist.init_process_group(
         platform.backend,
-        store=FileStore(str(store), world_size),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined] # torch doesn't list it
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
 
 _LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 
-def store_of_ranks(listener: socket.socket | None) -> Store:
+def store_of_ranks(listener: socket.socket | None) -> TCPStore:
     """Return the store of this run's ranks."""
     host, port, is_first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -46,7 +46,7 @@ def _told_port(listener: socket.socket | None) -> int:
 
 def tcp_store(
     host: str, port: int, listener: socket.socket | None = None, timeout: timedelta = timedelta(minutes=30)
-) -> Store:
+) -> TCPStore:
     """Return the store at ``port`` of a host, which this process serves where it has the ``listener`` there."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
 

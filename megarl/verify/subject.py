@@ -81,7 +81,7 @@ def subjects(model_folder: str | None) -> tuple[Subject, ...]:
     """
     if model_folder is None:
         return tuple(Subject(name, parse_model_shape({**_SIZES, **own}, name)) for name, own in _TINY.items())
-    shape, folder = read_model_shape(model_folder), Path(model_folder).expanduser()
+    shape, folder = read_model_shape(model_folder), Path(model_folder).expanduser().absolute()
     if shape.value_head:
         allowed = "has a value head in place of the output layer, as a critic or reward model; must be a language model"
         raise ConfigError([Problem("--model", model_folder, allowed)])

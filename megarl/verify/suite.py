@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from megarl.checks.axes import a_tensor_split_fits
-from megarl.parallel.environment import platform_name
 from megarl.parallel.layout import Layout
 from megarl.verify.figures import Figure, Row, Tolerances
 from megarl.verify.layouts import ONE_RANK, Layouts, quick
 from megarl.verify.measure import engine_figure, export_figure, logprob_figures, training_figures
-from megarl.verify.pool import RankPool, RanksFailed
+from megarl.verify.pool import RanksFailed
 from megarl.verify.reference import Reference, greedy, make_reference
 from megarl.verify.roles import role_on, training_of
+from megarl.verify.site import Site
 from megarl.verify.subject import Subject
 from megarl.verify.work import GREEDY, Examined, Task, answer, examine, prompts
 from megarl.weights.model_shape import ModelShape
@@ -32,12 +29,11 @@ Report = Callable[[Row], None]
 
 @dataclass(frozen=True)
 class Suite:
-    """What to verify. timeout_s: of one layout. scratch: for models and exports. limit_s: when to begin no other."""
+    """What to verify. timeout_s: of one layout. limit_s: when to begin no other."""
 
     layouts: Mapping[Subject, Layouts]
     tolerances: Tolerances
     with_engine: bool
-    scratch: Path
     timeout_s: float
     limit_s: float
 
@@ -56,43 +52,40 @@ class Examination:
     alone: list[Examined] | None = None
 
 
-def verify(suite: Suite, report: Report) -> tuple[list[Row], dict[str, Reference]]:
+def verify(suite: Suite, site: Site, report: Report) -> tuple[list[Row], dict[str, Reference]]:
     """Verify ``suite``, while there is time; tell each row as it is known. Return all, and the references by model."""
     rows: list[Row] = []
     deadline_s = time.monotonic() + suite.limit_s
     references: dict[str, Reference] = {}
-    context = _context(suite.with_engine)
-    with _pool(suite, context) as pool:
-        for subject, layouts in suite.layouts.items():
-            num_rows = max(MIN_ROWS, *(layout.dp for layout in layouts.values()))
-            reference = make_reference(subject.write(suite.scratch), subject.shape.vocab_size, num_rows)
-            references[subject.name] = reference
-            asked = quick(layouts)[:2] if suite.with_engine else []
-            alone: list[Examined] | None = None
-            for name, layout in layouts.items():
-                if rows and time.monotonic() > deadline_s:
-                    break
-                if len(rows) % LAYOUTS_A_POOL == LAYOUTS_A_POOL - 1:
-                    pool.stop()  # ranks that have been laid out often hold on to gigabytes
-                row, found = _examined(suite, pool, Examination(subject, reference, alone), name, layout)
-                alone = found if name == ONE_RANK else alone
-                if name in asked and found is not None:
-                    pool.stop()  # until the next layout: the engine needs the memory
-                    row = _answered(suite, context, row, subject, reference.folder, layout)
-                rows.append(row)
-                report(row)
+    for subject, layouts in suite.layouts.items():
+        num_rows = max(MIN_ROWS, *(layout.dp for layout in layouts.values()))
+        reference = make_reference(subject.write(site.scratch), subject.shape.vocab_size, num_rows)
+        references[subject.name] = reference
+        asked = quick(layouts)[:2] if suite.with_engine else []
+        alone: list[Examined] | None = None
+        for name, layout in layouts.items():
+            if rows and time.monotonic() > deadline_s:
+                break
+            if len(rows) % LAYOUTS_A_POOL == LAYOUTS_A_POOL - 1:
+                site.pool.stop()  # ranks that have been laid out often hold on to gigabytes
+            row, found = _examined(suite, site, Examination(subject, reference, alone), name, layout)
+            alone = found if name == ONE_RANK else alone
+            if name in asked and found is not None:
+                row = _answered(suite, site, row, subject, reference.folder, layout)
+            rows.append(row)
+            report(row)
     return rows, references
 
 
 def _examined(
-    suite: Suite, pool: RankPool, of: Examination, name: str, layout: Layout
+    suite: Suite, site: Site, of: Examination, name: str, layout: Layout
 ) -> tuple[Row, list[Examined] | None]:
     """Return the row of a layout without its engine, and what ranks found, None where they failed."""
-    start_s, out, reference = time.monotonic(), suite.scratch / "exported", of.reference
+    start_s, out, reference = time.monotonic(), site.scratch / "exported", of.reference
     role = role_on(layout, reference.folder, training=training_of(of.subject.shape), **of.subject.section(layout))
     task = Task(role, reference.everything, reference.rollouts, out)
     try:
-        found = pool.run(examine, task, world_size=layout.world_size, timeout_s=suite.timeout_s)
+        found = site.pool.run(examine, task, world_size=layout.world_size, timeout_s=suite.timeout_s)
     except RanksFailed as failed:
         return _row(of.subject, name, layout, [], start_s, str(failed)), None
     figures = logprob_figures(found, layout, reference, suite.tolerances)
@@ -105,18 +98,18 @@ def _examined(
     return _row(of.subject, name, layout, figures, start_s), found
 
 
-def _answered(
-    suite: Suite, context: ForkServerContext, row: Row, subject: Subject, folder: Path, layout: Layout
-) -> Row:
-    """Return ``row`` with what engines answer that the layout publishes to. They have a pool of their own."""
-    start_s, out = time.monotonic() - row.time_s, suite.scratch / "published"
-    engine_tp = largest_engine(subject.shape, layout.world_size)
-    with _pool(suite, context, layout.world_size) as pool:
-        try:
-            asked = role_on(layout, folder), engine_tp, out
-            answers = pool.run(answer, *asked, world_size=layout.world_size, timeout_s=suite.timeout_s)
-        except RanksFailed as failed:
-            return _row(subject, row.layout, layout, list(row.figures.values()), start_s, str(failed))
+def _answered(suite: Suite, site: Site, row: Row, subject: Subject, folder: Path, layout: Layout) -> Row:
+    """Return ``row`` with what engines answer that the layout publishes to. Ranks are new before and after."""
+    start_s, out = time.monotonic() - row.time_s, site.scratch / "published"
+    engine_tp = largest_engine(subject.shape, math.gcd(layout.world_size, site.ranks_together))
+    site.pool.stop()  # the engine needs the memory
+    try:
+        asked = role_on(layout, folder), engine_tp, out
+        answers = site.pool.run(answer, *asked, world_size=layout.world_size, timeout_s=suite.timeout_s)
+    except RanksFailed as failed:
+        site.pool.stop()
+        return _row(subject, row.layout, layout, list(row.figures.values()), start_s, str(failed))
+    site.pool.stop()
     expected = greedy(out, prompts(subject.shape.vocab_size), GREEDY.max_tokens)
     shutil.rmtree(out)
     return _row(subject, row.layout, layout, [*row.figures.values(), engine_figure(answers, expected)], start_s)
@@ -136,28 +129,6 @@ def largest_engine(shape: ModelShape, num_ranks: int) -> int:
 def _row(subject: Subject, name: str, layout: Layout, figures: list[Figure], start_s: float, error: str = "") -> Row:
     by_check = {figure.check: figure for figure in figures}
     return Row(subject.name, name, layout.world_size, by_check, time.monotonic() - start_s, error)
-
-
-def _context(with_engine: bool) -> ForkServerContext:
-    """Return what starts ranks: forked from a server that on CPU has imported all they need, once for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    on_cpu = ["megarl.verify.preload_engine" if with_engine else "megarl.verify.preload"]
-    context.set_forkserver_preload(on_cpu if platform_name() == "cpu" else ["torch"])
-    return context
-
-
-@contextmanager
-def _pool(suite: Suite, context: ForkServerContext, size: int | None = None) -> Iterator[RankPool]:
-    """Yield a pool that is stopped afterwards, whose ranks know an address that is theirs meanwhile."""
-    folder = suite.scratch / f"ranks{time.monotonic_ns()}"
-    folder.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
-        pool = RankPool(folder, size or suite.max_ranks, context, environ)
-        try:
-            yield pool
-        finally:
-            pool.stop()
 
 
 def engine_is_installed() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megarl.parallel.environment import apply_environment
 from megarl.types import GenerationRequest, Sampling
-from tests.dist.vllm_case import environments, import_once, publish
+from tests.dist.vllm_case import environments, publish
 
 MAX_MODEL_LEN = 192
 # Of no common beginning, so that the prefix cache has nothing to give.
@@ -24,7 +24,6 @@ STEP_TOKENS = {"a step of one prompt": MAX_MODEL_LEN, "vLLM's own step": 4096}
 def main(folder: Path) -> None:
     """Save what the engine answers with every budget, and to each request alone."""
     apply_environment()
-    import_once()
     os.environ.update(environments(1)[0])
     import torch
 

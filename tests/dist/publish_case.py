@@ -16,7 +16,7 @@ from typing import Any
 
 from megarl.parallel.environment import apply_environment
 from megarl.types import GenerationRequest, Sampling
-from tests.dist.vllm_case import environments, import_once
+from tests.dist.vllm_case import environments
 
 PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9), (32, 38, 46))
 GREEDY = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -26,7 +26,6 @@ MAX_MODEL_LEN = 32
 def main(folders: list[Path]) -> int:
     """Run all ranks of all jobs. Return the number of those that failed."""
     apply_environment()
-    import_once()
     ranks = []
     for folder in folders:
         layout, split = json.loads((folder / "layouts.json").read_text())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from megarl.verify.pool import RankPool
+from tests.forked import ROOT, run_forked
 from tests.processes import CONTEXT
 
 
@@ -17,13 +16,5 @@ def cpu_pool(folder: Path, size: int = 4) -> RankPool:
 
 def run_case(module: str, *arguments: object) -> None:
     """Run ``module`` as a program, which starts ranks of its own; fail with all that it printed unless it ends well."""
-    finished = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
+    ended = run_forked("run", ("-m", module, *map(str, arguments)), ROOT, timeout_s=240)
+    assert ended.code == 0, ended.output

@@ -14,7 +14,7 @@ import pytest
 
 from megarl.parallel.cpu.accommodations import NAMES
 from tests.dist.platform_probes import ProbeRun, run_probes
-from tests.processes import CONTEXT
+from tests.processes import FRESH
 
 # What is seen without the accommodation.
 SYMPTOMS = {
@@ -36,8 +36,8 @@ def _probe(names: Collection[str], world_size: int, without: Collection[str] = (
     """Return the errors of all ranks by probe, from fresh processes."""
     with TemporaryDirectory() as folder:
         run = ProbeRun(sorted(names), without, world_size, Path(folder, "store"))
-        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
-        processes = [CONTEXT.Process(target=run_probes, args=(run, r, pipes[r][1])) for r in range(world_size)]
+        pipes = [FRESH.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [FRESH.Process(target=run_probes, args=(run, r, pipes[r][1])) for r in range(world_size)]
         for process, (_, there) in zip(processes, pipes, strict=True):
             process.start()
             there.close()

@@ -34,7 +34,6 @@ MAX_MODEL_LEN = 192
 def main(tensor_parallel_size: int, jobs: dict[Path, int]) -> int:
     """Run all ranks of all jobs. Return the number of those that failed."""
     apply_environment()
-    import_once()
     ranks = [
         multiprocessing.get_context("fork").Process(target=run_rank, args=(folder, tensor_parallel_size, environment))
         for folder, num_ranks in jobs.items()
@@ -45,20 +44,6 @@ def main(tensor_parallel_size: int, jobs: dict[Path, int]) -> int:
     for rank in ranks:
         rank.join()
     return sum(rank.exitcode != 0 for rank in ranks)
-
-
-def import_once() -> None:
-    """Import what every rank needs, before they are forked: eight times at once it takes a minute on two cores."""
-    from megarl.parallel.platform import install_platform
-
-    install_platform()
-    import megatron.core.parallel_state
-    import transformers
-    import vllm
-
-    import megarl.rollout.vllm_cpu
-
-    assert all((megatron, transformers.AutoConfig, vllm.LLM, megarl))
 
 
 def environments(num_ranks: int) -> list[dict[str, str]]:

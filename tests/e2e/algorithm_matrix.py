@@ -1,6 +1,6 @@
-"""Run main_ppo's loop for many algorithms in ranks that start once. Started by torchrun in the folder of a tiny task.
+"""Run main_ppo's loop for many algorithms in ranks that start once. Started on every rank in the folder of a tiny task.
 
-    torchrun ... algorithm_matrix.py OUT.json RECIPE CASE...
+    python -m tests.e2e.algorithm_matrix OUT.json RECIPE CASE...
 
 The ranks hold actor, reference, critic and engine, and each algorithm uses those that it needs. OUT.json gets the
 metrics of every step by the name of the case.

@@ -13,10 +13,10 @@ import pytest
 
 from megarl.catalog import ESTIMATORS
 from tests.e2e.algorithm_matrix import IMPOSSIBLE, KL, algorithms
-from tests.launch import run, torchrun
+from tests.forked import run_forked
 from tests.tiny_task import NUM_RANKS
 
-SCRIPT = Path(__file__).with_name("algorithm_matrix.py")
+SCRIPT = ("-m", "tests.e2e.algorithm_matrix")
 CASES = tuple(algorithms())
 Steps = list[dict[str, Any]]
 StepsOf = Callable[[str], Steps]
@@ -48,7 +48,7 @@ def _steps_of(folder: Path, recipe: str, cases: Sequence[str], quick: Sequence[s
     def run_all(is_quick: bool) -> dict[str, Steps]:
         out = f"{recipe}.{'quick' if is_quick else 'long'}.json"
         names = [case for case in cases if (case in quick) == is_quick]
-        finished = run(torchrun(NUM_RANKS, str(SCRIPT), out, recipe, *names), folder, timeout_s=900.0)
+        finished = run_forked("run", (*SCRIPT, out, recipe, *names), folder, num_ranks=NUM_RANKS, timeout_s=900.0)
         assert finished.code == 0, finished.output
         results: dict[str, Steps] = json.loads((folder / out).read_text())
         return results

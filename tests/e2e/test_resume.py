@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import Finished, run, torchrun
+from tests.forked import Ended, run_forked
 from tests.run_folder import hashes, lines_of
 from tests.tiny_task import NUM_RANKS
 
@@ -32,9 +32,9 @@ def broken_off(whole: Path, name: str) -> Path:
     return folder
 
 
-def go(tiny_task: Path, folder: Path, *overrides: str) -> Finished:
+def go(tiny_task: Path, folder: Path, *overrides: str) -> Ended:
     """Run or go on in ``folder``."""
-    return run(torchrun(NUM_RANKS, *PPO, f"trainer.run_dir={folder}", *overrides), tiny_task)
+    return run_forked("run", (*PPO, f"trainer.run_dir={folder}", *overrides), tiny_task, num_ranks=NUM_RANKS)
 
 
 @pytest.fixture(scope="module")

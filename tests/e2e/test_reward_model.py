@@ -14,10 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.e2e.recorded_rewards import RECORDED_TO
-from tests.launch import run, torchrun
+from tests.forked import run_forked
 from tests.tiny_task import NUM_RANKS
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, COEF = 3, 0.5
 JUDGE = "reward.model.path=judge"
 # Axes of its own: the actor is split over tensor-parallel ranks.
@@ -71,7 +70,7 @@ def done_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Done]:
         _write_judge(folder)
         command = ("-m", "tests.e2e.recorded_rewards", "--config-dir=.", "--config-name=rl", *RUNS[name])
         environ = {RECORDED_TO: str(folder / "scored.json")}
-        finished = run(torchrun(NUM_RANKS, *command), folder, python_path=REPOSITORY, environ=environ)
+        finished = run_forked("run", command, folder, num_ranks=NUM_RANKS, environ=environ)
         assert finished.code == 0, finished.output
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         scored = json.loads((folder / "scored.json").read_text())

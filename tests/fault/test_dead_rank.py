@@ -61,8 +61,8 @@ def strike(tiny_task: Path, command: list[str], name: str, fault: str) -> Struck
 
 @pytest.fixture(scope="module")
 def killed(tiny_task: Path) -> Callable[[str], Struck]:
-    """Return what kills rank 1 in the second step of an RL run under a launcher, once each."""
-    commands = {"ray": python(*RL), "torchrun": torchrun(NUM_RANKS, *RL)}
+    """Return what kills rank 1 in the second step of an RL run under a launcher, or an SFT run on Ray, once each."""
+    commands = {"ray": python(*RL), "torchrun": torchrun(NUM_RANKS, *RL), "sft": python(*SFT)}
     return cache(lambda name: strike(tiny_task, commands[name], f"killed_{name}", "kill:1:update:2"))
 
 
@@ -74,24 +74,26 @@ def failed(tiny_task: Path) -> Callable[[str, int], Struck]:
     return cache(lambda name, rank: strike(tiny_task, commands[name], f"failed_{name}", f"raise:{rank}:update:2"))
 
 
-LAUNCHERS = pytest.mark.parametrize("launcher", ["ray", pytest.param("torchrun", marks=pytest.mark.long)])
+LONG = [pytest.param(launcher, marks=pytest.mark.long) for launcher in ("ray", "torchrun")]
+KILLED = pytest.mark.parametrize("name", ["sft", *LONG])
 OF_TORCHRUN = pytest.param("torchrun", 1), pytest.param("torchrun_controller", 0, marks=pytest.mark.long)
 FAILED = pytest.mark.parametrize(("name", "rank"), [pytest.param("ray", 1, marks=pytest.mark.long), *OF_TORCHRUN])
 
 
-@LAUNCHERS
-def test_the_death_of_a_rank_ends_the_run_at_once(killed: Callable[[str], Struck], launcher: str) -> None:
-    assert killed(launcher).finished.code == 1
-    assert killed(launcher).stop_s < STOP_S
+@KILLED
+def test_the_death_of_a_rank_ends_the_run_at_once(killed: Callable[[str], Struck], name: str) -> None:
+    assert killed(name).finished.code == 1
+    assert killed(name).stop_s < STOP_S
 
 
-@LAUNCHERS
-def test_nothing_is_left_after_the_death_of_a_rank(killed: Callable[[str], Struck], launcher: str) -> None:
-    assert (killed(launcher).finished.processes, killed(launcher).left) == ((), set())
+@KILLED
+def test_nothing_is_left_after_the_death_of_a_rank(killed: Callable[[str], Struck], name: str) -> None:
+    assert (killed(name).finished.processes, killed(name).left) == ((), set())
 
 
-def test_ray_names_the_dead_rank_and_how_it_died(killed: Callable[[str], Struck]) -> None:
-    error = killed("ray").finished.stderr
+@pytest.mark.parametrize("name", ["sft", LONG[0]])
+def test_ray_names_the_dead_rank_and_how_it_died(killed: Callable[[str], Struck], name: str) -> None:
+    error = killed(name).finished.stderr
     assert error.startswith("WorkerError: rank 1 died in step 2, update_actor: ")
     assert "its worker process has died" in error
     assert "Traceback" not in error, "its peers' tracebacks only follow from the death"
@@ -104,7 +106,8 @@ def test_torchrun_names_the_dead_rank_and_how_it_died(killed: Callable[[str], St
     assert "Signal 9 (SIGKILL)" in cause
 
 
-@LAUNCHERS
+@pytest.mark.long  # tests/unit has each of these each time
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
 def test_rewards_that_raise_hang_or_are_no_number_are_counted_and_the_run_goes_on(
     killed: Callable[[str], Struck], launcher: str
 ) -> None:

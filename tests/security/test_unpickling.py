@@ -13,6 +13,7 @@ PACKAGES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "mar
 # What is told between ranks, and between `megarl verify` or the check of GPUs and their ranks.
 BETWEEN_PROCESSES = {
     *("launchers/parcels.py", "launchers/torchrun_group.py", "verify/pool.py", "verify/rank.py"),
+    *("verify/board.py", "verify/seat.py", "verify/torchrun_pool.py"),
     "gpu_check/ranks.py",  # in a folder that no other user may enter
 }
 

@@ -75,3 +75,16 @@ def test_the_mean_of_finite_rewards_is_finite() -> None:
     metrics = Rewards(_results(3e38, 3e38, 1e38), torch.zeros(3)).metrics()
     assert metrics["reward/mean"] == pytest.approx(7e38 / 3)
     assert metrics["reward/std"] == pytest.approx(9.428e37, rel=1e-3)
+
+
+def test_what_went_wrong_is_counted_by_its_kind_and_scores_as_it_is_told_to() -> None:
+    results = (
+        RewardResult(1.0, "ok"),
+        *(RewardResult(-0.5, "raised") for _ in range(3)),
+        *(RewardResult(-0.5, "timeout") for _ in range(2)),
+        RewardResult(-0.5, "invalid"),
+        RewardResult(1.0, "ok"),
+    )
+    metrics = Rewards(results, torch.zeros(8)).metrics()
+    assert [metrics[f"reward/num_{kind}"] for kind in ("raised", "timeout", "invalid")] == [3, 2, 1]
+    assert (metrics["reward/min"], metrics["reward/mean"]) == (-0.5, (2 * 1.0 - 6 * 0.5) / 8)

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, run_forked
+from tests.launch import python, run
+
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 MICRO = f"{ACTOR}.ppo_micro_batch_size_per_gpu"
 GRPO = (
@@ -27,27 +27,24 @@ DENSE = (
 TOO_MANY = "trainer.nnodes=4096", "data.train_batch_size=32768", f"{ACTOR}.ppo_mini_batch_size=262144"
 FITS, DOES_NOT_FIT, MISTAKE = 0, 1, 2
 
-# Runs the command as `python -m` does, and at its end says what of the heavy packages it loaded.
-COMMAND = """
-import atexit, runpy, sys
-heavy = {"torch", "ray", "megatron", "vllm", "transformers"}
-atexit.register(lambda: print("loaded:", *sorted(heavy & set(sys.modules)), file=sys.stderr))
-sys.argv[0] = "megarl.plan"
-runpy.run_module("megarl.plan", run_name="__main__", alter_sys=True)
-"""
-
 
 def _plan(*arguments: str) -> tuple[int, str, str]:
-    """Return the command's exit code and what it printed to stdout and to stderr, having loaded nothing heavy.
+    """Return the command's exit code and what it printed to stdout and to stderr.
 
     The main config is Megatron's, unless a recipe or the arguments say which.
     """
     of_recipe = any(argument.startswith(("experiment=", "--config-name=")) for argument in arguments)
     main = () if of_recipe else ("--config-name=ppo_megatron_trainer",)
-    done = subprocess.run([sys.executable, "-c", COMMAND, *main, *arguments], cwd=ROOT, capture_output=True, text=True)
-    *errors, loaded = done.stderr.splitlines()
-    assert loaded == "loaded:"
-    return done.returncode, done.stdout, "\n".join(errors)
+    ended = run_forked("plan", ("-m", "tests.unit.plan_program", *main, *arguments), ROOT)
+    *errors, loaded = ended.stderr.splitlines()
+    assert loaded == "loaded:", "what is heavy"
+    return ended.code, ended.stdout, "\n".join(errors)
+
+
+def test_the_command_by_itself_prints_the_same(tmp_path: Path) -> None:
+    arguments = "--config-name=ppo_megatron_trainer", *DENSE, "--device=h200"
+    done = run(python("-m", "megarl.plan", *arguments), tmp_path)
+    assert (done.code, done.stdout, done.stderr) == _plan(*arguments)
 
 
 def _typed(values: dict[str, Any]) -> list[str]:

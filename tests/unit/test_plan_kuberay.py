@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import yaml
+
+from tests.forked import ROOT, Ended, run_forked
 
 RECIPE = ("--config-name=ppo_megatron_trainer", "experiment=qwen3_235b_4x8")
 
 
-def printed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megarl.plan", *RECIPE, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def printed(*arguments: str) -> Ended:
+    return run_forked("plan", ("-m", "megarl.plan", *RECIPE, *arguments), ROOT)
 
 
 def test_the_manifest_has_a_pod_for_each_node_with_the_devices_and_memory_of_the_plan() -> None:
     done = printed("--kuberay=registry/megarl:1", "data.train_files=['a b.parquet']")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.code, done.stderr) == (0, "")
     job = yaml.safe_load(done.stdout)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert job["spec"]["entrypoint"] == (
@@ -38,14 +36,14 @@ def test_the_manifest_has_a_pod_for_each_node_with_the_devices_and_memory_of_the
 
 def test_a_run_that_does_not_fit_has_a_plan_and_no_manifest() -> None:
     done = printed("--kuberay=image", "actor_rollout_ref.rollout.gpu_memory_utilization=0.9")
-    assert done.returncode == 1 and "does not fit" in done.stdout and "RayJob" not in done.stdout
+    assert done.code == 1 and "does not fit" in done.stdout and "RayJob" not in done.stdout
 
 
 def test_engines_in_processes_of_their_own_have_pods_of_their_own() -> None:
     rollout = "actor_rollout_ref.rollout"
     sizes = (f"{rollout}.nnodes=2", f"{rollout}.n_gpus_per_node=4", f"{rollout}.tensor_model_parallel_size=4")
     done = printed("--kuberay=image", "--gpu-memory=10000", f"{rollout}.placement=server", *sizes)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.code, done.stderr) == (0, "")
     nodes, engines = yaml.safe_load(done.stdout)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (nodes["groupName"], nodes["replicas"]) == ("nodes", 3)
     assert (engines["groupName"], engines["replicas"], engines["rayStartParams"]["num-cpus"]) == ("engines", 2, "4")
@@ -56,4 +54,4 @@ def test_engines_in_processes_of_their_own_have_pods_of_their_own() -> None:
 def test_engines_on_the_trainers_devices_are_refused() -> None:
     served = ("actor_rollout_ref.rollout.placement=server", "actor_rollout_ref.rollout.n_gpus_per_node=0")
     done = printed("--kuberay=image", *served, "trainer.nnodes=1", "trainer.n_gpus_per_node=32", "--gpu-memory=10000")
-    assert done.returncode != 0 and "must be at least 1 in a manifest" in done.stdout + done.stderr
+    assert done.code != 0 and "must be at least 1 in a manifest" in done.stdout + done.stderr

@@ -11,6 +11,7 @@ import torch
 
 from megarl.errors import ConfigError, ModelFolderError
 from megarl.parallel.layout import Layout
+from megarl.verify.__main__ import main
 from megarl.verify.figures import (
     DISTRIBUTED_GRAD_NORM,
     DISTRIBUTED_LATER_LOSSES,
@@ -133,6 +134,24 @@ def test_a_mistake_in_the_command_is_told_before_torch_is_loaded(arguments: list
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert said in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layouts=tp4"], "--layouts tp4: is no layout of these models on up to 2 ranks"),
+        (["--max-ranks=4"], "--max-ranks = 4: must be at most 2, as many ranks as were started"),
+        (["--scratch=nowhere"], "--scratch = 'nowhere': must be a folder that is there"),
+    ],
+)
+def test_ranks_that_were_started_are_as_many_as_a_layout_may_have(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        main(arguments)
+    assert said in str(refused.value)
 
 
 def test_the_steps_of_a_larger_model_move_its_losses_as_little_as_those_of_a_tiny_one() -> None:

@@ -73,6 +73,8 @@ def _serve(folder: Path, rank: int, source: Path) -> None:
 
     platform = install_platform()
     torch.set_num_threads(1)
+    from torch.distributed import FileStore  # type: ignore[attr-defined] # torch doesn't list it
+
     from megarl.parallel.world import enter_world, leave_world
 
     gc.freeze()  # so that collecting the garbage of a case doesn't look at all that was imported
@@ -80,7 +82,8 @@ def _serve(folder: Path, rank: int, source: Path) -> None:
     answers = {}
     for name, case in cases.items():
         if rank < case.world_size:
-            enter_world(platform, rank, case.world_size, folder / f"store-{name}", TIMEOUT_S)
+            store = FileStore(str(folder / f"store-{name}"), case.world_size)
+            enter_world(platform, rank, case.world_size, store, TIMEOUT_S, local_rank=rank)
             answers[name] = case.function(*case.arguments)
             if torch.distributed.is_initialized():  # a rank that leaves first breaks the others' connections
                 torch.distributed.barrier()
