@@ -39,6 +39,11 @@ def end_quietly_with_the_reader() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
+def only_prints(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help or for the config: what one process prints, however many were started."""
+    return any(word.partition("=")[0] in ("--help", "-h", "--cfg", "-c") for word in arguments)
+
+
 def take_flags(parser: FlagParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the flags that ``parser`` knows and the arguments that remain. Raises ConfigError for a wrong value."""
     return parser.parse_known_args(list(arguments))

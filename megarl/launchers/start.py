@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
+from megarl.config.command_line import only_prints
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem, ResourceError
@@ -62,7 +63,8 @@ def serve_a_run() -> None:
 def serve_if_not_controller(serve: Callable[[], None] = serve_a_run) -> bool:
     """Serve until the controller ends, if this process was started as a rank other than 0; return whether it was one.
 
-    Ends the process where it is one of several that were started and aren't ranks; the first of them says why.
+    Ends the process where it is one of several that were started and aren't ranks; the first of them says why. A rank
+    has nothing to serve where the command only prints.
     """
     complete_world_of_srun()
     rank = placed_rank()
@@ -75,8 +77,9 @@ def serve_if_not_controller(serve: Callable[[], None] = serve_a_run) -> bool:
             complete_local_rank()
     if not rank:
         return False
-    apply_environment()
-    serve()
+    if not only_prints(sys.argv[1:]):
+        apply_environment()
+        serve()
     end_rank()
     return True
 

@@ -184,7 +184,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"}.isdisjoint(sys.argv) and serve_if_not_controller(_serve):
+    if serve_if_not_controller(_serve):
         sys.exit()
     with errors_reported():
         end_process(main(sys.argv[1:]))
