@@ -56,6 +56,7 @@ def test_a_bad_config_ends_a_job_before_any_node_is_started(cluster: Cluster, ta
     assert " nodes: " not in job.output
 
 
+@pytest.mark.long
 def test_a_node_that_does_not_see_the_run_folder_is_named(cluster: Cluster, task: Path) -> None:
     """The temporary folder of each node is its own."""
     job = cluster.run(task, TINY, "--nodes=2", MEGARL_RUNS="/tmp/nobody_elses", timeout_s=90)
@@ -65,6 +66,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster: Cluster, task
     assert cluster.slurm.processes() == []
 
 
+@pytest.mark.long
 def test_a_node_without_room_in_its_temporary_folder_is_named(cluster: Cluster, task: Path) -> None:
     local = cluster.folder / "local"
     local.mkdir()
