@@ -71,7 +71,7 @@ sglang: .venv-sglang/.done
 	@$(SGLANG_INSTALL) '$(TORCH)' 2>/dev/null || $(SGLANG_INSTALL) --index-url $(TORCH_INDEX) '$(TORCH)'
 	$(SGLANG_INSTALL) -r requirements/sglang.txt
 	$(SGLANG_INSTALL) --no-build-isolation --editable .
-	$(SGLANG)/python -m compileall -q -j 0 .venv-sglang/lib
+	$(SGLANG)/python -m compileall -q -j 0 -x '/py312_' .venv-sglang/lib
 	@touch $@
 
 # Three steps: torch, the other pins, and at last what is compiled against that torch, with the headers of those pins.

@@ -32,7 +32,8 @@ class _Seat:
     """The place of an engine, which another takes where one dies.
 
     version: of the weights that it runs. is_taking: whether it is told to take others. is_resting: whether it is told
-    to give its memory back. asked: what it hasn't finished, by number. owes_since_s: since when nothing was heard of it
+    to give its memory back. asked: what it hasn't finished, by number. begun: the version that it ran when it was asked
+    for that. owes_since_s: since when nothing was heard of it
     though something is due. losses: why engines died here, one after another.
     """
 
@@ -44,6 +45,7 @@ class _Seat:
     is_gone: bool = False
     version: int = UNPUBLISHED
     asked: dict[int, Ask] = field(default_factory=dict)
+    begun: dict[int, int] = field(default_factory=dict)
     owes_since_s: float = 0.0
     losses: list[str] = field(default_factory=list)
 
@@ -208,7 +210,7 @@ class ServedEngines:
         while self._waiting and able:
             ask = self._waiting.pop(0)
             seat = min(able, key=lambda seat: seat.num_tokens)
-            seat.asked[ask.number] = ask
+            seat.asked[ask.number], seat.begun[ask.number] = ask, seat.version
             self._say(seat)
             given.setdefault(seat.number, []).append(ask)
         for number, asks in given.items():
@@ -279,7 +281,8 @@ class ServedEngines:
                 seat.is_taking, seat.version = False, version
                 self._hand_out()
             case Done(number=number, index=index, rollout=rollout):
-                if rollout.last_version != seat.version:
+                # One that ended just before the engine took other weights may be told of just after.
+                if not seat.begun[number] <= rollout.last_version <= seat.version:
                     raise EngineLost(
                         f"it answered with the weights of publication {rollout.last_version}, not {seat.version}"
                     )
@@ -288,6 +291,8 @@ class ServedEngines:
                 assert len(left) < len(ask.indices), f"rollout {index} of group {number} came twice"
                 if left:
                     seat.asked[number] = replace(ask, indices=left)
+                else:
+                    del seat.begun[number]
                 self._done[number, index] = rollout
                 self._hears[number](rollout)
                 seat.losses.clear()
@@ -302,7 +307,7 @@ class ServedEngines:
         """Queue again what an engine hadn't finished, and give its seat up where too many were lost."""
         num_left = sum(len(ask.indices) for ask in seat.asked.values())
         self._waiting[:0] = seat.asked.values()
-        seat.asked, seat.version = {}, UNPUBLISHED
+        seat.asked, seat.begun, seat.version = {}, {}, UNPUBLISHED
         seat.is_ready = seat.is_taking = seat.is_resting = False
         seat.losses.append(why)
         seat.is_gone = len(seat.losses) >= _MAX_LOSSES

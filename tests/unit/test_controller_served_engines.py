@@ -305,3 +305,32 @@ def test_an_error_that_another_start_would_not_heal_ends_the_run_as_it_is(error:
     ):
         generate(engines, REQUESTS, SAMPLING)
     assert len(started) == 1
+
+
+@dataclass
+class Late(Engine):
+    """An engine that tells of its first rollouts once it has taken other weights. stamp: of these rollouts."""
+
+    held: list[Ask] = field(default_factory=list)
+
+    def send(self, order: Order) -> None:
+        if not isinstance(order, Take | Rest):
+            self.held += order
+            return
+        super().send(order)
+        held, self.held = self.held, []
+        super().send(tuple(held))
+
+
+@pytest.mark.parametrize(("stamp", "is_lost"), [(0, False), (1, False), (-1, True), (2, True)])
+def test_rollouts_that_ended_before_a_switch_count_though_they_are_told_of_after_it(stamp: int, is_lost: bool) -> None:
+    def make(number: int, before: int) -> Engine:
+        return Engine(number) if before else Late(number, stamp=stamp)
+
+    with running(make) as (engines, _, told):
+        numbers = engines.ask(REQUESTS, SAMPLING)
+        engines.take(Take(1, ()))
+        versions = {r.policy_version for group in engines.collect(numbers) for r in group}
+    assert versions == ({1} if is_lost else {stamp})
+    assert len(told) == is_lost
+    assert not is_lost or f"it answered with the weights of publication {stamp}, not 1" in told[0]
