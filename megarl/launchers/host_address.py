@@ -14,6 +14,12 @@ from megarl.errors import Absent, ConfigError, Problem
 ENGINE_HOSTS = "MEGARL_ENGINE_HOSTS"
 TOKEN = "MEGARL_JOB_TOKEN"
 """The variable with the secret by which the nodes of a job know each other."""
+NO_TOKEN = Problem(
+    TOKEN,
+    Absent(),
+    "isn't set, and nodes know each other by it",
+    f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' '), the same on all nodes",
+)
 START_S = "MEGARL_START_S"
 """The variable with the seconds for all nodes to be there."""
 DEFAULT_START_S = 300.0
@@ -56,8 +62,7 @@ def hosts_at(text: str, key: str, environ: Mapping[str, str] = os.environ) -> Ho
         allowed = "must be host:port, a free port of the node that the run's controller is on"
         problems.append(Problem(key, text, allowed, "as in 10.0.0.1:29510"))
     if not environ.get(TOKEN):
-        fix = f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' '), the same on all nodes"
-        problems.append(Problem(TOKEN, Absent(), "isn't set, and nodes know each other by it", fix))
+        problems.append(NO_TOKEN)
     wait = environ.get(START_S, "") or str(DEFAULT_START_S)
     if not wait.replace(".", "", 1).isdecimal():
         problems.append(Problem(START_S, wait, "must be a number of seconds", f"{START_S}={DEFAULT_START_S:g}"))

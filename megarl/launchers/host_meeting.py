@@ -21,7 +21,7 @@ from megarl.errors import ResourceError
 from megarl.launchers.host_address import ENGINE_HOSTS, START_S, TOKEN, HostsAddress
 from megarl.launchers.versions import other_versions, versions_here
 from megarl.parallel.environment import platform_name, visible_devices
-from megarl.ranks.meeting import listening
+from megarl.ranks.meeting import reserved
 
 _RETRY_S = 0.2
 _TELL_S = 10.0  # hosts that are started with the run are there by then
@@ -88,14 +88,8 @@ def called_hosts(
 
     Raises ResourceError with what is wrong with one, or where they don't come in time.
     """
-    try:
-        listener = listening(address.host, address.port)
-    except OSError as error:
-        raise ResourceError(
-            f"port {address.port} of {address.host} can't be had: {os.strerror(error.errno or 0)}. fix: "
-            f"{ENGINE_HOSTS}=HOST:PORT with one that is free on the node of rank 0"
-        ) from error
-    with listener:
+    fix = f"{ENGINE_HOSTS}=HOST:PORT with one that is free on the node of rank 0"
+    with reserved(address.host, address.port, fix) as listener:
         there = _those_that_come(address, num_hosts, listener, tell)
     found = sorted(there, key=lambda host: (host.facts.name, host.peer))
     own = HostFacts.here()

@@ -23,8 +23,8 @@ from megarl.config.command_line import parse_command_line
 from megarl.config.compose import compose, errors_reported
 from megarl.config.programs import PPO, PROGRAMS, for_recipe
 from megarl.config.schema import PPOConfig
-from megarl.errors import Absent, ConfigError, Problem, ResourceError
-from megarl.launchers.host_address import TOKEN
+from megarl.errors import ConfigError, Problem, ResourceError
+from megarl.launchers.host_address import DEFAULT_START_S, NO_TOKEN, TOKEN
 from megarl.monitor.disk import refusals_named
 from megarl.nodes.children import adopt_orphans
 from megarl.nodes.facts import NodeFacts, differences, read_facts, report
@@ -117,7 +117,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, tuple[str,
     parser.add_argument("--port", type=int, default=20000, help=f"the first of {NUM_PORTS} that are this job's")
     parser.add_argument("--job", default="0", help="a name that no other job on these nodes has")
     parser.add_argument("--logs", default="logs", help="a folder on a file system that all nodes see")
-    parser.add_argument("--wait-s", type=float, default=300.0, help="for all nodes to be there")
+    parser.add_argument("--wait-s", type=float, default=DEFAULT_START_S, help="for all nodes to be there")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started on every node")
     parser.add_argument("command", nargs="+", metavar="-- megarl.main_ppo ...")
     asked = parser.parse_args(arguments)
@@ -129,8 +129,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, tuple[str,
     if not 0 <= asked.node_rank < len(names):
         problems.append(Problem("--node-rank", asked.node_rank, f"must be from 0 to {len(names) - 1}"))
     if len(names) > 1 and not (asked.dry_run or os.environ.get(TOKEN)):
-        fix = f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' '), the same on all nodes"
-        problems.append(Problem(TOKEN, Absent(), "isn't set, and nodes know each other by it", fix))
+        problems.append(NO_TOKEN)
     lowest = _lowest_ephemeral_port()
     if not 1024 <= asked.port <= lowest - NUM_PORTS:
         allowed = f"must be from 1024 to {lowest - NUM_PORTS}: the kernel gives those from {lowest} to anybody"
@@ -151,7 +150,7 @@ def _values(command: Sequence[str]) -> dict[str, Any]:
 
 
 def _engine_nodes(run: Run, values: Mapping[str, Any]) -> int:
-    """Return how many nodes have engines and no ranks, where Ray places neither.
+    """Return the number of nodes that have engines and no ranks, where Ray places neither; else 0.
 
     Raises ConfigError where nodes of either don't add up to those of the job.
     """

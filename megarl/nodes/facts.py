@@ -16,6 +16,8 @@ from typing import Any
 from megarl.launchers.versions import other_versions, versions_here
 from megarl.parallel.environment import platform_name
 
+OTHER_PORTS = "MEGARL_PORT=PORT, the first of ten that are free on every node"
+"""What is to be done where a port of the job is another program's."""
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _FABRIC = Path("/sys/class/infiniband")
@@ -94,10 +96,7 @@ def differences(
             yield f"{node.own_folder} on {node.name}. fix: TMPDIR=FOLDER, where every node has room of its own for you"
         if node.taken_ports:
             taken = ", ".join(map(str, node.taken_ports))
-            yield (
-                f"another program listens on {node.name} at what this job would: {taken}. fix: MEGARL_PORT=PORT, the "
-                "first of ten that are free on every node"
-            )
+            yield f"another program listens on {node.name} at what this job would: {taken}. fix: {OTHER_PORTS}"
         if node.num_devices is not None and node.num_devices < devices:
             yield f"{node.name} has {node.num_devices} GPUs, and {devices} are wanted of each node (MEGARL_DEVICES)"
         if node.platform != first.platform:

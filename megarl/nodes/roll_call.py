@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import socket
 import threading
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 
 from megarl.errors import ResourceError
 from megarl.nodes.channel import SILENCE_S, Channel, answer, challenge
-from megarl.nodes.facts import NodeFacts
-from megarl.ranks.meeting import listening
+from megarl.nodes.facts import OTHER_PORTS, NodeFacts
+from megarl.ranks.meeting import reserved
 
 _RETRY_S = 0.2
 
@@ -44,13 +43,7 @@ class Meeting:
 
 def open_meeting(meeting: Meeting) -> socket.socket:
     """Return the first node's listener. Raises ResourceError where the port is taken."""
-    try:
-        return listening(meeting.host, meeting.port)
-    except OSError as error:
-        raise ResourceError(
-            f"port {meeting.port} of {meeting.host} can't be had: {os.strerror(error.errno or 0)}. fix: "
-            "MEGARL_PORT=PORT, the first of ten that are free on every node"
-        ) from error
+    return reserved(meeting.host, meeting.port, OTHER_PORTS)
 
 
 def call_roll(

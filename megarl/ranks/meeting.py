@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from megarl.errors import ResourceError
+
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch doesn't list it
 
@@ -66,6 +68,15 @@ def listening(host: str, port: int = 0) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except OSError:
         return socket.create_server(("", port), family=family)
+
+
+def reserved(host: str, port: int, fix: str) -> socket.socket:
+    """Return a socket that listens at a port, as ``listening``. Raises ResourceError with ``fix`` where it is taken."""
+    try:
+        return listening(host, port)
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise ResourceError(f"port {port} of {host} can't be had: {why}. fix: {fix}") from error
 
 
 def meeting_host() -> str:

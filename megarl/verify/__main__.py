@@ -160,7 +160,7 @@ def _verify(flags: argparse.Namespace, asked_ranks: int, models: Sequence[Subjec
 
 
 def _command(arguments: Sequence[str], num_placed: int | None, num_nodes: int) -> str:
-    """Return what was typed, without the folders of this machine; of ranks that were started, as for torchrun."""
+    """Return the command as typed, without the folders of this machine; of ranks that were started, as for torchrun."""
     shown = ["=".join(Path(part).name or part for part in argument.split("=")) for argument in arguments]
     if num_placed is None:
         return shlex.join(["python", "-m", "megarl.verify", *shown])

@@ -99,7 +99,7 @@ class Board:
         self._set(f"answer/{number}/{rank}", pickle.dumps(outcome))
 
     def answers(self, number: int, ranks: Iterable[int]) -> dict[int, Outcome]:
-        """Return what has come of an order on those of ``ranks`` that have answered, and forget it."""
+        """Return the outcomes of an order by rank, of those of ``ranks`` that have answered, and forget them."""
         found: dict[int, Outcome] = {}
         for rank in ranks:
             key = f"answer/{number}/{rank}"
@@ -122,7 +122,7 @@ class Board:
             self._store.set(key, content)  # type: ignore[arg-type] # it takes bytes as they are
 
     def _found(self, key: str) -> bytes | None:
-        """Return what is there, None where nothing is."""
+        """Return the content of a key, None where it has none."""
         with _losses_named():
             return self._store.get(key) if self._store.check([key]) else None
 

@@ -67,7 +67,7 @@ class RankProcess:
 
 
 def rank_context(with_engine: bool) -> ForkServerContext:
-    """Return what starts ranks: forked from a server that on CPU has imported all they need, once for all of them."""
+    """Return the context that forks ranks from a server, which on CPU has imported all they need, once for all."""
     context = multiprocessing.get_context("forkserver")
     on_cpu = ["megarl.verify.preload_engine" if with_engine else "megarl.verify.preload"]
     context.set_forkserver_preload(on_cpu if platform_name() == "cpu" else ["torch"])

@@ -83,7 +83,7 @@ class Seat:
         return None
 
     def _finished(self, process: RankProcess, number: int) -> Outcome:
-        """Return what the rank answers, or where it is when the controller goes on without it."""
+        """Return the rank's outcome; an error with where it is when the controller goes on without it."""
         while not process.connection.poll(POLL_S):
             if self.board.is_told(number + 1):
                 process.ask_for_stack()

@@ -107,9 +107,9 @@ def _answered(suite: Suite, site: Site, row: Row, subject: Subject, folder: Path
         asked = role_on(layout, folder), engine_tp, out
         answers = site.pool.run(answer, *asked, world_size=layout.world_size, timeout_s=suite.timeout_s)
     except RanksFailed as failed:
-        site.pool.stop()
         return _row(subject, row.layout, layout, list(row.figures.values()), start_s, str(failed))
-    site.pool.stop()
+    finally:
+        site.pool.stop()
     expected = greedy(out, prompts(subject.shape.vocab_size), GREEDY.max_tokens)
     shutil.rmtree(out)
     return _row(subject, row.layout, layout, [*row.figures.values(), engine_figure(answers, expected)], start_s)

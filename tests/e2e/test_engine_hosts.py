@@ -80,6 +80,13 @@ class Nodes:
         assert (finished.processes, shared_memory() - before) == ((), set()), finished.output
         return finished
 
+    def start_long(self, name: str, stderr: int) -> subprocess.Popen[str]:
+        """Start a run that goes on for longer than its test."""
+        arguments = (*COMMAND, f"trainer.run_dir=runs/{name}", "trainer.total_training_steps=200")
+        environ = {**os.environ, **self.environ}
+        command = torchrun(NUM_RANKS, *arguments)
+        return subprocess.Popen(command, cwd=self.task, env=environ, stderr=stderr, text=True)
+
 
 @pytest.fixture(scope="module")
 def beside(tiny_task: Path) -> Path:
@@ -137,13 +144,7 @@ def test_a_run_without_its_only_host_ends_with_the_name_of_that(tiny_task: Path)
     nodes = Nodes(tiny_task)
     metrics = tiny_task / "runs" / "alone" / "metrics.jsonl"
     with nodes.host(apart=False) as host:
-        process = subprocess.Popen(
-            torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/alone", "trainer.total_training_steps=200"),
-            cwd=tiny_task,
-            env={**os.environ, **nodes.environ},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = nodes.start_long("alone", stderr=subprocess.PIPE)
         until(lambda: metrics.is_file() and len(lines_of(metrics.parent)) > 1)
         engines = engines_of(host)
         host.kill()
@@ -158,12 +159,7 @@ def test_a_controller_that_is_killed_leaves_nothing_on_the_node_of_engines(tiny_
     nodes = Nodes(tiny_task)
     metrics = tiny_task / "runs" / "left" / "metrics.jsonl"
     with nodes.host(apart=False) as host:
-        process = subprocess.Popen(
-            torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/left", "trainer.total_training_steps=200"),
-            cwd=tiny_task,
-            env={**os.environ, **nodes.environ},
-            stderr=subprocess.DEVNULL,
-        )
+        process = nodes.start_long("left", stderr=subprocess.DEVNULL)
         until(lambda: metrics.is_file() and bool(lines_of(metrics.parent)))
         engines = engines_of(host)
         [controller] = [rank for rank in psutil.Process(process.pid).children() if rank.environ()["RANK"] == "0"]
