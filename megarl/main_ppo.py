@@ -11,6 +11,7 @@ from megarl.config.compose import run_hydra
 from megarl.config.programs import PPO
 from megarl.config.secrets import without_secrets
 from megarl.controller.observer import Observer
+from megarl.launchers.engine_placer import engine_placer
 from megarl.launchers.ray_devices import find_gpus_of_ray
 from megarl.launchers.start import check_launch, dismiss_ranks, end_process, end_rank, serve_if_not_controller
 from megarl.monitor.console import stage_line
@@ -35,7 +36,7 @@ def run_ppo(values: Mapping[str, Any], overrides: Sequence[str], observer: Obser
     checked = check_ppo(values)
     config = checked.config
     check_launch(config)
-    plan = fitting_plan(checked)
+    plan = fitting_plan(checked, engine_placer())
 
     print(stage_line(1, 3, "reading the tokenizer and the prompts"), flush=True)
     # Not before the checks: from here on torch and transformers are loaded.

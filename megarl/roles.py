@@ -321,12 +321,6 @@ def num_engines(c: PPOConfig) -> int:
     return num_engine_ranks(c) // c.actor_rollout_ref.rollout.tensor_model_parallel_size
 
 
-def processes_per_node(c: PPOConfig | SFTConfig) -> int:
-    """Return the number of ranks on a node, with those of engines beside the trainer's."""
-    beside = engine_ranks_per_node(c) if isinstance(c, PPOConfig) and is_served(c) else 0
-    return c.trainer.n_gpus_per_node + beside
-
-
 def _layout(c: PPOConfig | SFTConfig, backend: BackendConfig, model: ModelFacts) -> Layout:
     """Return the layout of a role; of a model that is known to have no experts nothing is split by their axes."""
     layout, shape = layout_of(backend, num_ranks(c)), model.known_shape

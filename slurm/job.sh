@@ -66,6 +66,11 @@ on_first_node() {
 
 check() {
   local python=("${MEGARL_PYTHON:-python}" -m megarl.plan)
+  if [ "$nodes" -gt 1 ]; then # who will start engines that are in processes of their own
+    local placer=MEGARL_ENGINE_HOSTS
+    [ "$launcher" != ray ] || placer=RAY_ADDRESS
+    python=(env "$placer=job" "${python[@]}")
+  fi
   if [ "$mode" = dry-run ]; then return; fi
   if in_job; then
     on_first_node "${python[@]}" --here "${sizes[@]}" "$@"

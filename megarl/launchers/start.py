@@ -14,6 +14,7 @@ from megarl.config.command_line import only_prints
 from megarl.config.compose import USER_ERROR, errors_reported
 from megarl.config.schema import SGLANG, PPOConfig, SFTConfig, SFTTrainerConfig
 from megarl.errors import ConfigError, Problem, ResourceError
+from megarl.launchers.engine_placer import are_placed_by_ray
 from megarl.launchers.engine_processes import EngineProcesses, RunningEngine
 from megarl.launchers.group import WorkerGroup
 from megarl.launchers.host_address import ENGINE_HOSTS, named_hosts
@@ -172,7 +173,7 @@ def engine_starter(config: PPOConfig, start: EngineStart, tell: Callable[[str], 
     """
     trainer, nodes, per_node = config.trainer, config.actor_rollout_ref.rollout.nnodes, engine_ranks_per_node(config)
     passed, tp = passed_environment(trainer.pass_environment), start.spec.tensor_parallel_size
-    if _are_placed_by_ray():
+    if are_placed_by_ray():
         from megarl.launchers.ray_engines import engines_on_ray
 
         ranks = trainer.nnodes, trainer.n_gpus_per_node
@@ -192,11 +193,6 @@ def engine_starter(config: PPOConfig, start: EngineStart, tell: Callable[[str], 
         return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
 
     return EngineStarter(start_here, lambda group: nullcontext())
-
-
-def _are_placed_by_ray() -> bool:
-    """Whether processes are placed on the nodes of a cluster that was named."""
-    return placed_rank() is None and named_cluster() is not None
 
 
 def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:
@@ -260,7 +256,7 @@ def _check_engines(config: PPOConfig) -> None:
             fix = f"actor_rollout_ref.rollout.placement=server, or unset {ENGINE_HOSTS}"
             raise ConfigError([Problem(ENGINE_HOSTS, address.place, why, fix)])
         return
-    elsewhere = {RAY_ADDRESS: _are_placed_by_ray(), ENGINE_HOSTS: address is not None}
+    elsewhere = {RAY_ADDRESS: are_placed_by_ray(), ENGINE_HOSTS: address is not None}
     if all(elsewhere.values()):
         why = f"is for engines that nobody else places, and Ray places those of a run with {RAY_ADDRESS}"
         raise ConfigError([Problem(ENGINE_HOSTS, os.environ[ENGINE_HOSTS], why, f"unset {ENGINE_HOSTS}")])

@@ -16,16 +16,17 @@ from megarl.config.compose import errors_reported, run_hydra
 from megarl.config.programs import PPO, SFT, Program, program_of
 from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import Absent, ConfigError, Problem
+from megarl.launchers.engine_placer import engine_placer
 from megarl.parallel.environment import PlatformName, platform_name
 from megarl.plan.advise import advise
 from megarl.plan.changes import device_with_memory
 from megarl.plan.devices import Device, device, this_device
+from megarl.plan.engine_place import EnginePlacer, engine_place, processes_per_node
 from megarl.plan.kuberay import kuberay_manifest
 from megarl.plan.of_run import known_models, plan_of, planned
 from megarl.plan.report import advice_json, advice_text, no_effect_text, plan_json, plan_text
 from megarl.plan.run_plan import RunPlan
 from megarl.plan.verdict import verdict_on
-from megarl.roles import processes_per_node
 
 HELP = """\
 usage: python -m megarl.plan [--config-name=FILE] [experiment=NAME] [key=value ...]
@@ -83,33 +84,36 @@ def main() -> None:
                     [Problem("--advise", Absent(), "searches layouts of an RL run alone", "leave it out")]
                 )
             of_sft = check_sft(values, files_may_be_missing=not flags.here, platform=platform)
-            place = _place(of_sft.config, None if flags.here else name, flags.gpu_memory)
+            placer = EnginePlacer.COMMAND
+            place = _place(of_sft.config, placer, None if flags.here else name, flags.gpu_memory)
             if flags.kuberay is not None:
-                _kuberay(of_sft, place, SFT, rest, flags.kuberay)
+                _kuberay(of_sft, place, placer, SFT, rest, flags.kuberay)
             else:
-                _plan(of_sft, place, flags.json, flags.here)
+                _plan(of_sft, place, placer, flags.json, flags.here)
             return
         checked = check_ppo(values, files_may_be_missing=not flags.here, platform=platform)
-        place = _place(checked.config, None if flags.here else name, flags.gpu_memory)
+        # Pods of a manifest have the devices of ranks or of engines, and no more.
+        placer = engine_placer() if flags.kuberay is None else EnginePlacer.HOSTS
+        place = _place(checked.config, placer, None if flags.here else name, flags.gpu_memory)
         if flags.kuberay is not None:
-            _kuberay(checked, place, PPO, rest, flags.kuberay)
+            _kuberay(checked, place, placer, PPO, rest, flags.kuberay)
         elif flags.advise:
             _advise(checked, place, flags.json)
         else:
-            _plan(checked, place, flags.json, flags.here and not checked.config.trainer.plan_must_fit)
+            _plan(checked, place, placer, flags.json, flags.here and not checked.config.trainer.plan_must_fit)
 
     run_hydra(PPO.config_name, task, rest, HELP)
 
 
-def _place(config: PPOConfig | SFTConfig, name: str | None, gpu_memory: float | None) -> Device:
+def _place(config: PPOConfig | SFTConfig, placer: EnginePlacer, name: str | None, gpu_memory: float | None) -> Device:
     """Return the device of a rank: by name, this machine's where it is None."""
-    ranks = processes_per_node(config)
+    ranks = processes_per_node(config, engine_place(config, placer))
     return device_with_memory(this_device(ranks) if name is None else device(name, ranks, "--device"), gpu_memory)
 
 
-def _plan(checked: CheckedRun[C], place: Device, as_json: bool, may_lack: bool) -> None:
+def _plan(checked: CheckedRun[C], place: Device, placer: EnginePlacer, as_json: bool, may_lack: bool) -> None:
     """Print the plan; exit with a code where it doesn't fit, unless it ``may_lack`` memory and starts all the same."""
-    plan = planned(checked, place)
+    plan = planned(checked, place, placer)
     verdict = None
     if not plan.fits:
         verdict = verdict_on(checked.config, plan, lambda c: plan_of(checked, c, place), known_models(checked))
@@ -122,13 +126,15 @@ def _plan(checked: CheckedRun[C], place: Device, as_json: bool, may_lack: bool) 
         sys.exit(DOES_NOT_FIT)
 
 
-def _kuberay(checked: CheckedRun[C], place: Device, program: Program, arguments: Sequence[str], image: str) -> None:
+def _kuberay(
+    checked: CheckedRun[C], place: Device, placer: EnginePlacer, program: Program, arguments: Sequence[str], image: str
+) -> None:
     """Print the manifest of a run that fits."""
-    plan = planned(checked, place)
+    plan = planned(checked, place, placer)
     if plan.fits:
         print(kuberay_manifest(plan, program.name, arguments, image), end="")
     else:
-        _plan(checked, place, as_json=False, may_lack=False)
+        _plan(checked, place, placer, as_json=False, may_lack=False)
 
 
 def _advise(checked: CheckedRun[PPOConfig], place: Device, as_json: bool) -> None:

@@ -8,20 +8,21 @@ from megarl.checks.run import CheckedRun
 from megarl.config.schema import PPOConfig, SFTConfig
 from megarl.errors import ConfigError, Problem
 from megarl.plan.devices import Device, this_device
+from megarl.plan.engine_place import EnginePlacer, engine_place, processes_per_node
 from megarl.plan.memory import GIB
 from megarl.plan.report import plan_text
 from megarl.plan.run_plan import RunPlan, plan_run
 from megarl.plan.verdict import verdict_on
-from megarl.roles import FindModel, processes_per_node, roles_of
+from megarl.roles import FindModel, roles_of
 
 C = TypeVar("C", PPOConfig, SFTConfig)
 
 ROLLOUT_MEMORY = "actor_rollout_ref.rollout.gpu_memory_utilization"
 
 
-def planned(checked: CheckedRun[C], device: Device) -> RunPlan:
-    """Return the plan of a run."""
-    return plan_run(checked.config, checked.roles, device, num_steps=checked.num_steps)
+def planned(checked: CheckedRun[C], device: Device, placer: EnginePlacer = EnginePlacer.COMMAND) -> RunPlan:
+    """Return the plan of a run. placer: of engines in processes of their own."""
+    return plan_run(checked.config, checked.roles, device, placer=placer, num_steps=checked.num_steps)
 
 
 def known_models(checked: CheckedRun[C]) -> FindModel:
@@ -37,14 +38,17 @@ def plan_of(checked: CheckedRun[C], config: C, device: Device) -> RunPlan:
 
 def plan_here(checked: CheckedRun[SFTConfig]) -> str:
     """Return the plan of supervised fine-tuning on this machine as text, whether or not it fits."""
-    return plan_text(planned(checked, this_device(processes_per_node(checked.config))))
+    return plan_text(planned(checked, this_device(checked.config.trainer.n_gpus_per_node)))
 
 
-def fitting_plan(checked: CheckedRun[PPOConfig]) -> str:
-    """Return the plan of a run on this machine as text. Raises ConfigError where it must fit and doesn't."""
+def fitting_plan(checked: CheckedRun[PPOConfig], placer: EnginePlacer) -> str:
+    """Return the plan of a run on this machine as text. placer: of engines in processes of their own.
+
+    Raises ConfigError where it must fit and doesn't.
+    """
     config = checked.config
-    device = this_device(processes_per_node(config))
-    plan = planned(checked, device)
+    device = this_device(processes_per_node(config, engine_place(config, placer)))
+    plan = planned(checked, device, placer)
     if plan.fits or not config.trainer.plan_must_fit:
         return plan_text(plan)
     verdict = verdict_on(config, plan, lambda c: plan_of(checked, c, device), known_models(checked))

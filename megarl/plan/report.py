@@ -11,6 +11,7 @@ from megarl.config.schema import MegatronConfig, TrainedMegatronConfig
 from megarl.errors import Problem
 from megarl.plan import memory, step_time
 from megarl.plan.advise import Advice
+from megarl.plan.engine_place import EnginePlace
 from megarl.plan.memory import GIB, Phase
 from megarl.plan.publish import PlanningCost, Traffic, planning_cost
 from megarl.plan.run_plan import RunPlan
@@ -133,12 +134,17 @@ def _engine_lines(plan: RunPlan) -> list[str]:
         spread = [f"engines: {shape.num_experts // split.ep} experts of a layer on each of {split.ep} ranks, whole"]
     if not plan.is_served:
         return spread
-    nodes, beside = plan.engine_nodes, f"as many devices beside the ranks; counted from rank {plan.num_ranks}"
-    where = f"on {nodes} node{'s' if nodes > 1 else ''}, " if plan.are_engines_elsewhere else ""
+    nodes, whose = plan.engine_nodes, "of their own" if plan.engine_place.is_across else "beside the ranks"
+    own = " of their own" if plan.engine_place is EnginePlace.APART else ""
+    where = f"on {nodes} node{'s' if nodes > 1 else ''}{own}, " if plan.engine_place.is_across else ""
     return [
         *spread,
         f"engines: {plan.num_engines} of TP {split.tp}, {where}in {ranks} process{'es' if ranks > 1 else ''} and on "
-        + ("the ranks' devices, where they rest while these train" if plan.shares_devices else beside),
+        + (
+            "the ranks' devices, where they rest while these train"
+            if plan.shares_devices
+            else f"as many devices {whose}; counted from rank {plan.num_ranks}"
+        ),
     ]
 
 
@@ -185,7 +191,8 @@ def _memory_lines(plan: RunPlan) -> list[str]:
             f"{tp} rank{'s' if tp > 1 else ''}: {cached // plan.max_sequence:,} of the longest "
             "sequences at once"
         )
-    lines.append(f"host memory a node: {plan.host_bytes_per_node / GIB:.0f} GiB")
+    shared = ", where Ray places engines on a node of ranks" if plan.engine_place is EnginePlace.ANYWHERE else ""
+    lines.append(f"host memory a node: {plan.host_bytes_per_node / GIB:.0f} GiB{shared}")
     return lines
 
 
@@ -196,7 +203,7 @@ def _items_words(phase: Phase) -> str:
 
 def _crossing_lines(plan: RunPlan, traffic: Traffic) -> list[str]:
     """Return the line on what crosses to the nodes of engines."""
-    if not plan.are_engines_elsewhere:
+    if not plan.engine_place.is_across:
         return []
     return [
         f"  {traffic.received_across / _GB:.2f} GB cross to each node of engines where the ranks are on others, "
@@ -218,7 +225,7 @@ def _publish_lines(plan: RunPlan) -> list[str]:
             f"  {traffic.seconds:.2g} s at {plan.device.host_link_bytes_per_s / _GB:g} GB/s to and from the host"
             + (
                 f" and {plan.device.inter_node_bytes_per_s / _GB:g} GB/s between nodes"
-                if plan.are_engines_elsewhere
+                if plan.engine_place.is_across
                 else ""
             ),
         ]

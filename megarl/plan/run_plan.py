@@ -14,6 +14,7 @@ from megarl.errors import ConfigError, Problem
 from megarl.parallel.layout import EngineLayout
 from megarl.plan.algorithm import algorithm_lines
 from megarl.plan.devices import CPU, Device
+from megarl.plan.engine_place import EnginePlace, EnginePlacer, engine_place
 from megarl.plan.memory import Engine, Phase, engine_of, engine_phase, phases_of
 from megarl.plan.publish import Traffic, handed_traffic, publish_traffic
 from megarl.plan.sizes import FP32_BYTES, StaticBytes
@@ -45,8 +46,8 @@ class RunPlan:
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
     engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
     their own, whose ranks are counted after the trainer's. engine_nodes: of engines in processes of their own.
-    shares_devices: whether engines are on the ranks' devices. num_steps: None where it follows from data
-    files that aren't here. time: of a step, None in supervised fine-tuning.
+    engine_place: on whose nodes engines are. shares_devices: whether these are on the ranks' devices. num_steps: None
+    where it follows from data files that aren't here. time: of a step, None in supervised fine-tuning.
     """
 
     device: Device
@@ -64,6 +65,7 @@ class RunPlan:
     num_engines: int
     is_served: bool
     engine_nodes: int
+    engine_place: EnginePlace
     shares_devices: bool
     phases: tuple[Phase, ...]
     traffic: Traffic | None
@@ -92,20 +94,20 @@ class RunPlan:
         return self.room_bytes >= 0 and not self.cache_shortage_tokens
 
     @property
-    def are_engines_elsewhere(self) -> bool:
-        """Whether engines are on other nodes; with one node of ranks and of engines these may be the same."""
-        return self.is_served and max(self.engine_nodes, self.num_ranks // self.ranks_per_node) > 1
-
-    @property
     def host_bytes_per_node(self) -> int:
-        """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any."""
+        """Host memory that a node needs in the phase with most of it, if all its ranks need as much as any.
+
+        A node of engines has a copy of the weights that ranks on other nodes write.
+        """
         of_ranks = max(phase.most_host_bytes for phase in self.phases) * self.ranks_per_node
-        apart = self.is_served and not self.shares_devices
-        of_engines = self.engine_layout.tp * self.num_engines * self.phases[-1].most_host_bytes if apart else 0
-        if not self.are_engines_elsewhere:
-            return of_ranks + of_engines
+        if not self.is_served or self.shares_devices:
+            return of_ranks
+        engine_ranks = self.engine_layout.tp * self.num_engines // self.engine_nodes
+        of_engines = engine_ranks * self.phases[-1].most_host_bytes
         weights_bytes = self.traffic.received_across if self.traffic else 0
-        return max(of_ranks, of_engines // self.engine_nodes + weights_bytes)
+        if self.engine_place is EnginePlace.APART:
+            return max(of_ranks, of_engines + weights_bytes)
+        return of_ranks + of_engines + weights_bytes * (self.num_ranks - self.ranks_per_node) // self.num_ranks
 
 
 def plan_run(
@@ -113,10 +115,13 @@ def plan_run(
     roles: tuple[Role, ...],
     device: Device,
     *,
+    placer: EnginePlacer = EnginePlacer.COMMAND,
     with_traffic: bool = True,
     num_steps: int | None = None,
 ) -> RunPlan:
-    """Return the plan of a checked config. with_traffic: plan publications too, which takes longest.
+    """Return the plan of a checked config. placer: of engines in processes of their own.
+
+    with_traffic: plan publications too, which takes longest.
 
     Raises ConfigError for more ranks than any cluster has, and where batches don't come out even.
     """
@@ -129,13 +134,13 @@ def plan_run(
     sequence, b = actor.scoring.sequence_tokens, actor.dtype_bytes
     engine, split, traffic, served = None, EngineLayout(), None, isinstance(c, PPOConfig) and is_served(c)
     engine_nodes = c.actor_rollout_ref.rollout.nnodes if isinstance(c, PPOConfig) and served else 0
-    other_nodes = engine_nodes if max(engine_nodes, ranks // per_node) > 1 else 0
+    place = engine_place(c, placer)
     # On CPU nothing is given back, and every process has a share of its own of the machine.
     shares_devices = isinstance(c, PPOConfig) and engines_share_devices(c) and not (served and device.name == CPU)
     if isinstance(c, PPOConfig):
         engine, split = engine_of(c, actor.shape, device), engine_layout(c)
         if with_traffic and served:
-            traffic = handed_traffic(actor.shape, actor.layout, split, b, device, other_nodes)
+            traffic = handed_traffic(actor.shape, actor.layout, split, b, device, engine_nodes * place.is_across)
         elif with_traffic:
             traffic = publish_traffic(actor.shape, actor.layout, split, b, per_node, device)
     examined = examined_ranks(roles, ranks)
@@ -162,6 +167,7 @@ def plan_run(
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
         is_served=served,
         engine_nodes=engine_nodes,
+        engine_place=place,
         shares_devices=shares_devices,
         phases=phases,
         traffic=traffic,

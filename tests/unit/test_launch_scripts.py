@@ -94,6 +94,20 @@ def test_nodes_of_ranks_and_of_engines_that_are_not_those_of_the_job_are_refused
     assert "fix: trainer.nnodes=3, or as many nodes, or MEGARL_LAUNCHER=ray" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("nodes", "launcher", "told"),
+    [("1", "torchrun", "||"), ("1", "ray", "||"), ("2", "torchrun", "|job|"), ("2", "ray", "job||")],
+)
+def test_the_plan_of_a_job_is_told_who_will_start_its_engines(
+    tmp_path: Path, nodes: str, launcher: str, told: str
+) -> None:
+    asked = tmp_path / "python"
+    asked.write_text('#!/usr/bin/env bash\necho "$RAY_ADDRESS|$MEGARL_ENGINE_HOSTS|$*"\n')
+    asked.chmod(0o755)
+    environ = {"MEGARL_NODES": nodes, "MEGARL_LAUNCHER": launcher, "MEGARL_PYTHON": str(asked)}
+    assert launched("235b.sh", "--plan", **environ).stdout.startswith(f"{told}-m megarl.plan --device=H100 ")
+
+
 def test_sizes_come_from_the_environment() -> None:
     done = launched("235b.sh", "--dry-run", MEGARL_NODES="2", MEGARL_DEVICES="4", MEGARL_LAUNCHER="torchrun")
     assert "sbatch --nodes=2 --gpus-per-node=4 launch/235b.sh" in done.stdout
