@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,10 +13,12 @@ from typing import Protocol, TypeVar, TypeVarTuple
 
 from megarl.launchers.engine_processes import EngineLost, EngineProcesses
 from megarl.launchers.group import WorkerGroup, everywhere
+from megarl.launchers.sglang_environment import check_sglang
 from megarl.ranks.across import Meeting, Mirror
 from megarl.ranks.spec import EngineStart
 from megarl.ranks.worker import Worker
 from megarl.rollout.served import Answer, Order, Take
+from megarl.rollout.sglang import SglangSpec
 from megarl.weights.shared import Segment
 
 T = TypeVar("T")
@@ -45,7 +48,7 @@ class EngineHost:
         self.tp, self.place = tp, place()
         self.engines: dict[int, EngineProcesses] = {}
         self.mirror = Mirror(self.place.address, timeout_s)
-        self._lock, self._has_ended = threading.Lock(), False
+        self._lock, self._has_ended, self._has_sglang = threading.Lock(), False, False
 
     def __repr__(self) -> str:
         return "engines"  # what Ray puts before the lines that this process prints
@@ -65,7 +68,13 @@ class EngineHost:
             self.mirror.receive()
 
     def start(self, number: int, place: int, start: EngineStart) -> None:
-        """Start an engine on the devices of its ``place`` among those here. number: of its own, never used again."""
+        """Start an engine on the devices of its ``place`` among those here. number: of its own, never used again.
+
+        Raises ConfigError where SGLang's environment isn't here as it is on the controller's node.
+        """
+        if isinstance(start.spec, SglangSpec) and not self._has_sglang:
+            check_sglang(start.spec.python, socket.gethostname())
+            self._has_sglang = True
         devices = self.place.devices
         own = None if devices is None else devices[place * self.tp : (place + 1) * self.tp]
         with self._lock:

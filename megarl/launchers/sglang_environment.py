@@ -36,19 +36,23 @@ def sglang_python(config: PPOConfig) -> str:
     return sys.executable if named is None else str(Path(named).expanduser().absolute())
 
 
-def check_sglang(config: PPOConfig) -> None:
-    """Raise ConfigError unless that interpreter has this megarl and the SGLang that it is checked with."""
-    python = sglang_python(config)
+def check_sglang(python: str, node: str = "") -> None:
+    """Raise ConfigError unless an interpreter has this megarl and the SGLang that it is checked with.
+
+    node: which this runs on, where it isn't the command's.
+    """
     try:
         done = subprocess.run([python, "-I", "-c", _ASK], capture_output=True, text=True, timeout=_ASK_S, check=True)
         found = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise _refused(python, f"is no interpreter that answers: {error}") from error
+        raise _refused(python, node, f"is no interpreter that answers: {error}") from error
     for name, needed in (("sglang", SGLANG_VERSION), ("megarl", __version__)):
         if found[name] != needed:
             has = "doesn't have it" if found[name] is None else f"has {found[name]}"
-            raise _refused(python, f"must have {name} {needed}, and {has}")
+            raise _refused(python, node, f"must have {name} {needed}, and {has}")
 
 
-def _refused(python: str, why: str) -> ConfigError:
-    return ConfigError([Problem(_KEY, python, why, _FIX)])
+def _refused(python: str, node: str, why: str) -> ConfigError:
+    if not node:
+        return ConfigError([Problem(_KEY, python, why, _FIX)])
+    return ConfigError([Problem(_KEY, python, f"{why} on {node}", "make sglang there, in a folder of the same path")])

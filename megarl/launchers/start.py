@@ -20,7 +20,7 @@ from megarl.launchers.group import WorkerGroup
 from megarl.launchers.host_address import ENGINE_HOSTS, named_hosts
 from megarl.launchers.host_meeting import Welcome, called_hosts
 from megarl.launchers.ray_address import RAY_ADDRESS, check_ray_address, named_cluster
-from megarl.launchers.sglang_environment import check_sglang
+from megarl.launchers.sglang_environment import check_sglang, sglang_python
 from megarl.launchers.starter import (
     complete_local_rank,
     complete_world_of_srun,
@@ -264,7 +264,7 @@ def _check_engines(config: PPOConfig) -> None:
         _check_one_node(config)
         engine_devices(config)
     if config.actor_rollout_ref.rollout.name == SGLANG:
-        check_sglang(config)
+        check_sglang(sglang_python(config))
     for name, is_it in elsewhere.items():
         if is_it and engines_share_devices(config):
             key, why = "actor_rollout_ref.rollout.n_gpus_per_node", "engines there have devices of their own"

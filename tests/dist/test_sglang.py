@@ -6,7 +6,6 @@ Where it is installed (make sglang) the variable SGLANG_PYTHON names its interpr
 from __future__ import annotations
 
 import ipaddress
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -31,12 +30,9 @@ from megarl.weights.shared_plan import writer_plan
 from tests.dist.hf_training import greedy_answers
 from tests.dist.tiny_models import save_tiny_model
 from tests.launch import shared_memory
+from tests.sglang_environment import SGLANG, needs_sglang
 
-PYTHON = Path(os.environ.get("SGLANG_PYTHON", Path(__file__).parents[2] / ".venv-sglang/bin/python"))
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"SGLang isn't installed: {PYTHON} (make sglang)"),
-]
+pytestmark = [pytest.mark.long, needs_sglang]
 
 LAYOUT = Layout(1, fsdp=1)  # whose shards are the parameters of a model of transformers
 PROMPTS = ((2, 5, 6, 14, 7, 8, 18), tuple(range(20, 60)), (9,))
@@ -145,7 +141,7 @@ def starting(folder: Path, tp: int) -> Served:
     """Return an engine that has just been started."""
     actor = role_on(LAYOUT, folder)
     spec = SglangSpec(
-        str(PYTHON), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0, free_cache_engine=True
+        str(SGLANG), str(folder), "float32", tp, MAX_TOKENS, 32, None, 0.5, True, seed=0, free_cache_engine=True
     )
     plan = writer_plan(actor.shape, LAYOUT, EngineLayout(tp), 0, torch.float32.itemsize, whole=True)
     before = {child.pid for child in psutil.Process().children()}

@@ -20,6 +20,7 @@ import pytest
 
 from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.run_folder import close_to, lines_of
+from tests.sglang_environment import SGLANG, needs_sglang
 from tests.tiny_task import NUM_RANKS
 
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -72,9 +73,9 @@ class Nodes:
             host.kill()
             host.wait()
 
-    def go(self, name: str, launcher: str = "torchrun") -> Finished:
+    def go(self, name: str, *overrides: str, launcher: str = "torchrun") -> Finished:
         """Return a run after its end, which left nothing behind."""
-        before, arguments = shared_memory(), (*COMMAND, f"trainer.run_dir=runs/{name}")
+        before, arguments = shared_memory(), (*COMMAND, f"trainer.run_dir=runs/{name}", *overrides)
         command = torchrun(NUM_RANKS, *arguments) if launcher == "torchrun" else python(*arguments)
         finished = run(command, self.task, environ=self.environ)
         assert (finished.processes, shared_memory() - before) == ((), set()), finished.output
@@ -118,11 +119,26 @@ def test_engines_on_another_node_give_what_they_give_beside_the_ranks(
 ) -> None:
     nodes = Nodes(tiny_task)
     with nodes.host() as host:
-        finished = nodes.go(launcher, launcher)
+        finished = nodes.go(launcher, launcher=launcher)
         assert finished.code == 0, finished.output
         assert host.wait(WAIT_S) == 0
     assert f"engines are on {socket.gethostname()} (127.0.0.1)" in finished.output
     close_to(tiny_task / "runs" / launcher, beside)
+
+
+@needs_sglang
+def test_sglang_on_another_node_gives_what_it_gives_beside_the_ranks(tiny_task: Path) -> None:
+    on_sglang = (f"{ROLLOUT}.name=sglang", f"{ROLLOUT}.sglang.python={SGLANG}")
+    whole = run(torchrun(NUM_RANKS, *COMMAND, "trainer.run_dir=runs/sglang_beside", *on_sglang), tiny_task)
+    assert whole.code == 0, whole.output
+    nodes = Nodes(tiny_task)
+    with nodes.host() as host:
+        finished = nodes.go("sglang", *on_sglang)
+        assert finished.code == 0, finished.output
+        assert host.wait(WAIT_S) == 0
+    close_to(tiny_task / "runs" / "sglang", tiny_task / "runs" / "sglang_beside")
+    for line in lines_of(tiny_task / "runs" / "sglang"):
+        assert float.fromhex(line["rollout_train/logprob_diff_max"]) < 1e-4
 
 
 def test_an_engine_on_another_node_that_is_killed_is_replaced_there(tiny_task: Path, beside: Path) -> None:

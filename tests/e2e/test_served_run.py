@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.launch import python, run, shared_memory, torchrun
 from tests.run_folder import close_to, hashes, lines_of
+from tests.sglang_environment import SGLANG, needs_sglang
 from tests.tiny_task import NUM_RANKS
 
 KILLS = Path(__file__).parents[1] / "fault" / "kills"
@@ -122,12 +122,11 @@ def test_rollouts_that_are_sampled_all_the_time_are_each_trained_on_once_and_new
     assert all(line["response/total_tokens"] >= 8 * 4 for line in lines)  # all of a step's rollouts
 
 
-SGLANG = Path(os.environ.get("SGLANG_PYTHON", Path(__file__).parents[2] / ".venv-sglang/bin/python"))
 ON_SGLANG = ("actor_rollout_ref.rollout.name=sglang", f"actor_rollout_ref.rollout.sglang.python={SGLANG}", TP1)
 CORRECTED = "algorithm.rollout_correction.preset=token_tis"
 
 
-@pytest.mark.skipif(not SGLANG.exists(), reason=f"SGLang isn't installed: {SGLANG} (make sglang)")
+@needs_sglang
 @pytest.mark.parametrize(
     ("name", "mode", "ages", "where"),
     [

@@ -21,12 +21,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megarl import __version__
 from megarl.errors import ConfigError, ResourceError, WorkerError
 from megarl.launchers.engine_hosts import EngineHost, EngineOnHost, HostedEngines
 from megarl.launchers.engine_processes import EngineLost
 from megarl.launchers.host_address import HostsAddress, named_hosts
 from megarl.launchers.host_calls import RemoteHost
 from megarl.launchers.host_meeting import CameHost, HostFacts, Welcome, called_hosts
+from megarl.launchers.sglang_environment import SGLANG_VERSION
 from megarl.parallel.layout import Layout
 from megarl.ranks.spec import EngineStart
 from megarl.rollout.served import Answer, Ask, Done, Ready
@@ -36,9 +38,13 @@ from tests.unit.small_roles import role_on
 
 TOKEN, WAIT_S, ANSWER_S = "the token of this job", 60.0, 60.0
 ENGINE = """#!{python}
+import json
 import sys
 from multiprocessing.connection import Connection
 
+if "-c" in sys.argv:  # it is asked what it has
+    print(json.dumps({has}))
+    sys.exit()
 from megarl.rollout.served import Done, Ready
 from megarl.types import Rollout
 
@@ -108,8 +114,13 @@ def two() -> Iterator[tuple[Meeting, Meeting]]:
 @pytest.fixture
 def start(tmp_path: Path) -> EngineStart:
     """Return what an engine starts with whose answers are of publication 7."""
-    program = tmp_path / "python"
-    program.write_text(ENGINE.format(python=sys.executable))
+    return starts(tmp_path, SGLANG_VERSION)
+
+
+def starts(folder: Path, version: str) -> EngineStart:
+    """Return what an engine starts with whose environment says that it has a version of SGLang."""
+    program = folder / "python"
+    program.write_text(ENGINE.format(python=sys.executable, has={"sglang": version, "megarl": __version__}))
     program.chmod(0o700)
     spec = SglangSpec(str(program), "model", "float32", 1, 64, 8, None, 0.5, True, 7)
     return EngineStart(spec, role_on(Layout(1)))
@@ -178,6 +189,17 @@ def test_engines_on_a_host_answer_are_killed_and_replaced_and_end_with_the_contr
     until(lambda: not left.is_running())
     said, errors = program.communicate()
     assert said.endswith(f"the run at {meeting.address.place} has ended\n") and errors == ""
+
+
+def test_another_sglang_on_the_node_of_engines_is_refused_with_the_name_of_the_node(
+    two: tuple[Meeting, Meeting], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        HostedEngines(starts(tmp_path, "0.4.0"), 2, two[1].remotes).start(0)
+    [problem] = refused.value.problems
+    assert problem.allowed == f"must have sglang {SGLANG_VERSION}, and has 0.4.0 on {socket.gethostname()}"
+    assert problem.fix == "make sglang there, in a folder of the same path"
+    assert not engines_of(two[1].hosts[0])
 
 
 def test_a_host_that_is_killed_takes_its_engines_with_it_and_is_named(

@@ -33,7 +33,7 @@ def told(sglang: str | None, megarl: str | None) -> str:
 def refused(python: str) -> str:
     """Return what is said of an interpreter that is refused."""
     with pytest.raises(ConfigError) as caught:
-        check_sglang(ppo_config(**{KEY: python}))
+        check_sglang(python)
     [problem] = caught.value.problems
     assert problem.key == KEY and "make sglang" in problem.fix
     return problem.allowed
@@ -51,7 +51,7 @@ def test_a_link_to_an_interpreter_is_not_followed(tmp_path: Path) -> None:
 
 def test_the_versions_that_are_checked_with_pass(tmp_path: Path) -> None:
     python = interpreter(tmp_path, told(SGLANG_VERSION, __version__))
-    check_sglang(ppo_config(**{KEY: python}))
+    check_sglang(python)
 
 
 @pytest.mark.parametrize(
