@@ -20,12 +20,13 @@ from megarl.types import GenerationRequest, Group, Sampling
 class EngineServers:
     """Engines, and the group of ranks whose weights they run.
 
-    receiving: has the hosts of engines take in what the ranks publish in its block.
+    receiving: has the hosts of engines take in what the ranks publish in its block; gives the numbers of engines that
+    were lost with their host and have another from now on.
     """
 
     group: WorkerGroup
     engines: ServedEngines
-    receiving: Callable[[WorkerGroup], AbstractContextManager[None]]
+    receiving: Callable[[WorkerGroup], AbstractContextManager[Sequence[int]]]
     observer: Observer
 
     def ask(self, requests: Sequence[GenerationRequest], sampling: Sampling, ended: Ended = unheard) -> Asked:
@@ -57,7 +58,8 @@ class EngineServers:
     def publish(self, policy_version: int, *, verify: bool) -> None:
         """Have the ranks write the actor's weights, and the engines read them; and compare checksums if asked."""
         self.engines.before_writing()
-        with self.receiving(self.group):
+        with self.receiving(self.group) as numbers:
+            self.engines.start_again(numbers)
             segments = everywhere(self.group, Worker.publish, PublishWork(policy_version, verify))
         self.engines.take(Take(policy_version, tuple(segment for segment in segments if segment is not None)))
 

@@ -33,8 +33,9 @@ class _Seat:
 
     version: of the weights that it runs. is_taking: whether it is told to take others. is_resting: whether it is told
     to give its memory back. asked: what it hasn't finished, by number. begun: the version that it ran when it was asked
-    for that. owes_since_s: since when nothing was heard of it
-    though something is due. losses: why engines died here, one after another.
+    for that. owes_since_s: since when nothing was heard of it though something is due. losses: why engines died here,
+    one after another. is_late: whether it was started again after it had been given up, and the others don't wait for
+    it to take weights.
     """
 
     number: int
@@ -43,6 +44,7 @@ class _Seat:
     is_taking: bool = False
     is_resting: bool = False
     is_gone: bool = False
+    is_late: bool = False
     version: int = UNPUBLISHED
     asked: dict[int, Ask] = field(default_factory=dict)
     begun: dict[int, int] = field(default_factory=dict)
@@ -146,7 +148,20 @@ class ServedEngines:
             for seat in self._seats:
                 if seat.is_ready:
                     self._have_taken(seat, order)
-            self._wait_until(lambda: all(seat.is_gone or seat.version == order.policy_version for seat in self._seats))
+            version = order.policy_version
+            self._wait_until(lambda: all(s.is_gone or s.is_late or s.version == version for s in self._seats))
+
+    def start_again(self, numbers: Sequence[int]) -> None:
+        """Start engines of these numbers once more, also where they are given up; don't wait for them."""
+        for seat in (self._seats[number] for number in numbers):
+            with self._changed:
+                was_gone, seat.is_late = seat.is_gone, True
+                seat.losses.clear()
+            if was_gone:
+                self._threads[seat.number].join()
+                seat.is_gone = False
+                self._threads[seat.number] = threading.Thread(target=self._keep, args=(seat,), daemon=True)
+                self._threads[seat.number].start()
 
     def wait_until_ready(self) -> None:
         """Wait until all engines have started."""
@@ -278,7 +293,7 @@ class ServedEngines:
             case Rested():
                 seat.is_resting = False
             case Took(policy_version=version):
-                seat.is_taking, seat.version = False, version
+                seat.is_taking, seat.is_late, seat.version = False, False, version
                 self._hand_out()
             case Done(number=number, index=index, rollout=rollout):
                 # One that ended just before the engine took other weights may be told of just after.

@@ -128,6 +128,11 @@ class Waited(Protocol[T_co]):
 class Host(Protocol):
     """The EngineHost of a node, as the controller has it."""
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended and another may take its place."""
+        ...
+
     def submit(self, verb: Callable[[EngineHost, *Ts], T], *arguments: *Ts) -> Waited[T]:
         """Have the host run ``verb`` beside all else that it is asked for."""
         ...
@@ -144,9 +149,15 @@ class Host(Protocol):
 class HostedEngines:
     """The engines of a run on other nodes."""
 
-    def __init__(self, start: EngineStart, ranks_per_node: int, hosts: Sequence[Host]) -> None:
-        """start: of every engine."""
-        self._start, self._hosts = start, tuple(hosts)
+    def __init__(
+        self,
+        start: EngineStart,
+        ranks_per_node: int,
+        hosts: Sequence[Host],
+        late: Callable[[], Host | None] = lambda: None,
+    ) -> None:
+        """start: of every engine. late: returns a host that has come since, once, to take the place of one."""
+        self._start, self._hosts, self._late = start, list(hosts), late
         self._engines_per_node = ranks_per_node // start.spec.tensor_parallel_size
         self._numbers = count()
         self._reached: list[Host] | None = None
@@ -159,17 +170,33 @@ class HostedEngines:
         return EngineOnHost(host, own)
 
     @contextmanager
-    def receiving(self, group: WorkerGroup) -> Iterator[None]:
-        """Have all nodes take in what the ranks publish in the block; a node that doesn't is lost, with its engines."""
-        reached = self._met(group) if self._reached is None else self._reached
+    def receiving(self, group: WorkerGroup) -> Iterator[tuple[int, ...]]:
+        """Have all nodes take in what the ranks publish in the block; a node that doesn't is lost, with its engines.
+
+        Nodes of hosts that are lost are first given to those that have come since: yields the numbers of the engines
+        there, which may be started again.
+        """
+        nodes = self._given_again()
+        fresh = self._hosts if self._reached is None else [self._hosts[node] for node in nodes]
+        reached = [*(self._reached or ()), *(self._met(group, fresh) if fresh else ())]
         calls = [(host, host.submit(EngineHost.receive_weights)) for host in reached]
-        yield
+        size = self._engines_per_node
+        yield tuple(node * size + place for node in nodes if self._hosts[node] in reached for place in range(size))
         self._reached = [host for host, _ in _that_answer(calls)]
 
-    def _met(self, group: WorkerGroup) -> list[Host]:
-        """Return the nodes that the ranks have met."""
+    def _given_again(self) -> list[int]:
+        """Give nodes whose host is gone to hosts that have come since; return which."""
+        found = []
+        for node, host in enumerate(self._hosts):
+            if host.is_gone and (late := self._late()) is not None:
+                self._hosts[node] = late
+                found.append(node)
+        return found
+
+    def _met(self, group: WorkerGroup, hosts: Sequence[Host]) -> list[Host]:
+        """Return those of the nodes that the ranks have met."""
         segments = tuple(everywhere(group, Worker.segment, None))
-        there = _that_answer([(host, host.submit(EngineHost.meeting)) for host in self._hosts])
+        there = _that_answer([(host, host.submit(EngineHost.meeting)) for host in hosts])
         calls = [(host, host.submit(EngineHost.meet, segments)) for host, _ in there]
         everywhere(group, Worker.meet_hosts, tuple(meeting for _, meeting in there))
         return [host for host, _ in _that_answer(calls)]

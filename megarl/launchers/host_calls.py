@@ -50,6 +50,11 @@ class RemoteHost:
         self._why = ""
         threading.Thread(target=self._hear, name=f"engine host on {name}", daemon=True).start()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended, as far as is known here."""
+        return bool(self._why)
+
     def submit(self, verb: Callable[[EngineHost, *Ts], T], *arguments: *Ts) -> Future[T]:
         """Have the host run ``verb`` beside all else that it is asked for."""
         future: Future[T] = Future()

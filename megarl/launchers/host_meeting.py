@@ -9,11 +9,13 @@ import json
 import os
 import queue
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
@@ -23,6 +25,8 @@ from megarl.launchers.versions import other_versions, versions_here
 from megarl.parallel.environment import platform_name, visible_devices
 from megarl.ranks.meeting import reserved
 
+OTHER_PORT = f"{ENGINE_HOSTS}=HOST:PORT with one that is free on the node of rank 0"
+"""What a person does about a port that is taken."""
 _RETRY_S = 0.2
 _TELL_S = 10.0  # hosts that are started with the run are there by then
 _GREETING_S = 30.0
@@ -88,19 +92,39 @@ def called_hosts(
 
     Raises ResourceError with what is wrong with one, or where they don't come in time.
     """
-    fix = f"{ENGINE_HOSTS}=HOST:PORT with one that is free on the node of rank 0"
-    with reserved(address.host, address.port, fix) as listener:
+    with reserved(address.host, address.port, OTHER_PORT) as listener:
         there = _those_that_come(address, num_hosts, listener, tell)
     found = sorted(there, key=lambda host: (host.facts.name, host.peer))
-    own = HostFacts.here()
-    wrong = "\n".join(text for host in found for text in _differences(host.facts, own, welcome.ranks_per_node))
-    for host in found:
-        with suppress(OSError):  # of one that has ended since: the first call says so
-            _send(Connection(os.dup(host.line.fileno())), {"refused": wrong} if wrong else asdict(welcome))
-    if wrong:
+    if wrong := answered(found, welcome):
         raise ResourceError(wrong)
     tell(f"engines are on {', '.join(host.where for host in found)}")
     return found
+
+
+def answered(hosts: Sequence[CameHost], welcome: Welcome) -> str:
+    """Welcome hosts that all fit, or refuse all; return what is wrong with them, empty where nothing is."""
+    own = HostFacts.here()
+    wrong = "\n".join(text for host in hosts for text in _differences(host.facts, own, welcome.ranks_per_node))
+    for host in hosts:
+        with suppress(OSError):  # of one that has ended since: the first call says so
+            _send(Connection(os.dup(host.line.fileno())), {"refused": wrong} if wrong else asdict(welcome))
+    return wrong
+
+
+def greeted(line: socket.socket, peer: tuple[str, int], token: str) -> CameHost | None:
+    """Return the host at the other end of a connection, None where it doesn't know the token, or says nothing."""
+    _notice_silence(line)
+    connection = Connection(os.dup(line.fileno()))
+    try:
+        _wait_at_most(line, _GREETING_S)
+        deliver_challenge(connection, token.encode())
+        answer_challenge(connection, token.encode())
+        facts = HostFacts(**json.loads(connection.recv_bytes(_LONGEST_BYTES)))
+        _wait_at_most(line, 0)
+        return CameHost(facts, line, peer)
+    except (AuthenticationError, EOFError, OSError, TypeError, ValueError):
+        line.close()
+        return None
 
 
 def come(address: HostsAddress) -> tuple[socket.socket, Welcome]:
@@ -145,7 +169,8 @@ def _those_that_come(
             tell(f"waiting for {number} host{'s' if number > 1 else ''} of engines: {address.command} on each node")
         with suppress(TimeoutError):
             line, peer = listener.accept()
-            threading.Thread(target=_greet, args=(line, peer[:2], address.token, came), daemon=True).start()
+            host_of = partial(greeted, line, peer[:2], address.token)
+            threading.Thread(target=lambda host_of=host_of: came.put(host_of()), daemon=True).start()
 
 
 def _missing(address: HostsAddress, num_hosts: int, there: list[CameHost], num_strangers: int) -> str:
@@ -168,19 +193,6 @@ def _differences(host: HostFacts, own: HostFacts, ranks_per_node: int) -> Iterat
             "(actor_rollout_ref.rollout.n_gpus_per_node, or the engine's tensor_model_parallel_size)"
         )
     yield from other_versions(host.name, host.versions, own.name, own.versions)
-
-
-def _greet(line: socket.socket, peer: tuple[str, int], token: str, came: queue.SimpleQueue[CameHost | None]) -> None:
-    """Add a host that knows the token to ``came``, None for whoever doesn't."""
-    _notice_silence(line)
-    connection = Connection(os.dup(line.fileno()))
-    try:
-        deliver_challenge(connection, token.encode())
-        answer_challenge(connection, token.encode())
-        came.put(CameHost(HostFacts(**json.loads(connection.recv_bytes(_LONGEST_BYTES))), line, peer))
-    except (AuthenticationError, EOFError, OSError, TypeError, ValueError):
-        line.close()
-        came.put(None)
 
 
 def _reached(address: HostsAddress) -> socket.socket:
@@ -217,6 +229,11 @@ def _reached(address: HostsAddress) -> socket.socket:
 
 def _send(connection: Connection, message: Mapping[str, object]) -> None:
     connection.send_bytes(json.dumps(message).encode())
+
+
+def _wait_at_most(line: socket.socket, seconds: float) -> None:
+    """Have whoever reads from a connection get an OSError after so long; 0: never."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))
 
 
 def _notice_silence(line: socket.socket) -> None:

@@ -67,6 +67,7 @@ class _RayHost:
     """A Host that is an actor."""
 
     actor: Any
+    is_gone = False  # it isn't replaced
 
     def submit(self, verb: Callable[[EngineHost, *Ts], T], *arguments: *Ts) -> _RayAnswer[T]:
         """Have the host run ``verb`` beside all else that it is asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +161,7 @@ class EngineStarter:
     """
 
     start: Callable[[int], RunningEngine]
-    receiving: Callable[[WorkerGroup], AbstractContextManager[None]]
+    receiving: Callable[[WorkerGroup], AbstractContextManager[Sequence[int]]]
 
 
 def engine_starter(config: PPOConfig, start: EngineStart, tell: Callable[[str], None]) -> EngineStarter:
@@ -182,17 +182,19 @@ def engine_starter(config: PPOConfig, start: EngineStart, tell: Callable[[str], 
     if (address := named_hosts()) is not None:
         from megarl.launchers.engine_hosts import HostedEngines
         from megarl.launchers.host_calls import RemoteHost
+        from megarl.launchers.late_hosts import LateHosts
 
         welcome = Welcome(platform_environment() | passed, tp, per_node, trainer.hang_timeout_s)
         came = called_hosts(address, nodes, welcome, tell)
-        engines = HostedEngines(start, per_node, [RemoteHost(host.line, host.facts.name) for host in came])
+        hosts, late = [RemoteHost(host.line, host.facts.name) for host in came], LateHosts(address, welcome, tell)
+        engines = HostedEngines(start, per_node, hosts, late.next)
         return EngineStarter(engines.start, engines.receiving)
     devices = engine_devices(config)
 
     def start_here(number: int) -> RunningEngine:
         return EngineProcesses(start, None if devices is None else devices[number * tp : (number + 1) * tp])
 
-    return EngineStarter(start_here, lambda group: nullcontext())
+    return EngineStarter(start_here, lambda group: nullcontext(()))
 
 
 def engine_devices(config: PPOConfig) -> tuple[str, ...] | None:

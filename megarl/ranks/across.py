@@ -78,12 +78,17 @@ class MirroredRank:
 
     def __init__(self, rank: int, segment: Segment, meetings: Sequence[Meeting]) -> None:
         """Meet the hosts that aren't the rank's own. Those that don't come in time are left out."""
+        self._rank, self._host = rank, segment.host
         self._groups: list[Any] = []
+        self.meet(meetings)
+
+    def meet(self, meetings: Sequence[Meeting]) -> None:
+        """Meet more hosts."""
         for meeting in meetings:
-            if meeting.name != segment.host:
+            if meeting.name != self._host:
                 with suppress(RuntimeError):  # the controller, which started it, knows why
                     store = tcp_store(meeting.address, meeting.port, timeout=timedelta(seconds=meeting.timeout_s))
-                    self._groups.append(_group(store, rank, _RANK, meeting))
+                    self._groups.append(_group(store, self._rank, _RANK, meeting))
 
     def send(self, bytes_N: Tensor) -> None:
         """Send a publication, and leave out from now on whoever is lost."""

@@ -92,8 +92,11 @@ class SharedPublisher:
         self.mirrored: MirroredRank | None = None
 
     def meet(self, meetings: Sequence[Meeting]) -> None:
-        """Meet the hosts that engines are on."""
-        self.mirrored = MirroredRank(dist.get_rank(), self.writer.segment, meetings)
+        """Meet hosts that engines are on, beside those that were met before."""
+        if self.mirrored is None:
+            self.mirrored = MirroredRank(dist.get_rank(), self.writer.segment, meetings)
+        else:
+            self.mirrored.meet(meetings)
 
     def publish(self, policy_version: int, *, verify: bool = False) -> Segment:
         """Write the weights as publication ``policy_version``. verify: with checksums, which engines compare."""

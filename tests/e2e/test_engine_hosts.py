@@ -81,9 +81,9 @@ class Nodes:
         assert (finished.processes, shared_memory() - before) == ((), set()), finished.output
         return finished
 
-    def start_long(self, name: str, stderr: int) -> subprocess.Popen[str]:
+    def start_long(self, name: str, *overrides: str, stderr: int) -> subprocess.Popen[str]:
         """Start a run that goes on for longer than its test."""
-        arguments = (*COMMAND, f"trainer.run_dir=runs/{name}", "trainer.total_training_steps=200")
+        arguments = (*COMMAND, f"trainer.run_dir=runs/{name}", "trainer.total_training_steps=200", *overrides)
         environ = {**os.environ, **self.environ}
         command = torchrun(NUM_RANKS, *arguments)
         return subprocess.Popen(command, cwd=self.task, env=environ, stderr=stderr, text=True)
@@ -169,6 +169,34 @@ def test_a_run_without_its_only_host_ends_with_the_name_of_that(tiny_task: Path)
     assert process.returncode == 1
     assert "WorkerError: no engine is left to generate" in errors
     assert f"the engine host on {socket.gethostname()} is gone: " in errors
+
+
+def test_a_host_that_is_lost_is_replaced_by_one_that_comes_within_the_run(tiny_task: Path) -> None:
+    """Whose engine in the end is the only one, so that it has the weights and all that is to be sampled."""
+    nodes, folder = Nodes(tiny_task), tiny_task / "runs" / "replaced"
+
+    def goes_on() -> None:
+        done = len(lines_of(folder)) if (folder / "metrics.jsonl").is_file() else 0
+        until(lambda: process.poll() is not None or done + 2 < len(lines_of(folder)))
+        assert process.poll() is None
+
+    with nodes.host() as first, nodes.host() as second:
+        sizes = (f"{ROLLOUT}.nnodes=2", f"{ROLLOUT}.n_gpus_per_node=1")
+        process = nodes.start_long("replaced", *sizes, stderr=subprocess.DEVNULL)
+        until(lambda: (folder / "metrics.jsonl").is_file())
+        goes_on()
+        first.kill()
+        goes_on()
+        with nodes.host() as late:
+            until(lambda: len(psutil.Process(late.pid).children(recursive=True)) == 2)  # its host and its engine
+            goes_on()
+            second.kill()
+            goes_on()
+            [controller] = [r for r in psutil.Process(process.pid).children() if r.environ()["RANK"] == "0"]
+            controller.kill()
+            assert late.wait(WAIT_S) == 0
+            assert process.wait(WAIT_S) != 0
+    assert all(float.fromhex(line["rollout_train/logprob_diff_max"]) < 1e-4 for line in lines_of(folder))
 
 
 def test_a_controller_that_is_killed_leaves_nothing_on_the_node_of_engines(tiny_task: Path) -> None:

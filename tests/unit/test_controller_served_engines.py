@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -106,6 +107,14 @@ def running(
         engines.take(Take(0, ()))
         yield engines, started, told
     assert all(engine.is_killed for engine in started)
+
+
+def until(is_so: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    deadline_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def generate(engines: ServedEngines, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Group]:
@@ -259,6 +268,39 @@ def test_no_engine_left_ends_the_run_with_why_each_was_lost() -> None:
     assert str(raised.value) == "no engine is left to generate\n--- engine 0: reason 0\n--- engine 1: reason 1"
     assert Counter(engine.number for engine in started) == {0: 3, 1: 3}
     assert sum("it is given up after 3 in a row" in note for note in told) == 2
+
+
+def test_an_engine_that_was_given_up_is_started_again_and_the_others_do_not_wait_for_it() -> None:
+    lost = EngineLost("its host is gone")
+    may_start = threading.Event()
+
+    def make(number: int, before: int) -> Engine:
+        if number == 1 and before < 3:
+            return Engine(number, num_answers=0, error=lost)
+        if number == 1:
+            assert may_start.wait(60)
+        return Engine(number)
+
+    def of_late() -> list[Engine]:
+        return [engine for engine in started if engine.number == 1]
+
+    with running(make, 2) as (engines, started, told):
+        while not any("it is given up after 3 in a row" in note for note in told):
+            assert generate(engines, REQUESTS, SAMPLING) == EXPECTED
+        engines.before_writing()
+        engines.start_again((1,))
+        engines.take(Take(1, ()))  # while it hasn't started
+        [first, *_] = generate(engines, REQUESTS, SAMPLING)
+        assert {rollout.policy_version for rollout in first} == {1}
+        may_start.set()
+        until(lambda: len(of_late()) == 4)
+        again = of_late()[3]
+        until(lambda: again.version == 1)  # it takes what the others run
+        generate(engines, REQUESTS, SAMPLING)
+        until(lambda: again.asked)
+        engines.before_writing()
+        engines.take(Take(2, ()))
+        assert again.version == 2
 
 
 def test_rollouts_in_between_forgive_what_was_lost_before() -> None:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -25,9 +26,11 @@ from megarl import __version__
 from megarl.errors import ConfigError, ResourceError, WorkerError
 from megarl.launchers.engine_hosts import EngineHost, EngineOnHost, HostedEngines
 from megarl.launchers.engine_processes import EngineLost
+from megarl.launchers.group import WorkerGroup
 from megarl.launchers.host_address import HostsAddress, named_hosts
 from megarl.launchers.host_calls import RemoteHost
 from megarl.launchers.host_meeting import CameHost, HostFacts, Welcome, called_hosts
+from megarl.launchers.late_hosts import LateHosts
 from megarl.launchers.sglang_environment import SGLANG_VERSION
 from megarl.parallel.layout import Layout
 from megarl.ranks.spec import EngineStart
@@ -35,6 +38,7 @@ from megarl.rollout.served import Answer, Ask, Done, Ready
 from megarl.rollout.sglang import SglangSpec
 from megarl.types import GenerationRequest, Rollout, Sampling
 from tests.unit.small_roles import role_on
+from tests.unit.stand_ins import PlainRanks
 
 TOKEN, WAIT_S, ANSWER_S = "the token of this job", 60.0, 60.0
 ENGINE = """#!{python}
@@ -219,6 +223,96 @@ def test_a_host_that_is_killed_takes_its_engines_with_it_and_is_named(
     with pytest.raises(EngineLost, match=gone):
         engines.start(0)
     until(lambda: not any(process.is_running() for process in processes))
+
+
+def test_a_host_that_comes_within_a_run_may_take_a_place_once_it_knows_the_token_and_fits(
+    meeting: Meeting, start: EngineStart
+) -> None:
+    told: list[str] = []
+    late = LateHosts(meeting.address, Welcome({}, 1, 2, WAIT_S), told.append)
+    stranger = meeting.start_host(MEGARL_JOB_TOKEN="another")
+    other = meeting.start_host(MEGARL_PLATFORM="cuda", MEGARL_GPU="H100", CUDA_VISIBLE_DEVICES="0")
+    assert stranger.wait(ANSWER_S) == other.wait(ANSWER_S) == 1
+    why = f"{(name := socket.gethostname())} is a cuda machine, {name} a cpu machine"
+    assert other.communicate()[1] == f"ResourceError: {why}\n"
+    until(lambda: late.next() is None and told)
+    assert told == [f"{name} (127.0.0.1) came for engines and is refused: {why}"]
+
+    gone, program = meeting.start_host(), meeting.start_host()
+    found: list[RemoteHost] = []
+
+    def comes() -> bool:
+        found.extend([host] if (host := late.next()) else [])
+        return len(found) == 2
+
+    until(comes)
+    assert told[1:] == [f"{name} has come for the engines of a host that is gone"] * 2
+    for host in found:
+        engine = HostedEngines(start, 2, [host]).start(1)
+        assert heard(engine) == Ready()
+    gone.kill()
+    until(lambda: any(host.is_gone for host in found))
+    assert program.poll() is None and not all(host.is_gone for host in found)
+    for host in found:
+        host.end("the run has ended")
+
+
+@dataclass(eq=False)
+class PlainHost:
+    """A host in this process. verbs: that it was asked for, with their arguments."""
+
+    name: str
+    is_gone: bool = False
+    verbs: list[tuple[object, ...]] = field(default_factory=list)
+
+    def submit(self, verb: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self.verbs.append((verb.__name__, *arguments))
+        answer: Future[Any] = Future()
+        if self.is_gone:
+            answer.set_exception(EngineLost(f"{self.name} is gone"))
+        else:
+            answer.set_result(self.name)
+        return answer
+
+    def tell(self, verb: Callable[..., None], *arguments: Any) -> None:
+        raise AssertionError
+
+    def end(self, why: str) -> None:
+        self.is_gone = True
+
+
+def test_a_lost_node_of_engines_is_given_to_a_host_that_has_come_before_the_next_publication(
+    start: EngineStart,
+) -> None:
+    ranks, hosts = PlainRanks(2, lambda rank, verb, _: f"of {rank}"), [PlainHost("first"), PlainHost("second")]
+    late: list[PlainHost] = []
+    engines = HostedEngines(start, 2, hosts, lambda: late.pop(0) if late else None)
+
+    def published() -> tuple[int, ...]:
+        for host in (*hosts, *late, spare):
+            host.verbs.clear()
+        ranks.calls.clear()
+        with engines.receiving(cast(WorkerGroup, ranks)) as numbers:
+            return numbers
+
+    spare = PlainHost("spare")
+    assert published() == () and ranks.calls[1] == ("meet_hosts", [("first", "second")] * 2)
+    late.append(spare)
+    assert published() == () and ranks.calls == [] and late == [spare]  # while none is lost
+    hosts[1].is_gone = True
+    assert published() == (2, 3)
+    assert ranks.calls == [("segment", [None, None]), ("meet_hosts", [("spare",)] * 2)]
+    assert spare.verbs == [("meeting",), ("meet", ("of 0", "of 1")), ("receive_weights",)]
+    assert hosts[0].verbs == [("receive_weights",)]
+    assert published() == () and ranks.calls == [] and spare.verbs == hosts[0].verbs == [("receive_weights",)]
+    assert engines.start(3).host is spare
+
+    hosts[0].is_gone = True
+    assert published() == () and spare.verbs == [("receive_weights",)]  # nobody has come
+    late.append(PlainHost("third", is_gone=True))  # and this one is lost before the ranks meet it
+    assert published() == () and ranks.calls[-1] == ("meet_hosts", [()] * 2)
+    late.append(last := PlainHost("last"))
+    assert published() == (0, 1) and last.verbs[-1] == ("receive_weights",)
 
 
 def test_a_host_without_the_token_is_turned_away_and_missed(meeting: Meeting) -> None:

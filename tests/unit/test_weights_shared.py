@@ -272,6 +272,21 @@ def test_a_rank_goes_on_without_a_host_that_is_lost() -> None:
         trainer.reader(0).check(kept.here([segment]), version)
 
 
+def test_a_host_that_is_met_later_has_the_next_publication_as_the_others_have() -> None:
+    trainer = Trainer(replace(model_shape(), num_layers=2), Layout(1), EngineLayout(1))
+    [writer] = trainer.writers()
+    segment, first, late = replace(writer.segment, host="another"), *(Mirror("127.0.0.1", 5.0) for _ in range(2))
+    ranks: list[MirroredRank] = []
+    together(lambda: first.meet([segment]), lambda: ranks.append(MirroredRank(0, segment, [first.meeting])))
+    trainer.write([writer], contents(trainer.shape), 0)
+    together(first.receive, lambda: ranks[0].send(writer.memory))
+    together(lambda: late.meet([segment]), lambda: ranks[0].meet([late.meeting]))
+    trainer.write([writer], contents(trainer.shape), 1)
+    together(first.receive, late.receive, lambda: ranks[0].send(writer.memory))
+    for mirror in (first, late):
+        trainer.reader(0).check(mirror.here([segment]), 1)
+
+
 LOST_HOST = """
 from megarl.ranks.across import Mirror
 from megarl.weights.shared import Segment
