@@ -19,10 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from tests.launch import MARKER, end_of
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 0.02
@@ -61,11 +64,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Ended:
-    """A program that has ended: the first exit code that isn't 0, if any is, and what was printed."""
+    """A program that has ended: the first exit code that isn't 0, if any is, and what was printed.
+
+    processes: command lines of what it had started and was still running.
+    """
 
     code: int
     stdout: str
     stderr: str
+    processes: tuple[str, ...]
 
     @property
     def output(self) -> str:
@@ -86,14 +93,16 @@ def run_forked(
 
     num_ranks: starts one process a rank, as srun does. environ: added to this process's.
     """
-    environment = {**os.environ, "MEGARL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", **(environ or {})}
+    marker = uuid.uuid4().hex
+    environment = {**os.environ, "MEGARL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", **(environ or {}), MARKER: marker}
     environs = [environment] if num_ranks is None else [environment | world for world in _world(num_ranks)]
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch, "stdout"), Path(scratch, "stderr")
         for log in logs:
             log.touch()
         codes = _answer(kind, Request(tuple(arguments), str(folder), tuple(environs), *map(str, logs), timeout_s))
-        return Ended(next((code for code in codes if code), 0), logs[0].read_text(), logs[1].read_text())
+        code = next((code for code in codes if code), 0)
+        return Ended(code, logs[0].read_text(), logs[1].read_text(), end_of(marker))
 
 
 def _answer(kind: Kind, request: Request) -> list[int]:

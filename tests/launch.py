@@ -72,8 +72,18 @@ def run(
             process.kill()
             code = process.wait()
         ended_s = time.time()
-        left = _end(marker)
+        left = end_of(marker)
     return Finished(code, logs[0].read_text(), logs[1].read_text(), ended_s, left)
+
+
+def end_of(marker: str) -> tuple[str, ...]:
+    """Give the processes that were started with a MARKER time to end; kill and return those that don't."""
+    deadline = time.monotonic() + _LEAVE_S
+    while (alive := _processes(marker)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process in alive:
+        process.kill()
+    return tuple(name for process in alive if (name := _name(process)))
 
 
 def shared_memory() -> set[str]:
@@ -85,16 +95,6 @@ def left_in(temp: Path) -> set[str]:
     """Return what is in a run's temporary folder and in shared memory, but for torch's cache and torchrun's logs."""
     own = {path.name for path in temp.iterdir() if not path.name.startswith(("torchinductor_", "torchelastic_"))}
     return own | shared_memory()
-
-
-def _end(marker: str) -> tuple[str, ...]:
-    """Give the processes of a run time to end; kill and return those that don't."""
-    deadline = time.monotonic() + _LEAVE_S
-    while (alive := _processes(marker)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for process in alive:
-        process.kill()
-    return tuple(name for process in alive if (name := _name(process)))
 
 
 def _processes(marker: str) -> list[psutil.Process]:

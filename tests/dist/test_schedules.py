@@ -47,7 +47,7 @@ PIPELINES = {
 ONE_LAYER_EACH = ("pp2xvpp4", "pp4xvpp2")
 QUICK = {
     ("dense", "pp2xvpp2", "float32", "nothing"),
-    *(("some_dense", "pp2", "float32", choice) for choice in ("nothing", "uniform_1")),
+    ("some_dense", "pp2", "float32", "nothing"),
     ("first_dense", "pp2", "float32", "block_2"),
 }
 

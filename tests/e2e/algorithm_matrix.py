@@ -91,7 +91,12 @@ def algorithms() -> dict[str, tuple[str, ...]]:
 
 def compose_config(recipe: str, overrides: tuple[str, ...]) -> tuple[CheckedRun[PPOConfig], dict[str, Any]]:
     """Return the checked run of the tiny recipe with ``overrides``, and its plain values."""
-    own = ["hydra.searchpath=[pkg://megarl.conf]", "trainer.run_dir=matrix", *overrides]
+    own = [
+        "hydra.searchpath=[pkg://megarl.conf]",
+        "trainer.run_dir=matrix",
+        "trainer.val_before_train=false",
+        *overrides,
+    ]
     values = cast(dict[str, Any], OmegaConf.to_container(compose(recipe, own), resolve=True))
     return check_ppo(values), values
 

@@ -23,10 +23,7 @@ StepsOf = Callable[[str], Steps]
 
 ON_FSDP = (*(case for case in CASES if case.endswith("kl in_loss")), "dapo", "dynamic batches", "critic warm-up")
 # What asks other things of a run than its estimator, whose numbers tests/unit has; all others are long.
-QUICK = (
-    *("gae, kl none", "remax, kl none", "gdpo, kl none", "grpo, kl in_loss", "grpo, kl in_reward"),
-    *("dapo", "critic warm-up", "correction bypass"),
-)
+QUICK = (*("remax, kl none", "gdpo, kl none", "grpo, kl in_reward", "dapo", "critic warm-up", "correction bypass"),)
 
 
 @pytest.fixture(scope="module")

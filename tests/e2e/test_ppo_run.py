@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megarl.monitor.trace import overlap_share, read_spans, training_s
-from tests.forked import run_forked
+from tests.forked import Ended, run_forked
 from tests.launch import Finished, python, run, shared_memory, torchrun
 from tests.tiny_task import NUM_RANKS, NUM_TEST
 
@@ -39,7 +39,7 @@ KILLED = "0:megarl.rollout.vllm_stream:VllmStream.step:25:before"
 class Done:
     """A finished run, its folder, and the shared memory that it left."""
 
-    finished: Finished
+    finished: Finished | Ended
     folder: Path
     left: set[str]
 
@@ -55,14 +55,19 @@ class Done:
 @pytest.fixture(scope="module")
 def runs(tiny_task: Path) -> Callable[[str], Done]:
     """Return what runs the same recipe under a launcher, or with an engine of its own that is killed, once each."""
-    commands = {"ray": python(*COMMAND), "torchrun": torchrun(NUM_RANKS, *COMMAND)}
-    kill = {"MEGARL_TEST_KILL": KILLED, "MEGARL_TEST_STRUCK": str(tiny_task / "struck")}
+    kill = {"MEGARL_TEST_KILL": KILLED, "MEGARL_TEST_STRUCK": str(tiny_task / "struck"), "PYTHONPATH": str(KILLS)}
 
     @cache
     def run_once(name: str) -> Done:
+        before, to = shared_memory(), f"trainer.run_dir=runs/{name}"
+        finished: Finished | Ended
         if name == "served":
-            return _run(tiny_task, name, python(*COMMAND, *SERVED), KILLS, kill)
-        return _run(tiny_task, name, commands[name])
+            finished = run_forked("run", [*COMMAND, *SERVED, to], tiny_task, num_ranks=NUM_RANKS, environ=kill)
+        else:
+            command = python(*COMMAND) if name == "ray" else torchrun(NUM_RANKS, *COMMAND)
+            finished = run([*command, to], tiny_task)
+        assert finished.code == 0, finished.output
+        return Done(finished, tiny_task / "runs" / name, shared_memory() - before)
 
     return run_once
 
@@ -84,15 +89,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Return all lines of metrics.jsonl: the first is of the validation before training."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _run(
-    tiny_task: Path, name: str, command: list[str], path: Path | None = None, environ: dict[str, str] | None = None
-) -> Done:
-    before = shared_memory()
-    finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, python_path=path, environ=environ)
-    assert finished.code == 0, finished.output
-    return Done(finished, tiny_task / "runs" / name, shared_memory() - before)
 
 
 # Under torchrun tests/e2e/test_sft_run.py runs each time.

@@ -1,8 +1,10 @@
-"""What a run on one machine shows to others, and what it leaves outside its folder: nothing."""
+"""What a run on one machine shows to others, and what it leaves outside its folder: nothing.
+
+tests/fault/test_interrupt.py looks at a run on Ray each time.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -16,61 +18,39 @@ import psutil
 import pytest
 
 from megarl.rollout.shared_memory import BYTES_PER_THREAD
-from tests.launch import MARKER, Finished, left_in, python, run, torchrun
+from tests.launch import Finished, left_in, python, run, torchrun
+from tests.looking import LOOK, SECRET, TOKEN, Seen, read_seen
 from tests.tiny_task import NUM_RANKS
 
-SECRET = "hf_a_secret_of_the_environment"
+pytestmark = pytest.mark.long
+
 COMMAND = (
     *("-m", "megarl.main_ppo", "--config-dir=.", "--config-name=rl", "reward.path=looking.py"),
-    *("reward.kwargs.token=${oc.env:HF_TOKEN}", "trainer.total_training_steps=1", "trainer.val_before_train=false"),
-    "reward.try_first=false",
+    *(TOKEN, "trainer.total_training_steps=1", "trainer.val_before_train=false", "reward.try_first=false"),
 )
 # torchrun's own store listens on every interface. With this no part of it does.
 CLOSED_TORCHRUN = (
     *("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--rdzv-endpoint=store"),
     *(f"--nproc-per-node={NUM_RANKS}", *COMMAND),
 )
-# Called while all processes of the run are up. Notes what each of them listens on, and what its command line is.
-LOOKING = f"""
-import json, os, psutil, tempfile
-
+LOOKING = (
+    LOOK
+    + """
 def compute_score(data_source, solution_str, ground_truth, extra_info, token):
-    assert token == {SECRET!r}
-    found, segments = [], {{}}
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get({MARKER!r}) == os.environ[{MARKER!r}]:
-                listening = [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
-                found.append((" ".join(process.cmdline()), listening))
-                for line in open(f"/proc/{{process.pid}}/maps"):
-                    addresses, _, _, _, inode, *path = line.split(maxsplit=5)
-                    if path and path[0].startswith("/dev/shm/"):
-                        start, end = (int(address, 16) for address in addresses.split("-"))
-                        segments[inode] = (path[0].removeprefix("/dev/shm/"), end - start)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            pass
-    folder = tempfile.gettempdir()
-    modes = {{name: oct(os.stat(os.path.join(folder, name)).st_mode & 0o777) for name in os.listdir(folder)}}
-    with open("seen.json", "w") as file:
-        json.dump([found, modes, list(segments.values())], file)
+    look(token)
     return float(len(solution_str))
 """
+)
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run, and what was seen while it ran.
-
-    seen: command lines of its processes with the addresses that they listen on. modes: by name in the temporary folder.
-    segments: name and bytes of what they mapped of /dev/shm. left: what stayed there and in the temporary folder.
-    """
+    """A finished run, and what was seen while it ran. left: what stayed in the temporary folder and in /dev/shm."""
 
     launcher: str
     finished: Finished
     folder: Path
-    seen: list[tuple[str, list[str]]]
-    modes: dict[str, str]
-    segments: list[tuple[str, int]]
+    seen: Seen
     left: set[str]
 
 
@@ -80,8 +60,7 @@ def _run(tiny_task: Path, name: str, command: list[str], temp: Path, **more: str
     before = left_in(temp)
     finished = run([*command, f"trainer.run_dir=runs/{name}"], tiny_task, environ=environ)
     assert finished.code == 0, finished.output
-    seen, modes, segments = json.loads((tiny_task / "seen.json").read_text())
-    return Done(name, finished, tiny_task / "runs" / name, seen, modes, segments, left_in(temp) - before)
+    return Done(name, finished, tiny_task / "runs" / name, read_seen(tiny_task), left_in(temp) - before)
 
 
 @contextmanager
@@ -106,9 +85,7 @@ def _another_ray(temp: Path) -> Iterator[None]:
         process.wait()
 
 
-@pytest.fixture(
-    scope="module", params=["ray", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "closed"))]
-)
+@pytest.fixture(scope="module", params=["ray", "torchrun", "closed"])
 def done(request: pytest.FixtureRequest, tiny_task: Path) -> Iterator[Done]:
     """Run under a launcher with a temporary folder of the run's own; on Ray beside another Ray."""
     launcher: str = request.param
@@ -124,17 +101,14 @@ def done(request: pytest.FixtureRequest, tiny_task: Path) -> Iterator[Done]:
 
 
 def test_every_port_is_on_the_loopback_interface_but_that_of_torchruns_own_store(done: Done) -> None:
-    listening = [(line, address) for line, addresses in done.seen for address in addresses]
-    assert len(listening) >= NUM_RANKS, "gloo alone listens on every rank"
-    reachable = [line for line, address in listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
-    assert [line for line in reachable if done.launcher != "torchrun" or "torch.distributed.run" not in line] == []
+    assert len(done.seen.listening) >= NUM_RANKS, "gloo alone listens on every rank"
+    assert [
+        line for line in done.seen.reachable if done.launcher != "torchrun" or "torch.distributed.run" not in line
+    ] == []
 
 
 def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_on_no_command_line(done: Done) -> None:
-    texts = [path.read_bytes() for path in done.folder.rglob("*") if path.is_file()]
-    assert len(texts) > 10
-    lines = [line for line, _ in done.seen]
-    assert [t for t in (*texts, *map(str.encode, (*lines, done.finished.output))) if SECRET.encode() in t] == []
+    assert done.seen.telling(done.folder, done.finished.output) == []
     assert "token: ${oc.env:HF_TOKEN}" in (done.folder / "config.yaml").read_text()
 
 
@@ -144,15 +118,14 @@ def test_nothing_stays_in_the_temporary_folder_or_in_shared_memory(done: Done) -
 
 
 def test_ranks_take_of_shared_memory_what_is_checked_for_before(done: Done) -> None:
-    of_ranks = [(name, size) for name, size in done.segments if not name.startswith(("plasma", "sem."))]
+    of_ranks = [(name, size) for name, size in done.seen.segments if not name.startswith(("plasma", "sem."))]
     assert all("-cpushm_" in name for name, _ in of_ranks)
     # Nothing, where vLLM's build for the processor has no segments.
     assert sum(size for _, size in of_ranks) <= NUM_RANKS * BYTES_PER_THREAD
 
 
 def test_a_ray_of_the_runs_own_is_in_a_folder_that_no_other_user_may_enter(done: Done) -> None:
-    sessions = [mode for name, mode in done.modes.items() if name.startswith("megarl_")]
-    assert sessions == (["0o700"] if done.launcher == "ray" else [])
+    assert done.seen.sessions == (["0o700"] if done.launcher == "ray" else [])
 
 
 def test_weights_may_be_read_by_whom_the_files_beside_them_may(done: Done) -> None:

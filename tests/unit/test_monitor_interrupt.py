@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from megarl.monitor.interrupt import interrupts_told
 from megarl.monitor.preemption import SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def handlers_kept() -> Iterator[None]:
+    """Undo that a process which has been interrupted hears no second signal, which all it starts would inherit."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def told(capsys: pytest.CaptureFixture[str], *notes: str) -> str:
@@ -44,13 +54,8 @@ def test_a_signal_of_whoever_wants_the_machine_back_has_a_code_of_its_own(
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    before = [signal.getsignal(n) for n in (signal.SIGINT, *SIGNALS)]
-    try:
-        with pytest.raises(SystemExit) as caught, interrupts_told():
-            be_signalled()
-    finally:
-        for n, handler in zip((signal.SIGINT, *SIGNALS), before, strict=True):
-            signal.signal(n, handler)
+    with pytest.raises(SystemExit) as caught, interrupts_told():
+        be_signalled()
     assert caught.value.code == 75
     assert capsys.readouterr().err == "interrupted before there was a run folder: nothing was saved\n"
 
