@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import yaml
 
 from tests.forked import ROOT, Ended, run_forked
@@ -49,6 +52,18 @@ def test_engines_in_processes_of_their_own_have_pods_of_their_own() -> None:
     assert (engines["groupName"], engines["replicas"], engines["rayStartParams"]["num-cpus"]) == ("engines", 2, "4")
     [container] = engines["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+
+
+def test_a_pod_of_ranks_has_no_memory_for_engines_also_where_there_is_one_of_each() -> None:
+    nodes = ("trainer.nnodes=1", "trainer.n_gpus_per_node=32", "--gpu-memory=10000")
+    served = ("actor_rollout_ref.rollout.placement=server", "actor_rollout_ref.rollout.n_gpus_per_node=32")
+    beside = json.loads(printed("--json", *nodes, *served).stdout)
+    alone = yaml.safe_load(printed("--kuberay=image", *nodes, *served).stdout)["spec"]["rayClusterSpec"]
+    [container] = alone["headGroupSpec"]["template"]["spec"]["containers"]
+    of_ranks = max(phase["host_bytes"] for phase in beside["memory"]) * 32
+    of_engines = beside["memory"][-1]["host_bytes"] * 32
+    assert beside["host_bytes_per_node"] == of_ranks + of_engines
+    assert container["resources"]["limits"]["memory"] == f"{math.ceil(of_ranks / 2**30) + 64 + 16}Gi"
 
 
 def test_engines_on_the_trainers_devices_are_refused() -> None:
