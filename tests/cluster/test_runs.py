@@ -155,6 +155,8 @@ def test_an_engine_on_another_node_that_is_killed_is_replaced_there(
     }
     job = cluster.run(folder, TINY, "--nodes=2", *STEPS, *APART, MEGARL_RUN="run", timeout_s=RUN_S, **kill)
     assert job.state == "COMPLETED", job.output
+    assert ("on 1 node of their own, in 2 processes" in job.output) == (launcher == "torchrun")
+    assert ("GiB, where Ray places engines on a node of ranks" in job.output) == (launcher == "ray")
     assert (folder / "struck").is_file() and "died of signal 9" in job.output
     same(metrics(folder / "run"), clean, 1e-5)
     assert cluster.slurm.processes() == []

@@ -123,6 +123,7 @@ def test_engines_on_another_node_give_what_they_give_beside_the_ranks(
         assert finished.code == 0, finished.output
         assert host.wait(WAIT_S) == 0
     assert f"engines are on {socket.gethostname()} (127.0.0.1)" in finished.output
+    assert "engines: 2 of TP 1, on 1 node of their own, in 2 processes" in finished.output  # the plan
     close_to(tiny_task / "runs" / launcher, beside)
 
 
