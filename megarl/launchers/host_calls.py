@@ -21,6 +21,9 @@ from megarl.launchers.engine_processes import EngineLost
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+_BEAT_S = 5.0
+_SILENCE_S = 60.0  # at least: imports take a while
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,10 +44,15 @@ class Answered:
 
 
 class RemoteHost:
-    """A Host at the other end of a connection. name: of its node, for people."""
+    """A Host at the other end of a connection.
 
-    def __init__(self, line: socket.socket, name: str) -> None:
+    name: of its node, for people. silence_s: after which it is taken for lost, at least a minute. One that is stopped
+    says nothing, and keeps its connection.
+    """
+
+    def __init__(self, line: socket.socket, name: str, silence_s: float) -> None:
         self.name, self._line, self._connection = name, line, Connection(os.dup(line.fileno()))
+        self._silence_s = max(silence_s, _SILENCE_S)
         self._waiting: dict[int, Future[Any]] = {}
         self._numbers, self._lock, self._writing = count(), threading.Lock(), threading.Lock()
         self._why = ""
@@ -93,7 +101,11 @@ class RemoteHost:
         why = "what it says can't be read"
         try:
             while True:
-                answered: Answered = self._connection.recv()
+                if not self._connection.poll(self._silence_s):
+                    raise TimeoutError(f"nothing was heard of it for {self._silence_s:g} s (trainer.hang_timeout_s)")
+                answered: Answered | None = self._connection.recv()
+                if answered is None:
+                    continue
                 with self._lock:
                     future = self._waiting.pop(answered.number, None)
                 if future is None:  # it has been given up meanwhile
@@ -114,12 +126,18 @@ class RemoteHost:
 def serve_calls(line: socket.socket, host: EngineHost, num_at_once: int) -> None:
     """Run what the controller calls until its end, or that of the connection. Raises OSError where it is lost."""
     told, asked, writing = ThreadPoolExecutor(1), ThreadPoolExecutor(num_at_once), threading.Lock()
-    connection = Connection(os.dup(line.fileno()))
+    connection, ended = Connection(os.dup(line.fileno())), threading.Event()
 
-    def answer(number: int, call: Call) -> None:
-        answered = _answered(number, host, call)
+    def say(answered: Answered | None) -> None:
         with writing, suppress(OSError):  # ``recv`` below says so
             connection.send(answered)
+
+    def answer(number: int, call: Call) -> None:
+        say(_answered(number, host, call))
+
+    def beat() -> None:
+        while not ended.wait(_BEAT_S):
+            say(None)
 
     def obey(call: Call) -> None:
         try:
@@ -129,15 +147,18 @@ def serve_calls(line: socket.socket, host: EngineHost, num_at_once: int) -> None
             traceback.print_exc()
             raise
 
-    while True:
-        try:
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    try:
+        while True:
             call: Call = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        if call.number is None:
-            told.submit(obey, call)
-        else:
-            asked.submit(answer, call.number, call)
+            if call.number is None:
+                told.submit(obey, call)
+            else:
+                asked.submit(answer, call.number, call)
+    except (EOFError, ConnectionResetError):
+        return
+    finally:
+        ended.set()
 
 
 def _answered(number: int, host: EngineHost, call: Call) -> Answered:

@@ -28,7 +28,7 @@ class LateHosts:
         """Listen. tell: tells a person, in the thread that calls ``next``. Raises ResourceError for a taken port."""
         self._token, self._tell = address.token, tell
         # A late one that is lost as the ranks meet it is given up before the ranks are taken to hang.
-        self._welcome = replace(welcome, timeout_s=welcome.timeout_s / 2)
+        self._welcome, self._silence_s = replace(welcome, timeout_s=welcome.timeout_s / 2), welcome.timeout_s
         self._ready: queue.SimpleQueue[RemoteHost] = queue.SimpleQueue()
         self._refused: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._listener = reserved(address.host, address.port, OTHER_PORT)
@@ -56,7 +56,7 @@ class LateHosts:
         if wrong := answered([host], self._welcome):
             self._refused.put(f"{host.where} came for engines and is refused: {wrong}")
             return
-        remote = RemoteHost(host.line, host.facts.name)
+        remote = RemoteHost(host.line, host.facts.name, self._silence_s)
         with suppress(EngineLost):
             remote.submit(EngineHost.meeting).result()
             self._ready.put(remote)

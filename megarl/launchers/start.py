@@ -186,8 +186,8 @@ def engine_starter(config: PPOConfig, start: EngineStart, tell: Callable[[str], 
 
         welcome = Welcome(platform_environment() | passed, tp, per_node, trainer.hang_timeout_s)
         came = called_hosts(address, nodes, welcome, tell)
-        hosts, late = [RemoteHost(host.line, host.facts.name) for host in came], LateHosts(address, welcome, tell)
-        engines = HostedEngines(start, per_node, hosts, late.next)
+        hosts = [RemoteHost(host.line, host.facts.name, trainer.hang_timeout_s) for host in came]
+        engines = HostedEngines(start, per_node, hosts, LateHosts(address, welcome, tell).next)
         return EngineStarter(engines.start, engines.receiving)
     devices = engine_devices(config)
 

@@ -28,7 +28,7 @@ from megarl.launchers.engine_hosts import EngineHost, EngineOnHost, HostedEngine
 from megarl.launchers.engine_processes import EngineLost
 from megarl.launchers.group import WorkerGroup
 from megarl.launchers.host_address import HostsAddress, named_hosts
-from megarl.launchers.host_calls import RemoteHost
+from megarl.launchers.host_calls import RemoteHost, serve_calls
 from megarl.launchers.host_meeting import CameHost, HostFacts, Welcome, called_hosts, come
 from megarl.launchers.late_hosts import LateHosts
 from megarl.launchers.sglang_environment import SGLANG_VERSION
@@ -83,7 +83,7 @@ class Meeting:
     def met(self, **environ: str) -> RemoteHost:
         """Return a started host once it has come."""
         [came] = called_hosts(self.address, 1, Welcome(environ, 1, 2, WAIT_S), lambda text: None)
-        return RemoteHost(came.line, came.facts.name)
+        return RemoteHost(came.line, came.facts.name, WAIT_S)
 
 
 @contextmanager
@@ -223,6 +223,25 @@ def test_a_host_that_is_killed_takes_its_engines_with_it_and_is_named(
     with pytest.raises(EngineLost, match=gone):
         engines.start(0)
     until(lambda: not any(process.is_running() for process in processes))
+
+
+def slept(host: EngineHost, seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_host_that_is_stopped_is_lost_and_one_that_takes_long_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megarl.launchers.host_calls._SILENCE_S", 1.0)
+    monkeypatch.setattr("megarl.launchers.host_calls._BEAT_S", 0.1)
+    (here, there), (silent, _its_end) = socket.socketpair(), socket.socketpair()
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(serve_calls, there, cast(EngineHost, None), 1)
+        works, stopped = RemoteHost(here, "works", 0.5), RemoteHost(silent, "stopped", 0.5)
+        assert works.submit(slept, 2.5).result(ANSWER_S) == 2.5
+        with pytest.raises(EngineLost, match="stopped is gone: nothing was heard of it for 1 s"):
+            stopped.submit(slept, 0.0).result(ANSWER_S)
+        works.end("the run has ended")
+        serving.result(ANSWER_S)
 
 
 def test_a_host_that_comes_within_a_run_may_take_a_place_once_it_knows_the_token_and_fits(
