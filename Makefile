@@ -19,6 +19,8 @@ NVIDIA = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("p
 # Imports of vllm are several times slower without .pyc files; compileall writes them on all cores, pip on one.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/py312_' .venv/lib
+# Tests start hundreds of processes: none compiles megarl anew, also where Python may not write what it compiles.
+COMPILE_OWN := $(BIN)/python -m compileall -q megarl tests
 
 # Two files at a time: ranks wait for each other a lot. Tests of a file share what is slow to start.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -37,9 +39,11 @@ gpu: .venv/.gpu
 	-$(BIN)/python -m megarl.doctor
 
 test: .venv/.dev
+	$(COMPILE_OWN)
 	$(PYTEST) -m "not long" $(TESTS)
 
 test-all: .venv/.dev
+	$(COMPILE_OWN)
 	$(PYTEST) $(TESTS)
 
 check: .venv/.dev

@@ -116,8 +116,8 @@ FSDP_LAYOUTS = {
     "ulysses2xdp2": Layout(4, cp=2, fsdp=4),
     "ulysses4": Layout(4, cp=4, fsdp=2),
 }
-# Of each time: both optimizers, both losses, packed. All jobs take each time TELLING[0] on tp2xpp2+sp alone.
-QUICK_JOBS = ("sft_replicated_optimizer", "ppo_token_mean")
+# Each time, on all layouts but TELLING[0] on tp2xpp2+sp, which takes all jobs.
+QUICK_JOBS = ("ppo_token_mean",)
 FSDP_JOBS = ("sft", "ppo_token_mean", "ppo_sequence_sum_padded")
 EXPERT_JOBS = ("sft_replicated_optimizer", "ppo_token_mean", "ppo_sequence_sum_padded")
 QWEN3_MOE, MIXTRAL, QWEN2_MOE = MOE_MODELS
@@ -167,7 +167,7 @@ KINDS = (
     Kind(
         UNEVEN_LAYOUTS,
         FEWER_KEY_VALUE_HEADS_THAN_RANKS_OR_UNEVEN_STAGES,
-        {("qwen3-untied", "tp4+sp"), (FIVE_LAYERS, "pp2")},
+        {("qwen3-untied", "tp4+sp")},
         jobs=(),
     ),
     Kind(
@@ -192,11 +192,7 @@ KINDS = (
     Kind(
         FSDP_LAYOUTS,
         _all((*MODELS, *MOE_MODELS), [name for name in FSDP_LAYOUTS if name != "fsdp3"]),
-        {
-            (TELLING[0], "copies2xfsdp2"),
-            (TELLING[1], "ulysses4"),
-            (QWEN3_MOE, "fsdp4"),
-        },
+        {(TELLING[1], "ulysses4"), (QWEN3_MOE, "fsdp4")},
         FSDP_JOBS,
     ),
     Kind(

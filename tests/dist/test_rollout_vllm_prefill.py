@@ -38,6 +38,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     return folder, pickle.loads((folder / "answers.pickle").read_bytes())
 
 
+@pytest.mark.long  # each time tests/dist/test_rollout_vllm.py has steps of many prompts
 @pytest.mark.parametrize("budget", ["a step of one prompt", "vLLM's own step"])
 def test_prompts_of_more_tokens_than_a_step_holds_are_sampled_as_each_alone(
     answers: tuple[Path, dict[str, list[tuple[Rollout, ...]]]], budget: str

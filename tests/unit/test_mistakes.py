@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf
 
 from megarl.checks.run import CheckedRun, check_ppo
 from megarl.config.command_line import parse_command_line
-from megarl.config.compose import compose
+from megarl.config.compose import Composition, compose
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError, DataError, MegarlError, ModelFolderError, RewardError
 from tests.launch import python, run
@@ -446,9 +449,30 @@ def _line(*typed: str) -> list[str]:
     return [*(f"{key}={value}" for key, value in SOUND.items() if key not in keys), *typed]
 
 
+@cache
+def _sound() -> Composition:
+    return compose(parse_command_line(_line(), MAIN))
+
+
 def _checked(*typed: str) -> CheckedRun[PPOConfig]:
-    """Do in this process what main_ppo does before it starts anything."""
-    return check_ppo(compose(parse_command_line(_line(*typed), MAIN)).values())
+    """Do in this process what main_ppo does before it starts anything.
+
+    Where values of keys that there are is all that is typed, they are set in what was composed once, as Hydra does.
+    """
+    sound, overrides = _sound(), parse_command_line(list(typed), MAIN).overrides
+    if len(overrides) < len(typed) or not all(_only_sets_a_value(o, sound.config) for o in overrides):
+        return check_ppo(compose(parse_command_line(_line(*typed), MAIN)).values())
+    config = sound.config.copy()
+    for override in overrides:
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return check_ppo(replace(sound, config=config).values())
+
+
+def _only_sets_a_value(override: Override, config: DictConfig) -> bool:
+    section, _, name = override.key_or_group.rpartition(".")
+    parent = OmegaConf.select(config, section) if section else None
+    is_there = isinstance(parent, DictConfig) and name in parent and not OmegaConf.is_dict(parent[name])
+    return is_there and override.type is OverrideType.CHANGE and not isinstance(override.value(), dict)
 
 
 def test_the_run_that_mistakes_are_made_in_makes_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

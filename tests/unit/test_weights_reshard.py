@@ -214,7 +214,7 @@ def publications(draw: st.DrawFn) -> Case:
     return publication(shape, layout, engine, range(first, first + engines * engine.tp), draw(st.integers(1, 12)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(publications(), st.integers(1, 3000))
 def test_publishing_from_any_layout_fills_every_engine_with_the_checkpoints_content(case: Case, bucket: int) -> None:
     check(case, bucket)
@@ -232,7 +232,7 @@ def _cuts(rng: Random, rows: int, parts: int) -> list[int]:
     return [0, *sorted(rng.randint(0, rows) for _ in range(parts - 1)), rows]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(model_shapes(), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.integers(0, 1 << 30), st.integers(1, 8))
 def test_tensors_split_unevenly_along_dim_0_arrive_where_engines_split_them_along_dim_1(
     shape: ModelShape, num_ranks: int, tp: int, seed: int, ranks_per_node: int
