@@ -22,7 +22,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _BEAT_S = 5.0
-_SILENCE_S = 60.0  # at least: imports take a while
+_SILENCE_S = 60.0  # at least: a busy machine beats late
+_START_S = 600.0  # at least, until the first beat: imports take long from a slow file system
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,13 @@ class RemoteHost:
 
     def _hear(self) -> None:
         """Take in answers until the connection ends."""
-        why = "what it says can't be read"
+        why, limit_s = "what it says can't be read", max(self._silence_s, _START_S)
         try:
             while True:
-                if not self._connection.poll(self._silence_s):
-                    raise TimeoutError(f"nothing was heard of it for {self._silence_s:g} s (trainer.hang_timeout_s)")
+                if not self._connection.poll(limit_s):
+                    raise TimeoutError(f"nothing was heard of it for {limit_s:g} s (trainer.hang_timeout_s)")
                 answered: Answered | None = self._connection.recv()
+                limit_s = self._silence_s
                 if answered is None:
                     continue
                 with self._lock:

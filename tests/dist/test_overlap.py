@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "dp2_replicated_optimizer": (DENSE, Layout(2), EARLY | REPLICATED),
     "ep2_replicated_optimizer": (EXPERTS, Layout(2, ep=2), EARLY | REPLICATED),
 }
-QUICK = ("dp2", "pp2_vpp2_dp2", "ep2_replicated_optimizer")
+QUICK = ("dp2", "pp2_vpp2_dp2")
 UNCLIPPED = replace(TRAINING, clip_grad=1e9)
 NUM_UPDATES, STEPS_AN_UPDATE = 2, 3
 

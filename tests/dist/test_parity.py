@@ -120,7 +120,7 @@ FSDP_LAYOUTS = {
 QUICK_JOBS = ("ppo_token_mean",)
 FSDP_JOBS = ("sft", "ppo_token_mean", "ppo_sequence_sum_padded")
 EXPERT_JOBS = ("sft_replicated_optimizer", "ppo_token_mean", "ppo_sequence_sum_padded")
-QWEN3_MOE, MIXTRAL, QWEN2_MOE = MOE_MODELS
+QWEN3_MOE, _, QWEN2_MOE = MOE_MODELS
 EIGHT_LAYERS = {"num_hidden_layers": 8}
 
 
@@ -173,7 +173,7 @@ KINDS = (
     Kind(
         EXPERT_LAYOUTS,
         _all(MOE_MODELS, EXPERT_LAYOUTS),
-        {(QWEN3_MOE, "tp2xep2xetp1xdp2"), (MIXTRAL, "tp2xep2xetp2")},
+        {(QWEN3_MOE, "tp2xep2xetp1xdp2")},
         EXPERT_JOBS,
     ),
     Kind(
@@ -181,7 +181,7 @@ KINDS = (
         _all((*TELLING, "llama-tied"), CONTEXT_LAYOUTS),
         {(TELLING[1], "tp2xcp2+sp")},
     ),
-    Kind(EXPERT_CONTEXT_LAYOUTS, _all(MOE_MODELS, EXPERT_CONTEXT_LAYOUTS), {(QWEN3_MOE, "cp2xdp2xep2")}),
+    Kind(EXPERT_CONTEXT_LAYOUTS, _all(MOE_MODELS, EXPERT_CONTEXT_LAYOUTS), ()),
     Kind(
         CHUNK_LAYOUTS,
         _all(TELLING, CHUNK_LAYOUTS),

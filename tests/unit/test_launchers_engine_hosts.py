@@ -232,6 +232,7 @@ def slept(host: EngineHost, seconds: float) -> float:
 
 def test_a_host_that_is_stopped_is_lost_and_one_that_takes_long_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megarl.launchers.host_calls._SILENCE_S", 1.0)
+    monkeypatch.setattr("megarl.launchers.host_calls._START_S", 1.0)
     monkeypatch.setattr("megarl.launchers.host_calls._BEAT_S", 0.1)
     (here, there), (silent, _its_end) = socket.socketpair(), socket.socketpair()
     with ThreadPoolExecutor(1) as pool:
