@@ -42,7 +42,7 @@ LAYOUTS = {
     "fsdp2": Layout(2, fsdp=2),
     "fsdp4_ulysses2": Layout(4, cp=2, fsdp=4),
 }
-EACH_TIME = ("one_rank", "tp2_pp2+sp", "pp2_vpp2", "tp2_cp2+sp")
+EACH_TIME = ("one_rank", "tp2_pp2+sp", "pp2_vpp2")
 QUICK = (*((name, True) for name in EACH_TIME), ("one_rank", False), ("fsdp2", False))
 
 

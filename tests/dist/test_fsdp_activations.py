@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "adapters, checkpointing": (LLAMA, TWO, {"lora": ALL, "again": True, "fused_head": True}),
     "layers stay gathered": (QWEN3, TWO, {"reshard_after_forward": False}),
 }
-QUICK = ("checkpointing", "a fused head", "Ulysses", "experts")
+QUICK = ("Ulysses", "experts")
 
 
 def _passes(roles: list[Role], batch: Sequences) -> list[tuple[int, int, int, int]]:

@@ -221,6 +221,7 @@ def _step(actor: Any, batch: PolicyBatch) -> Metrics:
     return metrics if logprobs_BS is None else metrics | {"evaluation": float(logprobs_BS.sum())}
 
 
+@pytest.mark.long
 def test_a_worker_trains_evaluates_and_saves_the_same_whether_or_not_it_offloads_or_fuses_its_head(
     ranks: RankPool, folder: Path, batches: tuple[PolicyBatch, ValueBatch], tmp_path: Path
 ) -> None:
