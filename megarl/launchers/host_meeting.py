@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
@@ -169,8 +168,7 @@ def _those_that_come(
             tell(f"waiting for {number} host{'s' if number > 1 else ''} of engines: {address.command} on each node")
         with suppress(TimeoutError):
             line, peer = listener.accept()
-            host_of = partial(greeted, line, peer[:2], address.token)
-            threading.Thread(target=lambda host_of=host_of: came.put(host_of()), daemon=True).start()
+            threading.Thread(target=_greet, args=(line, peer[:2], address.token, came), daemon=True).start()
 
 
 def _missing(address: HostsAddress, num_hosts: int, there: list[CameHost], num_strangers: int) -> str:
@@ -193,6 +191,11 @@ def _differences(host: HostFacts, own: HostFacts, ranks_per_node: int) -> Iterat
             "(actor_rollout_ref.rollout.n_gpus_per_node, or the engine's tensor_model_parallel_size)"
         )
     yield from other_versions(host.name, host.versions, own.name, own.versions)
+
+
+def _greet(line: socket.socket, peer: tuple[str, int], token: str, came: queue.SimpleQueue[CameHost | None]) -> None:
+    """Add a host that knows the token to ``came``, None for whoever doesn't."""
+    came.put(greeted(line, peer, token))
 
 
 def _reached(address: HostsAddress) -> socket.socket:

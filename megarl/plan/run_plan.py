@@ -44,10 +44,10 @@ class RunPlan:
     """Everything that follows from a config, the models' sizes and a device.
 
     algorithm: lines for people. num_scored_rollouts: rollouts of a step whose old log-probs need a pass of their own.
-    engine: None in supervised fine-tuning, which generates nothing. is_served: whether engines are in processes of
-    their own, whose ranks are counted after the trainer's. engine_nodes: of engines in processes of their own.
-    engine_place: on whose nodes engines are. shares_devices: whether these are on the ranks' devices. num_steps: None
-    where it follows from data files that aren't here. time: of a step, None in supervised fine-tuning.
+    engine: None in supervised fine-tuning, which generates nothing. engine_nodes: of engines in processes of their own,
+    whose ranks are counted after the trainer's. engine_place: on whose nodes engines are. shares_devices: whether
+    these are on the ranks' devices. num_steps: None where it follows from data files that aren't here. time: of a step,
+    None in supervised fine-tuning.
     """
 
     device: Device
@@ -63,7 +63,6 @@ class RunPlan:
     engine: Engine | None
     engine_layout: EngineLayout
     num_engines: int
-    is_served: bool
     engine_nodes: int
     engine_place: EnginePlace
     shares_devices: bool
@@ -92,6 +91,11 @@ class RunPlan:
     def fits(self) -> bool:
         """Whether every phase fits the device, and the engine has a cache to work with."""
         return self.room_bytes >= 0 and not self.cache_shortage_tokens
+
+    @property
+    def is_served(self) -> bool:
+        """Whether engines are in processes of their own."""
+        return self.engine_place is not EnginePlace.IN_RANKS
 
     @property
     def host_bytes_per_node(self) -> int:
@@ -165,7 +169,6 @@ def plan_run(
         engine=engine,
         engine_layout=split,
         num_engines=num_engines(c) if isinstance(c, PPOConfig) else 0,
-        is_served=served,
         engine_nodes=engine_nodes,
         engine_place=place,
         shares_devices=shares_devices,

@@ -76,14 +76,14 @@ class Mirror:
 class MirroredRank:
     """A rank of the trainer, as it sends what it has written to other hosts."""
 
-    def __init__(self, rank: int, segment: Segment, meetings: Sequence[Meeting]) -> None:
-        """Meet the hosts that aren't the rank's own. Those that don't come in time are left out."""
+    def __init__(self, rank: int, segment: Segment, meetings: Sequence[Meeting] = ()) -> None:
+        """Meet hosts. segment: the rank's."""
         self._rank, self._host = rank, segment.host
         self._groups: list[Any] = []
         self.meet(meetings)
 
     def meet(self, meetings: Sequence[Meeting]) -> None:
-        """Meet more hosts."""
+        """Meet hosts, beside those that were met before. The rank's own, and who doesn't come in time, are left out."""
         for meeting in meetings:
             if meeting.name != self._host:
                 with suppress(RuntimeError):  # the controller, which started it, knows why

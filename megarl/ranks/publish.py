@@ -89,21 +89,17 @@ class SharedPublisher:
         whole = isinstance(spec, SglangSpec)
         plan = writer_plan(role.shape, role.layout, spec.layout, dist.get_rank(), dtype.itemsize, whole=whole)
         self.writer = SharedWriter(plan, dtype)
-        self.mirrored: MirroredRank | None = None
+        self.mirrored = MirroredRank(dist.get_rank(), self.writer.segment)
 
     def meet(self, meetings: Sequence[Meeting]) -> None:
         """Meet hosts that engines are on, beside those that were met before."""
-        if self.mirrored is None:
-            self.mirrored = MirroredRank(dist.get_rank(), self.writer.segment, meetings)
-        else:
-            self.mirrored.meet(meetings)
+        self.mirrored.meet(meetings)
 
     def publish(self, policy_version: int, *, verify: bool = False) -> Segment:
         """Write the weights as publication ``policy_version``. verify: with checksums, which engines compare."""
         with self.backend.resident():
             segment = self.writer.write(self.backend.parameters(), policy_version, verify=verify)
-        if self.mirrored is not None:
-            self.mirrored.send(self.writer.memory)
+        self.mirrored.send(self.writer.memory)
         return segment
 
 

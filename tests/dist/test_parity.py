@@ -161,7 +161,7 @@ KINDS = (
     Kind(
         LAYOUTS,
         _all(MODELS, LAYOUTS),
-        {*product(TELLING[:1], QUICK_LAYOUTS)},  # tests/dist/test_smollm2.py has a Llama
+        set(product(TELLING[:1], QUICK_LAYOUTS)),  # tests/dist/test_smollm2.py has a Llama
         thorough=[(TELLING[0], "tp2xpp2+sp")],
     ),
     Kind(
